@@ -1,0 +1,167 @@
+"""`TernaryLinear`, a linear layer with weights in {-1, 0, +1} and a float scale."""
+
+import math
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from .host import TernaryModelMixin, warn_half_precision_codes
+from .ops import dequantize, float_linear, pack_ternary, reference, ternarize, ternary_linear, unpack_ternary
+
+
+class TernaryLinear(TernaryModelMixin):
+    r"""Linear layer whose weight is a scale times -1, 0 or +1: \(y = x\,(s\,T)^\top + b\).
+
+    Two formats with one meaning:
+
+    - `"float"`, for training: a float `weight` from which every forward takes T = ternarize(weight); its gradient passes
+      straight through the rounding.
+    - `"packed"`, for inference and adapters: `weight_packed` holds T in two bits per weight and takes no gradient.
+
+    `pack()` goes from the first to the second without changing what the layer computes, `unpack()` back.
+
+    Args:
+        in_features (`int`): K, size of each input.
+        out_features (`int`): N, size of each output; a multiple of 4 in packed format.
+        bias (`bool`, defaults to `True`): Whether to add a learned (N,) bias.
+        weight_format (`str`, defaults to `"float"`): `"float"` or `"packed"`. A fresh packed layer has T = 0.
+        scale_granularity (`str` or `int`, defaults to `"tensor"`): What one scale covers: `"tensor"` the matrix, `"row"` an
+            output, an int g a group of g inputs of an output. The ternarizing mean covers the same.
+
+    Attributes:
+        weight (`torch.nn.Parameter`): (N, K), float. Only in float format.
+        weight_packed (`torch.nn.Parameter`): (N/4, K), uint8, no gradient; bytes as in `ops/reference.py`. Only packed.
+        weight_scale (`torch.nn.Parameter`): (1,), (N, 1) or (N, K/g), float32 whatever the layer is cast to.
+        bias (`torch.nn.Parameter` or `None`): (N,), float.
+
+    Raises:
+        ValueError: A wrong `weight_format` or `scale_granularity`, N not a multiple of 4 in packed format, or K not a
+            multiple of the group.
+
+    Source: TerDiT (https://arxiv.org/abs/2405.14854).
+    """
+
+    _no_split_modules: list[str] = []
+
+    @register_to_config
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        weight_format: str = "float",
+        scale_granularity: str | int = "tensor",
+    ):
+        super().__init__()
+        if weight_format not in ("float", "packed"):
+            raise ValueError(f'`weight_format` must be "float" or "packed", got {weight_format!r}.')
+        if in_features < 1 or out_features < 1:
+            raise ValueError(f"A layer needs at least one input and output, got {in_features=}, {out_features=}.")
+        self.in_features = in_features
+        self.out_features = out_features
+        if weight_format == "packed":
+            self._check_packable()
+            packed = torch.empty(out_features // reference.CODES_PER_BYTE, in_features, dtype=torch.uint8)
+            self.weight_packed = nn.Parameter(packed, requires_grad=False)
+        else:
+            self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        shape = reference.scale_shape(out_features, in_features, scale_granularity)
+        self.weight_scale = nn.Parameter(torch.empty(shape, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Float: Xavier-uniform weight, of which 3 in 4 ternarize to non-zero; the scale keeps the variance of the input."""
+        with torch.no_grad():
+            if self.weight_format == "packed":
+                self.weight_packed.fill_(reference.ZERO_BYTE)
+            else:
+                nn.init.xavier_uniform_(self.weight)
+            self.weight_scale.fill_(1 / math.sqrt(0.75 * self.in_features))
+            if self.bias is not None:
+                self.bias.zero_()
+
+    @property
+    def weight_format(self) -> str:
+        """`"float"` or `"packed"`."""
+        return self.config["weight_format"]
+
+    @property
+    def scale_granularity(self) -> str | int:
+        """`"tensor"`, `"row"` or inputs per group."""
+        return self.config["scale_granularity"]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features), in the dtype of `hidden_states` (or of autocast)."""
+        if self.weight_format == "packed":
+            return ternary_linear(hidden_states, self.weight_packed, self.weight_scale, self.bias)
+        return float_linear(hidden_states, self.weight, self.weight_scale, self.bias, self.scale_granularity)
+
+    @torch.no_grad()
+    def ternary_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """T, (out_features, in_features) in {-1, 0, +1}."""
+        if self.weight_format == "packed":
+            return unpack_ternary(self.weight_packed, dtype)
+        return ternarize(self.weight, self.scale_granularity).to(dtype)
+
+    def dequantize(self) -> Tensor:
+        """The dense weight `scale * T`: (out_features, in_features), float32."""
+        return dequantize(self.ternary_weight(), self.weight_scale.detach())
+
+    @torch.no_grad()
+    def pack(self) -> "TernaryLinear":
+        """Go to packed format, in place. The layer computes the same before and after; the float weight is gone.
+
+        Raises:
+            ValueError: `out_features` is not a multiple of 4, or the weight holds NaN.
+        """
+        if self.weight_format == "float":
+            self._check_packable()
+            packed = pack_ternary(self.ternary_weight())
+            del self.weight
+            self.weight_packed = nn.Parameter(packed, requires_grad=False)
+            self.register_to_config(weight_format="packed")
+        return self
+
+    @torch.no_grad()
+    def unpack(self) -> "TernaryLinear":
+        """Go to float format, in place: the weight is c * T with c the deviation of a fresh weight, so that training can go on."""
+        if self.weight_format == "packed":
+            deviation = math.sqrt(2 / (self.in_features + self.out_features))
+            dtype = torch.float32 if self.bias is None else self.bias.dtype
+            weight = self.ternary_weight(dtype).mul_(deviation)
+            del self.weight_packed
+            self.weight = nn.Parameter(weight)
+            self.register_to_config(weight_format="float")
+        return self
+
+    def _check_packable(self) -> None:
+        if self.out_features % reference.CODES_PER_BYTE:
+            raise ValueError(
+                f"A packed layer needs `out_features` to be a multiple of {reference.CODES_PER_BYTE}, got"
+                f" {self.out_features}. Keep this layer in float format, or pad its outputs."
+            )
+
+    def _apply(self, fn, recurse=True):
+        """Move or cast, but keep the scale in float32 and the codes in uint8."""
+        kept = {n: p for n, p in self._parameters.items() if n in ("weight_scale", "weight_packed") and p is not None}
+        kept = {n: (p.data, p.grad) for n, p in kept.items()}
+        super()._apply(fn, recurse)
+        for name, (data, grad) in kept.items():
+            parameter = self._parameters[name]
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+                if grad is not None:
+                    parameter.grad = grad.to(parameter.device)
+        if self.weight_format == "float":
+            warn_half_precision_codes(self.weight.dtype)
+        return self
+
+    def extra_repr(self) -> str:
+        """For `print(model)`."""
+        bits = "2-bit packed" if self.weight_format == "packed" else "float"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None},"
+            f" weight={bits}, scale={self.scale_granularity!r}"
+        )

@@ -1,0 +1,404 @@
+"""The ternary diffusion transformer of TerDiT (https://arxiv.org/abs/2405.14854): the whole network, as in its Figure 2.
+
+Shapes: B images, C channels, h x w latents, p patch size, L = h*w/p^2 tokens, D width, H heads, E conditioning width.
+"""
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, apply_rotary_emb, get_1d_rotary_pos_embed
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from ..host import TernaryModelMixin
+from ..layers import TernaryLinear
+
+# Source: the sizes of the released checkpoints. 600M: 16 layers, width 1536; 4.2B: 32 layers, width 3072; 32 heads each.
+_TERDIT_600M = {"num_layers": 16, "num_attention_heads": 32, "attention_head_dim": 48}
+_TERDIT_4_2B = {"num_layers": 32, "num_attention_heads": 32, "attention_head_dim": 96}
+PRESETS = {
+    "terdit-600m-256": {**_TERDIT_600M, "sample_size": 32},
+    "terdit-600m-512": {**_TERDIT_600M, "sample_size": 64},
+    "terdit-4.2b-256": {**_TERDIT_4_2B, "sample_size": 32},
+    "terdit-4.2b-512": {**_TERDIT_4_2B, "sample_size": 64},
+}
+
+
+class TerDiTAttnProcessor:
+    """Softmax attention over all tokens, with rotary positions on queries and keys."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self, attn: "TerDiTAttention", hidden_states: Tensor, image_rotary_emb: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(-1, (-1, attn.head_dim))  # (B, L, H, D/H)
+        key = attn.norm_k(attn.to_k(hidden_states)).unflatten(-1, (-1, attn.head_dim))
+        value = attn.to_v(hidden_states).unflatten(-1, (-1, attn.head_dim))
+
+        query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+        key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+
+        hidden_states = dispatch_attention_fn(
+            query.to(value.dtype),
+            key.to(value.dtype),
+            value,
+            enable_gqa=key.shape[2] != query.shape[2],
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        return attn.to_out[0](hidden_states.flatten(2, 3))  # (B, L, D)
+
+
+class TerDiTAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head self-attention; queries and keys pass a LayerNorm over the full width when `qk_norm`."""
+
+    _default_processor_cls = TerDiTAttnProcessor
+    _available_processors = [TerDiTAttnProcessor]
+    _supports_qkv_fusion = False  # the host would fuse into a dense nn.Linear
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, head_dim: int, qk_norm: bool, linear):
+        super().__init__()
+        self.heads = heads
+        self.head_dim = head_dim
+        self.to_q = linear(dim, heads * head_dim, bias=False)
+        self.to_k = linear(dim, kv_heads * head_dim, bias=False)
+        self.to_v = linear(dim, kv_heads * head_dim, bias=False)
+        self.norm_q = nn.LayerNorm(heads * head_dim) if qk_norm else nn.Identity()
+        self.norm_k = nn.LayerNorm(kv_heads * head_dim) if qk_norm else nn.Identity()
+        self.to_out = nn.ModuleList([linear(heads * head_dim, dim, bias=False)])
+        self.set_processor(self._default_processor_cls())
+
+    def forward(self, hidden_states: Tensor, image_rotary_emb: tuple[Tensor, Tensor]) -> Tensor:
+        return self.processor(self, hidden_states, image_rotary_emb)
+
+
+class TerDiTFeedForward(nn.Module):
+    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, dim: int, ffn_dim: int, linear):
+        super().__init__()
+        self.gate_proj = linear(dim, ffn_dim, bias=False)
+        self.up_proj = linear(dim, ffn_dim, bias=False)
+        self.down_proj = linear(ffn_dim, dim, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class TerDiTAdaLN(nn.Module):
+    """Six modulation vectors of a block: SiLU, ternary linear, and the RMSNorm that TerDiT adds to keep them bounded."""
+
+    def __init__(self, cond_dim: int, dim: int, eps: float, norm: bool, linear):
+        super().__init__()
+        self.linear = linear(cond_dim, 6 * dim, bias=True)
+        self.norm = nn.RMSNorm(6 * dim, eps=eps) if norm else nn.Identity()
+
+    def forward(self, temb: Tensor) -> tuple[Tensor, ...]:
+        return self.norm(self.linear(nn.functional.silu(temb))).unsqueeze(1).chunk(6, dim=-1)  # 6 x (B, 1, D)
+
+
+class TerDiTBlock(nn.Module):
+    """Attention and feed-forward, each normalised, modulated by the condition and gated."""
+
+    def __init__(self, dim, heads, kv_heads, head_dim, ffn_dim, cond_dim, qk_norm, adaln_norm, eps, linear):
+        super().__init__()
+        self.adaln = TerDiTAdaLN(cond_dim, dim, eps, adaln_norm, linear)
+        self.norm1 = nn.RMSNorm(dim, eps=eps)
+        self.attn = TerDiTAttention(dim, heads, kv_heads, head_dim, qk_norm, linear)
+        self.norm2 = nn.RMSNorm(dim, eps=eps)
+        self.ff = TerDiTFeedForward(dim, ffn_dim, linear)
+
+    def forward(self, hidden_states: Tensor, temb: Tensor, image_rotary_emb: tuple[Tensor, Tensor]) -> Tensor:
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaln(temb)
+
+        attn_input = self.norm1(hidden_states) * (1 + scale_msa) + shift_msa
+        hidden_states = hidden_states + gate_msa * self.attn(attn_input, image_rotary_emb)
+
+        ff_input = self.norm2(hidden_states) * (1 + scale_mlp) + shift_mlp
+        hidden_states = hidden_states + gate_mlp * self.ff(ff_input)
+        return hidden_states  # (B, L, D)
+
+
+class TerDiTOutNorm(nn.Module):
+    """LayerNorm without parameters, modulated by the condition; full precision."""
+
+    def __init__(self, cond_dim: int, dim: int):
+        super().__init__()
+        self.linear = nn.Linear(cond_dim, 2 * dim)
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+
+    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        shift, scale = self.linear(nn.functional.silu(temb)).unsqueeze(1).chunk(2, dim=-1)
+        return self.norm(hidden_states) * (1 + scale) + shift
+
+
+class TerDiTTransformer2DModel(TernaryModelMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+    r"""Class-conditional diffusion transformer with ternary weights in attention, feed-forward and adaLN.
+
+    Args:
+        sample_size (`int`, defaults to 32): Side of the latents (pixels where there is no VAE). Any size whose sides
+            divide by `patch_size` works in `forward`; this one is the pipeline's default.
+        patch_size (`int`, defaults to 2): Side of the square of latents that makes one token.
+        in_channels (`int`, defaults to 4): Channels of the latents.
+        num_layers (`int`, defaults to 16): Number of blocks.
+        num_attention_heads (`int`, defaults to 32): Heads per block.
+        attention_head_dim (`int`, defaults to 48): Width of a head, even; the width of the model is heads times this.
+        num_classes (`int`, defaults to 1000): Number of labels. Row `num_classes` of the label table is the null label.
+        class_dropout_prob (`float`, defaults to 0.1): Record of how often the trainer passes the null label; unused here.
+        learn_sigma (`bool`, defaults to `True`): Whether the output also holds `in_channels` channels of variance.
+        qk_norm (`bool`, defaults to `True`): LayerNorm on queries and keys.
+        num_key_value_heads (`int`, *optional*): Fewer key and value heads than query heads; `None` for as many.
+        norm_eps (`float`, defaults to 1e-5): Epsilon of the RMSNorms.
+        ffn_dim (`int`, *optional*): Width of the feed-forward; `None` for 8/3 of the width, rounded up to 256.
+        weight_format (`str`, defaults to `"float"`): `"float"` to train, `"packed"` for two bits per weight.
+        scale_granularity (`str` or `int`, defaults to `"tensor"`): What one scale of a ternary weight covers, see
+            [`TernaryLinear`].
+        ternary (`bool`, defaults to `True`): `False` is the same network in full precision.
+        adaln_norm (`bool`, defaults to `True`): The paper's RMSNorm after the adaLN linear; `False` for its ablation.
+        pos_embed_type (`str`, defaults to `"rope"`): `"rope"`: rotary positions over the flat token index, as released;
+            `"rope+sincos2d"`: also a fixed 2-D sine-cosine embedding added to the tokens, better for small new models.
+        initialization (`str`, defaults to `"small_gain"`): `"small_gain"`: variance-preserving scales, adaLN starting
+            small (RMSNorm gain 0.1; zero weights where there is no norm). `"reference"`: the authors' (normal scales, zero
+            adaLN weights, gain 1). Not stored.
+
+    Source: TerDiT, Figure 2 (https://arxiv.org/abs/2405.14854); adaLN after DiT (https://arxiv.org/abs/2212.09748).
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["TerDiTBlock"]
+    _repeated_blocks = ["TerDiTBlock"]
+    _skip_layerwise_casting_patterns = ["proj_in", "time_embed", "class_embed", "norm", "weight_scale"]
+    ignore_for_config = ["initialization"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        num_layers: int = 16,
+        num_attention_heads: int = 32,
+        attention_head_dim: int = 48,
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        learn_sigma: bool = True,
+        qk_norm: bool = True,
+        num_key_value_heads: int | None = None,
+        norm_eps: float = 1e-5,
+        ffn_dim: int | None = None,
+        weight_format: str = "float",
+        scale_granularity: str | int = "tensor",
+        ternary: bool = True,
+        adaln_norm: bool = True,
+        pos_embed_type: str = "rope",
+        initialization: str = "small_gain",
+    ):
+        super().__init__()
+        kv_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        dim = num_attention_heads * attention_head_dim
+        if attention_head_dim % 2:
+            raise ValueError(f"Rotary positions need an even `attention_head_dim`, got {attention_head_dim}.")
+        if num_attention_heads % kv_heads:
+            raise ValueError(f"{num_attention_heads=} must be a multiple of {num_key_value_heads=}.")
+        if sample_size % patch_size:
+            raise ValueError(f"{sample_size=} must be a multiple of {patch_size=}.")
+        if pos_embed_type not in ("rope", "rope+sincos2d"):
+            raise ValueError(f'`pos_embed_type` must be "rope" or "rope+sincos2d", got {pos_embed_type!r}.')
+        if pos_embed_type == "rope+sincos2d" and dim % 4:
+            raise ValueError(f"A 2-D sine-cosine embedding needs a width divisible by 4, got {dim}.")
+        if not ternary and weight_format != "float":
+            raise ValueError(f"A model with ternary=False has no packed weights, got weight_format={weight_format!r}.")
+        cond_dim = min(dim, 1024)
+        ffn_dim = -(-8 * dim // 3 // 256) * 256 if ffn_dim is None else ffn_dim
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
+
+        def linear(in_features: int, out_features: int, bias: bool) -> nn.Module:
+            if not ternary:
+                return nn.Linear(in_features, out_features, bias=bias)
+            return TernaryLinear(in_features, out_features, bias, weight_format, scale_granularity)
+
+        self.proj_in = nn.Linear(patch_size * patch_size * in_channels, dim)
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embed = TimestepEmbedding(256, cond_dim)
+        self.class_embed = nn.Embedding(num_classes + 1, cond_dim)
+        self.transformer_blocks = nn.ModuleList(
+            TerDiTBlock(
+                dim,
+                num_attention_heads,
+                kv_heads,
+                attention_head_dim,
+                ffn_dim,
+                cond_dim,
+                qk_norm,
+                adaln_norm,
+                norm_eps,
+                linear,
+            )  # fmt: skip
+            for _ in range(num_layers)
+        )
+        self.norm_out = TerDiTOutNorm(cond_dim, dim)
+        self.proj_out = nn.Linear(dim, patch_size * patch_size * self.out_channels)
+
+        self.gradient_checkpointing = False
+        self._initialize(initialization)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "TerDiTTransformer2DModel":
+        """A freshly initialised model of a published size: `"terdit-600m-256"`, `"-512"`, `"terdit-4.2b-256"`, `"-512"`.
+
+        Args:
+            name (`str`): Key of `PRESETS`.
+            overrides: Init arguments that replace the preset's, such as `weight_format="packed"` or `num_classes=10`.
+
+        Raises:
+            ValueError: No such preset.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"No preset {name!r}; there are {', '.join(map(repr, PRESETS))}.")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @torch.no_grad()
+    def _initialize(self, initialization: str) -> None:
+        if initialization not in ("small_gain", "reference"):
+            raise ValueError(f'`initialization` must be "small_gain" or "reference", got {initialization!r}.')
+        reference = initialization == "reference"
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, TernaryLinear) and reference and module.weight_format == "float":
+                nn.init.normal_(module.weight_scale)
+        nn.init.normal_(self.class_embed.weight, std=0.02)
+        nn.init.normal_(self.time_embed.linear_1.weight, std=0.02)
+        nn.init.normal_(self.time_embed.linear_2.weight, std=0.02)
+        for block in self.transformer_blocks:
+            adaln = block.adaln
+            if (reference or not self.config.adaln_norm) and hasattr(adaln.linear, "weight"):
+                nn.init.zeros_(adaln.linear.weight)
+            if self.config.adaln_norm and not reference:
+                nn.init.constant_(adaln.norm.weight, 0.1)
+        for layer in (self.norm_out.linear, self.proj_out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def ternary_layers(self) -> dict[str, TernaryLinear]:
+        """The ternary layers by name."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, TernaryLinear)}
+
+    def pack(self) -> "TerDiTTransformer2DModel":
+        """Every ternary layer to two bits per weight, in place; the model computes the same before and after.
+
+        Raises:
+            ValueError: The model is full precision (`ternary=False`), or a layer cannot be packed.
+        """
+        return self._convert_layers("packed", TernaryLinear.pack)
+
+    def unpack(self) -> "TerDiTTransformer2DModel":
+        """Every ternary layer to float format, in place, so that training can go on from the same codes."""
+        return self._convert_layers("float", TernaryLinear.unpack)
+
+    def _convert_layers(self, weight_format: str, convert) -> "TerDiTTransformer2DModel":
+        if not self.config.ternary:
+            raise ValueError("This model is full precision (ternary=False); it has no ternary weights to pack.")
+        for name, layer in self.ternary_layers().items():
+            try:
+                convert(layer)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        self.register_to_config(weight_format=weight_format)
+        return self
+
+    def dequantize(self) -> "TerDiTTransformer2DModel":
+        """A new full-precision model (`ternary=False`) with the dense weights `scale * T`; this one stays as it is."""
+        dense = type(self).from_config(self.config, weight_format="float", ternary=False).to(self.device)
+        state_dict = {k: v for k, v in self.state_dict().items() if not k.rsplit(".", 1)[-1].startswith("weight_")}
+        state_dict |= {f"{name}.weight": layer.dequantize() for name, layer in self.ternary_layers().items()}
+        dense.load_state_dict(state_dict)
+        return dense.to(self.dtype).train(self.training)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict the noise (and variance) of noisy latents.
+
+        Args:
+            hidden_states (`torch.Tensor`): (B, C, h, w), in the model's dtype; h and w multiples of `patch_size`.
+            timestep (`torch.Tensor`): (B,) or a scalar, int or float, 0 to 1000.
+            class_labels (`torch.Tensor`): (B,), int, 0 to `num_classes`; `num_classes` is the null label.
+            return_dict (`bool`): Whether to return an output object instead of a tuple.
+
+        Returns:
+            [`~diffusers.models.modeling_outputs.Transformer2DModelOutput`] or `tuple`: `sample` (B, out_channels, h, w), in
+            the dtype of `hidden_states`: the noise, then, with `learn_sigma`, the variance.
+
+        Raises:
+            ValueError: `hidden_states` is not of this model's shape.
+        """
+        config = self.config
+        patch = config.patch_size
+        batch, channels, height, width = self._check_shape(hidden_states)
+        rows, columns = height // patch, width // patch
+
+        # 1. Input: patches, positions, condition
+        hidden_states = hidden_states.reshape(batch, channels, rows, patch, columns, patch)
+        hidden_states = hidden_states.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, L, C*p*p)
+        hidden_states = self.proj_in(hidden_states)  # (B, L, D)
+        if config.pos_embed_type == "rope+sincos2d":
+            hidden_states = hidden_states + sincos_2d(rows, columns, hidden_states.shape[-1], hidden_states)
+        image_rotary_emb = get_1d_rotary_pos_embed(
+            config.attention_head_dim, torch.arange(rows * columns, device=hidden_states.device), use_real=True
+        )  # cos, sin: (L, D/H) float32
+
+        timestep_proj = self.time_proj(timestep.reshape(-1).expand(batch)).to(hidden_states.dtype)  # (B, 256)
+        temb = self.time_embed(timestep_proj) + self.class_embed(class_labels)  # (B, E)
+
+        # 2. Blocks
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb, image_rotary_emb)
+            else:
+                hidden_states = block(hidden_states, temb, image_rotary_emb)
+
+        # 3. Output: tokens back to latents
+        hidden_states = self.proj_out(self.norm_out(hidden_states, temb))  # (B, L, p*p*C')
+        hidden_states = hidden_states.reshape(batch, rows, columns, patch, patch, self.out_channels)
+        output = hidden_states.permute(0, 5, 1, 3, 2, 4).reshape(batch, self.out_channels, height, width)
+
+        if not return_dict:
+            return (output,)
+        return Transformer2DModelOutput(sample=output)
+
+    def _check_shape(self, hidden_states: Tensor) -> tuple[int, int, int, int]:
+        channels, patch = self.config.in_channels, self.config.patch_size
+        shape = tuple(hidden_states.shape)
+        if len(shape) != 4 or shape[1] != channels or shape[2] % patch or shape[3] % patch or not all(shape[2:]):
+            raise ValueError(
+                f"`hidden_states` must be (batch, {channels}, height, width) with sides that divide by {patch}, got {shape}."
+            )
+        return shape
+
+
+def sincos_2d(rows: int, columns: int, dim: int, like: Tensor) -> Tensor:
+    """Fixed 2-D sine-cosine embedding, (rows * columns, dim): half the width for the column index, half for the row.
+
+    Computed in float32, returned on the device and in the dtype of `like`.
+    Source: "Attention Is All You Need" section 3.5, per axis as in MAE (https://arxiv.org/abs/2111.06377).
+    """
+    frequencies = 10000 ** -(torch.arange(dim // 4, dtype=torch.float32, device=like.device) / (dim // 4))  # (D/4,)
+    y, x = torch.meshgrid(
+        torch.arange(rows, dtype=torch.float32, device=like.device),
+        torch.arange(columns, dtype=torch.float32, device=like.device),
+        indexing="ij",
+    )
+    angles = [axis.reshape(-1, 1) * frequencies for axis in (x, y)]  # 2 x (L, D/4)
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).to(like.dtype)

@@ -1,0 +1,220 @@
+r"""Ternary arithmetic in plain PyTorch: the truth every kernel is tested against, and the byte format.
+
+A ternary matrix \(T \in \{-1, 0, +1\}\) of shape (N, K) is stored as uint8 of shape (N/4, K). Byte `[i, k]` holds the codes
+T + 1 (0, 1 or 2; 3 never occurs) of four rows, a quarter of the matrix apart:
+
+    bits      7 6      5 4        3 2        1 0
+    row       i        i + N/4    i + N/2    i + 3N/4
+
+which is what TerDiT's authors publish. The weight a layer computes with is `scale * T`; the scale has shape
+
+    (1,)      one for the matrix           ("tensor", TerDiT)
+    (N, 1)    one per output row           ("row")
+    (N, K/g)  one per group of g inputs    (an int g)
+
+and stays float32. With one scale per matrix or row it multiplies the result of the matmul; with groups it multiplies the
+decoded weight.
+
+Source: TerDiT (https://arxiv.org/abs/2405.14854), after BitNet b1.58 (https://arxiv.org/abs/2402.17764).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CODES_PER_BYTE = 4
+EPS = 1e-6  # added to the absmean, as the authors do
+ZERO_BYTE = 0b01010101  # four codes of T = 0
+
+
+def check_scale_granularity(scale_granularity: str | int) -> None:
+    """Raise a `ValueError` unless the granularity is "tensor", "row" or a positive int."""
+    is_group = isinstance(scale_granularity, int) and not isinstance(scale_granularity, bool) and scale_granularity > 0
+    if scale_granularity not in ("tensor", "row") and not is_group:
+        raise ValueError(
+            f'`scale_granularity` must be "tensor", "row" or a positive int (inputs per group), got {scale_granularity!r}.'
+        )
+
+
+def scale_shape(out_features: int, in_features: int, scale_granularity: str | int) -> tuple[int, ...]:
+    """Shape of `weight_scale` for an (out_features, in_features) matrix: (1,), (N, 1) or (N, K/g)."""
+    check_scale_granularity(scale_granularity)
+    if scale_granularity == "tensor":
+        return (1,)
+    if scale_granularity == "row":
+        return (out_features, 1)
+    assert isinstance(scale_granularity, int)
+    if in_features % scale_granularity:
+        raise ValueError(
+            f"`in_features` must be a multiple of the scale group, got in_features={in_features} and groups of"
+            f" {scale_granularity}."
+        )
+    return (out_features, in_features // scale_granularity)
+
+
+def absmean(weight: Tensor, scale_granularity: str | int = "tensor") -> Tensor:
+    """Mean absolute value over the matrix, each row or each group of inputs.
+
+    Args:
+        weight (`torch.Tensor`): (N, K), float.
+        scale_granularity (`str` or `int`): "tensor", "row", or inputs per group.
+
+    Returns:
+        `torch.Tensor`: float32, shaped as `weight_scale`: (1,), (N, 1) or (N, K/g). The sum runs in float64 where the
+        device has it, so that the number of threads changes no code.
+    """
+    shape = scale_shape(*weight.shape, scale_granularity)
+    magnitude = weight.detach().float().abs()
+    groups = magnitude if scale_granularity == "tensor" else magnitude.unflatten(1, (shape[1], -1))
+    dims = (0, 1) if scale_granularity == "tensor" else (2,)
+    wide = torch.float32 if weight.device.type == "mps" else torch.float64
+    return groups.mean(dims, dtype=wide).float().reshape(shape)
+
+
+def expand_scale(weight_scale: Tensor, in_features: int) -> Tensor:
+    """(1,), (N, 1) or (N, K/g) -> a tensor that broadcasts against (N, K)."""
+    if weight_scale.dim() == 1 or weight_scale.shape[1] == 1:
+        return weight_scale
+    return weight_scale.repeat_interleave(in_features // weight_scale.shape[1], dim=1)
+
+
+class _Ternarize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, scale_granularity):
+        threshold = expand_scale(absmean(weight, scale_granularity), weight.shape[1]) + EPS
+        return (weight.float() / threshold).round_().clamp_(-1, 1).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None  # straight through, unclipped
+
+
+def ternarize(weight: Tensor, scale_granularity: str | int = "tensor") -> Tensor:
+    r"""Round a weight to {-1, 0, +1}: `round(W / (mean|W| + 1e-6))`, clamped; half to even; the gradient passes straight through.
+
+    Args:
+        weight (`torch.Tensor`): (N, K), float. Computed in float32 whatever its dtype.
+        scale_granularity (`str` or `int`): What the mean runs over: "tensor", "row", or groups of this many inputs.
+
+    Returns:
+        `torch.Tensor`: (N, K), `weight`'s dtype, values in {-1, 0, +1}.
+
+    Raises:
+        ValueError: `weight` is not a floating-point matrix, is empty, or K is not a multiple of the group.
+
+    Source: TerDiT section 3.1 (https://arxiv.org/abs/2405.14854).
+    """
+    if weight.dim() != 2 or not weight.is_floating_point() or weight.numel() == 0:
+        raise ValueError(
+            f"`ternarize` takes a non-empty floating-point matrix (out_features, in_features), got shape"
+            f" {tuple(weight.shape)}, {weight.dtype}."
+        )
+    check_scale_granularity(scale_granularity)
+    return _Ternarize.apply(weight, scale_granularity)
+
+
+def pack_ternary(ternary: Tensor) -> Tensor:
+    """Pack a ternary matrix into two bits per weight; the format stands at the top of this file.
+
+    Args:
+        ternary (`torch.Tensor`): (N, K), any dtype, values in {-1, 0, +1}. N a multiple of 4.
+
+    Returns:
+        `torch.Tensor`: (N/4, K), uint8.
+
+    Raises:
+        ValueError: Not a matrix, N not a multiple of 4, or a value that is not -1, 0 or +1 (NaN included).
+    """
+    if ternary.dim() != 2 or ternary.shape[0] % CODES_PER_BYTE:
+        raise ValueError(
+            f"Packing needs a matrix with `out_features` a multiple of {CODES_PER_BYTE}, got shape"
+            f" {tuple(ternary.shape)}. Keep this layer in float format, or pad its outputs."
+        )
+    codes = ternary.to(torch.int8) if ternary.is_floating_point() else ternary
+    if not ((codes == ternary) & (codes >= -1) & (codes <= 1)).all():
+        raise ValueError("`pack_ternary` takes values in {-1, 0, +1}; call `ternarize` on the weight first.")
+    quarters = (codes + 1).to(torch.uint8).chunk(CODES_PER_BYTE)  # 4 x (N/4, K)
+    return quarters[0] << 6 | quarters[1] << 4 | quarters[2] << 2 | quarters[3]
+
+
+def unpack_ternary(weight_packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Inverse of `pack_ternary`.
+
+    Args:
+        weight_packed (`torch.Tensor`): (N/4, K), uint8.
+        dtype (`torch.dtype`): Signed dtype of the result; `torch.int8` is the smallest.
+
+    Returns:
+        `torch.Tensor`: (N, K), `dtype`, values in {-1, 0, +1}. Code 3, which no packed file may hold, would decode to 2.
+
+    Raises:
+        ValueError: `weight_packed` is not a uint8 matrix.
+    """
+    if weight_packed.dtype != torch.uint8 or weight_packed.dim() != 2:
+        raise ValueError(
+            f"`unpack_ternary` takes a uint8 matrix (out_features / 4, in_features), got shape"
+            f" {tuple(weight_packed.shape)}, {weight_packed.dtype}."
+        )
+    codes = torch.cat([weight_packed >> shift & 3 for shift in (6, 4, 2, 0)])  # (N, K)
+    return codes.to(torch.int8).sub_(1).to(dtype)
+
+
+def has_invalid_code(weight_packed: Tensor) -> bool:
+    """Whether any of the four codes of any byte is 3."""
+    return bool((weight_packed & weight_packed >> 1 & ZERO_BYTE).any())
+
+
+def dequantize(ternary: Tensor, weight_scale: Tensor) -> Tensor:
+    """(N, K) ternary and its scale -> (N, K) float32 `scale * T`."""
+    return ternary.float() * expand_scale(weight_scale.float(), ternary.shape[1])
+
+
+def is_grouped(weight_scale: Tensor) -> bool:
+    """Whether the scale varies along the inputs, so that it cannot be applied after the matmul."""
+    return weight_scale.dim() == 2 and weight_scale.shape[1] > 1
+
+
+def scaled_linear(input: Tensor, ternary: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """`input @ (scale * ternary)^T + bias`, the scale and bias in float32.
+
+    Args:
+        input (`torch.Tensor`): (..., K), float.
+        ternary (`torch.Tensor`): (N, K) in `input`'s dtype, {-1, 0, +1}. Read only.
+        weight_scale (`torch.Tensor`): (1,), (N, 1) or (N, K/g), float32.
+        bias (`torch.Tensor` or `None`): (N,), float.
+
+    Returns:
+        `torch.Tensor`: (..., N), `input`'s dtype.
+    """
+    if is_grouped(weight_scale):
+        output = F.linear(input, dequantize(ternary, weight_scale).to(input.dtype)).float()
+    else:
+        output = F.linear(input, ternary).float() * weight_scale.reshape(-1)  # (..., N) * (1,) or (N,)
+    if bias is not None:
+        output = output + bias.float()
+    return output.to(input.dtype)
+
+
+def scaled_linear_input_grad(grad: Tensor, ternary: Tensor, weight_scale: Tensor) -> Tensor:
+    """Gradient of `scaled_linear` to its input: (..., N) -> (..., K), `grad`'s dtype."""
+    if is_grouped(weight_scale):
+        return grad @ dequantize(ternary, weight_scale).to(grad.dtype)
+    return (grad.float() * weight_scale.reshape(-1)).to(grad.dtype) @ ternary
+
+
+def scaled_linear_scale_grad(weight_grad: Tensor, ternary: Tensor, weight_scale: Tensor) -> Tensor:
+    """Gradient to the scale, shaped and typed as `weight_scale`, from `weight_grad` = grad^T @ input, (N, K)."""
+    products = weight_grad.float() * ternary.float()
+    if weight_scale.dim() == 1:
+        return products.sum().reshape(1)
+    return products.unflatten(1, (weight_scale.shape[1], -1)).sum(2)
+
+
+def ternary_linear(input: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """`input @ (scale * T)^T + bias` from packed codes: (..., K) -> (..., N). See `scaled_linear`."""
+    return scaled_linear(input, unpack_ternary(weight_packed, input.dtype), weight_scale, bias)
+
+
+def ternary_linear_input_grad(grad: Tensor, weight_packed: Tensor, weight_scale: Tensor) -> Tensor:
+    """Gradient of `ternary_linear` to its input: (..., N) -> (..., K), `grad`'s dtype."""
+    return scaled_linear_input_grad(grad, unpack_ternary(weight_packed, grad.dtype), weight_scale)

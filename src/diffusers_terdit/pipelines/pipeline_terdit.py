@@ -1,0 +1,394 @@
+"""Sampling from a class-conditional ternary diffusion transformer."""
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ..models.transformer_terdit import TerDiTTransformer2DModel
+
+ClassLabels = int | str | Sequence[Any] | Tensor | np.ndarray
+
+
+def default_scheduler() -> DDPMScheduler:
+    """The sampler TerDiT was trained for: 1000 linear steps, learned variance, no clipping, steps spread end to end."""
+    return DDPMScheduler(
+        num_train_timesteps=1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        variance_type="learned_range",
+        clip_sample=False,
+        timestep_spacing="linspace",
+    )
+
+
+class TerDiTPipeline(DiffusionPipeline):
+    r"""Images from class labels with a [`TerDiTTransformer2DModel`].
+
+    Args:
+        transformer ([`TerDiTTransformer2DModel`]): Predicts noise (and variance) of the latents.
+        scheduler ([`~diffusers.SchedulerMixin`]): DDPM uses the learned variance; the others get the noise alone.
+        vae ([`~diffusers.AutoencoderKL`], *optional*): Decodes latents. Without it the model works on pixels in [-1, 1]:
+            with 1 or 3 channels they are the image, with other counts only `output_type="latent"` works.
+        id2label (`dict[str, str]`, *optional*): Label names by class id; several names of a class are separated by commas.
+        guidance_channels (`int`, *optional*): How many noise channels guidance acts on; `None` for all. The checkpoints of
+            the TerDiT authors are sampled with 3 of 4.
+
+    Source: TerDiT (https://arxiv.org/abs/2405.14854); classifier-free guidance (https://arxiv.org/abs/2207.12598).
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        transformer: TerDiTTransformer2DModel,
+        scheduler: KarrasDiffusionSchedulers,
+        vae: AutoencoderKL | None = None,
+        id2label: dict[str, str] | None = None,
+        guidance_channels: int | None = None,
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        if id2label is not None:
+            id2label = {str(key): str(value) for key, value in id2label.items()}
+        self.register_to_config(id2label=id2label, guidance_channels=guidance_channels)
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class id by name, sorted by name. A name that several classes share stands once per class, as "crane (134)"."""
+        ids = self._ids_by_name()
+        unique = {(n if len(found) == 1 else f"{n} ({i})"): i for n, found in ids.items() for i in found}
+        return dict(sorted(unique.items()))
+
+    def _ids_by_name(self) -> dict[str, list[int]]:
+        ids: dict[str, list[int]] = {}
+        for key, names in (self.config.id2label or {}).items():
+            for name in dict.fromkeys(part.strip() for part in names.split(",")):
+                ids.setdefault(name, []).append(int(key))
+        return ids
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """Class ids of label names.
+
+        Args:
+            label (`str` or `list[str]`): Names as in `labels`; upper and lower case are the same.
+
+        Raises:
+            ValueError: A name is unknown (near matches are shown) or several classes share it.
+        """
+        labels = {name.casefold(): class_id for name, class_id in self.labels.items()}
+        shared = {name.casefold(): found for name, found in self._ids_by_name().items() if len(found) > 1}
+        class_ids = []
+        for name in [label] if isinstance(label, str) else label:
+            key = name.strip().casefold()
+            if key in labels:
+                class_ids.append(labels[key])
+            elif key in shared:
+                raise ValueError(
+                    f"{len(shared[key])} classes are named {name!r}: pass one of their ids, {shared[key]}."
+                )
+            elif not labels:
+                raise ValueError(f"This model has no label names, so {name!r} cannot be looked up. Pass class ids.")
+            else:
+                near = difflib.get_close_matches(key, labels, n=3)
+                hint = f" Close matches: {', '.join(map(repr, near))}." if near else ""
+                raise ValueError(f"{name!r} is not a label of this model.{hint} All labels: `pipe.labels`.")
+        return class_ids
+
+    def _class_ids(self, class_labels: ClassLabels) -> list[int]:
+        """Ids, names, lists, tensors and arrays of them, nested too -> a flat list of valid ids."""
+        if isinstance(class_labels, (Tensor, np.ndarray, np.generic)):
+            class_labels = class_labels.tolist()
+        if isinstance(class_labels, (list, tuple)):
+            return [class_id for item in class_labels for class_id in self._class_ids(item)]
+        if isinstance(class_labels, str):
+            return self.get_label_ids(class_labels)
+        if not isinstance(class_labels, int) or isinstance(class_labels, bool):
+            raise ValueError(
+                f"A class label is an int or a name, got {class_labels!r} ({type(class_labels).__name__})."
+            )
+        num_classes = self.transformer.config.num_classes
+        if not 0 <= class_labels < num_classes:
+            raise ValueError(
+                f"Class label {class_labels} is out of range: this model has classes 0 to {num_classes - 1}."
+            )
+        return [class_labels]
+
+    def check_inputs(
+        self,
+        class_ids: list[int],
+        height: int,
+        width: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        num_images_per_prompt: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> None:
+        """Raise a `ValueError` that says what was given and what is possible."""
+        config = self.transformer.config
+        if not class_ids:
+            raise ValueError("`class_labels` is empty; pass at least one class id or name.")
+        if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, (int, float, np.number)):
+            raise ValueError(f"`guidance_scale` must be a number, got {guidance_scale!r}.")
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"`guidance_scale` must be finite, got {guidance_scale}.")
+        for name, value in (
+            ("num_inference_steps", num_inference_steps),
+            ("num_images_per_prompt", num_images_per_prompt),
+        ):
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+                raise ValueError(f"`{name}` must be a positive int, got {value!r}.")
+        multiple = self.vae_scale_factor * config.patch_size
+        if height < 1 or width < 1 or height % multiple or width % multiple:
+            raise ValueError(
+                f"`height` and `width` must be positive multiples of {multiple} pixels, got {height} x {width}."
+            )
+        batch_size = len(class_ids) * num_images_per_prompt
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"Got {len(generator)} generators for {batch_size} images. Pass one per image, or a single generator."
+            )
+        shape = self._latents_shape(batch_size, height, width)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}.')
+        if self.vae is None and output_type != "latent" and config.in_channels not in (1, 3):
+            raise ValueError(
+                f"This pipeline has no VAE and its model has {config.in_channels} channels, which are not an image. Pass"
+                ' `vae=` when loading, or `output_type="latent"`.'
+            )
+        if self.vae is not None and self.vae.config.latent_channels != config.in_channels:
+            raise ValueError(
+                f"The VAE has {self.vae.config.latent_channels} latent channels, the transformer {config.in_channels}."
+            )
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` may hold {self._callback_tensor_inputs}, got {unknown}."
+            )
+        if self._uses_learned_variance() and not config.learn_sigma:
+            raise ValueError(
+                "The scheduler expects a learned variance, but this model predicts none (learn_sigma=False). Use"
+                ' `DDPMScheduler.from_config(pipe.scheduler.config, variance_type="fixed_small")`.'
+            )
+
+    def _latents_shape(self, batch_size: int, height: int, width: int) -> tuple[int, int, int, int]:
+        factor = self.vae_scale_factor
+        return (batch_size, self.transformer.config.in_channels, height // factor, width // factor)
+
+    def prepare_latents(
+        self,
+        shape: tuple[int, int, int, int],
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None,
+    ) -> Tensor:
+        """Start noise at the scheduler's scale, (B, C, h, w) float32."""
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def _uses_learned_variance(self) -> bool:
+        variance_type = self.scheduler.config.get("variance_type")
+        return isinstance(self.scheduler, DDPMScheduler) and variance_type in ("learned", "learned_range")
+
+    def prepare_extra_step_kwargs(self, generator: Any) -> dict[str, Any]:
+        """`generator` for the schedulers whose step takes one."""
+        accepts = "generator" in inspect.signature(self.scheduler.step).parameters
+        return {"generator": generator} if accepts else {}
+
+    def guide(self, model_output: Tensor) -> Tensor:
+        """Classifier-free guidance on the first `guidance_channels` of the noise.
+
+        Args:
+            model_output (`torch.Tensor`): (2B, C', h, w): with the labels, then with the null label.
+
+        Returns:
+            `torch.Tensor`: (B, C', h, w). Channels that are not guided are those predicted with the labels.
+        """
+        cond, uncond = model_output.chunk(2)
+        guided = self.config.guidance_channels or self.transformer.config.in_channels
+        noise = uncond[:, :guided] + self.guidance_scale * (cond[:, :guided] - uncond[:, :guided])
+        return torch.cat([noise, cond[:, guided:]], dim=1)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the call that is running, or ran last."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the guidance scale is above 1."""
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Of the call that is running, or ran last."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True` in a callback to stop denoising; the rest of the steps is skipped."""
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: ClassLabels,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 4.0,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict]
+        | PipelineCallback
+        | MultiPipelineCallbacks
+        | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        r"""Sample images.
+
+        Args:
+            class_labels (`int`, `str`, `list`, `torch.Tensor` or `np.ndarray`): Class ids or label names, mixed at will.
+            height (`int`, *optional*): In pixels; default the transformer's `sample_size` times the VAE's factor.
+            width (`int`, *optional*): In pixels; as `height`.
+            num_inference_steps (`int`, defaults to 50): Denoising steps; the paper samples with 250.
+            guidance_scale (`float`, defaults to 4.0): Above 1, pulls images towards their label; at 1 or below the
+                unconditional half of the batch is not computed.
+            num_images_per_prompt (`int`, defaults to 1): Images per label; those of one label stand together.
+            generator (`torch.Generator` or `list`, *optional*): One for all images, or one per image.
+            latents (`torch.Tensor`, *optional*): (B, C, h, w) standard normal noise to start from.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W) in [0, 1], or
+                `"latent"`.
+            return_dict (`bool`, defaults to `True`): Whether to return an [`~diffusers.ImagePipelineOutput`] or a tuple.
+            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, kwargs)` after each
+                step; tensors in the dict it returns replace those of the pipeline.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Names of the tensors in `kwargs`; `"latents"`.
+
+        Returns:
+            [`~diffusers.ImagePipelineOutput`] or `tuple`: The images.
+
+        Raises:
+            ValueError: An unknown label or a setting that does not fit, with what was given and what is possible.
+
+        Examples:
+        ```py
+        >>> import torch
+        >>> from diffusers_terdit import TerDiTPipeline
+
+        >>> pipe = TerDiTPipeline.from_pretrained("org/terdit-4.2b", dtype=torch.bfloat16).to("cuda")
+        >>> image = pipe(["golden retriever", 207], generator=torch.Generator().manual_seed(0)).images[0]
+        ```
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        callback_inputs = (
+            ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
+        )
+        default_size = self.transformer.config.sample_size * self.vae_scale_factor
+        height = default_size if height is None else height
+        width = default_size if width is None else width
+
+        # 1. Check
+        class_ids = self._class_ids(class_labels)
+        self.check_inputs(
+            class_ids, height, width, num_inference_steps, guidance_scale, num_images_per_prompt, generator, latents,
+            output_type, callback_inputs,
+        )  # fmt: skip
+        self._guidance_scale = float(guidance_scale)
+        self._interrupt = False
+        device = self._execution_device
+
+        # 2. Labels: (B,), then the null label for the unconditional half
+        labels = torch.tensor(class_ids, device=device).repeat_interleave(num_images_per_prompt)
+        if self.do_classifier_free_guidance:
+            labels = torch.cat([labels, torch.full_like(labels, self.transformer.config.num_classes)])
+
+        # 3. Timesteps and start noise
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        batch_size = len(class_ids) * num_images_per_prompt
+        latents = self.prepare_latents(self._latents_shape(batch_size, height, width), device, generator, latents)
+        extra_step_kwargs = self.prepare_extra_step_kwargs(generator)
+
+        # 4. Denoise, in float32 but for the model's own arithmetic
+        channels = self.transformer.config.in_channels * (2 if self._uses_learned_variance() else 1)
+        with self._noise_only_scheduler(), self.progress_bar(total=self._num_timesteps) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+
+                model_input = torch.cat([latents] * 2) if self.do_classifier_free_guidance else latents
+                if hasattr(self.scheduler, "scale_model_input"):
+                    model_input = self.scheduler.scale_model_input(model_input, t)
+                with self.transformer.cache_context("cond_uncond"):
+                    model_output = self.transformer(
+                        model_input.to(self.transformer.dtype), t.expand(len(labels)), labels, return_dict=False
+                    )[0].float()
+                if self.do_classifier_free_guidance:
+                    model_output = self.guide(model_output)
+                latents = self.scheduler.step(model_output[:, :channels], t, latents, **extra_step_kwargs).prev_sample
+
+                if callback_on_step_end is not None:
+                    callback_kwargs = {}
+                    for name in callback_inputs:
+                        callback_kwargs[name] = locals()[name]
+                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
+                    latents = callback_outputs.pop("latents", latents)
+                progress_bar.update()
+
+        # 5. Latents to pixels
+        if output_type == "latent":
+            images = latents
+        else:
+            if self.vae is not None:
+                latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+                latents = self.vae.decode(latents, return_dict=False)[0].float()
+            images = self.image_processor.postprocess(latents, output_type=output_type)
+
+        self.maybe_free_model_hooks()
+
+        if not return_dict:
+            return (images,)
+        return ImagePipelineOutput(images=images)
+
+    @contextmanager
+    def _noise_only_scheduler(self):
+        """A scheduler swapped in from DDPM's config keeps a `variance_type` that it cannot use; lift it for a while.
+
+        DPM-Solver would cut the noise to its first 3 channels.
+        """
+        variance_type = self.scheduler.config.get("variance_type")
+        lift = variance_type in ("learned", "learned_range") and not self._uses_learned_variance()
+        if lift:
+            self.scheduler.register_to_config(variance_type=None)
+        try:
+            yield
+        finally:
+            if lift:
+                self.scheduler.register_to_config(variance_type=variance_type)
