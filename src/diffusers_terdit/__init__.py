@@ -4,6 +4,7 @@
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
 from . import hub, losses
+from .conversion import convert_original_checkpoint
 from .layers import TernaryLinear
 from .models.transformer_terdit import TerDiTTransformer2DModel
 from .ops import pack_ternary, ternarize, unpack_ternary
@@ -17,6 +18,7 @@ __all__ = [
     "TerDiTPipeline",
     "TerDiTTransformer2DModel",
     "TernaryLinear",
+    "convert_original_checkpoint",
     "losses",
     "pack_ternary",
     "ternarize",

@@ -1,8 +1,8 @@
 """Where this package touches its host: every private name of diffusers that it uses stands here, and nowhere else.
 
-`TernaryModelMixin` is diffusers' `ModelMixin` made strict. What the host accepts with a warning or in silence (a missing
-key, a packed tensor stored as floats, a code that is not ternary, an index that names an absent tensor, a flipped bit)
-is one `ValueError` here that names the file and the tensor; a file that cannot be read is an `OSError`.
+`TernaryModelMixin` is diffusers' `ModelMixin` made strict. What the host accepts with a warning or in silence (a
+missing key, a packed tensor stored as floats, a code that is not ternary, an index that names an absent tensor, a
+flipped bit) is one `ValueError` here that names the file and the tensor; a file that cannot be read is an `OSError`.
 
 Weights are written with this safetensors metadata, and checked against it where it is present:
 
@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 
 from .ops import reference
 
+
 logger = logging.get_logger(__name__)
 
 PACKING = "row-chunk-2bit"
@@ -62,8 +63,9 @@ _FLOAT_NAMES = {name for dtype, name in _DTYPE_NAMES.items() if dtype.is_floatin
 def register(package: str, classes: Iterable[type], blocks: Iterable[type]) -> None:
     """Make diffusers find `package`'s classes by name, as it does its own.
 
-    Three tables: `LOADABLE_CLASSES` lets a `model_index.json`, on the Hub too, say `["diffusers_terdit", "..."]`; attributes
-    on `diffusers` let `DiffusionPipeline` and `AutoModel` resolve a class name; the block registry serves the step caches.
+    Three tables: `LOADABLE_CLASSES` lets a `model_index.json`, on the Hub too, say `["diffusers_terdit", "..."]`;
+    attributes on `diffusers` let `DiffusionPipeline` and `AutoModel` resolve a class name; the block registry serves
+    the step caches.
     """
     LOADABLE_CLASSES.setdefault(package, {"ModelMixin": ["save_pretrained", "from_pretrained"]})
     for cls in classes:
@@ -91,7 +93,7 @@ def _state_dict_digest(state_dict: dict[str, torch.Tensor]) -> str:
     def entry(name: str):
         tensor = state_dict[name].detach().cpu().contiguous()
         data = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
-        return name, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), [memoryview(data)]
+        return name, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), [data.data]
 
     return digest(entry(name) for name in sorted(state_dict))
 
@@ -155,7 +157,8 @@ class _PickleFile:
     """The same, for a `.bin` file, whose tensors diffusers has read with `weights_only=True`."""
 
     def __init__(self, path: str | os.PathLike, state_dict: dict[str, torch.Tensor] | None):
-        self.path, self.metadata = Path(path), {}
+        self.path = Path(path)
+        self.metadata: dict[str, str] = {}
         if state_dict is None:
             state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         self._state_dict = state_dict
@@ -182,8 +185,8 @@ def check_weights(
         ignore_mismatched_sizes (`bool`): Leave shapes to the host.
 
     Raises:
-        ValueError: A tensor is missing, unexpected, stored twice, of the wrong shape or dtype, or holds a code that is not
-            ternary; the metadata contradicts the config; or the digest does not match.
+        ValueError: A tensor is missing, unexpected, stored twice, of the wrong shape or dtype, or holds a code that is
+            not ternary; the metadata contradicts the config; or the digest does not match.
         OSError: A file cannot be read.
     """
     packed_model = model.config.get("weight_format") == "packed"
@@ -206,7 +209,8 @@ def check_weights(
             expected_dtype, expected_shape = expected[name]
             if shape != expected_shape and not ignore_mismatched_sizes:
                 raise ValueError(
-                    f"{file.path}: tensor `{name}` has shape {list(shape)}, the config asks for {list(expected_shape)}."
+                    f"{file.path}: tensor `{name}` has shape {list(shape)}, the config asks for"
+                    f" {list(expected_shape)}."
                 )
             fits = dtype in _FLOAT_NAMES if expected_dtype.is_floating_point else dtype == _DTYPE_NAMES[expected_dtype]
             if not fits:
@@ -225,8 +229,8 @@ def warn_half_precision_codes(dtype: torch.dtype | None) -> None:
     """Warn once when float-format ternary weights are about to be read in half precision."""
     if dtype in (torch.float16, torch.bfloat16):
         logger.warning_once(
-            f"Float-format ternary weights in {dtype} ternarize differently (0.05-0.2 % of the codes). Call `pack()` on the"
-            " float32 model first; packed weights do not change when the model is cast."
+            f"Float-format ternary weights in {dtype} ternarize differently (0.05-0.2 % of the codes). Call `pack()`"
+            " on the float32 model first; packed weights do not change when the model is cast."
         )
 
 
@@ -255,14 +259,14 @@ def _raise_format_mismatch(path: Path, name: str, packed_model: bool) -> None:
 
 
 class TernaryModelMixin(ModelMixin, ConfigMixin):
-    """`ModelMixin` with strict loading, digests in what it saves, and float32 scales. Base of the layer and the model."""
+    """`ModelMixin` with strict loading, digests in what it saves, and float32 scales: base of layer and model."""
 
-    # ModelMixin answers attribute look-ups from the config too, which hides parameters and submodules that share a name
-    # with an init argument (`bias`) and slows every access of hundreds of nested layers.
+    # ModelMixin answers attribute look-ups from the config too, which hides parameters and submodules that share a
+    # name with an init argument (`bias`) and slows every access of hundreds of nested layers.
     __getattr__ = torch.nn.Module.__getattr__  # type: ignore[assignment]
 
-    # With `low_cpu_mem_usage=False` the host would assign the file's tensors as they are when the first one's dtype fits,
-    # and so forget `dtype=`: the first one is uint8 in a packed layer.
+    # With `low_cpu_mem_usage=False` the host would assign the file's tensors as they are when the first one's dtype
+    # fits, and so forget `dtype=`: the first one is uint8 in a packed layer.
     _supports_param_buffer_assignment = False
 
     @classmethod
@@ -282,8 +286,8 @@ class TernaryModelMixin(ModelMixin, ConfigMixin):
         model = output[0] if isinstance(output, tuple) else output
         if not model.__dict__.pop("_weights_checked", False):
             raise RuntimeError(
-                f"diffusers {diffusers.__version__} no longer calls the loading hook that this package relies on, so the"
-                " weights were not checked. Update diffusers-terdit or install diffusers 0.42.1."
+                f"diffusers {diffusers.__version__} no longer calls the loading hook that this package relies on, so"
+                " the weights were not checked. Update diffusers-terdit or install diffusers 0.42.1."
             )
         return output
 
@@ -318,7 +322,8 @@ class TernaryModelMixin(ModelMixin, ConfigMixin):
             is_main_process (`bool`): Whether this process writes the config and clears old weights.
             save_function: Passed to diffusers; unused with safetensors.
             safe_serialization (`bool`): Write safetensors; `False` writes a `.bin` pickle, without metadata or digest.
-            variant (`str`, *optional*): Written into the file's name, as in `diffusion_pytorch_model.<variant>.safetensors`.
+            variant (`str`, *optional*): Written into the file's name, as in
+                `diffusion_pytorch_model.<variant>.safetensors`.
             max_shard_size (`int` or `str`): Bytes, or a string such as `"5GB"`.
             push_to_hub (`bool`): Upload afterwards, to `repo_id` among `kwargs`.
             kwargs: `repo_id`, `token`, `private`, `create_pr`, `commit_message` of the upload.
@@ -330,8 +335,15 @@ class TernaryModelMixin(ModelMixin, ConfigMixin):
             raise ValueError(f"`save_directory` must be a folder, {save_directory} is a file.")
         if not safe_serialization or kwargs.get("use_flashpack"):
             return super().save_pretrained(
-                save_directory, is_main_process, save_function, safe_serialization, variant, max_shard_size, push_to_hub, **kwargs
-            )  # fmt: skip
+                save_directory,
+                is_main_process=is_main_process,
+                save_function=save_function,
+                safe_serialization=safe_serialization,
+                variant=variant,
+                max_shard_size=max_shard_size,
+                push_to_hub=push_to_hub,
+                **kwargs,
+            )
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         if is_main_process:

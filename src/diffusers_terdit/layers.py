@@ -15,8 +15,8 @@ class TernaryLinear(TernaryModelMixin):
 
     Two formats with one meaning:
 
-    - `"float"`, for training: a float `weight` from which every forward takes T = ternarize(weight); its gradient passes
-      straight through the rounding.
+    - `"float"`, for training: a float `weight` from which every forward takes T = ternarize(weight); its gradient
+      passes straight through the rounding.
     - `"packed"`, for inference and adapters: `weight_packed` holds T in two bits per weight and takes no gradient.
 
     `pack()` goes from the first to the second without changing what the layer computes, `unpack()` back.
@@ -26,12 +26,13 @@ class TernaryLinear(TernaryModelMixin):
         out_features (`int`): N, size of each output; a multiple of 4 in packed format.
         bias (`bool`, defaults to `True`): Whether to add a learned (N,) bias.
         weight_format (`str`, defaults to `"float"`): `"float"` or `"packed"`. A fresh packed layer has T = 0.
-        scale_granularity (`str` or `int`, defaults to `"tensor"`): What one scale covers: `"tensor"` the matrix, `"row"` an
-            output, an int g a group of g inputs of an output. The ternarizing mean covers the same.
+        scale_granularity (`str` or `int`, defaults to `"tensor"`): What one scale covers: `"tensor"` the matrix,
+            `"row"` an output, an int g a group of g inputs of an output. The ternarizing mean covers the same.
 
     Attributes:
         weight (`torch.nn.Parameter`): (N, K), float. Only in float format.
-        weight_packed (`torch.nn.Parameter`): (N/4, K), uint8, no gradient; bytes as in `ops/reference.py`. Only packed.
+        weight_packed (`torch.nn.Parameter`): (N/4, K), uint8, no gradient; bytes as in
+            `ops/reference.py`. Only in packed format.
         weight_scale (`torch.nn.Parameter`): (1,), (N, 1) or (N, K/g), float32 whatever the layer is cast to.
         bias (`torch.nn.Parameter` or `None`): (N,), float.
 
@@ -72,7 +73,7 @@ class TernaryLinear(TernaryModelMixin):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Float: Xavier-uniform weight, of which 3 in 4 ternarize to non-zero; the scale keeps the variance of the input."""
+        """Xavier-uniform weight, of which 3 in 4 ternarize to non-zero; a scale that keeps the input's variance."""
         with torch.no_grad():
             if self.weight_format == "packed":
                 self.weight_packed.fill_(reference.ZERO_BYTE)
@@ -96,7 +97,7 @@ class TernaryLinear(TernaryModelMixin):
         """(..., in_features) -> (..., out_features), in the dtype of `hidden_states` (or of autocast)."""
         if self.weight_format == "packed":
             return ternary_linear(hidden_states, self.weight_packed, self.weight_scale, self.bias)
-        return float_linear(hidden_states, self.weight, self.weight_scale, self.bias, self.scale_granularity)
+        return float_linear(hidden_states, self.weight, self.weight_scale, self.bias)
 
     @torch.no_grad()
     def ternary_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -126,11 +127,10 @@ class TernaryLinear(TernaryModelMixin):
 
     @torch.no_grad()
     def unpack(self) -> "TernaryLinear":
-        """Go to float format, in place: the weight is c * T with c the deviation of a fresh weight, so that training can go on."""
+        """Go to float format, in place, to train on: c * T in float32, c the deviation of a fresh weight."""
         if self.weight_format == "packed":
             deviation = math.sqrt(2 / (self.in_features + self.out_features))
-            dtype = torch.float32 if self.bias is None else self.bias.dtype
-            weight = self.ternary_weight(dtype).mul_(deviation)
+            weight = self.ternary_weight(torch.float32).mul_(deviation)
             del self.weight_packed
             self.weight = nn.Parameter(weight)
             self.register_to_config(weight_format="float")
@@ -146,14 +146,15 @@ class TernaryLinear(TernaryModelMixin):
     def _apply(self, fn, recurse=True):
         """Move or cast, but keep the scale in float32 and the codes in uint8."""
         kept = {n: p for n, p in self._parameters.items() if n in ("weight_scale", "weight_packed") and p is not None}
-        kept = {n: (p.data, p.grad) for n, p in kept.items()}
+        # The host casts a gradient in place, through `.data`: keep the storage, not the object.
+        before = {n: (p.data, None if p.grad is None else p.grad.data) for n, p in kept.items()}
         super()._apply(fn, recurse)
-        for name, (data, grad) in kept.items():
+        for name, (data, grad) in before.items():
             parameter = self._parameters[name]
-            if parameter.dtype != data.dtype:
+            if parameter is not None and parameter.dtype != data.dtype:
+                parameter.grad = None
                 parameter.data = data.to(parameter.device)
-                if grad is not None:
-                    parameter.grad = grad.to(parameter.device)
+                parameter.grad = None if grad is None else grad.to(parameter.device)
         if self.weight_format == "float":
             warn_half_precision_codes(self.weight.dtype)
         return self

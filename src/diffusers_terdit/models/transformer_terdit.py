@@ -1,4 +1,4 @@
-"""The ternary diffusion transformer of TerDiT (https://arxiv.org/abs/2405.14854): the whole network, as in its Figure 2.
+"""The ternary diffusion transformer of TerDiT (https://arxiv.org/abs/2405.14854, Figure 2): the whole network.
 
 Shapes: B images, C channels, h x w latents, p patch size, L = h*w/p^2 tokens, D width, H heads, E conditioning width.
 """
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..host import TernaryModelMixin
 from ..layers import TernaryLinear
 
-# Source: the sizes of the released checkpoints. 600M: 16 layers, width 1536; 4.2B: 32 layers, width 3072; 32 heads each.
+
+# Source: the released checkpoints. 600M: 16 layers, width 1536; 4.2B: 32 layers, width 3072; 32 heads each.
 _TERDIT_600M = {"num_layers": 16, "num_attention_heads": 32, "attention_head_dim": 48}
 _TERDIT_4_2B = {"num_layers": 32, "num_attention_heads": 32, "attention_head_dim": 96}
 PRESETS = {
@@ -71,10 +72,10 @@ class TerDiTAttention(nn.Module, AttentionModuleMixin):
         self.norm_q = nn.LayerNorm(heads * head_dim) if qk_norm else nn.Identity()
         self.norm_k = nn.LayerNorm(kv_heads * head_dim) if qk_norm else nn.Identity()
         self.to_out = nn.ModuleList([linear(heads * head_dim, dim, bias=False)])
-        self.set_processor(self._default_processor_cls())
+        self.set_processor(self._default_processor_cls())  # type: ignore[operator]
 
     def forward(self, hidden_states: Tensor, image_rotary_emb: tuple[Tensor, Tensor]) -> Tensor:
-        return self.processor(self, hidden_states, image_rotary_emb)
+        return self.processor(self, hidden_states, image_rotary_emb)  # type: ignore[operator]
 
 
 class TerDiTFeedForward(nn.Module):
@@ -91,7 +92,7 @@ class TerDiTFeedForward(nn.Module):
 
 
 class TerDiTAdaLN(nn.Module):
-    """Six modulation vectors of a block: SiLU, ternary linear, and the RMSNorm that TerDiT adds to keep them bounded."""
+    """Six modulation vectors of a block: SiLU, ternary linear, and the RMSNorm that TerDiT adds to bound them."""
 
     def __init__(self, cond_dim: int, dim: int, eps: float, norm: bool, linear):
         super().__init__()
@@ -148,8 +149,8 @@ class TerDiTTransformer2DModel(TernaryModelMixin, PeftAdapterMixin, CacheMixin, 
         num_layers (`int`, defaults to 16): Number of blocks.
         num_attention_heads (`int`, defaults to 32): Heads per block.
         attention_head_dim (`int`, defaults to 48): Width of a head, even; the width of the model is heads times this.
-        num_classes (`int`, defaults to 1000): Number of labels. Row `num_classes` of the label table is the null label.
-        class_dropout_prob (`float`, defaults to 0.1): Record of how often the trainer passes the null label; unused here.
+        num_classes (`int`, defaults to 1000): Number of labels; row `num_classes` of the table is the null label.
+        class_dropout_prob (`float`, defaults to 0.1): Record of how often the trainer passes the null label.
         learn_sigma (`bool`, defaults to `True`): Whether the output also holds `in_channels` channels of variance.
         qk_norm (`bool`, defaults to `True`): LayerNorm on queries and keys.
         num_key_value_heads (`int`, *optional*): Fewer key and value heads than query heads; `None` for as many.
@@ -160,11 +161,12 @@ class TerDiTTransformer2DModel(TernaryModelMixin, PeftAdapterMixin, CacheMixin, 
             [`TernaryLinear`].
         ternary (`bool`, defaults to `True`): `False` is the same network in full precision.
         adaln_norm (`bool`, defaults to `True`): The paper's RMSNorm after the adaLN linear; `False` for its ablation.
-        pos_embed_type (`str`, defaults to `"rope"`): `"rope"`: rotary positions over the flat token index, as released;
-            `"rope+sincos2d"`: also a fixed 2-D sine-cosine embedding added to the tokens, better for small new models.
+        pos_embed_type (`str`, defaults to `"rope"`): `"rope"`: rotary positions over the flat token index, as
+            released; `"rope+sincos2d"`: also a fixed 2-D sine-cosine embedding added to the tokens, better for small
+            new models.
         initialization (`str`, defaults to `"small_gain"`): `"small_gain"`: variance-preserving scales, adaLN starting
-            small (RMSNorm gain 0.1; zero weights where there is no norm). `"reference"`: the authors' (normal scales, zero
-            adaLN weights, gain 1). Not stored.
+            small (RMSNorm gain 0.1; zero weights where there is no norm). `"reference"`: the authors' (normal scales,
+            zero adaLN weights, gain 1). Not stored.
 
     Source: TerDiT, Figure 2 (https://arxiv.org/abs/2405.14854); adaLN after DiT (https://arxiv.org/abs/2212.09748).
     """
@@ -238,7 +240,7 @@ class TerDiTTransformer2DModel(TernaryModelMixin, PeftAdapterMixin, CacheMixin, 
                 adaln_norm,
                 norm_eps,
                 linear,
-            )  # fmt: skip
+            )
             for _ in range(num_layers)
         )
         self.norm_out = TerDiTOutNorm(cond_dim, dim)
@@ -249,7 +251,7 @@ class TerDiTTransformer2DModel(TernaryModelMixin, PeftAdapterMixin, CacheMixin, 
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "TerDiTTransformer2DModel":
-        """A freshly initialised model of a published size: `"terdit-600m-256"`, `"-512"`, `"terdit-4.2b-256"`, `"-512"`.
+        """A freshly initialised model of a published size, such as `"terdit-600m-256"` or `"terdit-4.2b-512"`.
 
         Args:
             name (`str`): Key of `PRESETS`.
@@ -277,11 +279,10 @@ class TerDiTTransformer2DModel(TernaryModelMixin, PeftAdapterMixin, CacheMixin, 
         nn.init.normal_(self.class_embed.weight, std=0.02)
         nn.init.normal_(self.time_embed.linear_1.weight, std=0.02)
         nn.init.normal_(self.time_embed.linear_2.weight, std=0.02)
-        for block in self.transformer_blocks:
-            adaln = block.adaln
+        for adaln in (module for module in self.modules() if isinstance(module, TerDiTAdaLN)):
             if (reference or not self.config.adaln_norm) and hasattr(adaln.linear, "weight"):
                 nn.init.zeros_(adaln.linear.weight)
-            if self.config.adaln_norm and not reference:
+            if isinstance(adaln.norm, nn.RMSNorm) and not reference:
                 nn.init.constant_(adaln.norm.weight, 0.1)
         for layer in (self.norm_out.linear, self.proj_out):
             nn.init.zeros_(layer.weight)
@@ -338,8 +339,8 @@ class TerDiTTransformer2DModel(TernaryModelMixin, PeftAdapterMixin, CacheMixin, 
             return_dict (`bool`): Whether to return an output object instead of a tuple.
 
         Returns:
-            [`~diffusers.models.modeling_outputs.Transformer2DModelOutput`] or `tuple`: `sample` (B, out_channels, h, w), in
-            the dtype of `hidden_states`: the noise, then, with `learn_sigma`, the variance.
+            [`~diffusers.models.modeling_outputs.Transformer2DModelOutput`] or `tuple`: `sample` (B, out_channels, h,
+            w), in the dtype of `hidden_states`: the noise, then, with `learn_sigma`, the variance.
 
         Raises:
             ValueError: `hidden_states` is not of this model's shape.
@@ -383,7 +384,8 @@ class TerDiTTransformer2DModel(TernaryModelMixin, PeftAdapterMixin, CacheMixin, 
         shape = tuple(hidden_states.shape)
         if len(shape) != 4 or shape[1] != channels or shape[2] % patch or shape[3] % patch or not all(shape[2:]):
             raise ValueError(
-                f"`hidden_states` must be (batch, {channels}, height, width) with sides that divide by {patch}, got {shape}."
+                f"`hidden_states` must be (batch, {channels}, height, width) with sides that divide by {patch}, got"
+                f" {shape}."
             )
         return shape
 

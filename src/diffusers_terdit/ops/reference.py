@@ -1,7 +1,7 @@
 r"""Ternary arithmetic in plain PyTorch: the truth every kernel is tested against, and the byte format.
 
-A ternary matrix \(T \in \{-1, 0, +1\}\) of shape (N, K) is stored as uint8 of shape (N/4, K). Byte `[i, k]` holds the codes
-T + 1 (0, 1 or 2; 3 never occurs) of four rows, a quarter of the matrix apart:
+A ternary matrix \(T \in \{-1, 0, +1\}\) of shape (N, K) is stored as uint8 of shape (N/4, K). Byte `[i, k]` holds the
+codes T + 1 (0, 1 or 2; 3 never occurs) of four rows, a quarter of the matrix apart:
 
     bits      7 6      5 4        3 2        1 0
     row       i        i + N/4    i + N/2    i + 3N/4
@@ -12,8 +12,8 @@ which is what TerDiT's authors publish. The weight a layer computes with is `sca
     (N, 1)    one per output row           ("row")
     (N, K/g)  one per group of g inputs    (an int g)
 
-and stays float32. With one scale per matrix or row it multiplies the result of the matmul; with groups it multiplies the
-decoded weight.
+and stays float32. With one scale per matrix or row it multiplies the result of the matmul; with groups it multiplies
+the decoded weight.
 
 Source: TerDiT (https://arxiv.org/abs/2405.14854), after BitNet b1.58 (https://arxiv.org/abs/2402.17764).
 """
@@ -21,6 +21,7 @@ Source: TerDiT (https://arxiv.org/abs/2405.14854), after BitNet b1.58 (https://a
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 
 CODES_PER_BYTE = 4
 EPS = 1e-6  # added to the absmean, as the authors do
@@ -32,7 +33,8 @@ def check_scale_granularity(scale_granularity: str | int) -> None:
     is_group = isinstance(scale_granularity, int) and not isinstance(scale_granularity, bool) and scale_granularity > 0
     if scale_granularity not in ("tensor", "row") and not is_group:
         raise ValueError(
-            f'`scale_granularity` must be "tensor", "row" or a positive int (inputs per group), got {scale_granularity!r}.'
+            f'`scale_granularity` must be "tensor", "row" or a positive int (inputs per group), got'
+            f" {scale_granularity!r}."
         )
 
 
@@ -52,6 +54,13 @@ def scale_shape(out_features: int, in_features: int, scale_granularity: str | in
     return (out_features, in_features // scale_granularity)
 
 
+def group_size(weight_scale: Tensor, in_features: int) -> str | int:
+    """The granularity that a scale's shape stands for: "tensor", "row", or inputs per group."""
+    if weight_scale.dim() == 1:
+        return "tensor"
+    return "row" if weight_scale.shape[1] == 1 else in_features // weight_scale.shape[1]
+
+
 def absmean(weight: Tensor, scale_granularity: str | int = "tensor") -> Tensor:
     """Mean absolute value over the matrix, each row or each group of inputs.
 
@@ -63,7 +72,7 @@ def absmean(weight: Tensor, scale_granularity: str | int = "tensor") -> Tensor:
         `torch.Tensor`: float32, shaped as `weight_scale`: (1,), (N, 1) or (N, K/g). The sum runs in float64 where the
         device has it, so that the number of threads changes no code.
     """
-    shape = scale_shape(*weight.shape, scale_granularity)
+    shape = scale_shape(weight.shape[0], weight.shape[1], scale_granularity)
     magnitude = weight.detach().float().abs()
     groups = magnitude if scale_granularity == "tensor" else magnitude.unflatten(1, (shape[1], -1))
     dims = (0, 1) if scale_granularity == "tensor" else (2,)
@@ -78,11 +87,16 @@ def expand_scale(weight_scale: Tensor, in_features: int) -> Tensor:
     return weight_scale.repeat_interleave(in_features // weight_scale.shape[1], dim=1)
 
 
+def round_to_ternary(weight: Tensor, scale_granularity: str | int, out: Tensor | None = None) -> Tensor:
+    """`ternarize` without autograd or checks: (N, K) float -> (N, K) float32, into `out` when given."""
+    threshold = expand_scale(absmean(weight, scale_granularity), weight.shape[1]) + EPS
+    return torch.div(weight.float(), threshold, out=out).round_().clamp_(-1, 1)
+
+
 class _Ternarize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, scale_granularity):
-        threshold = expand_scale(absmean(weight, scale_granularity), weight.shape[1]) + EPS
-        return (weight.float() / threshold).round_().clamp_(-1, 1).to(weight.dtype)
+        return round_to_ternary(weight, scale_granularity).to(weight.dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -90,7 +104,7 @@ class _Ternarize(torch.autograd.Function):
 
 
 def ternarize(weight: Tensor, scale_granularity: str | int = "tensor") -> Tensor:
-    r"""Round a weight to {-1, 0, +1}: `round(W / (mean|W| + 1e-6))`, clamped; half to even; the gradient passes straight through.
+    """Round a weight to {-1, 0, +1}: `round(W / (mean|W| + 1e-6))`, half to even, clamped; straight-through gradient.
 
     Args:
         weight (`torch.Tensor`): (N, K), float. Computed in float32 whatever its dtype.
@@ -145,7 +159,8 @@ def unpack_ternary(weight_packed: Tensor, dtype: torch.dtype = torch.float32) ->
         dtype (`torch.dtype`): Signed dtype of the result; `torch.int8` is the smallest.
 
     Returns:
-        `torch.Tensor`: (N, K), `dtype`, values in {-1, 0, +1}. Code 3, which no packed file may hold, would decode to 2.
+        `torch.Tensor`: (N, K), `dtype`, values in {-1, 0, +1}. Code 3, which no packed file may hold,
+        would decode to 2.
 
     Raises:
         ValueError: `weight_packed` is not a uint8 matrix.
@@ -202,12 +217,27 @@ def scaled_linear_input_grad(grad: Tensor, ternary: Tensor, weight_scale: Tensor
     return (grad.float() * weight_scale.reshape(-1)).to(grad.dtype) @ ternary
 
 
-def scaled_linear_scale_grad(weight_grad: Tensor, ternary: Tensor, weight_scale: Tensor) -> Tensor:
-    """Gradient to the scale, shaped and typed as `weight_scale`, from `weight_grad` = grad^T @ input, (N, K)."""
-    products = weight_grad.float() * ternary.float()
+def scaled_linear_weight_grads(
+    grad: Tensor, input: Tensor, ternary: Tensor, weight_scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `scaled_linear` to `ternary` and the scale.
+
+    Args:
+        grad (`torch.Tensor`): (..., N).
+        input (`torch.Tensor`): (..., K), `grad`'s dtype.
+        ternary (`torch.Tensor`): (N, K).
+        weight_scale (`torch.Tensor`): (1,), (N, 1) or (N, K/g), float32.
+
+    Returns:
+        Two `torch.Tensor`, float32, shaped as `ternary` and as `weight_scale`.
+    """
+    product = (grad.reshape(-1, grad.shape[-1]).T @ input.reshape(-1, input.shape[-1])).float()  # (N, K)
+    by_weight = product * ternary
     if weight_scale.dim() == 1:
-        return products.sum().reshape(1)
-    return products.unflatten(1, (weight_scale.shape[1], -1)).sum(2)
+        scale_grad = by_weight.sum().reshape(1)
+    else:
+        scale_grad = by_weight.unflatten(1, (weight_scale.shape[1], -1)).sum(2)
+    return product.mul_(expand_scale(weight_scale, ternary.shape[1])), scale_grad
 
 
 def ternary_linear(input: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -215,6 +245,30 @@ def ternary_linear(input: Tensor, weight_packed: Tensor, weight_scale: Tensor, b
     return scaled_linear(input, unpack_ternary(weight_packed, input.dtype), weight_scale, bias)
 
 
-def ternary_linear_input_grad(grad: Tensor, weight_packed: Tensor, weight_scale: Tensor) -> Tensor:
-    """Gradient of `ternary_linear` to its input: (..., N) -> (..., K), `grad`'s dtype."""
-    return scaled_linear_input_grad(grad, unpack_ternary(weight_packed, grad.dtype), weight_scale)
+def float_linear(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """`input @ (scale * T)^T + bias` with T = ternarize(weight): (..., K) -> (..., N). See `scaled_linear`."""
+    ternary = round_to_ternary(weight, group_size(weight_scale, weight.shape[1])).to(input.dtype)
+    return scaled_linear(input, ternary, weight_scale, bias)
+
+
+def linear_backward(
+    grad: Tensor, input: Tensor | None, ternary: Tensor, weight_scale: Tensor, need_input_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `scaled_linear` to the input (where needed), the weight and the scale (where `input` is given).
+
+    Args:
+        grad (`torch.Tensor`): (..., N).
+        input (`torch.Tensor` or `None`): (..., K).
+        ternary (`torch.Tensor`): (N, K), {-1, 0, +1} in `grad`'s dtype.
+        weight_scale (`torch.Tensor`): (1,), (N, 1) or (N, K/g), float32.
+        need_input_grad (`bool`): Whether to compute the first result.
+
+    Returns:
+        Three `torch.Tensor`: (..., K) in `grad`'s dtype, (N, K) float32, and as `weight_scale`; empty where not
+            asked for.
+    """
+    nothing = grad.new_empty(0)
+    input_grad = scaled_linear_input_grad(grad, ternary, weight_scale) if need_input_grad else nothing
+    if input is None:
+        return input_grad, grad.new_empty(0), grad.new_empty(0)
+    return input_grad, *scaled_linear_weight_grads(grad, input, ternary, weight_scale)

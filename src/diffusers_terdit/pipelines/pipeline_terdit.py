@@ -18,11 +18,12 @@ from torch import Tensor
 
 from ..models.transformer_terdit import TerDiTTransformer2DModel
 
+
 ClassLabels = int | str | Sequence[Any] | Tensor | np.ndarray
 
 
 def default_scheduler() -> DDPMScheduler:
-    """The sampler TerDiT was trained for: 1000 linear steps, learned variance, no clipping, steps spread end to end."""
+    """The sampler TerDiT is trained for: 1000 linear steps, learned variance, no clipping, spaced from 999 to 0."""
     return DDPMScheduler(
         num_train_timesteps=1000,
         beta_start=1e-4,
@@ -40,11 +41,13 @@ class TerDiTPipeline(DiffusionPipeline):
     Args:
         transformer ([`TerDiTTransformer2DModel`]): Predicts noise (and variance) of the latents.
         scheduler ([`~diffusers.SchedulerMixin`]): DDPM uses the learned variance; the others get the noise alone.
-        vae ([`~diffusers.AutoencoderKL`], *optional*): Decodes latents. Without it the model works on pixels in [-1, 1]:
-            with 1 or 3 channels they are the image, with other counts only `output_type="latent"` works.
-        id2label (`dict[str, str]`, *optional*): Label names by class id; several names of a class are separated by commas.
-        guidance_channels (`int`, *optional*): How many noise channels guidance acts on; `None` for all. The checkpoints of
-            the TerDiT authors are sampled with 3 of 4.
+        vae ([`~diffusers.AutoencoderKL`], *optional*): Decodes latents. Without it the model works on
+            pixels in [-1, 1]: with 1 or 3 channels they are the image, with other counts only `output_type="latent"`
+            works.
+        id2label (`dict[str, str]`, *optional*): Label names by class id; several names of a class are separated by
+            commas.
+        guidance_channels (`int`, *optional*): How many noise channels guidance acts on; `None` for all. The
+            checkpoints of the TerDiT authors are sampled with 3 of 4.
 
     Source: TerDiT (https://arxiv.org/abs/2405.14854); classifier-free guidance (https://arxiv.org/abs/2207.12598).
     """
@@ -71,7 +74,7 @@ class TerDiTPipeline(DiffusionPipeline):
 
     @property
     def labels(self) -> dict[str, int]:
-        """Class id by name, sorted by name. A name that several classes share stands once per class, as "crane (134)"."""
+        """Class id by name, sorted. A name that several classes share stands once per class, as "crane (134)"."""
         ids = self._ids_by_name()
         unique = {(n if len(found) == 1 else f"{n} ({i})"): i for n, found in ids.items() for i in found}
         return dict(sorted(unique.items()))
@@ -87,26 +90,30 @@ class TerDiTPipeline(DiffusionPipeline):
         """Class ids of label names.
 
         Args:
-            label (`str` or `list[str]`): Names as in `labels`; upper and lower case are the same.
+            label (`str` or `list[str]`): Names as in `labels`. Case matters only between names that differ in nothing
+                else.
 
         Raises:
             ValueError: A name is unknown (near matches are shown) or several classes share it.
         """
-        labels = {name.casefold(): class_id for name, class_id in self.labels.items()}
-        shared = {name.casefold(): found for name, found in self._ids_by_name().items() if len(found) > 1}
-        class_ids = []
+        names = self._ids_by_name()
+        any_case: dict[str, list[int]] = {}
+        for name, ids in names.items():
+            any_case.setdefault(name.casefold(), []).extend(ids)
+        class_ids: list[int] = []
         for name in [label] if isinstance(label, str) else label:
-            key = name.strip().casefold()
-            if key in labels:
-                class_ids.append(labels[key])
-            elif key in shared:
-                raise ValueError(
-                    f"{len(shared[key])} classes are named {name!r}: pass one of their ids, {shared[key]}."
-                )
-            elif not labels:
+            ids = names.get(name.strip()) or any_case.get(name.strip().casefold(), [])
+            ids = ids or [
+                class_id for label, class_id in self.labels.items() if label == name.strip()
+            ]  # "crane (134)"
+            if len(ids) == 1:
+                class_ids += ids
+            elif ids:
+                raise ValueError(f"{len(ids)} classes are named {name!r}: pass one of their ids, {sorted(ids)}.")
+            elif not names:
                 raise ValueError(f"This model has no label names, so {name!r} cannot be looked up. Pass class ids.")
             else:
-                near = difflib.get_close_matches(key, labels, n=3)
+                near = difflib.get_close_matches(name.strip().casefold(), any_case, n=3)
                 hint = f" Close matches: {', '.join(map(repr, near))}." if near else ""
                 raise ValueError(f"{name!r} is not a label of this model.{hint} All labels: `pipe.labels`.")
         return class_ids
@@ -174,8 +181,8 @@ class TerDiTPipeline(DiffusionPipeline):
             raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}.')
         if self.vae is None and output_type != "latent" and config.in_channels not in (1, 3):
             raise ValueError(
-                f"This pipeline has no VAE and its model has {config.in_channels} channels, which are not an image. Pass"
-                ' `vae=` when loading, or `output_type="latent"`.'
+                f"This pipeline has no VAE and its model has {config.in_channels} channels, which are not an image."
+                ' Pass `vae=` when loading, or `output_type="latent"`.'
             )
         if self.vae is not None and self.vae.config.latent_channels != config.in_channels:
             raise ValueError(
@@ -273,7 +280,8 @@ class TerDiTPipeline(DiffusionPipeline):
         r"""Sample images.
 
         Args:
-            class_labels (`int`, `str`, `list`, `torch.Tensor` or `np.ndarray`): Class ids or label names, mixed at will.
+            class_labels (`int`, `str`, `list`, `torch.Tensor` or `np.ndarray`): Class ids or label names, mixed at
+                will.
             height (`int`, *optional*): In pixels; default the transformer's `sample_size` times the VAE's factor.
             width (`int`, *optional*): In pixels; as `height`.
             num_inference_steps (`int`, defaults to 50): Denoising steps; the paper samples with 250.
@@ -284,10 +292,12 @@ class TerDiTPipeline(DiffusionPipeline):
             latents (`torch.Tensor`, *optional*): (B, C, h, w) standard normal noise to start from.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W) in [0, 1], or
                 `"latent"`.
-            return_dict (`bool`, defaults to `True`): Whether to return an [`~diffusers.ImagePipelineOutput`] or a tuple.
-            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, kwargs)` after each
-                step; tensors in the dict it returns replace those of the pipeline.
-            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Names of the tensors in `kwargs`; `"latents"`.
+            return_dict (`bool`, defaults to `True`): Whether to return an [`~diffusers.ImagePipelineOutput`] instead
+                of a tuple.
+            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, kwargs)` after
+                each step; tensors in the dict it returns replace those of the pipeline.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Names of the tensors in `kwargs`;
+                `"latents"`.
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: The images.

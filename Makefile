@@ -1,0 +1,43 @@
+# make demo      environment, then a picture from the bundled checkpoint: demo.png
+# make test      environment, then the test suite (CPU, no network)
+# make quality   style, types and the direction of imports
+# make format    let ruff rewrite what `make quality` would refuse
+#
+# PYTHON=python3.12 picks the interpreter, TORCH=torch another torch than the tested one.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet
+
+.PHONY: demo test slow quality format clean
+
+demo: .venv/.ready
+	$(BIN)/terdit generate digits --num_images_per_label 8 --output demo.png
+
+test: .venv/.ready
+	$(BIN)/python -m pytest
+
+slow: .venv/.ready
+	$(BIN)/python -m pytest -m slow
+
+quality: .venv/.ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/.ready
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+.venv/.ready: pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Set PYTHON=")'
+	@echo "Making the environment in .venv (torch, diffusers, ...); this takes a few minutes the first time."
+	$(PYTHON) -m venv .venv
+	$(PIP) $(TORCH)
+	$(PIP) --constraint requirements.lock --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv demo.png outputs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -1,0 +1,320 @@
+"""Checkpoints of TerDiT's authors to this package's pipelines.
+
+A published folder holds `consolidated[_ema][_ternary].00-of-01.pth` (a state dict) and `model_args.pth` (a pickled
+`argparse.Namespace`). Both are read with torch's `weights_only` unpickler, which runs no code; the namespace class is
+the only one it may build.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import re
+import warnings
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL
+from diffusers.utils import logging
+from huggingface_hub import HfApi, hf_hub_download
+from torch import Tensor
+
+from .models.transformer_terdit import TerDiTTransformer2DModel
+from .ops import pack_ternary, reference, ternarize
+from .pipelines.pipeline_terdit import TerDiTPipeline, default_scheduler
+
+
+logger = logging.get_logger(__name__)
+
+# In the order of preference: what the authors recommend is smallest and first.
+WEIGHTS_NAMES = tuple(f"consolidated{kind}.00-of-01.pth" for kind in ("_ema_ternary", "_ternary", "_ema", ""))
+ARGS_NAME = "model_args.pth"
+VAE_FACTOR = 8  # pixels per latent of the Stable Diffusion VAE that the authors use
+GUIDANCE_CHANNELS = 3  # of 4, as the authors sample
+
+_TOP = {
+    "x_embedder": "proj_in",
+    "t_embedder.mlp.0": "time_embed.linear_1",
+    "t_embedder.mlp.2": "time_embed.linear_2",
+    "y_embedder.embedding_table": "class_embed",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+_BLOCK = {
+    "attention.wq": "attn.to_q",
+    "attention.wk": "attn.to_k",
+    "attention.wv": "attn.to_v",
+    "attention.wo": "attn.to_out.0",
+    "attention.q_norm": "attn.norm_q",
+    "attention.k_norm": "attn.norm_k",
+    "attention_norm": "norm1",
+    "feed_forward.w1": "ff.gate_proj",
+    "feed_forward.w2": "ff.down_proj",
+    "feed_forward.w3": "ff.up_proj",
+    "ffn_norm": "norm2",
+    "adaLN_modulation.1": "adaln.linear",
+    "adaLN_modulation.2": "adaln.norm",
+}
+
+
+def imagenet_labels() -> dict[str, str]:
+    """The 1,000 names of ImageNet-1k by standard class id, "0" to "999"; several names of a class separated by commas.
+
+    Source and licence stand in the file, `imagenet1k_labels.json`.
+    """
+    return json.loads((files(__package__) / "imagenet1k_labels.json").read_text(encoding="utf-8"))["labels"]
+
+
+def label_rows(num_classes: int) -> list[int]:
+    """Class id of each row of the authors' label table.
+
+    They trained on folders named "0" to "999" in the order of strings, so row 2 is class 10, and class 2 is row 112.
+    """
+    return sorted(range(num_classes), key=str)
+
+
+def convert_name(name: str) -> str:
+    """Name of an original module or tensor in this package: "layers.3.attention.wq.weight" and so on.
+
+    Raises:
+        ValueError: The name does not belong to a TerDiT.
+    """
+    module, _, leaf = name.rpartition(".")
+    leaf = {"alphas": "weight_scale"}.get(leaf, leaf)
+    block = re.fullmatch(r"layers\.(\d+)\.(.+)", module)
+    if block and block[2] in _BLOCK:
+        return f"transformer_blocks.{block[1]}.{_BLOCK[block[2]]}.{leaf}"
+    if module in _TOP:
+        return f"{_TOP[module]}.{leaf}"
+    raise ValueError(f"tensor `{name}` does not belong to a TerDiT")
+
+
+def infer_config(state_dict: dict[str, Tensor], args: dict[str, Any], num_attention_heads: int = 32) -> dict[str, Any]:
+    """Init arguments of the [`TerDiTTransformer2DModel`] that a state dict was saved from; sizes come from the
+    tensors.
+
+    Args:
+        state_dict (`dict`): The original tensors; only shapes and dtypes are read.
+        args (`dict`): The contents of `model_args.pth`.
+        num_attention_heads (`int`): Tensors cannot tell; every published size has 32.
+
+    Raises:
+        ValueError: The tensors are not those of a TerDiT, or an option is set that this package does not have.
+    """
+    for option in ("rope_scaling_factor", "ntk_factor"):
+        if args.get(option) not in (None, 1, 1.0):
+            raise ValueError(f"it was trained with {option}={args[option]}, which this package does not implement")
+
+    def rows(name: str) -> int:
+        if name not in state_dict:
+            raise ValueError(f"tensor `{name}` is missing, so this is not a TerDiT")
+        weight = state_dict[name]
+        return weight.shape[0] * (reference.CODES_PER_BYTE if weight.dtype == torch.uint8 else 1)
+
+    dim = rows("x_embedder.weight")
+    if dim % num_attention_heads:
+        raise ValueError(f"width {dim} does not divide into {num_attention_heads} heads; pass `num_attention_heads`")
+    found = re.search(r"patch(\d+)", str(args.get("model", "")))
+    patch_size = int(found[1]) if found else 2
+    in_channels = state_dict["x_embedder.weight"].shape[1] // patch_size**2
+    num_layers = 1 + max((int(n.split(".")[1]) for n in state_dict if n.startswith("layers.")), default=-1)
+    head_dim = dim // num_attention_heads
+    ffn_dim = rows("layers.0.feed_forward.w1.weight")
+    kv_heads = rows("layers.0.attention.wk.weight") // head_dim
+    return {
+        "sample_size": int(args.get("image_size", 256)) // VAE_FACTOR,
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "num_layers": num_layers,
+        "num_attention_heads": num_attention_heads,
+        "attention_head_dim": head_dim,
+        "num_classes": rows("y_embedder.embedding_table.weight") - 1,
+        "learn_sigma": rows("final_layer.linear.weight") == 2 * in_channels * patch_size**2,
+        "qk_norm": "layers.0.attention.q_norm.weight" in state_dict,
+        "num_key_value_heads": None if kv_heads == num_attention_heads else kv_heads,
+        "ffn_dim": ffn_dim,
+        "adaln_norm": "layers.0.adaLN_modulation.2.weight" in state_dict,
+        "weight_format": "packed" if state_dict["layers.0.attention.wq.weight"].dtype == torch.uint8 else "float",
+    }
+
+
+def convert_state_dict(state_dict: dict[str, Tensor], pack: bool = False) -> dict[str, Tensor]:
+    """Original tensors to this package's names and label order, one at a time.
+
+    Args:
+        state_dict (`dict`): The original tensors, possibly memory-mapped; not changed.
+        pack (`bool`): Ternarize and pack float weights on the way, so that they are never all in memory.
+
+    Returns:
+        `dict`: New tensors: packed weights uint8, everything else float32.
+
+    Raises:
+        ValueError: An unknown tensor, or a packed one with a code that is not ternary.
+    """
+    converted = {}
+    for name, tensor in state_dict.items():
+        new_name = convert_name(name)
+        is_ternary = f"{name.rpartition('.')[0]}.alphas" in state_dict and name.endswith(".weight")
+        if tensor.dtype == torch.uint8:
+            if not is_ternary or reference.has_invalid_code(tensor):
+                raise ValueError(f"tensor `{name}` is uint8 but does not hold packed ternary codes")
+            converted[f"{new_name}_packed"] = tensor.clone()
+        elif is_ternary and pack:
+            converted[f"{new_name}_packed"] = pack_ternary(ternarize(tensor.float()))
+        elif name == "y_embedder.embedding_table.weight" and len(tensor) == 1001:
+            table = torch.empty_like(tensor, dtype=torch.float32)
+            table[[*label_rows(1000), 1000]] = tensor.float()
+            converted[new_name] = table
+        else:
+            converted[new_name] = tensor.to(torch.float32, copy=True)
+    return converted
+
+
+def load_pickle(path: str | os.PathLike, mmap: bool = True) -> Any:
+    """Read a `.pth` file of tensors and plain values without running code from it.
+
+    Raises:
+        ValueError: The file wants to build anything else; nothing of it was run.
+        OSError: The file is missing or damaged.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle's protocol
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{path} holds more than tensors and plain values, so it was not read and nothing in it was run. A"
+            f" checkpoint of TerDiT needs no such thing; do not trust this file. ({reason})"
+        ) from error
+    except FileNotFoundError:
+        raise
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise OSError(f"{path} is not a readable PyTorch file: truncated or damaged? ({error})") from error
+
+
+def _local_files(path: Path, weights_name: str | None) -> tuple[Path, Path]:
+    names = [weights_name] if weights_name else WEIGHTS_NAMES
+    for name in names:
+        if (path / name).is_file():
+            if not (path / ARGS_NAME).is_file():
+                raise FileNotFoundError(f"{path} holds {name} but no {ARGS_NAME}; both are needed.")
+            return path / name, path / ARGS_NAME
+    parts = sorted(p.name for p in path.glob("consolidated*-of-*.pth"))
+    split = (
+        f" It holds {', '.join(parts)}; model-parallel checkpoints of several parts cannot be read." if parts else ""
+    )
+    raise FileNotFoundError(f"{path} holds none of {', '.join(names)}.{split}")
+
+
+def _hub_files(repo_id: str, subfolder: str | None, weights_name: str | None, **hub: Any) -> tuple[Path, Path]:
+    """Download the one weights file that is wanted, and the arguments."""
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    listed = HfApi().list_repo_files(repo_id, revision=hub.get("revision"), token=hub.get("token"))
+    present = [name for name in ([weights_name] if weights_name else WEIGHTS_NAMES) if prefix + name in listed]
+    if not present:
+        folders = sorted({name.rpartition("/")[0] for name in listed if name.endswith(".pth")})
+        raise FileNotFoundError(
+            f"{repo_id} holds no TerDiT checkpoint in {prefix or 'its top folder'}. Folders with checkpoints:"
+            f" {folders}. Pass one as `subfolder`."
+        )
+    paths = [Path(hf_hub_download(repo_id, prefix + name, **hub)) for name in (present[0], ARGS_NAME)]
+    return paths[0], paths[1]
+
+
+def convert_original_checkpoint(
+    path: str | os.PathLike,
+    vae: AutoencoderKL | str | os.PathLike | None = None,
+    subfolder: str | None = None,
+    weights_name: str | None = None,
+    weight_format: str | None = None,
+    num_attention_heads: int = 32,
+    revision: str | None = None,
+    token: str | None = None,
+) -> TerDiTPipeline:
+    """Read a checkpoint as TerDiT's authors publish it, exactly.
+
+    Labels become standard ImageNet ids (the authors' rows are in string order), with their names. Guidance acts on the
+    first 3 channels, as the authors sample.
+
+    Args:
+        path (`str` or `os.PathLike`): Folder with `consolidated[_ema][_ternary].00-of-01.pth` and `model_args.pth`, or
+            the id of a Hub repository, of which the weights file and the arguments are downloaded.
+        vae ([`~diffusers.AutoencoderKL`] or `str`, *optional*): The VAE, its folder or Hub id, or `"auto"` for the one
+            named in `model_args.pth` (downloaded). Without it nothing else is downloaded and the pipeline gives
+            latents.
+        subfolder (`str`, *optional*): Folder inside `path`.
+        weights_name (`str`, *optional*): File to read; default the packed EMA one where there is one.
+        weight_format (`str`, *optional*): `"float"` or `"packed"`; default as in the file. Packing a float file goes
+            tensor by tensor.
+        num_attention_heads (`int`, defaults to 32): As in every published size; the tensors cannot tell.
+        revision (`str`, *optional*): Of the Hub repository.
+        token (`str`, *optional*): For a private one.
+
+    Returns:
+        [`TerDiTPipeline`]: In float32 (or packed), on the CPU.
+
+    Raises:
+        FileNotFoundError: The folder or a file in it does not exist.
+        OSError: A file cannot be read, or the repository cannot be reached.
+        ValueError: The file is not a TerDiT checkpoint, or wants to run code.
+    """
+    if weight_format not in (None, "float", "packed"):
+        raise ValueError(f'`weight_format` must be "float", "packed" or None, got {weight_format!r}.')
+    folder = Path(path) / (subfolder or "")
+    if folder.is_dir():
+        weights, arguments = _local_files(folder, weights_name)
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not Path(path).exists():
+        weights, arguments = _hub_files(str(path), subfolder, weights_name, revision=revision, token=token)
+    else:
+        raise FileNotFoundError(f"{folder} is not a folder.")
+
+    namespace, state_dict = load_pickle(arguments, mmap=False), load_pickle(weights)
+    args = vars(namespace) if isinstance(namespace, argparse.Namespace) else namespace
+    if not isinstance(args, dict):
+        raise ValueError(f"{arguments} holds {type(args).__name__}, expected the arguments of a training run.")
+    if not isinstance(state_dict, dict) or not all(isinstance(tensor, Tensor) for tensor in state_dict.values()):
+        raise ValueError(f"{weights} does not hold a dict of tensors.")
+    transformer = _with_file_name(
+        weights, lambda: _convert_transformer(state_dict, args, weight_format, num_attention_heads)
+    )
+    if vae == "auto":
+        vae = f"stabilityai/sd-vae-ft-{args.get('vae', 'ema')}"
+    if isinstance(vae, (str, os.PathLike)):
+        vae = AutoencoderKL.from_pretrained(vae)
+    id2label = imagenet_labels() if transformer.config.num_classes == 1000 else None
+    return TerDiTPipeline(transformer, default_scheduler(), vae, id2label, guidance_channels=GUIDANCE_CHANNELS)
+
+
+def _with_file_name(path: Path, convert: Callable[[], Any]) -> Any:
+    try:
+        return convert()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}.") from error
+
+
+def _convert_transformer(
+    state_dict: dict[str, Tensor], args: dict[str, Any], weight_format: str | None, num_attention_heads: int
+) -> TerDiTTransformer2DModel:
+    config = infer_config(state_dict, args, num_attention_heads)
+    pack = weight_format == "packed" and config["weight_format"] == "float"
+    with init_empty_weights():
+        model = TerDiTTransformer2DModel(**{**config, "weight_format": "packed" if pack else config["weight_format"]})
+    converted = convert_state_dict(state_dict, pack)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in converted.items()}
+    if shapes != expected:
+        wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+        name = wrong[0]
+        raise ValueError(
+            f"{len(wrong)} tensors do not fit a TerDiT of these sizes, first `{name}`: found"
+            f" {shapes.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
+        )
+    model.load_state_dict(converted, assign=True)
+    if weight_format == "float":
+        model.unpack()
+    return model.eval()

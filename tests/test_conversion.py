@@ -1,0 +1,252 @@
+"""Converted checkpoints equal the authors' own code: `tests/data/reference/` holds its inputs and outputs."""
+
+import argparse
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusers_terdit import TerDiTPipeline, convert_original_checkpoint, ternarize
+from diffusers_terdit.conversion import WEIGHTS_NAMES, convert_name, imagenet_labels, label_rows
+
+
+REFERENCE = Path(__file__).parent / "data" / "reference"
+PACKED, FLOAT = REFERENCE / "tiny-qknorm-packed", REFERENCE / "tiny-qknorm-float"
+ROW_TO_CLASS = torch.tensor([*label_rows(1000), 1000])
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    return load_file(REFERENCE / "tiny-qknorm.safetensors")
+
+
+@pytest.fixture(scope="module", params=[PACKED, FLOAT], ids=["packed", "float"])
+def pipe(request):
+    pipe = convert_original_checkpoint(request.param)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def relative_error(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@torch.no_grad()
+def test_output_equals_the_original(pipe, vectors):
+    output = pipe.transformer(vectors["x"], vectors["t"], ROW_TO_CLASS[vectors["y"]]).sample
+    assert relative_error(output, vectors["out"]) < 1e-5
+
+
+@torch.no_grad()
+def test_guided_output_equals_the_original(pipe, vectors):
+    labels = torch.cat([ROW_TO_CLASS[vectors["class_labels"]], torch.tensor([1000, 1000])])
+    output = pipe.transformer(vectors["z"].repeat(2, 1, 1, 1), torch.tensor(500), labels).sample
+    pipe._guidance_scale = 4.0
+    assert relative_error(pipe.guide(output), vectors["cfg_out"]) < 1e-5
+
+
+def test_sampling_trajectory_equals_the_original(pipe, vectors, monkeypatch):
+    """12 ancestral steps with the original's noise, handed out in its order by the scheduler's random source."""
+    noise = iter(vectors["noise"])
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *args, **kwargs: next(noise))
+    steps = []
+
+    def record(pipe, step, timestep, kwargs):
+        steps.append((int(timestep), kwargs["latents"]))
+        return kwargs
+
+    pipe(
+        ROW_TO_CLASS[vectors["class_labels"]],
+        num_inference_steps=12,
+        guidance_scale=4.0,
+        latents=vectors["z"],
+        output_type="latent",
+        callback_on_step_end=record,
+    )
+    assert [timestep for timestep, _ in steps] == vectors["timesteps"].tolist()
+    for (_, latents), expected in zip(steps, vectors["trajectory"], strict=True):
+        assert relative_error(latents, expected) < 1e-4
+
+
+def test_packing_the_float_form_gives_the_published_bytes():
+    published = torch.load(PACKED / WEIGHTS_NAMES[0], weights_only=True)
+    packed = {convert_name(n) + "_packed": t for n, t in published.items() if t.dtype == torch.uint8}
+    for transformer in (
+        convert_original_checkpoint(FLOAT).transformer.pack(),
+        convert_original_checkpoint(FLOAT, weight_format="packed").transformer,
+    ):
+        state_dict = transformer.state_dict()
+        assert len(packed) == 16
+        for name, expected in packed.items():
+            assert torch.equal(state_dict[name], expected), name
+
+
+def test_packed_form_unpacks_to_the_same_codes():
+    packed = convert_original_checkpoint(PACKED).transformer
+    unpacked = convert_original_checkpoint(PACKED, weight_format="float").transformer
+    assert unpacked.config.weight_format == "float"
+    for (name, a), b in zip(packed.ternary_layers().items(), unpacked.ternary_layers().values(), strict=True):
+        assert torch.equal(a.ternary_weight(), ternarize(b.weight)), name
+
+
+def test_labels_are_standard_imagenet_ids(vectors):
+    rows = label_rows(1000)
+    assert [rows[2], rows.index(2), rows[0], rows[999], rows[111]] == [10, 112, 0, 999, 199]
+    original = torch.load(PACKED / WEIGHTS_NAMES[0], weights_only=True)["y_embedder.embedding_table.weight"]
+    table = convert_original_checkpoint(PACKED).transformer.class_embed.weight
+    assert torch.equal(table[2], original[112])
+    assert torch.equal(table[1000], original[1000])
+
+
+def test_label_names_come_with_the_conversion(pipe):
+    assert pipe.get_label_ids(["golden retriever", "tench", "volcano"]) == [207, 0, 980]
+    assert len(imagenet_labels()) == 1000
+
+
+def test_converted_pipeline_survives_saving(pipe, vectors, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    again = TerDiTPipeline.from_pretrained(tmp_path)
+    assert again.config.guidance_channels == 3
+    assert again.labels == pipe.labels
+    state_dict = again.transformer.state_dict()
+    for name, tensor in pipe.transformer.state_dict().items():
+        assert torch.equal(tensor, state_dict[name])
+
+
+def copy_of(folder, tmp_path):
+    return Path(shutil.copytree(folder, tmp_path / folder.name))
+
+
+def rewrite(folder, change):
+    path = next(folder.glob("consolidated*.pth"))
+    state_dict = torch.load(path, weights_only=True)
+    change(state_dict)
+    torch.save(state_dict, path)
+
+
+class Payload:
+    """A pickle that would make a file when it is loaded."""
+
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.canary),)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS_NAMES[0], "model_args.pth"])
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_malicious_pickle_is_refused_and_not_run(tmp_path, name, legacy):
+    folder, canary = copy_of(PACKED, tmp_path), tmp_path / "canary"
+    torch.save({"x": Payload(canary)}, folder / name, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises((ValueError, OSError), match=name):
+        convert_original_checkpoint(folder)
+    assert not canary.exists()
+
+
+def test_raw_pickle_is_refused_and_not_run(tmp_path):
+    folder, canary = copy_of(PACKED, tmp_path), tmp_path / "canary"
+    (folder / "model_args.pth").write_bytes(pickle.dumps(Payload(canary)))
+    with pytest.raises((ValueError, OSError), match=r"model_args\.pth"):
+        convert_original_checkpoint(folder)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("kept", [0, 10, 1000, 500_000])
+def test_truncated_file_is_an_os_error_that_names_it(tmp_path, kept):
+    folder = copy_of(PACKED, tmp_path)
+    path = folder / WEIGHTS_NAMES[0]
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(OSError, match="consolidated_ema_ternary"):
+        convert_original_checkpoint(folder)
+
+
+def test_missing_folder_and_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
+        convert_original_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="holds none of consolidated_ema_ternary"):
+        convert_original_checkpoint(tmp_path)
+    (tmp_path / "consolidated.00-of-02.pth").touch()
+    with pytest.raises(FileNotFoundError, match="model-parallel"):
+        convert_original_checkpoint(tmp_path)
+    folder = copy_of(PACKED, tmp_path)
+    (folder / "model_args.pth").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no model_args\.pth"):
+        convert_original_checkpoint(folder)
+
+
+def drop(name):
+    return lambda state_dict: state_dict.pop(name)
+
+
+def put(name, value):
+    return lambda state_dict: state_dict.update({name: value})
+
+
+WQ = "layers.0.attention.wq.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop("x_embedder.bias"), "proj_in.bias"),
+        (drop("layers.1.ffn_norm.weight"), r"transformer_blocks\.1\.norm2\.weight"),
+        (drop("x_embedder.weight"), "not a TerDiT"),
+        (put("layers.0.attention.extra.weight", torch.zeros(1)), "does not belong to a TerDiT"),
+        (put("layers.0.ffn_norm.weight", torch.zeros(7)), r"\(7,\)"),
+        (put(WQ, torch.full((32, 128), 0b11_00_00_00, dtype=torch.uint8)), "ternary codes"),
+        (put("layers.0.ffn_norm.weight", torch.zeros(128, dtype=torch.uint8)), "ternary codes"),
+    ],
+    ids=["missing", "missing-in-block", "missing-input", "unknown", "misshapen", "code-3", "uint8-norm"],
+)
+def test_damaged_state_dict_is_a_value_error_that_names_file_and_tensor(tmp_path, change, message):
+    folder = copy_of(PACKED, tmp_path)
+    rewrite(folder, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        convert_original_checkpoint(folder)
+    assert "consolidated_ema_ternary" in str(caught.value)
+
+
+def test_options_that_cannot_be_honoured_are_refused(tmp_path):
+    folder = copy_of(PACKED, tmp_path)
+    torch.save(argparse.Namespace(image_size=64, rope_scaling_factor=2.0), folder / "model_args.pth")
+    with pytest.raises(ValueError, match=r"rope_scaling_factor=2\.0"):
+        convert_original_checkpoint(folder)
+    with pytest.raises(ValueError, match="does not divide into 7 heads"):
+        convert_original_checkpoint(PACKED, num_attention_heads=7)
+    with pytest.raises(ValueError, match="weight_format"):
+        convert_original_checkpoint(PACKED, weight_format="int8")
+
+
+def test_ternary_file_is_preferred_and_another_can_be_named(tmp_path):
+    folder = copy_of(PACKED, tmp_path)
+    shutil.copy(FLOAT / WEIGHTS_NAMES[2], folder)
+    assert convert_original_checkpoint(folder).transformer.config.weight_format == "packed"
+    named = convert_original_checkpoint(folder, weights_name=WEIGHTS_NAMES[2])
+    assert named.transformer.config.weight_format == "float"
+
+
+def test_vae_can_be_given_as_a_folder(tmp_path, tiny_vae):
+    tiny_vae.save_pretrained(tmp_path)
+    pipe = convert_original_checkpoint(PACKED, vae=tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe(207, num_inference_steps=2, guidance_scale=1.0).images[0]
+    side = 8 * pipe.vae_scale_factor
+    assert image.size == (side, side)
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument is deprecated:UserWarning")
+def test_hub_conversion_downloads_only_what_it_needs(fake_hub, tmp_path):
+    folder = tmp_path / "repo" / "600M"
+    shutil.copytree(PACKED, folder)
+    shutil.copy(FLOAT / WEIGHTS_NAMES[2], folder)
+    fake_hub.upload_folder("someone/terdit", tmp_path / "repo")
+    with pytest.raises(FileNotFoundError, match=r"\['600M'\]"):
+        convert_original_checkpoint("someone/terdit")
+    pipe = convert_original_checkpoint("someone/terdit", subfolder="600M")
+    assert pipe.transformer.config.weight_format == "packed"
+    assert sorted({Path(name).name for name, _ in fake_hub.downloads}) == [WEIGHTS_NAMES[0], "model_args.pth"]
