@@ -13,7 +13,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 .PHONY: demo test slow quality format clean
 
 demo: .venv/.ready
-	$(BIN)/terdit generate digits --num_images_per_label 8 --output demo.png
+	$(BIN)/terdit generate digits --num_images_per_label 8 --guidance_scale 2 --output demo.png
 
 test: .venv/.ready
 	$(BIN)/python -m pytest

@@ -22,6 +22,7 @@ import pytest
 from huggingface_hub import constants, hf_api, hf_file_system, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 
+
 _DATE = "2024-01-01T00:00:00.000Z"
 _ID, _REV = r"(?P<repo_id>[^/]+(?:/[^/]+)?)", r"(?P<revision>[^/]+)"
 _API = rf"/api/(?P<kind>models|datasets|spaces)/{_ID}"

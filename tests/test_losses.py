@@ -10,6 +10,7 @@ from diffusers.training_utils import compute_snr
 
 from diffusers_terdit import losses
 
+
 BETA = np.linspace(0.0001, 0.02, 1000)
 ALPHA_BAR = np.cumprod(1 - BETA)
 ALPHAS_CUMPROD = torch.from_numpy(ALPHA_BAR)

@@ -3,12 +3,13 @@
 # diffusers looks these base classes up by name in the package that a model_index.json names.
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
-from . import hub, losses
+from . import hub, losses, training
 from .conversion import convert_original_checkpoint
 from .layers import TernaryLinear
 from .models.transformer_terdit import TerDiTTransformer2DModel
 from .ops import pack_ternary, ternarize, unpack_ternary
 from .pipelines.pipeline_terdit import TerDiTPipeline
+
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "losses",
     "pack_ternary",
     "ternarize",
+    "training",
     "unpack_ternary",
 ]
 

@@ -17,6 +17,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -225,10 +226,11 @@ def check_weights(
         file.check_contents()
 
 
+@cache
 def warn_half_precision_codes(dtype: torch.dtype | None) -> None:
-    """Warn once when float-format ternary weights are about to be read in half precision."""
+    """Warn, once, when float-format ternary weights are about to be read in half precision."""
     if dtype in (torch.float16, torch.bfloat16):
-        logger.warning_once(
+        logger.warning(
             f"Float-format ternary weights in {dtype} ternarize differently (0.05-0.2 % of the codes). Call `pack()`"
             " on the float32 model first; packed weights do not change when the model is cast."
         )
@@ -258,7 +260,17 @@ def _raise_format_mismatch(path: Path, name: str, packed_model: bool) -> None:
         )
 
 
-class TernaryModelMixin(ModelMixin, ConfigMixin):
+class PortableConfigMixin(ConfigMixin):
+    """`ConfigMixin` that saves no path of this machine."""
+
+    def to_json_string(self) -> str:
+        """The config as JSON, without `_name_or_path`."""
+        config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+class TernaryModelMixin(ModelMixin, PortableConfigMixin):
     """`ModelMixin` with strict loading, digests in what it saves, and float32 scales: base of layer and model."""
 
     # ModelMixin answers attribute look-ups from the config too, which hides parameters and submodules that share a
@@ -275,14 +287,13 @@ class TernaryModelMixin(ModelMixin, ConfigMixin):
         config = {key: value for key, value in config_dict.items() if key != "_use_default_values"}
         return super().extract_init_dict(config, **kwargs)
 
-    def to_json_string(self) -> str:
-        config = json.loads(super().to_json_string())
-        config.pop("_name_or_path", None)  # a path of this machine
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"
-
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        output = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        default_dtype = torch.get_default_dtype()
+        try:
+            output = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        finally:
+            torch.set_default_dtype(default_dtype)  # the host forgets to when a config is refused
         model = output[0] if isinstance(output, tuple) else output
         if not model.__dict__.pop("_weights_checked", False):
             raise RuntimeError(
@@ -292,12 +303,21 @@ class TernaryModelMixin(ModelMixin, ConfigMixin):
         return output
 
     @classmethod
-    def _load_pretrained_model(cls, model, state_dict, resolved_model_file, *args, **kwargs):
+    def _load_pretrained_model(
+        cls, model, state_dict, resolved_model_file, name_or_path, loaded_keys, *args, **kwargs
+    ):
         files = list(resolved_model_file)
         single = state_dict if len(files) == 1 and not str(files[0]).endswith(".safetensors") else None
         check_weights(model, files, single, kwargs.get("ignore_mismatched_sizes", False))
         kwargs["keep_in_fp32_modules"] = [*(kwargs.get("keep_in_fp32_modules") or []), SCALE_SUFFIX]
-        output = super()._load_pretrained_model(model, state_dict, resolved_model_file, *args, **kwargs)
+        differing = sorted(set(loaded_keys) ^ set(model.state_dict()))
+        if differing:  # the files were found complete, so it is the index that is wrong
+            raise ValueError(
+                f"{name_or_path}: the index and the files differ in {differing[:5]}. Save the model again."
+            )
+        output = super()._load_pretrained_model(
+            model, state_dict, resolved_model_file, name_or_path, loaded_keys, *args, **kwargs
+        )
         output[0]._weights_checked = True
         names = output[0].state_dict()
         if any(n.endswith(SCALE_SUFFIX) for n in names) and not any(n.endswith(PACKED_SUFFIX) for n in names):
@@ -366,8 +386,14 @@ class TernaryModelMixin(ModelMixin, ConfigMixin):
         for filename, names in split.filename_to_tensors.items():
             shard = {name: state_dict[name].detach().contiguous() for name in names}
             partial = folder / f"{filename}.partial"
-            save_file(shard, partial, metadata={**metadata, "terdit.sha256": _state_dict_digest(shard)})
-            os.replace(partial, folder / filename)
+            try:
+                partial.touch()
+                mode = partial.stat().st_mode  # safetensors would leave the file to its owner alone
+                save_file(shard, partial, metadata={**metadata, "terdit.sha256": _state_dict_digest(shard)})
+                partial.chmod(mode)
+                os.replace(partial, folder / filename)
+            finally:
+                partial.unlink(missing_ok=True)
         index_path = folder / named(SAFE_WEIGHTS_INDEX_NAME)
         if split.is_sharded:
             index = {"metadata": {**split.metadata, **metadata}, "weight_map": split.tensor_to_filename}

@@ -62,7 +62,7 @@ class TernaryLinear(TernaryModelMixin):
         self.in_features = in_features
         self.out_features = out_features
         if weight_format == "packed":
-            self._check_packable()
+            self.check_packable()
             packed = torch.empty(out_features // reference.CODES_PER_BYTE, in_features, dtype=torch.uint8)
             self.weight_packed = nn.Parameter(packed, requires_grad=False)
         else:
@@ -115,13 +115,12 @@ class TernaryLinear(TernaryModelMixin):
         """Go to packed format, in place. The layer computes the same before and after; the float weight is gone.
 
         Raises:
-            ValueError: `out_features` is not a multiple of 4, or the weight holds NaN.
+            ValueError: `out_features` is not a multiple of 4, or the weight is not finite.
         """
         if self.weight_format == "float":
-            self._check_packable()
+            self.check_packable()
             packed = pack_ternary(self.ternary_weight())
-            del self.weight
-            self.weight_packed = nn.Parameter(packed, requires_grad=False)
+            self._replace("weight", "weight_packed", nn.Parameter(packed, requires_grad=False))
             self.register_to_config(weight_format="packed")
         return self
 
@@ -131,17 +130,25 @@ class TernaryLinear(TernaryModelMixin):
         if self.weight_format == "packed":
             deviation = math.sqrt(2 / (self.in_features + self.out_features))
             weight = self.ternary_weight(torch.float32).mul_(deviation)
-            del self.weight_packed
-            self.weight = nn.Parameter(weight)
+            self._replace("weight_packed", "weight", nn.Parameter(weight))
             self.register_to_config(weight_format="float")
         return self
 
-    def _check_packable(self) -> None:
+    def _replace(self, old: str, new: str, parameter: nn.Parameter) -> None:
+        """Put a parameter in another's place, so that state dicts and optimizers see the order of construction."""
+        parameters = {new if name == old else name: p for name, p in self._parameters.items()}
+        self._parameters.clear()
+        self._parameters.update({**parameters, new: parameter})
+
+    def check_packable(self) -> None:
+        """Raise the `ValueError` of `pack()`: `out_features` is not a multiple of 4, or the weight is not finite."""
         if self.out_features % reference.CODES_PER_BYTE:
             raise ValueError(
                 f"A packed layer needs `out_features` to be a multiple of {reference.CODES_PER_BYTE}, got"
                 f" {self.out_features}. Keep this layer in float format, or pad its outputs."
             )
+        if "weight" in self._parameters and not self.weight.isfinite().all():
+            raise ValueError("The weight holds NaN or infinity, which round to none of {-1, 0, +1}.")
 
     def _apply(self, fn, recurse=True):
         """Move or cast, but keep the scale in float32 and the codes in uint8."""

@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+
 # Half the distance of two 8-bit values in data scaled to [-1, 1].
 HALF_BIN = 1 / 255
 

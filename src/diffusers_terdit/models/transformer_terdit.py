@@ -117,11 +117,13 @@ class TerDiTBlock(nn.Module):
     def forward(self, hidden_states: Tensor, temb: Tensor, image_rotary_emb: tuple[Tensor, Tensor]) -> Tensor:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaln(temb)
 
-        attn_input = self.norm1(hidden_states) * (1 + scale_msa) + shift_msa
-        hidden_states = hidden_states + gate_msa * self.attn(attn_input, image_rotary_emb)
+        residual = hidden_states
+        hidden_states = self.norm1(hidden_states) * (1 + scale_msa) + shift_msa
+        hidden_states = residual + gate_msa * self.attn(hidden_states, image_rotary_emb)
 
-        ff_input = self.norm2(hidden_states) * (1 + scale_mlp) + shift_mlp
-        hidden_states = hidden_states + gate_mlp * self.ff(ff_input)
+        residual = hidden_states
+        hidden_states = self.norm2(hidden_states) * (1 + scale_mlp) + shift_mlp
+        hidden_states = residual + gate_mlp * self.ff(hidden_states)
         return hidden_states  # (B, L, D)
 
 
@@ -296,24 +298,29 @@ class TerDiTTransformer2DModel(TernaryModelMixin, PeftAdapterMixin, CacheMixin, 
         """Every ternary layer to two bits per weight, in place; the model computes the same before and after.
 
         Raises:
-            ValueError: The model is full precision (`ternary=False`), or a layer cannot be packed.
+            ValueError: The model is full precision (`ternary=False`), or a layer cannot be packed; then none is.
         """
-        return self._convert_layers("packed", TernaryLinear.pack)
+        for name, layer in self._layers_to_convert().items():
+            try:
+                layer.check_packable()
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        for layer in self.ternary_layers().values():
+            layer.pack()
+        self.register_to_config(weight_format="packed")
+        return self
 
     def unpack(self) -> "TerDiTTransformer2DModel":
         """Every ternary layer to float format, in place, so that training can go on from the same codes."""
-        return self._convert_layers("float", TernaryLinear.unpack)
+        for layer in self._layers_to_convert().values():
+            layer.unpack()
+        self.register_to_config(weight_format="float")
+        return self
 
-    def _convert_layers(self, weight_format: str, convert) -> "TerDiTTransformer2DModel":
+    def _layers_to_convert(self) -> dict[str, TernaryLinear]:
         if not self.config.ternary:
             raise ValueError("This model is full precision (ternary=False); it has no ternary weights to pack.")
-        for name, layer in self.ternary_layers().items():
-            try:
-                convert(layer)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-        self.register_to_config(weight_format=weight_format)
-        return self
+        return self.ternary_layers()
 
     def dequantize(self) -> "TerDiTTransformer2DModel":
         """A new full-precision model (`ternary=False`) with the dense weights `scale * T`; this one stays as it is."""

@@ -66,7 +66,7 @@ def _(input, weight, weight_scale, bias):
 def _(grad, input, weight, weight_scale, need_input_grad):
     input_grad = grad.new_empty(*grad.shape[:-1], weight.shape[1]) if need_input_grad else grad.new_empty(0)
     if input is None:
-        return input_grad, grad.new_empty(0), grad.new_empty(0)
+        return input_grad, grad.new_empty(0, dtype=torch.float32), grad.new_empty(0, dtype=torch.float32)
     weight_grad = weight.new_empty(_out_features(weight), weight.shape[1], dtype=torch.float32)
     return input_grad, weight_grad, torch.empty_like(weight_scale, dtype=torch.float32)
 

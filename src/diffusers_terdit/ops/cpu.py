@@ -6,6 +6,7 @@ the thread because two threads sharing one would read each other's weights.
 """
 
 import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -27,19 +28,45 @@ def _buffer(name: str, numel: int, dtype: torch.dtype) -> Tensor:
     return buffer[:numel]
 
 
+def _decode_quarter(weight_packed: Tensor, quarter: int, out: Tensor) -> Tensor:
+    """Rows `quarter * N/4` to `(quarter + 1) * N/4` of T, into `out`: (N/4, K)."""
+    codes = _buffer("codes", weight_packed.numel(), torch.uint8).view(weight_packed.shape)
+    torch.bitwise_right_shift(weight_packed, 6 - 2 * quarter, out=codes)
+    return out.copy_(codes.bitwise_and_(3).view(torch.int8).sub_(1))
+
+
+def _round(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """T of a float weight: (N, K)."""
+    ternary = _buffer("rounded", weight.numel(), torch.float32).view(weight.shape)
+    reference.round_to_ternary(weight, reference.group_size(weight_scale, weight.shape[1]), out=ternary)
+    return ternary.to(dtype)
+
+
 def decode(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """T of a packed or a float weight, (N, K) in {-1, 0, +1}; valid until this thread's next call."""
-    rows, columns = weight.shape
     if weight.dtype != torch.uint8:
-        ternary = _buffer("rounded", weight.numel(), torch.float32).view(rows, columns)
-        reference.round_to_ternary(weight, reference.group_size(weight_scale, columns), out=ternary)
-        return ternary.to(dtype)
-    ternary = _buffer("ternary", 4 * weight.numel(), dtype).view(4, rows, columns)
-    codes = _buffer("codes", weight.numel(), torch.uint8).view(rows, columns)
-    for quarter, shift in enumerate((6, 4, 2, 0)):
-        torch.bitwise_right_shift(weight, shift, out=codes)
-        ternary[quarter].copy_(codes.bitwise_and_(3).view(torch.int8).sub_(1))
-    return ternary.view(4 * rows, columns)
+        return _round(weight, weight_scale, dtype)
+    ternary = _buffer("matrix", 4 * weight.numel(), dtype).view(4, *weight.shape)
+    for quarter in range(4):
+        _decode_quarter(weight, quarter, ternary[quarter])
+    return ternary.flatten(0, 1)
+
+
+def decode_blocks(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The same in quarters, each valid until the next one, so that a packed weight needs a quarter of the memory.
+
+    A float weight comes in the same quarters: the matmuls, and so the results, are the packed weight's bit for bit.
+    """
+    if weight.dtype != torch.uint8:
+        ternary = _round(weight, weight_scale, dtype)
+        rows = len(weight) // 4 if len(weight) % 4 == 0 else len(weight)
+        for start in range(0, len(weight), rows):
+            yield slice(start, start + rows), ternary[start : start + rows]
+        return
+    rows = len(weight)
+    ternary = _buffer("quarter", weight.numel(), dtype).view(weight.shape)
+    for quarter in range(4):
+        yield slice(quarter * rows, (quarter + 1) * rows), _decode_quarter(weight, quarter, ternary)
 
 
 def matmul_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -55,15 +82,21 @@ def matmul_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def linear(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """See `reference.ternary_linear` (uint8 `weight`) and `reference.float_linear` (float `weight`)."""
-    dtype = matmul_dtype(input.dtype)
-    ternary = decode(weight, weight_scale, dtype)
-    return reference.scaled_linear(input.to(dtype), ternary, weight_scale, bias).to(input.dtype)
+    flat = input.reshape(-1, input.shape[-1]).to(matmul_dtype(input.dtype))  # (M, K)
+    out_features = weight.shape[0] * (reference.CODES_PER_BYTE if weight.dtype == torch.uint8 else 1)
+    output = flat.new_empty(len(flat), out_features)
+    grouped = reference.is_grouped(weight_scale)
+    for rows, ternary in decode_blocks(weight, weight_scale, flat.dtype):
+        block = reference.dequantize(ternary, weight_scale[rows]).to(flat.dtype) if grouped else ternary
+        torch.mm(flat, block.T, out=output[:, rows])
+    output = reference.scale_and_shift(output, weight_scale, bias).to(input.dtype)
+    return output.reshape(*input.shape[:-1], out_features)
 
 
 def linear_backward(
     grad: Tensor, input: Tensor | None, weight: Tensor, weight_scale: Tensor, need_input_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `linear_backward` in the package's `ops/__init__.py`."""
+    """See `reference.linear_backward`."""
     dtype = matmul_dtype(grad.dtype)
     ternary = decode(weight, weight_scale, dtype)
     wide_input = None if input is None else input.to(dtype)

@@ -190,7 +190,7 @@ def is_grouped(weight_scale: Tensor) -> bool:
 
 
 def scaled_linear(input: Tensor, ternary: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """`input @ (scale * ternary)^T + bias`, the scale and bias in float32.
+    """`input @ (scale * ternary)^T + bias`, the scale and bias in float32. Not for autograd: works in place.
 
     Args:
         input (`torch.Tensor`): (..., K), float.
@@ -201,13 +201,16 @@ def scaled_linear(input: Tensor, ternary: Tensor, weight_scale: Tensor, bias: Te
     Returns:
         `torch.Tensor`: (..., N), `input`'s dtype.
     """
-    if is_grouped(weight_scale):
-        output = F.linear(input, dequantize(ternary, weight_scale).to(input.dtype)).float()
-    else:
-        output = F.linear(input, ternary).float() * weight_scale.reshape(-1)  # (..., N) * (1,) or (N,)
-    if bias is not None:
-        output = output + bias.float()
-    return output.to(input.dtype)
+    weight = dequantize(ternary, weight_scale).to(input.dtype) if is_grouped(weight_scale) else ternary
+    return scale_and_shift(F.linear(input, weight), weight_scale, bias).to(input.dtype)
+
+
+def scale_and_shift(output: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """`output * scale + bias` in float32, in place where `output` is; a grouped scale is in the weight already."""
+    output = output.float()
+    if not is_grouped(weight_scale):
+        output.mul_(weight_scale.reshape(-1))  # (..., N) * (1,) or (N,)
+    return output if bias is None else output.add_(bias)
 
 
 def scaled_linear_input_grad(grad: Tensor, ternary: Tensor, weight_scale: Tensor) -> Tensor:
@@ -232,7 +235,7 @@ def scaled_linear_weight_grads(
         Two `torch.Tensor`, float32, shaped as `ternary` and as `weight_scale`.
     """
     product = (grad.reshape(-1, grad.shape[-1]).T @ input.reshape(-1, input.shape[-1])).float()  # (N, K)
-    by_weight = product * ternary
+    by_weight = product * ternary.float()
     if weight_scale.dim() == 1:
         scale_grad = by_weight.sum().reshape(1)
     else:
@@ -267,8 +270,7 @@ def linear_backward(
         Three `torch.Tensor`: (..., K) in `grad`'s dtype, (N, K) float32, and as `weight_scale`; empty where not
             asked for.
     """
-    nothing = grad.new_empty(0)
-    input_grad = scaled_linear_input_grad(grad, ternary, weight_scale) if need_input_grad else nothing
+    input_grad = scaled_linear_input_grad(grad, ternary, weight_scale) if need_input_grad else grad.new_empty(0)
     if input is None:
-        return input_grad, grad.new_empty(0), grad.new_empty(0)
+        return input_grad, grad.new_empty(0, dtype=torch.float32), grad.new_empty(0, dtype=torch.float32)
     return input_grad, *scaled_linear_weight_grads(grad, input, ternary, weight_scale)

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import math
+import os
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..host import PortableConfigMixin
 from ..models.transformer_terdit import TerDiTTransformer2DModel
 
 
@@ -35,7 +37,7 @@ def default_scheduler() -> DDPMScheduler:
     )
 
 
-class TerDiTPipeline(DiffusionPipeline):
+class TerDiTPipeline(PortableConfigMixin, DiffusionPipeline):
     r"""Images from class labels with a [`TerDiTTransformer2DModel`].
 
     Args:
@@ -66,11 +68,33 @@ class TerDiTPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        channels = transformer.config.in_channels
+        whole = isinstance(guidance_channels, int) and not isinstance(guidance_channels, bool)
+        if guidance_channels is not None and not (whole and 1 <= guidance_channels <= channels):
+            raise ValueError(
+                f"`guidance_channels` must be None (all) or an int from 1 to {channels}, got {guidance_channels!r}."
+            )
         if id2label is not None:
             id2label = {str(key): str(value) for key, value in id2label.items()}
+            wrong = [key for key in id2label if not key.isdecimal()]
+            if wrong:
+                raise ValueError(f"The keys of `id2label` must be class ids, got {wrong[:5]}.")
         self.register_to_config(id2label=id2label, guidance_channels=guidance_channels)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "TerDiTPipeline":
+        """See [`~diffusers.DiffusionPipeline.from_pretrained`].
+
+        Raises:
+            OSError: The folder does not exist, or the repository cannot be read.
+            ValueError: The files are not what they should be.
+        """
+        path = os.fspath(pretrained_model_name_or_path)
+        if not os.path.isdir(path) and (os.path.isabs(path) or path.count("/") > 1 or path.startswith((".", "~"))):
+            raise FileNotFoundError(f"{path} is not a folder.")
+        return super().from_pretrained(path, **kwargs)
 
     @property
     def labels(self) -> dict[str, int]:
@@ -122,10 +146,10 @@ class TerDiTPipeline(DiffusionPipeline):
         """Ids, names, lists, tensors and arrays of them, nested too -> a flat list of valid ids."""
         if isinstance(class_labels, (Tensor, np.ndarray, np.generic)):
             class_labels = class_labels.tolist()
-        if isinstance(class_labels, (list, tuple)):
-            return [class_id for item in class_labels for class_id in self._class_ids(item)]
         if isinstance(class_labels, str):
-            return self.get_label_ids(class_labels)
+            class_labels = self.get_label_ids(class_labels)
+        if isinstance(class_labels, Sequence) and not isinstance(class_labels, bytes):
+            return [class_id for item in class_labels for class_id in self._class_ids(item)]
         if not isinstance(class_labels, int) or isinstance(class_labels, bool):
             raise ValueError(
                 f"A class label is an int or a name, got {class_labels!r} ({type(class_labels).__name__})."
@@ -165,18 +189,23 @@ class TerDiTPipeline(DiffusionPipeline):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
                 raise ValueError(f"`{name}` must be a positive int, got {value!r}.")
         multiple = self.vae_scale_factor * config.patch_size
-        if height < 1 or width < 1 or height % multiple or width % multiple:
+        sides = [side for side in (height, width) if isinstance(side, (int, np.integer))]
+        if len(sides) < 2 or min(sides) < 1 or any(side % multiple for side in sides):
             raise ValueError(
                 f"`height` and `width` must be positive multiples of {multiple} pixels, got {height} x {width}."
             )
         batch_size = len(class_ids) * num_images_per_prompt
+        generators = generator if isinstance(generator, list) else [generator]
+        if generator is not None and not all(isinstance(item, torch.Generator) for item in generators):
+            raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}.")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"Got {len(generator)} generators for {batch_size} images. Pass one per image, or a single generator."
             )
         shape = self._latents_shape(batch_size, height, width)
-        if latents is not None and tuple(latents.shape) != shape:
-            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
+        if latents is not None and (not isinstance(latents, Tensor) or tuple(latents.shape) != shape):
+            given = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+            raise ValueError(f"`latents` must be a tensor of shape {shape}, got {given}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}.')
         if self.vae is None and output_type != "latent" and config.in_channels not in (1, 3):
@@ -333,10 +362,9 @@ class TerDiTPipeline(DiffusionPipeline):
         self._interrupt = False
         device = self._execution_device
 
-        # 2. Labels: (B,), then the null label for the unconditional half
+        # 2. Labels, (B,), and the null label of the unconditional half
         labels = torch.tensor(class_ids, device=device).repeat_interleave(num_images_per_prompt)
-        if self.do_classifier_free_guidance:
-            labels = torch.cat([labels, torch.full_like(labels, self.transformer.config.num_classes)])
+        null_labels = torch.full_like(labels, self.transformer.config.num_classes)
 
         # 3. Timesteps and start noise
         self.scheduler.set_timesteps(num_inference_steps, device=device)
@@ -353,14 +381,19 @@ class TerDiTPipeline(DiffusionPipeline):
                 if self.interrupt:
                     continue
 
-                model_input = torch.cat([latents] * 2) if self.do_classifier_free_guidance else latents
+                guided = self.do_classifier_free_guidance  # a callback may change it
+                model_input = torch.cat([latents] * 2) if guided else latents
+                model_labels = torch.cat([labels, null_labels]) if guided else labels
                 if hasattr(self.scheduler, "scale_model_input"):
                     model_input = self.scheduler.scale_model_input(model_input, t)
                 with self.transformer.cache_context("cond_uncond"):
                     model_output = self.transformer(
-                        model_input.to(self.transformer.dtype), t.expand(len(labels)), labels, return_dict=False
+                        model_input.to(self.transformer.dtype),
+                        t.expand(len(model_labels)),
+                        model_labels,
+                        return_dict=False,
                     )[0].float()
-                if self.do_classifier_free_guidance:
+                if guided:
                     model_output = self.guide(model_output)
                 latents = self.scheduler.step(model_output[:, :channels], t, latents, **extra_step_kwargs).prev_sample
 
