@@ -239,7 +239,6 @@ def test_vae_can_be_given_as_a_folder(tmp_path, tiny_vae):
     assert image.size == (side, side)
 
 
-@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument is deprecated:UserWarning")
 def test_hub_conversion_downloads_only_what_it_needs(fake_hub, tmp_path):
     folder = tmp_path / "repo" / "600M"
     shutil.copytree(PACKED, folder)

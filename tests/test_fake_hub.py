@@ -36,9 +36,6 @@ from fake_hub import fake_hub as fixture  # noqa: F401 - pytest finds it by its 
 from fake_hub import hub_in_process, patch_constants, run_with_hub
 
 
-# diffusers passes this argument with every config it downloads (`ConfigMixin.load_config`).
-pytestmark = pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument is deprecated:UserWarning")
-
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 

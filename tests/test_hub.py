@@ -13,9 +13,6 @@ from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryLi
 from fake_hub import patch_constants, run_with_hub
 
 
-# diffusers passes this argument with every config it downloads (`ConfigMixin.load_config`).
-pytestmark = pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument is deprecated:UserWarning")
-
 REPO = "user/terdit"
 
 

@@ -60,7 +60,9 @@ def generate(args: argparse.Namespace) -> None:
         generator=generators,
     ).images
     seconds = time.perf_counter() - start
-    names = [str(label) for label in labels for _ in range(args.num_images_per_label)]
+    id2label = pipe.config.id2label or {}
+    captions = [id2label.get(str(label), str(label)).split(",")[0] for label in labels]
+    names = [caption for caption in captions for _ in range(args.num_images_per_label)]
     # One column per label when each has several images, read top to bottom.
     columns = len(labels) if args.num_images_per_label > 1 else None
     if columns:

@@ -1,0 +1,165 @@
+"""Encode a data set once, so that training needs neither the images nor the VAE.
+
+    python examples/cache_latents.py --train_data_dir imagenet/train --pretrained_vae_model_name_or_path vae \
+        --resolution 256 --output_dir latents
+    python examples/train_terdit.py --train_latents_dir latents --preset terdit-600m
+
+Keeps mean and deviation of the VAE's distribution, of every image and of its mirror, in safetensors shards. Several
+processes (`accelerate launch`) share the shards; one that is killed goes on with the shards that are missing.
+"""
+
+import argparse
+import json
+import logging
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers import AutoencoderKL
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from diffusers_terdit import training
+
+
+logger = get_logger(__name__, log_level="INFO")
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--train_data_dir", help="folder of class folders of images")
+    add("--dataset_name", help="data set on the Hub, or a folder or parquet file that `datasets` loads")
+    add("--dataset_config_name")
+    add("--dataset_split", default="train")
+    add("--image_column", default="image")
+    add("--label_column", default="label")
+    add("--resolution", type=int, default=256, help="pixels")
+    add("--no_flip", action="store_true", help="leave out the mirror images: half the size")
+    add("--pretrained_vae_model_name_or_path", required=True)
+    add("--output_dir", type=Path, required=True)
+    add("--batch_size", type=int, default=32)
+    add("--shard_size", type=int, default=10_000, help="images per file")
+    add("--dtype", default="float16", choices=["float16", "float32"], help="of the cache; the VAE runs in float32")
+    add("--dataloader_num_workers", type=int, default=0)
+    args = parser.parse_args(argv)
+    if bool(args.train_data_dir) == bool(args.dataset_name):
+        parser.error("pass one of --train_data_dir, --dataset_name")
+    return args
+
+
+class Readable(Dataset):
+    """Images by index; `None` for one that cannot be read, which is logged."""
+
+    def __init__(self, samples: training.ImageSamples, indices: range):
+        self.samples, self.indices = samples, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, offset: int):
+        index = self.indices[offset]
+        try:
+            return self.samples.read(index), self.samples.labels[index]
+        except OSError as error:
+            logging.getLogger(__name__).warning(f"Left out: {error}")
+            return None
+
+
+def collate(batch: list) -> tuple[torch.Tensor, torch.Tensor] | None:
+    batch = [item for item in batch if item is not None]
+    return (torch.stack([image for image, _ in batch]), torch.tensor([label for _, label in batch])) if batch else None
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) in [-1, 1] -> (B, 2C, h, w): mean, deviation."""
+    distribution = vae.encode(images.to(vae.device)).latent_dist
+    return torch.cat([distribution.mean, distribution.std], dim=1)
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    accelerator = Accelerator()
+    options = {"resolution": args.resolution, "channels": 3}
+    if args.train_data_dir:
+        samples = training.ImageSamples.from_folder(args.train_data_dir, **options)
+    else:
+        dataset = training.open_dataset(args.dataset_name, args.dataset_config_name, args.dataset_split)
+        samples = training.ImageSamples.from_dataset(dataset, args.image_column, args.label_column, **options)
+    vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path).eval().to(accelerator.device)
+    settings = {
+        "num_images": str(len(samples)),
+        "resolution": str(args.resolution),
+        "flip": str(not args.no_flip),
+        "shard_size": str(args.shard_size),
+        "dtype": args.dtype,
+        "vae": args.pretrained_vae_model_name_or_path,
+    }
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    shards = [
+        (args.output_dir / f"latents-{i:05d}.safetensors", range(start, min(start + args.shard_size, len(samples))))
+        for i, start in enumerate(range(0, len(samples), args.shard_size))
+    ]
+    logger.info(f"{len(samples)} images, {len(shards)} shard(s), {accelerator.num_processes} process(es)")
+
+    for path, indices in shards[accelerator.process_index :: accelerator.num_processes]:
+        if path.exists():
+            with safe_open(path, framework="pt") as file:
+                found = file.metadata()
+            if found != settings:
+                raise SystemExit(
+                    f"{path} was made with {found}, not {settings}. Remove it, or use another --output_dir."
+                )
+            continue
+        tensors: dict[str, list[torch.Tensor]] = {"moments": [], "moments_flipped": [], "labels": []}
+        loader = DataLoader(
+            Readable(samples, indices), args.batch_size, num_workers=args.dataloader_num_workers, collate_fn=collate
+        )
+        for batch in tqdm(loader, desc=path.name, disable=not accelerator.is_local_main_process):
+            if batch is None:
+                continue
+            images, labels = batch
+            tensors["labels"].append(labels)
+            tensors["moments"].append(encode(vae, images).to(getattr(torch, args.dtype)).cpu())
+            if not args.no_flip:
+                flipped = encode(vae, images.flip(-1))
+                tensors["moments_flipped"].append(flipped.to(getattr(torch, args.dtype)).cpu())
+        if not tensors["labels"]:
+            raise SystemExit(f"None of the images {indices.start} to {indices.stop - 1} can be read.")
+        whole = {name: torch.cat(parts) for name, parts in tensors.items() if parts}
+        partial = path.with_suffix(".partial")
+        save_file(whole, partial, metadata=settings)
+        os.replace(partial, path)
+    accelerator.wait_for_everyone()
+
+    if accelerator.is_main_process:
+        info = {
+            "latent_shape": None,
+            "scaling_factor": vae.config.scaling_factor,
+            "flip": not args.no_flip,
+            "resolution": args.resolution,
+            "vae": args.pretrained_vae_model_name_or_path,
+            "id2label": samples.id2label,
+            "shards": [],
+        }
+        for path, _ in shards:
+            with safe_open(path, framework="pt") as file:
+                count, channels, height, width = file.get_slice("moments").get_shape()
+            info["latent_shape"] = [channels // 2, height, width]
+            info["shards"].append({"name": path.name, "num_samples": count})
+        partial = args.output_dir / (training.LATENTS_NAME + ".partial")
+        partial.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, args.output_dir / training.LATENTS_NAME)
+        size = sum(path.stat().st_size for path, _ in shards)
+        total = sum(shard["num_samples"] for shard in info["shards"])
+        logger.info(f"{args.output_dir} holds {total} latents of {len(samples)} images, {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
