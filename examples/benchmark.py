@@ -2,7 +2,7 @@
 
 python examples/benchmark.py memory --preset terdit-4.2b-256
 
-`memory` saves a packed model of a preset's size with random codes, then, in a new process, loads it and runs one guided
+`memory` saves a packed model of a preset's size with random codes, then, in a new process, loads it, runs one guided
 forward pass (two rows), and prints that process's peak resident memory.
 """
 
@@ -78,9 +78,8 @@ def memory(preset: str, sizes: list[int], folder: str | None) -> None:
         random_packed(preset).save_pretrained(saved)
         megabytes = sum(path.stat().st_size for path in Path(saved).iterdir()) / 1e6
         print(f"{preset}, packed, random codes: {megabytes:,.0f} MB on disk. {machine()}\n")
-        print(
-            "| latents | imports, GiB | loaded, GiB | peak, GiB | seconds of one guided forward |\n|---|---|---|---|---|"
-        )
+        print("| latents | imports, GiB | loaded, GiB | peak, GiB | forward, seconds |")
+        print("| --- | --- | --- | --- | --- |")
         for size in sizes:
             command = [sys.executable, __file__, "memory", "--measure", saved, "--sizes", str(size)]
             result = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()

@@ -92,7 +92,7 @@ def convert(args: argparse.Namespace) -> None:
         weight_format=args.weight_format,
         num_attention_heads=args.num_attention_heads,
     )
-    pipe.save_pretrained(args.output)
+    pipe.save_pretrained(args.output, max_shard_size="2GB")  # a shard is in memory while it is written
     print(f"Converted {args.path} to {args.output}\n")
     _print_info(Path(args.output) / "transformer")
 

@@ -150,7 +150,8 @@ def convert_state_dict(state_dict: dict[str, Tensor], pack: bool = False) -> dic
         pack (`bool`): Ternarize and pack float weights on the way, so that they are never all in memory.
 
     Returns:
-        `dict`: New tensors: packed weights uint8, everything else float32.
+        `dict`: Packed weights uint8, everything else float32. A float32 tensor is the original's own memory, so that a
+            memory-mapped file of 17 GB is not read into memory.
 
     Raises:
         ValueError: An unknown tensor, or a packed one with a code that is not ternary.
@@ -170,7 +171,7 @@ def convert_state_dict(state_dict: dict[str, Tensor], pack: bool = False) -> dic
             table[[*label_rows(1000), 1000]] = tensor.float()
             converted[new_name] = table
         else:
-            converted[new_name] = tensor.to(torch.float32, copy=True)
+            converted[new_name] = tensor.float()
     return converted
 
 

@@ -157,7 +157,6 @@ class Digits(Dataset):
         self.labels = digits.target[part].tolist()
         names = "zero one two three four five six seven eight nine"
         self.id2label = dict(enumerate(names.split()))
-        self.id2label = dict(enumerate(names.split()))
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -28,6 +28,14 @@ PRESETS = {
 }
 
 
+class TerDiTRMSNorm(nn.RMSNorm):
+    """RMSNorm in the dtype of its input: under autocast torch would leave its fused kernel for a float32 weight."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        weight = self.weight.to(hidden_states.dtype)
+        return nn.functional.rms_norm(hidden_states, self.normalized_shape, weight, self.eps)
+
+
 class TerDiTAttnProcessor:
     """Softmax attention over all tokens, with rotary positions on queries and keys."""
 
@@ -97,7 +105,7 @@ class TerDiTAdaLN(nn.Module):
     def __init__(self, cond_dim: int, dim: int, eps: float, norm: bool, linear):
         super().__init__()
         self.linear = linear(cond_dim, 6 * dim, bias=True)
-        self.norm = nn.RMSNorm(6 * dim, eps=eps) if norm else nn.Identity()
+        self.norm = TerDiTRMSNorm(6 * dim, eps=eps) if norm else nn.Identity()
 
     def forward(self, temb: Tensor) -> tuple[Tensor, ...]:
         return self.norm(self.linear(nn.functional.silu(temb))).unsqueeze(1).chunk(6, dim=-1)  # 6 x (B, 1, D)
@@ -109,9 +117,9 @@ class TerDiTBlock(nn.Module):
     def __init__(self, dim, heads, kv_heads, head_dim, ffn_dim, cond_dim, qk_norm, adaln_norm, eps, linear):
         super().__init__()
         self.adaln = TerDiTAdaLN(cond_dim, dim, eps, adaln_norm, linear)
-        self.norm1 = nn.RMSNorm(dim, eps=eps)
+        self.norm1 = TerDiTRMSNorm(dim, eps=eps)
         self.attn = TerDiTAttention(dim, heads, kv_heads, head_dim, qk_norm, linear)
-        self.norm2 = nn.RMSNorm(dim, eps=eps)
+        self.norm2 = TerDiTRMSNorm(dim, eps=eps)
         self.ff = TerDiTFeedForward(dim, ffn_dim, linear)
 
     def forward(self, hidden_states: Tensor, temb: Tensor, image_rotary_emb: tuple[Tensor, Tensor]) -> Tensor:
@@ -284,7 +292,7 @@ class TerDiTTransformer2DModel(TernaryModelMixin, PeftAdapterMixin, CacheMixin, 
         for adaln in (module for module in self.modules() if isinstance(module, TerDiTAdaLN)):
             if (reference or not self.config.adaln_norm) and hasattr(adaln.linear, "weight"):
                 nn.init.zeros_(adaln.linear.weight)
-            if isinstance(adaln.norm, nn.RMSNorm) and not reference:
+            if isinstance(adaln.norm, TerDiTRMSNorm) and not reference:
                 nn.init.constant_(adaln.norm.weight, 0.1)
         for layer in (self.norm_out.linear, self.proj_out):
             nn.init.zeros_(layer.weight)

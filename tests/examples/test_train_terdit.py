@@ -1,0 +1,489 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, training
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SIZE = ["--num_layers", "1", "--num_attention_heads", "2", "--attention_head_dim", "8", "--ffn_dim", "16"]
+TINY = [*SIZE, "--train_batch_size", "8", "--lr_warmup_steps", "1", "--lr_decay_steps", "2", "--logging_steps", "1"]
+TINY += ["--num_validation_images", "2", "--num_inference_steps", "2"]
+PARTS = ("model", "ema", "optimizer")
+
+
+@pytest.fixture(scope="session")
+def examples():
+    sys.path.insert(0, str(EXAMPLES))
+    import cache_latents
+    import train_terdit
+
+    yield {"train": train_terdit, "cache": cache_latents}
+    sys.path.remove(str(EXAMPLES))
+
+
+@pytest.fixture
+def run(examples, tmp_path):
+    """`run("--demo", ..., output_dir="out")`: train in this process; the output folder."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def train(*args, output_dir="out", steps=4, script="train"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState._reset_state()
+        folder = tmp_path / output_dir
+        tiny = [*TINY, "--max_train_steps", str(steps)] if script == "train" else []
+        examples[script].main([*tiny, *map(str, args), "--output_dir", str(folder)])
+        return folder
+
+    yield train
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def refused(run, capsys):
+    """The message with which a run ends that must not start."""
+
+    def message(*args, **kwargs):
+        with pytest.raises(SystemExit) as error:
+            run(*args, **kwargs)
+        return f"{error.value}{capsys.readouterr().err}"
+
+    return message
+
+
+def records(folder, key="loss"):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
+
+
+def assert_same_bits(folder, other, parts=PARTS):
+    for part in parts:
+        tensors, others = load_file(folder / f"{part}.safetensors"), load_file(other / f"{part}.safetensors")
+        assert tensors.keys() == others.keys()
+        different = [name for name, tensor in tensors.items() if not torch.equal(tensor, others[name])]
+        assert not different, (part, different)
+
+
+def samples_of(folder):
+    pipe = TerDiTPipeline.from_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    return pipe([0, 1], num_inference_steps=3, generator=generator, output_type="latent").images
+
+
+class TestDemo:
+    def test_a_run_leaves_a_packed_pipeline_checkpoints_a_log_samples_and_a_card(self, run):
+        folder = run("--demo", "--checkpointing_steps", 1, "--validation_steps", 2, "--checkpoints_total_limit", 2)
+        pipe = TerDiTPipeline.from_pretrained(folder)
+        assert pipe.transformer.config.weight_format == "packed"
+        assert pipe.labels["seven"] == 7
+        assert [path.name for path in training.checkpoints(folder)] == ["checkpoint-3", "checkpoint-4"]
+        assert sorted(path.name for path in (folder / "samples").iterdir()) == ["step-2.png", "step-4.png"]
+        assert "32 images seen" in (folder / "README.md").read_text()
+        assert not list(folder.rglob("*.partial"))
+        record = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
+        assert record.keys() >= {
+            "step", "images_seen", "loss", "lr", "grad_norm", "grad_norm_max", "images_per_second", "zero_share",
+            "flip_share", "near_threshold_share", "scale_min", "scale_median", "scale_max", "scale_negative_share",
+            "dead_layers", "gate_msa", "gate_mlp",
+        }  # fmt: skip
+        assert records(folder, "images_seen") == [8, 16, 24, 32]
+        assert len(records(folder, "noise_error_held_out")) == 2
+
+    def test_the_average_is_what_is_exported(self, run):
+        folder = run("--demo", "--ema_decay", 0.5)
+        average = TerDiTTransformer2DModel.from_config(
+            TerDiTPipeline.from_pretrained(folder).transformer.config, weight_format="float"
+        )
+        average.load_state_dict(load_file(folder / "checkpoint-4" / "ema.safetensors"))
+        exported = TerDiTPipeline.from_pretrained(folder).transformer.state_dict()
+        for name, codes in training.packed_codes(average).items():
+            assert torch.equal(exported[f"{name}.weight_packed"], codes)
+        assert torch.equal(exported["proj_in.weight"], average.proj_in.weight)
+
+    def test_a_resumed_run_ends_in_the_bits_of_an_unbroken_one(self, run, tmp_path):
+        whole = run("--demo", "--checkpointing_steps", 2, output_dir="whole", steps=6)
+        run("--demo", "--checkpointing_steps", 2, output_dir="parts", steps=6)
+        for step in (4, 6):
+            (tmp_path / "parts" / f"checkpoint-{step}" / training.STATE_NAME).unlink()  # as if killed in step 4
+        with pytest.raises(AssertionError):
+            assert_same_bits(whole / "checkpoint-6", whole / "checkpoint-4")
+        parts = run("--demo", "--resume_from_checkpoint", "latest", output_dir="parts", steps=6)
+        assert_same_bits(whole / "checkpoint-6", parts / "checkpoint-6")
+        assert torch.equal(samples_of(whole), samples_of(parts))
+        assert records(parts, "step") == records(whole, "step")
+        assert records(parts) == records(whole)
+
+    def test_accumulated_batches_give_the_gradient_of_the_whole(self, run):
+        whole = run("--demo", output_dir="whole")
+        parts = run("--demo", "--train_batch_size", 2, "--total_batch_size", 8, output_dir="parts")
+        for key in ("loss", "grad_norm"):
+            assert records(parts, key) == pytest.approx(records(whole, key), rel=1e-5)
+
+    def test_gradient_checkpointing_changes_no_bit(self, run):
+        plain = run("--demo", output_dir="plain")
+        saving = run("--demo", "--gradient_checkpointing", output_dir="saving")
+        assert_same_bits(plain / "checkpoint-4", saving / "checkpoint-4")
+
+    @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+    def test_weights_and_average_stay_float32_under_bfloat16(self, run):
+        folder = run("--demo", "--mixed_precision", "bf16")
+        for part in PARTS:
+            tensors = load_file(folder / "checkpoint-4" / f"{part}.safetensors")
+            assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+        exact = run("--demo", output_dir="exact")
+        assert records(folder) == pytest.approx(records(exact), rel=0.02)
+        assert records(folder) != records(exact)
+
+    def test_the_full_precision_twin_sees_the_same_data_and_noise(self, run):
+        ternary, twin = run("--demo", output_dir="ternary"), run("--demo", "--ternary", "false", output_dir="twin")
+        # A fresh model predicts zero, whatever its weights: the first loss is that of the noise alone.
+        assert records(ternary)[0] == records(twin)[0]
+        assert not TerDiTPipeline.from_pretrained(twin).transformer.config.ternary
+
+    def test_a_stop_signal_saves_and_the_run_goes_on(self, run, examples, monkeypatch):
+        whole = run("--demo", output_dir="whole")
+        update, calls = training.update_ema, []
+
+        def stop_in_second_step(*args):
+            calls.append(1)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return update(*args)
+
+        monkeypatch.setattr(training, "update_ema", stop_in_second_step)
+        folder = run("--demo", output_dir="stopped")
+        assert [path.name for path in training.checkpoints(folder)] == ["checkpoint-2"]
+        assert not (folder / "model_index.json").exists()
+        monkeypatch.undo()
+        run("--demo", "--resume_from_checkpoint", "latest", output_dir="stopped")
+        assert_same_bits(whole / "checkpoint-4", folder / "checkpoint-4")
+
+    def test_a_loss_that_is_no_number_ends_the_run_and_writes_nothing(self, run, tmp_path):
+        with pytest.raises(FloatingPointError, match=r"last checkpoint is of step \d"):
+            run("--demo", "--learning_rate", 1e30, "--checkpointing_steps", 1, steps=20)
+        for path in training.checkpoints(tmp_path / "out"):
+            assert all(t.isfinite().all() for t in load_file(path / "model.safetensors").values()), path
+        assert not (tmp_path / "out" / "model_index.json").exists()
+
+    def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays(self, run, tmp_path, monkeypatch):
+        save_file, calls = training.save_file, []
+
+        def full_after_two_files(*args, **kwargs):
+            calls.append(1)
+            if len(calls) > 4:
+                raise OSError(28, "No space left on device")
+            return save_file(*args, **kwargs)
+
+        monkeypatch.setattr(training, "save_file", full_after_two_files)
+        with pytest.raises(OSError, match="No space left"):
+            run("--demo", "--checkpointing_steps", 1)
+        assert [path.name for path in sorted((tmp_path / "out").glob("checkpoint*"))] == ["checkpoint-1"]
+
+    def test_a_feature_network_gives_a_frechet_distance(self, run, tmp_path, monkeypatch):
+        (tmp_path / "my_features.py").write_text("import torch\n\n\ndef flat():\n    return torch.nn.Flatten()\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        flags = ("--feature_network", "my_features:flat", "--frechet_steps", 2, "--num_frechet_images", 20)
+        distances = records(run("--demo", *flags), "frechet_distance")
+        assert len(distances) == 2
+        assert all(0 < distance < 100 for distance in distances)
+
+    def test_push_sends_the_pipeline_and_the_card_but_no_checkpoints(self, run, fake_hub):
+        run("--demo", "--push_to_hub", "--hub_model_id", "someone/digits", "--hub_token", "hf_secret")
+        files = fake_hub.repos["someone/digits"].files()
+        assert {"README.md", "model_index.json", "transformer/config.json"} <= set(files)
+        assert not [name for name in files if "checkpoint" in name]
+        assert b'from_pretrained("someone/digits")' in files["README.md"]
+        assert not [name for name, data in files.items() if b"hf_secret" in data]
+
+
+class TestLosses:
+    @pytest.mark.parametrize(
+        "flags",
+        [("--learn_sigma", "false"), ("--snr_gamma", 5), ("--adaln_norm", "false")],
+        ids=lambda flags: flags[0],
+    )
+    def test_options_train_and_sample(self, run, flags):
+        folder = run("--demo", *flags)
+        assert samples_of(folder).isfinite().all()
+
+    def test_a_flow_model_is_saved_with_its_scheduler(self, run):
+        folder = run("--demo", "--flow_matching")
+        assert isinstance(TerDiTPipeline.from_pretrained(folder).scheduler, FlowMatchEulerDiscreteScheduler)
+        assert not TerDiTPipeline.from_pretrained(folder).transformer.config.learn_sigma
+        assert samples_of(folder).isfinite().all()
+
+
+class TestStart:
+    def test_from_full_precision_by_degrees_and_with_a_teacher(self, run):
+        dense = run("--demo", "--ternary", "false", "--learning_rate", 0.02, output_dir="dense", steps=12)
+        start = ("--demo", "--init_from", dense)
+        folder = run(*start, "--ternary_warmup_steps", 3, "--teacher", dense, output_dir="by_degrees")
+        pipe = TerDiTPipeline.from_pretrained(folder)
+        assert pipe.transformer.config.weight_format == "packed"
+        # At strength 0 the student is its teacher, so the first loss is the teacher's own.
+        assert records(folder)[0] < 1.1 * records(run(*start, "--ternary", "false", output_dir="again"))[0]
+        names = load_file(folder / "checkpoint-4" / "model.safetensors").keys()
+        assert (
+            names
+            == TerDiTTransformer2DModel.from_config(pipe.transformer.config, weight_format="float").state_dict().keys()
+        )
+
+    def test_a_packed_model_is_fine_tuned_from_its_codes(self, run):
+        first = run("--demo", output_dir="first")
+        second = run("--demo", "--init_from", first, "--learning_rate", 0, output_dir="second")
+        assert torch.equal(samples_of(first), samples_of(second))
+
+
+class TestData:
+    @pytest.fixture
+    def image_folder(self, tmp_path):
+        generator = np.random.default_rng(0)
+        for label in ("ant", "bee"):
+            (tmp_path / "images" / label).mkdir(parents=True)
+            for i in range(10):
+                pixels = generator.integers(0, 255, (20, 18, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "images" / label / f"{i}.png")
+        return tmp_path / "images"
+
+    @pytest.fixture
+    def vae(self, tiny_vae, tmp_path):
+        tiny_vae.save_pretrained(tmp_path / "vae")
+        return tmp_path / "vae"
+
+    @pytest.fixture
+    def parquet(self, image_folder, tmp_path, monkeypatch):
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee"])})
+        rows = [
+            {"image": {"bytes": file.read_bytes(), "path": None}, "label": file.parent.name}
+            for file in sorted(image_folder.rglob("*.png"))
+        ]
+        dataset = datasets.Dataset.from_list(rows, features=features)
+        (tmp_path / "parquet").mkdir()
+        for i in range(4):
+            dataset.shard(4, i).to_parquet(tmp_path / "parquet" / f"train-{i}.parquet")
+        return tmp_path / "parquet"
+
+    def test_class_folders_with_a_corrupt_image_train_to_the_end(self, run, image_folder):
+        (image_folder / "ant" / "3.png").write_bytes(b"no image")
+        folder = run("--train_data_dir", image_folder, "--resolution", 16, "--random_flip")
+        assert TerDiTPipeline.from_pretrained(folder).labels == {"ant": 0, "bee": 1}
+
+    def test_a_data_set_gives_the_run_of_its_folder(self, run, image_folder, parquet):
+        flags = ("--resolution", 16, "--random_flip")
+        from_folder = run("--train_data_dir", image_folder, *flags, output_dir="folder")
+        from_dataset = run("--dataset_name", parquet, *flags, output_dir="dataset")
+        assert records(from_dataset) == records(from_folder)
+
+    def test_a_resumed_stream_loses_and_repeats_no_sample(self, run, parquet, tmp_path):
+        flags = ("--dataset_name", parquet, "--streaming", "--resolution", 16, "--checkpointing_steps", 3)
+        whole = run(*flags, output_dir="whole", steps=6)
+        run(*flags, output_dir="parts", steps=6)
+        (tmp_path / "parts" / "checkpoint-6" / training.STATE_NAME).unlink()
+        parts = run(*flags, "--resume_from_checkpoint", "latest", output_dir="parts", steps=6)
+        assert_same_bits(whole / "checkpoint-6", parts / "checkpoint-6")
+
+    def test_cached_latents_train_as_the_images_do(self, run, image_folder, vae):
+        common = ("--pretrained_vae_model_name_or_path", vae, "--resolution", 16)
+        cache = ("--train_data_dir", image_folder, *common, "--shard_size", 6, "--batch_size", 4)
+        latents = run(*cache, "--dtype", "float32", output_dir="latents", script="cache")
+        assert len(list(latents.glob("*.safetensors"))) == 4
+        online = run("--train_data_dir", image_folder, "--random_flip", *common, output_dir="online")
+        cached = run("--train_latents_dir", latents, output_dir="cached")
+        assert records(cached) == pytest.approx(records(online), rel=1e-4)
+        assert TerDiTPipeline.from_pretrained(online).vae is not None
+        assert TerDiTPipeline.from_pretrained(cached).vae is None
+
+        half = run(*cache, output_dir="half", script="cache")
+        assert records(run("--train_latents_dir", half, output_dir="c2")) == pytest.approx(records(online), rel=1e-2)
+
+    def test_a_killed_cache_goes_on_and_leaves_out_what_cannot_be_read(self, run, image_folder, vae, refused):
+        (image_folder / "ant" / "3.png").write_bytes(b"no image")
+        flags = ("--train_data_dir", image_folder, "--pretrained_vae_model_name_or_path", vae, "--resolution", 16)
+        flags += ("--shard_size", 6)
+        latents = run(*flags, output_dir="latents", script="cache")
+        before = (latents / "latents-00001.safetensors").read_bytes()
+        (latents / "latents-00002.safetensors").unlink()
+        (latents / training.LATENTS_NAME).unlink()
+        run(*flags, output_dir="latents", script="cache")
+        samples = training.LatentSamples(latents)
+        assert len(samples) == 19
+        assert [samples[i][1] for i in range(19)] == [0] * 9 + [1] * 10
+        assert (latents / "latents-00001.safetensors").read_bytes() == before
+        assert "Take another" in refused(*flags, "--no_flip", output_dir="latents", script="cache")
+
+
+class TestRefusals:
+    def test_no_data(self, refused):
+        assert "--demo, --train_data_dir, --dataset_name, --train_latents_dir" in refused()
+        assert "pass one of" in refused("--demo", "--train_data_dir", "x")
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (("--demo", "--ternary", "yes"), "expected true or false"),
+            (("--demo", "--preset", "terdit-600m"), "brings its own model"),
+            (("--demo", "--streaming"), "--dataset_name"),
+            (("--demo", "--frechet_steps", 5), "--feature_network"),
+            (("--demo", "--flow_matching", "--snr_gamma", 5), "--snr_gamma"),
+            (("--demo", "--ternary_warmup_steps", 5), "--init_from"),
+            (("--demo", "--total_batch_size", 12), "no multiple of 1 process"),
+            (("--demo", "--lr_scheduler", "linear"), "invalid choice"),
+        ],
+        ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+    )
+    def test_flags_that_do_not_go_together(self, refused, flags, message):
+        assert message in refused(*flags)
+
+    def test_an_output_folder_with_a_run_in_it(self, run, refused):
+        run("--demo")
+        assert "--resume_from_checkpoint latest" in refused("--demo")
+
+    def test_a_resumed_run_of_another_batch_size_or_seed(self, run, refused):
+        run("--demo")
+        flags = ("--demo", "--resume_from_checkpoint", "latest")
+        assert "--total_batch_size 8 --seed 0" in refused(*flags, "--train_batch_size", 4, steps=8)
+        assert "--total_batch_size 8 --seed 0" in refused(*flags, "--seed", 1, steps=8)
+
+    def test_an_empty_folder(self, run, tmp_path):
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(ValueError, match="holds no images"):
+            run("--train_data_dir", tmp_path / "empty")
+
+
+class TestPresets:
+    @pytest.mark.parametrize(
+        ("name", "batch", "steps", "drop"),
+        [("terdit-600m", 256, 1_750_000, 1_550_000), ("terdit-4.2b", 512, 1_180_000, 550_000)],
+    )
+    def test_the_papers_numbers(self, examples, name, batch, steps, drop):
+        args = examples["train"].parse_args(["--preset", name, "--train_latents_dir", "x"])
+        assert (args.total_batch_size, args.max_train_steps, args.ema_decay) == (batch, steps, 0.9999)
+        rate = [
+            args.learning_rate
+            * training.learning_rate_factor(step, args.lr_scheduler, steps, step_rules=args.lr_step_rules)
+            for step in (0, drop - 1, drop, steps - 1)
+        ]
+        assert rate == pytest.approx([5e-4, 5e-4, 1e-4, 1e-4])
+        width = args.num_attention_heads * args.attention_head_dim
+        assert (args.num_layers, width) == {"terdit-600m": (16, 1536), "terdit-4.2b": (32, 3072)}[name]
+
+    def test_the_ablation_keeps_one_learning_rate(self, examples):
+        flags = [
+            "--preset",
+            "ablation",
+            "--train_latents_dir",
+            "x",
+            "--feature_network",
+            "a:b",
+            "--learning_rate",
+            "1e-3",
+        ]
+        args = examples["train"].parse_args(flags)
+        assert (args.total_batch_size, args.lr_scheduler, args.learning_rate) == (256, "constant", 1e-3)
+        assert args.frechet_steps == 100_000
+
+
+def launch(folder, *args, processes=1, steps=6, wait=True):
+    """Train in new processes, one thread each; the finished process, with stdout and stderr together."""
+    command = [sys.executable, EXAMPLES / "train_terdit.py", "--demo", *TINY, "--max_train_steps", steps]
+    if processes > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes]
+        command[:1] = [*torchrun, "--rdzv_endpoint", "localhost:0", "--rdzv_backend", "c10d"]
+    command = [str(part) for part in [*command, *args, "--output_dir", folder]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    if not wait:
+        return process
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    return output
+
+
+class TestProcesses:
+    def test_two_processes_are_two_and_train_as_one(self, run, tmp_path):
+        one = run("--demo", "--train_batch_size", 16, "--checkpointing_steps", 3, output_dir="one", steps=20)
+        flags = ("--checkpointing_steps", 3, "--checkpoints_total_limit", 9)
+        output = launch(tmp_path / "two", *flags, processes=2, steps=20)
+        assert "2 process(es)" in output
+        two = tmp_path / "two"
+        assert records(two, "grad_norm")[0] == pytest.approx(records(one, "grad_norm")[0], rel=1e-6)
+        assert records(two) == pytest.approx(records(one), rel=1e-4)
+        assert records(two, "images_seen") == records(one, "images_seen")
+
+        # Resumed on two processes: the same bits. On one: a checkpoint like any other.
+        (tmp_path / "resumed").mkdir()
+        (two / "checkpoint-15").rename(tmp_path / "resumed" / "checkpoint-15")
+        launch(tmp_path / "resumed", *flags, "--resume_from_checkpoint", "latest", processes=2, steps=20)
+        assert_same_bits(two / "checkpoint-20", tmp_path / "resumed" / "checkpoint-20")
+        (tmp_path / "one_again").mkdir()
+        (two / "checkpoint-12").rename(tmp_path / "one_again" / "checkpoint-12")
+        run("--demo", "--train_batch_size", 16, "--resume_from_checkpoint", "latest", output_dir="one_again", steps=20)
+        assert records(tmp_path / "one_again") == pytest.approx(records(two)[12:], rel=1e-4)
+
+    def test_sharded_processes_train_as_one_and_export_the_same(self, run, tmp_path):
+        one = run("--demo", "--train_batch_size", 16, "--checkpointing_steps", 3, output_dir="one", steps=6)
+        output = launch(tmp_path / "sharded", "--fsdp", "--checkpointing_steps", 3, processes=2, steps=6)
+        assert "2 process(es)" in output
+        sharded = tmp_path / "sharded"
+        assert records(sharded) == pytest.approx(records(one), rel=1e-4)
+        assert records(sharded, "zero_share") == pytest.approx(records(one, "zero_share"), abs=2e-3)
+        assert samples_of(sharded).isfinite().all()
+
+        (tmp_path / "resumed").mkdir()
+        (sharded / "checkpoint-3").rename(tmp_path / "resumed" / "checkpoint-3")
+        launch(tmp_path / "resumed", "--fsdp", "--resume_from_checkpoint", "latest", processes=2, steps=6)
+        assert_same_bits(sharded / "checkpoint-6", tmp_path / "resumed" / "checkpoint-6")
+        (one / "checkpoint-6" / training.STATE_NAME).unlink()
+        run("--demo", "--train_batch_size", 16, "--resume_from_checkpoint", tmp_path / "resumed" / "checkpoint-6",
+            output_dir="alone", steps=8)  # fmt: skip
+
+    @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+    def test_a_run_killed_at_random_ends_in_the_bits_of_an_unbroken_one(self, tmp_path, processes):
+        flags = ("--checkpointing_steps", 1, "--logging_steps", 1, "--checkpoints_total_limit", 2)
+        resume, steps = (*flags, "--resume_from_checkpoint", "latest"), 60
+        launch(tmp_path / "whole", *flags, processes=processes, steps=steps)
+        random = np.random.default_rng(0)
+        folder, kills = tmp_path / "killed", 0
+        for _ in range(4 if processes == 1 else 6):
+            first = training.checkpoints(folder)
+            process = launch(
+                folder, *flags, "--resume_from_checkpoint", "latest", processes=processes, steps=steps, wait=False
+            )
+            # Wait until it has gone on from where it was, then a random moment longer: saving takes most of the time.
+            deadline = time.monotonic() + 120
+            while training.checkpoints(folder) == first and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(random.uniform(0, 0.3))
+            if process.poll() is None:
+                kills += 1
+                children = subprocess.run(
+                    ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+                ).stdout.split()
+                for pid in [process.pid, *map(int, children)]:
+                    os.kill(pid, signal.SIGKILL)
+            process.communicate()
+        assert kills >= 2
+        launch(folder, *resume, processes=processes, steps=steps)
+        assert_same_bits(tmp_path / "whole" / f"checkpoint-{steps}", folder / f"checkpoint-{steps}")
+        assert records(folder, "step") == records(tmp_path / "whole", "step")

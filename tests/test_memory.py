@@ -1,0 +1,102 @@
+"""The 4.2-billion-parameter model on a small machine. Minutes and gigabytes: `make slow`."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusers_terdit import TerDiTTransformer2DModel
+
+
+ROOT = Path(__file__).parent.parent
+FLOAT_NAME = "consolidated_ema.00-of-01.pth"
+
+
+@pytest.mark.slow
+def test_packed_4_2b_loads_and_runs_in_less_than_2_gib(tmp_path):
+    command = [
+        sys.executable,
+        ROOT / "examples" / "benchmark.py",
+        "memory",
+        "--folder",
+        tmp_path,
+        "--sizes",
+        "32",
+        "64",
+    ]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    peaks = {int(side): float(peak) for side, peak in re.findall(r"\| (\d+) x \d+ \|.*?\|.*?\| ([\d.]+) \|", printed)}
+    assert peaks.keys() == {32, 64}
+    assert max(peaks.values()) < 2.0, printed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the process's memory from /proc")
+@pytest.mark.parametrize("weight_format", ["float", "packed"])
+def test_a_large_float_checkpoint_converts_in_a_fraction_of_its_size(tmp_path, weight_format):
+    """2.8 GB of float weights, read and written by `terdit convert`; pages of the mapped file do not count."""
+    source = Path(__file__).parent / "data" / "reference" / "tiny-qknorm-float"
+    folder = tmp_path / "original"
+    folder.mkdir()
+    shutil.copy(source / "model_args.pth", folder)
+    torch.save(widened(torch.load(source / FLOAT_NAME, weights_only=True), 2048, num_layers=12), folder / FLOAT_NAME)
+    assert (folder / FLOAT_NAME).stat().st_size > 2.5e9
+    code = f"""
+import re, threading, time
+from diffusers_terdit.cli import main
+
+peak = 0
+def watch():
+    global peak
+    while True:
+        peak = max(peak, int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024)
+        time.sleep(0.02)
+
+threading.Thread(target=watch, daemon=True).start()
+assert main(["convert", {str(folder)!r}, {str(tmp_path / "out")!r}, "--weight_format", {weight_format!r}]) == 0
+print(peak)
+"""
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert int(printed.split()[-1]) < 1.6e9
+    transformer = TerDiTTransformer2DModel.from_pretrained(tmp_path / "out", subfolder="transformer")
+    assert transformer.config.weight_format == weight_format
+    assert transformer.config.num_layers == 12
+
+
+def widened(state_dict, dim, num_layers):
+    """A checkpoint of another width and depth with the names and dtypes of `state_dict`."""
+    cond, ffn = min(dim, 1024), -(-8 * dim // 3 // 256) * 256
+    sizes = {
+        "x_embedder.weight": (dim, 16),
+        "x_embedder.bias": (dim,),
+        "t_embedder.mlp.0.weight": (cond, 256),
+        "t_embedder.mlp.0.bias": (cond,),
+        "t_embedder.mlp.2.weight": (cond, cond),
+        "t_embedder.mlp.2.bias": (cond,),
+        "y_embedder.embedding_table.weight": (1001, cond),
+        "final_layer.linear.weight": (32, dim),
+        "final_layer.linear.bias": (32,),
+        "final_layer.adaLN_modulation.1.weight": (2 * dim, cond),
+        "final_layer.adaLN_modulation.1.bias": (2 * dim,),
+    }
+    block = {
+        "attention.wq.weight": (dim, dim),
+        "attention.wk.weight": (dim, dim),
+        "attention.wv.weight": (dim, dim),
+        "attention.wo.weight": (dim, dim),
+        "feed_forward.w1.weight": (ffn, dim),
+        "feed_forward.w2.weight": (dim, ffn),
+        "feed_forward.w3.weight": (ffn, dim),
+        "adaLN_modulation.1.weight": (6 * dim, cond),
+        "adaLN_modulation.1.bias": (6 * dim,),
+        "adaLN_modulation.2.weight": (6 * dim,),
+    }
+    for layer in range(num_layers):
+        for name in [name.removeprefix("layers.0.") for name in state_dict if name.startswith("layers.0.")]:
+            shape = block.get(name, (1,) if name.endswith("alphas") else (dim,))
+            sizes[f"layers.{layer}.{name}"] = shape
+    return {name: torch.randn(shape) for name, shape in sizes.items()}
