@@ -113,9 +113,7 @@ def main(argv=None) -> None:
             with safe_open(path, framework="pt") as file:
                 found = file.metadata()
             if found != settings:
-                raise SystemExit(
-                    f"{path} was made with {found}, not {settings}. Remove it, or use another --output_dir."
-                )
+                raise SystemExit(f"{path} was made with {found}, not {settings}. Take another --output_dir.")
             continue
         tensors: dict[str, list[torch.Tensor]] = {"moments": [], "moments_flipped": [], "labels": []}
         loader = DataLoader(
@@ -132,7 +130,7 @@ def main(argv=None) -> None:
                 tensors["moments_flipped"].append(flipped.to(getattr(torch, args.dtype)).cpu())
         if not tensors["labels"]:
             raise SystemExit(f"None of the images {indices.start} to {indices.stop - 1} can be read.")
-        whole = {name: torch.cat(parts) for name, parts in tensors.items() if parts}
+        whole = {name: torch.cat(parts).contiguous() for name, parts in tensors.items() if parts}
         partial = path.with_suffix(".partial")
         save_file(whole, partial, metadata=settings)
         os.replace(partial, path)

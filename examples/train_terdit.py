@@ -9,11 +9,11 @@ float weights and optimizer. `--resume_from_checkpoint latest` goes on in the sa
 
 import argparse
 import copy
-import importlib
 import itertools
 import json
 import logging
 import math
+import pkgutil
 import signal
 import time
 from contextlib import nullcontext
@@ -33,55 +33,6 @@ from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, losses, t
 
 
 logger = get_logger(__name__, log_level="INFO")
-
-TERDIT_600M = {
-    "num_layers": 16,
-    "num_attention_heads": 32,
-    "attention_head_dim": 48,
-    "learning_rate": 5e-4,
-    "lr_scheduler": "piecewise_constant",
-    "lr_step_rules": "1:1550000,0.2",
-    "total_batch_size": 256,
-    "max_train_steps": 1_750_000,
-}
-# The paper's numbers; every value can be overridden by its flag.
-PRESETS = {
-    "demo": {
-        "resolution": 8,
-        "in_channels": 1,
-        "num_layers": 3,
-        "num_attention_heads": 4,
-        "attention_head_dim": 16,
-        "ffn_dim": 192,
-        "pos_embed_type": "rope+sincos2d",
-        "train_batch_size": 64,
-        "max_train_steps": 6000,
-        "learning_rate": 4e-3,
-        "lr_warmup_steps": 100,
-        "lr_decay_steps": 1500,
-        "ema_decay": 0.995,
-        "checkpointing_steps": 1000,
-        "validation_steps": 1000,
-    },
-    "terdit-600m": TERDIT_600M,
-    "terdit-4.2b": {
-        **TERDIT_600M,
-        "num_layers": 32,
-        "attention_head_dim": 96,
-        "lr_step_rules": "1:550000,0.2",
-        "total_batch_size": 512,
-        "max_train_steps": 1_180_000,
-    },
-    # Figures 7 and 8: the authors' initialisation, one learning rate, a Frechet distance every 100,000 steps.
-    "ablation": {
-        **TERDIT_600M,
-        "initialization": "reference",
-        "lr_scheduler": "constant",
-        "max_train_steps": 400_000,
-        "frechet_steps": 100_000,
-        "checkpointing_steps": 100_000,
-    },
-}
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -107,7 +58,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--pretrained_vae_model_name_or_path", help="an AutoencoderKL; without it, and without latents, pixels")
 
     add = parser.add_argument_group("model").add_argument
-    add("--preset", choices=[name for name in PRESETS if name != "demo"], help="model and recipe of the paper")
+    add(
+        "--preset", choices=[name for name in training.PRESETS if name != "demo"], help="model and recipe of the paper"
+    )
     add("--in_channels", type=int, help="default 3, or the VAE's")
     add("--patch_size", type=int, default=2)
     add("--num_layers", type=int, default=12)
@@ -174,7 +127,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--license", help="of the trained model, for its card")
 
     known, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**PRESETS.get("demo" if known.demo else known.preset, {}))
+    parser.set_defaults(**training.PRESETS.get("demo" if known.demo else known.preset, {}))
     args = parser.parse_args(argv)
     sources = [args.demo, args.train_data_dir, args.dataset_name, args.train_latents_dir]
     if sum(bool(source) for source in sources) != 1:
@@ -183,8 +136,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error("--demo brings its own model; leave out --preset")
     if args.streaming and (not args.dataset_name or args.dataloader_num_workers):
         parser.error("--streaming goes with --dataset_name and --dataloader_num_workers 0")
-    if args.frechet_steps and not args.feature_network:
-        parser.error("--frechet_steps needs --feature_network (0 switches it off)")
+    if args.frechet_steps and (args.streaming or not args.feature_network):
+        parser.error("--frechet_steps needs --feature_network, and data that is not streamed (0 switches it off)")
     if args.flow_matching and args.snr_gamma:
         parser.error("--snr_gamma is for DDPM, not --flow_matching")
     if args.ternary_warmup_steps and not (args.ternary and args.init_from):
@@ -278,12 +231,6 @@ def frechet(pipe: TerDiTPipeline, args, accelerator, network, codec, examples) -
     return training.frechet_distance(features[:, 0], features[:, 1])
 
 
-def load_transformer(path: str) -> TerDiTTransformer2DModel:
-    """The transformer of a pipeline folder or Hub repository, of a model folder, or of a `checkpoint-N`."""
-    subfolder = None if (Path(path) / "config.json").is_file() else "transformer"
-    return TerDiTTransformer2DModel.from_pretrained(path, subfolder=subfolder)
-
-
 def build_transformer(args: argparse.Namespace, sample_size: int, in_channels: int, num_classes: int):
     """A fresh model, or one that starts from `--init_from`."""
     config = {
@@ -298,19 +245,19 @@ def build_transformer(args: argparse.Namespace, sample_size: int, in_channels: i
         names = ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "pos_embed_type")
         names += ("adaln_norm", "initialization", "scale_granularity")
         return TerDiTTransformer2DModel(**config, **{name: getattr(args, name) for name in names})
-    source = load_transformer(args.init_from)
+    source = training.load_transformer(args.init_from)
     transformer = TerDiTTransformer2DModel.from_config(source.config, **config, weight_format="float")
     fresh = training.transfer_weights(source, transformer)
     logger.info(f"started from {args.init_from}" + (f", but for {', '.join(fresh)}" if fresh else ""))
     return transformer
 
 
-def facts(args: argparse.Namespace, step: int, batch_size: int, num_samples: int) -> dict:
+def facts(args: argparse.Namespace, step: int, batch_size: int, num_samples: int | None) -> dict:
     """How the model was trained, for its card."""
     source = "scikit-learn digits" if args.demo else args.train_data_dir or args.dataset_name or args.train_latents_dir
     loss = "flow matching" if args.flow_matching else "MSE + variational bound" if args.learn_sigma else "MSE"
     return {
-        "data": f"{Path(source).name}, {num_samples:,} samples",
+        "data": Path(source).name + (f", {num_samples:,} samples" if num_samples else ", streamed"),
         "steps": f"{step:,} of {batch_size} samples, {step * batch_size:,} images seen",
         "loss": loss + (f", min-SNR {args.snr_gamma}" if args.snr_gamma else ""),
         "label dropout": args.class_dropout_prob,
@@ -329,6 +276,7 @@ def main(argv=None) -> None:
         mixed_precision=args.mixed_precision,
         log_with=args.report_to,
         project_dir=args.output_dir,
+        # Otherwise DDP regroups gradients after its first step, and 3 processes that resume sum in another order.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     main_process, device = accelerator.is_main_process, accelerator.device
@@ -365,7 +313,7 @@ def main(argv=None) -> None:
     # 2. Model, average, optimizer
     set_seed(args.seed)
     transformer = build_transformer(args, latent_shape[1], latent_shape[0], num_classes).train().to(device)
-    teacher = load_transformer(args.teacher).requires_grad_(False).to(device) if args.teacher else None
+    teacher = training.load_transformer(args.teacher).requires_grad_(False).to(device) if args.teacher else None
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     ema_model = copy.deepcopy(transformer).requires_grad_(False).eval()
@@ -383,10 +331,7 @@ def main(argv=None) -> None:
     )
     model = transformer if args.fsdp else accelerator.prepare(transformer)
     scheduler = training.training_scheduler(args.learn_sigma, args.flow_matching)
-    network = None
-    if args.feature_network:
-        module, _, name = args.feature_network.partition(":")
-        network = getattr(importlib.import_module(module), name)().eval().to(device)
+    network = pkgutil.resolve_name(args.feature_network)().eval().to(device) if args.feature_network else None
 
     # 3. Resume
     step, log_path = 0, args.output_dir / "log.jsonl"
@@ -433,7 +378,8 @@ def main(argv=None) -> None:
         record = {}
         if grid and main_process:
             error = partial(noise_error, pipe.transformer, scheduler, args, codec, examples)
-            record["noise_error"] = error(samples) if not args.streaming else None
+            if not args.streaming:
+                record["noise_error"] = error(samples)
             if args.demo:
                 record["noise_error_held_out"] = error(training.Digits(train=False))
             if codec.decodes:
@@ -456,16 +402,13 @@ def main(argv=None) -> None:
         stop_requested = True
 
     signal.signal(signal.SIGTERM, request_stop)
-    positions = (
-        part
-        for future in range(step, args.max_train_steps)
-        for part in training.microbatch_positions(
-            future,
-            args.train_batch_size,
-            args.gradient_accumulation_steps,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
+    positions = training.run_positions(
+        step,
+        args.max_train_steps,
+        args.train_batch_size,
+        args.gradient_accumulation_steps,
+        accelerator.process_index,
+        accelerator.num_processes,
     )
     if args.streaming:
         batches = examples.stream(positions)
@@ -553,7 +496,8 @@ def main(argv=None) -> None:
         grids = sorted((args.output_dir / "samples").glob("*.png"), key=lambda path: path.stat().st_mtime)
         images = [f"samples/{path.name}" for path in grids[-1:]]
         name = args.hub_model_id or args.output_dir.name
-        card = training.model_card(pipe, name, facts(args, step, batch_size, len(samples)), images, args.license)
+        num_samples = None if args.streaming else len(samples)
+        card = training.model_card(pipe, name, facts(args, step, batch_size, num_samples), images, args.license)
         (args.output_dir / "README.md").write_text(card, encoding="utf-8")
         if args.push_to_hub:
             repo = create_repo(name, exist_ok=True, token=args.hub_token).repo_id

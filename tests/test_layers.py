@@ -444,6 +444,13 @@ class TestFiles:
         assert all(torch.equal(tensor, expected.state_dict()[n]) for n, tensor in loaded.state_dict().items())
         assert torch.get_default_dtype() == torch.float32
 
+    @pytest.mark.parametrize("device_map", ["auto", "cpu"])
+    def test_device_map_places_a_layer_on_its_own(self, tmp_path, device_map):
+        layer = make("packed")
+        layer.save_pretrained(tmp_path)
+        input = torch.randn(5, 24)
+        assert torch.equal(TernaryLinear.from_pretrained(tmp_path, device_map=device_map)(input), layer(input))
+
     @pytest.mark.parametrize("scale_granularity", GRANULARITIES)
     @pytest.mark.parametrize("weight_format", FORMATS)
     def test_saved_layer_computes_the_same(self, tmp_path, weight_format, scale_granularity):

@@ -36,25 +36,49 @@ from .pipelines.pipeline_terdit import TerDiTPipeline, default_scheduler
 
 
 __all__ = [
+    "PRESETS",
+    "Digits",
+    "Examples",
+    "ImageSamples",
+    "LatentCodec",
+    "LatentSamples",
+    "ShardedStream",
+    "check_columns",
     "checkpoints",
+    "clip_grad_norm",
     "ema_decay",
     "export_pipeline",
+    "frechet_distance",
     "gate_sizes",
+    "gradual_ternarization",
     "image_grid",
     "learning_rate_factor",
+    "least_squares_scale",
     "load_checkpoint",
+    "load_transformer",
     "microbatch_positions",
+    "model_card",
     "new_folder",
     "normal",
+    "open_dataset",
     "packed_codes",
+    "packed_model",
     "parameter_groups",
+    "prepare_image",
     "rotate_checkpoints",
+    "run_positions",
     "sample_order",
     "save_checkpoint",
+    "save_pipeline",
+    "shard_model",
+    "stream_samples",
     "ternary_statistics",
+    "to_pipeline",
     "training_scheduler",
+    "transfer_weights",
     "uniform",
     "update_ema",
+    "whole_model",
 ]
 
 logger = logging.get_logger(__name__)
@@ -62,6 +86,55 @@ logger = logging.get_logger(__name__)
 CHECKPOINT_PREFIX = "checkpoint-"
 STATE_NAME = "training_state.json"
 LATENTS_NAME = "latents.json"
+
+_TERDIT_600M: dict[str, Any] = {
+    "num_layers": 16,
+    "num_attention_heads": 32,
+    "attention_head_dim": 48,
+    "learning_rate": 5e-4,
+    "lr_scheduler": "piecewise_constant",
+    "lr_step_rules": "1:1550000,0.2",
+    "total_batch_size": 256,
+    "max_train_steps": 1_750_000,
+}
+# Model and recipe by name, in the flags of examples/train_terdit.py: the paper's numbers, and the built-in demo.
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {
+        "resolution": 8,
+        "in_channels": 1,
+        "num_layers": 3,
+        "num_attention_heads": 4,
+        "attention_head_dim": 16,
+        "ffn_dim": 192,
+        "pos_embed_type": "rope+sincos2d",
+        "train_batch_size": 64,
+        "max_train_steps": 6000,
+        "learning_rate": 4e-3,
+        "lr_warmup_steps": 100,
+        "lr_decay_steps": 1500,
+        "ema_decay": 0.995,
+        "checkpointing_steps": 1000,
+        "validation_steps": 1000,
+    },
+    "terdit-600m": _TERDIT_600M,
+    "terdit-4.2b": {
+        **_TERDIT_600M,
+        "num_layers": 32,
+        "attention_head_dim": 96,
+        "lr_step_rules": "1:550000,0.2",
+        "total_batch_size": 512,
+        "max_train_steps": 1_180_000,
+    },
+    # Figures 7 and 8: the authors' initialisation, one learning rate, a Frechet distance every 100,000 steps.
+    "ablation": {
+        **_TERDIT_600M,
+        "initialization": "reference",
+        "lr_scheduler": "constant",
+        "max_train_steps": 400_000,
+        "frechet_steps": 100_000,
+        "checkpointing_steps": 100_000,
+    },
+}
 
 
 @lru_cache
@@ -125,6 +198,19 @@ def microbatch_positions(
     start = step * accumulation_steps * num_processes * batch_size
     starts = (start + (i * num_processes + process_index) * batch_size for i in range(accumulation_steps))
     return [range(first, first + batch_size) for first in starts]
+
+
+def run_positions(
+    first_step: int,
+    max_steps: int,
+    batch_size: int,
+    accumulation_steps: int = 1,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> Iterator[range]:
+    """`microbatch_positions` of one step after the other: what a loader's `batch_sampler` is, from any step on."""
+    for step in range(first_step, max_steps):
+        yield from microbatch_positions(step, batch_size, accumulation_steps, process_index, num_processes)
 
 
 def prepare_image(image: Image.Image, resolution: int, channels: int = 3) -> Tensor:
@@ -623,6 +709,21 @@ def update_ema(ema_model: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(averages, [_local(parameter) for parameter in model.parameters()], 1 - decay)
 
 
+def load_transformer(path: str | os.PathLike) -> TerDiTTransformer2DModel:
+    """The transformer of a pipeline (folder or Hub repository), a model folder, or a `checkpoint-N` (raw weights).
+
+    Raises:
+        OSError: There is none.
+    """
+    folder = Path(path)
+    if (folder / STATE_NAME).is_file():
+        model = TerDiTTransformer2DModel.from_config(TerDiTTransformer2DModel.load_config(folder))
+        _restore(folder / "model.safetensors", model.state_dict())
+        return model.eval()
+    subfolder = None if (folder / "config.json").is_file() else "transformer"
+    return TerDiTTransformer2DModel.from_pretrained(str(path), subfolder=subfolder)
+
+
 @torch.no_grad()
 def transfer_weights(source: TerDiTTransformer2DModel, target: TerDiTTransformer2DModel) -> list[str]:
     """Start a model from another of the same shape: ternary from full precision, the other way, or like from like.
@@ -859,22 +960,23 @@ def rotate_checkpoints(output_dir: str | os.PathLike, limit: int | None) -> None
 
 def save_checkpoint(
     folder: str | os.PathLike,
-    model: nn.Module,
-    ema_model: nn.Module,
+    model: TerDiTTransformer2DModel,
+    ema_model: TerDiTTransformer2DModel,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     is_main_process: bool = True,
 ) -> None:
     """Write a resumable state: whole float tensors by name, whatever number of processes trained or sharded them.
 
-    Files: `model.safetensors` (raw weights), `ema.safetensors`, `optimizer.safetensors` and `training_state.json`.
+    Files: `model.safetensors` (raw weights), `config.json`, `ema.safetensors`, `optimizer.safetensors` and
+    `training_state.json`.
     Every process calls it, because gathering sharded tensors takes all of them; the main one writes, from CPU memory,
     one file after the other.
 
     Args:
         folder (`str` or `os.PathLike`): `checkpoint-N`; written beside it first, then renamed.
-        model (`torch.nn.Module`): Unwrapped; its parameters may be sharded by `fully_shard`.
-        ema_model (`torch.nn.Module`): Its average.
+        model ([`TerDiTTransformer2DModel`]): Not wrapped by DDP; its parameters may be sharded by `fully_shard`.
+        ema_model ([`TerDiTTransformer2DModel`]): Its average.
         optimizer (`torch.optim.Optimizer`): Over `model`'s parameters.
         state (`dict`): What else to keep, as JSON: the step, the batch size.
         is_main_process (`bool`): Whether this process writes.
@@ -901,6 +1003,7 @@ def save_checkpoint(
                 except SafetensorError as error:
                     raise OSError(f"Could not write {partial / name}.safetensors: {error}") from error
         if partial is not None:
+            model.save_config(partial)
             (partial / STATE_NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
 

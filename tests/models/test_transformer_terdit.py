@@ -11,7 +11,7 @@ from diffusers import AutoModel, FirstBlockCacheConfig, ModelMixin
 from torch import nn
 
 from diffusers_terdit import TerDiTTransformer2DModel, TernaryLinear
-from diffusers_terdit.models.transformer_terdit import TerDiTAttnProcessor
+from diffusers_terdit.models.transformer_terdit import TerDiTAttnProcessor, sincos_2d
 
 
 pytestmark = [
@@ -52,7 +52,76 @@ def equal_state(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
 
 
+def plain_network(state_dict, hidden_states, timestep, class_labels, heads=4, patch=2):
+    """The network written out, one token and one complex rotation at a time, from the weights of a dense model.
+
+    Sources: TerDiT Figure 2 (https://arxiv.org/abs/2405.14854), DiT (https://arxiv.org/abs/2212.09748), rotary
+    positions (https://arxiv.org/abs/2104.09864).
+    """
+
+    def linear(name, x):
+        return x @ state_dict[f"{name}.weight"].T + state_dict.get(f"{name}.bias", 0)
+
+    def rms_norm(name, x):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * state_dict[f"{name}.weight"]
+
+    def layer_norm(x, eps, gain=1, bias=0):
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * gain + bias
+
+    def silu(x):
+        return x * torch.sigmoid(x)
+
+    batch, _, height, width = hidden_states.shape
+    corners = [(y, x) for y in range(0, height, patch) for x in range(0, width, patch)]
+    patches = [hidden_states[:, :, y : y + patch, x : x + patch].flatten(1) for y, x in corners]
+    x = linear("proj_in", torch.stack(patches, dim=1))
+
+    angles = timestep[:, None] * torch.exp(-math.log(10000) * torch.arange(128) / 128)
+    temb = linear("time_embed.linear_1", torch.cat([angles.cos(), angles.sin()], dim=1))
+    temb = linear("time_embed.linear_2", silu(temb)) + state_dict["class_embed.weight"][class_labels]
+
+    dim = x.shape[-1] // heads
+    angles = torch.arange(len(corners))[:, None] * 10000.0 ** -(torch.arange(dim // 2) / (dim // 2))
+    rotation = torch.polar(torch.ones_like(angles), angles)[:, None]  # (L, 1, D/2H)
+    block = "transformer_blocks.0"
+    while f"{block}.norm1.weight" in state_dict:
+        modulation = rms_norm(f"{block}.adaln.norm", linear(f"{block}.adaln.linear", silu(temb)))
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation[:, None].chunk(6, dim=-1)
+
+        y = rms_norm(f"{block}.norm1", x) * (1 + scale_1) + shift_1
+        rotated = []
+        for letter in "qk":
+            gain, bias = (state_dict[f"{block}.attn.norm_{letter}.{part}"] for part in ("weight", "bias"))
+            z = layer_norm(linear(f"{block}.attn.to_{letter}", y), 1e-5, gain, bias)
+            z = torch.view_as_complex(z.reshape(batch, -1, heads, dim // 2, 2)) * rotation
+            rotated.append(torch.view_as_real(z).flatten(-2))
+        scores = torch.einsum("bqhd,bkhd->bhqk", *rotated) / math.sqrt(dim)
+        value = linear(f"{block}.attn.to_v", y).unflatten(-1, (heads, dim))
+        y = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value).flatten(2)
+        x = x + gate_1 * linear(f"{block}.attn.to_out.0", y)
+
+        y = rms_norm(f"{block}.norm2", x) * (1 + scale_2) + shift_2
+        y = silu(linear(f"{block}.ff.gate_proj", y)) * linear(f"{block}.ff.up_proj", y)
+        x = x + gate_2 * linear(f"{block}.ff.down_proj", y)
+        block = f"transformer_blocks.{int(block.split('.')[1]) + 1}"
+
+    shift, scale = linear("norm_out.linear", silu(temb))[:, None].chunk(2, dim=-1)
+    x = linear("proj_out", layer_norm(x, 1e-6) * (1 + scale) + shift)
+    sample = torch.empty(batch, x.shape[-1] // patch**2, height, width)
+    for (row, column), token in zip(corners, x.unbind(1), strict=True):
+        sample[:, :, row : row + patch, column : column + patch] = token.unflatten(1, (patch, patch, -1)).movedim(3, 1)
+    return sample
+
+
 class TestForward:
+    @pytest.mark.parametrize("size", [(8, 8), (4, 10)], ids=str)
+    def test_network_is_the_one_the_papers_draw(self, model, tiny_inputs, size):
+        inputs = tiny_inputs(2, *size)
+        dense = model.dequantize() if model.config.ternary else model
+        expected = plain_network(dense.state_dict(), **inputs)
+        torch.testing.assert_close(predict(model, inputs), expected, rtol=1e-4, atol=1e-5)
+
     @pytest.mark.parametrize("size", [(8, 8), (2, 2), (4, 16), (12, 6)], ids=str)
     def test_output_has_the_size_of_the_input_and_twice_its_channels(self, model, tiny_inputs, size):
         sample = predict(model, tiny_inputs(3, *size))
@@ -113,11 +182,20 @@ class TestForward:
         other = tiny_model(pos_embed_type="rope")
         assert torch.equal(predict(model, tiny_inputs()), predict(other, tiny_inputs())) == (position == "rope")
 
-    def test_sincos_tells_rows_from_columns(self, tiny_model, tiny_inputs):
-        inputs = tiny_inputs(2, 4, 4)
-        turned = inputs | {"hidden_states": inputs["hidden_states"].transpose(2, 3)}
-        model = tiny_model(pos_embed_type="rope+sincos2d")
-        assert (predict(model, turned).transpose(2, 3) - predict(model, inputs)).abs().max() > 1e-3
+    def test_sincos_embedding_gives_half_the_width_to_the_column_and_half_to_the_row(self):
+        # Frozen: models trained with it keep their meaning only while every number stays.
+        embedding = sincos_2d(2, 3, 8, torch.empty(0))
+        for row in range(2):
+            for column in range(3):
+                angles = [column, column / 100, row, row / 100]
+                sines, cosines = list(map(math.sin, angles)), list(map(math.cos, angles))
+                expected = [*sines[:2], *cosines[:2], *sines[2:], *cosines[2:]]
+                torch.testing.assert_close(embedding[3 * row + column], torch.tensor(expected))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_sincos_embedding_is_computed_in_float32(self, dtype):
+        exact = sincos_2d(32, 32, 64, torch.empty(0))
+        assert torch.equal(sincos_2d(32, 32, 64, torch.empty(0, dtype=dtype)), exact.to(dtype))
 
     def test_fewer_key_value_heads_shrink_only_keys_and_values(self, tiny_model, tiny_inputs, variant):
         model = tiny_model(**variant, num_key_value_heads=2)
@@ -715,26 +793,6 @@ class TestAttention:
         assert torch.equal(predict(model, tiny_inputs()), expected)
         model.unfuse_qkv_projections()
         assert equal_state(model, before)
-
-    def test_attention_is_softmax_attention_with_rotary_positions(self, tiny_model):
-        # Written out over complex numbers, as the rotary paper defines it (https://arxiv.org/abs/2104.09864).
-        attn = tiny_model().transformer_blocks[0].attn
-        hidden_states = torch.randn(2, 5, 32)
-        angles = torch.arange(5)[:, None] * 10000.0 ** -(torch.arange(4) / 4)  # (L, D/2H)
-        rotary = torch.polar(torch.ones_like(angles), angles)[None, :, None]
-        query, key, value = (
-            projection(hidden_states).unflatten(-1, (4, 8)) if norm is None else
-            norm(projection(hidden_states)).unflatten(-1, (4, 8))
-            for projection, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k), (attn.to_v, None))
-        )  # fmt: skip
-        query, key = (
-            torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * rotary).flatten(-2)
-            for x in (query, key)
-        )
-        scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(8)
-        expected = attn.to_out[0](torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value).flatten(2))
-        tables = angles.repeat_interleave(2, dim=1)
-        torch.testing.assert_close(attn(hidden_states, (tables.cos(), tables.sin())), expected, rtol=1e-5, atol=1e-5)
 
 
 class TestCompiling:

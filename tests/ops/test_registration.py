@@ -235,6 +235,20 @@ def test_autocast_does_not_reach_the_arithmetic_inside_the_op():
             torch.testing.assert_close(linear(input, either, scale).float(), expected, rtol=1e-3, atol=1e-2)
 
 
+def test_autocast_does_not_reach_the_arithmetic_of_backward():
+    weight, _, scale, _ = new_layer("tensor", out_features=64, in_features=64)
+    input, grad = torch.randn(9, 64).half(), torch.randn(9, 64).half()
+
+    def gradients():
+        leaves = leaf(input), leaf(weight), leaf(scale)
+        return torch.autograd.grad(float_linear(*leaves), leaves, grad)
+
+    outside = gradients()
+    with torch.autocast("cpu", torch.float16):
+        inside = gradients()
+    assert all(torch.equal(got, right) for got, right in zip(inside, outside, strict=True))
+
+
 def test_autocast_ternarizes_the_weight_from_its_own_dtype():
     weight, packed, scale, _ = new_layer("tensor", out_features=64, in_features=256)
     assert not torch.equal(pack_ternary(ternarize(weight.bfloat16())), packed)  # bfloat16 codes would show
