@@ -467,6 +467,7 @@ class TestFiles:
             "out_features": 16,
             "bias": True,
             "weight_format": "packed",
+            "activation_bits": None,
             "scale_granularity": 8,
         }
         assert config["_class_name"] == "TernaryLinear"
@@ -490,3 +491,62 @@ class TestFiles:
                 continue
             assert shown[name][0] == parameter.kind
             assert shown[name][1] == parameter.default or name == "save_function"
+
+
+class TestIntegerActivations:
+    """`activation_bits=8`: the meaning of a layer that was trained with it."""
+
+    def make(self, weight_format="float", **options):
+        torch.manual_seed(0)
+        layer = TernaryLinear(24, 16, activation_bits=8, **options)
+        nn.init.normal_(layer.bias)
+        return layer.pack() if weight_format == "packed" else layer
+
+    def test_output_is_that_of_the_rounded_input(self):
+        layer, x = self.make(), torch.randn(5, 24)
+        step = x.abs().amax(1, keepdim=True) / 127
+        rounded = (x / step).round() * step
+        torch.testing.assert_close(layer(x), F.linear(rounded, layer.dequantize(), layer.bias))
+        assert not torch.allclose(layer(x), F.linear(x, layer.dequantize(), layer.bias))
+
+    @pytest.mark.parametrize("granularity", ["tensor", "row", 8])
+    def test_packing_changes_no_bit(self, granularity):
+        layer, x = self.make(scale_granularity=granularity), torch.randn(5, 24)
+        before = layer(x)
+        assert torch.equal(layer.pack()(x), before)
+
+    def test_gradients_pass_straight_through_the_rounding(self):
+        layer, x = self.make(), torch.randn(5, 24, requires_grad=True)
+        grad = torch.randn(5, 16)
+        layer(x).backward(grad)
+        torch.testing.assert_close(x.grad, grad @ layer.dequantize())
+        step = x.detach().abs().amax(1, keepdim=True) / 127
+        rounded = (x.detach() / step).round() * step
+        torch.testing.assert_close(layer.weight.grad, grad.T @ rounded * layer.weight_scale.detach())
+
+    def test_each_token_has_its_own_step(self):
+        layer, x = self.make("packed"), torch.randn(5, 24)
+        louder = x.clone()
+        louder[0] *= 1000
+        assert torch.equal(layer(louder)[1:], layer(x)[1:])
+
+    def test_zeros_stay_zeros(self):
+        layer = self.make("packed")
+        assert torch.equal(layer(torch.zeros(2, 24)), layer.bias.detach().expand(2, 16))
+
+    def test_saved_as_the_meaning_of_the_model(self, tmp_path, tiny_model, tiny_inputs):
+        model = tiny_model("packed", activation_bits=8)
+        model.save_pretrained(tmp_path)
+        again = type(model).from_pretrained(tmp_path)
+        assert again.config.activation_bits == 8
+        assert torch.equal(again(**tiny_inputs()).sample, model(**tiny_inputs()).sample)
+        plain = type(model).from_pretrained(tmp_path, activation_bits=None)
+        assert not torch.equal(plain(**tiny_inputs()).sample, model(**tiny_inputs()).sample)
+
+    def test_other_widths_and_dense_forms_are_refused(self, tiny_model):
+        with pytest.raises(ValueError, match="must be None or 8, got 4"):
+            TernaryLinear(24, 16, activation_bits=4)
+        with pytest.raises(ValueError, match="activation_bits=8"):
+            tiny_model(ternary=False, activation_bits=8)
+        with pytest.raises(ValueError, match="8-bit activations"):
+            tiny_model(activation_bits=8).dequantize()

@@ -7,7 +7,16 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from .host import TernaryModelMixin, warn_half_precision_codes
-from .ops import dequantize, float_linear, pack_ternary, reference, ternarize, ternary_linear, unpack_ternary
+from .ops import (
+    dequantize,
+    float_linear,
+    pack_ternary,
+    quantize_activations,
+    reference,
+    ternarize,
+    ternary_linear,
+    unpack_ternary,
+)
 
 
 class TernaryLinear(TernaryModelMixin):
@@ -28,6 +37,8 @@ class TernaryLinear(TernaryModelMixin):
         weight_format (`str`, defaults to `"float"`): `"float"` or `"packed"`. A fresh packed layer has T = 0.
         scale_granularity (`str` or `int`, defaults to `"tensor"`): What one scale covers: `"tensor"` the matrix,
             `"row"` an output, an int g a group of g inputs of an output. The ternarizing mean covers the same.
+        activation_bits (`int`, *optional*): 8 rounds each token of the input to 8-bit integers before the matmul, in
+            training and in inference: the layer's meaning, for models that are trained with it. `None` does not round.
 
     Attributes:
         weight (`torch.nn.Parameter`): (N, K), float. Only in float format.
@@ -37,8 +48,8 @@ class TernaryLinear(TernaryModelMixin):
         bias (`torch.nn.Parameter` or `None`): (N,), float.
 
     Raises:
-        ValueError: A wrong `weight_format` or `scale_granularity`, N not a multiple of 4 in packed format, or K not a
-            multiple of the group.
+        ValueError: A wrong `weight_format`, `scale_granularity` or `activation_bits`, N not a multiple of 4 in packed
+            format, or K not a multiple of the group.
 
     Source: TerDiT (https://arxiv.org/abs/2405.14854).
     """
@@ -53,8 +64,11 @@ class TernaryLinear(TernaryModelMixin):
         bias: bool = True,
         weight_format: str = "float",
         scale_granularity: str | int = "tensor",
+        activation_bits: int | None = None,
     ):
         super().__init__()
+        if activation_bits not in (None, 8):
+            raise ValueError(f"`activation_bits` must be None or 8, got {activation_bits!r}.")
         if weight_format not in ("float", "packed"):
             raise ValueError(f'`weight_format` must be "float" or "packed", got {weight_format!r}.')
         if in_features < 1 or out_features < 1:
@@ -95,9 +109,17 @@ class TernaryLinear(TernaryModelMixin):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), in the dtype of `hidden_states` (or of autocast)."""
+        if self.config["activation_bits"] is None:
+            return self._linear(hidden_states, self.bias)
+        codes, step = quantize_activations(hidden_states, self.config["activation_bits"])  # (..., K), (..., 1)
+        output = self._linear(codes, None) * step  # float32
+        output = output if self.bias is None else output + self.bias
+        return output.to(hidden_states.dtype)
+
+    def _linear(self, hidden_states: Tensor, bias: Tensor | None) -> Tensor:
         if self.weight_format == "packed":
-            return ternary_linear(hidden_states, self.weight_packed, self.weight_scale, self.bias)
-        return float_linear(hidden_states, self.weight, self.weight_scale, self.bias)
+            return ternary_linear(hidden_states, self.weight_packed, self.weight_scale, bias)
+        return float_linear(hidden_states, self.weight, self.weight_scale, bias)
 
     @torch.no_grad()
     def ternary_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -172,4 +194,5 @@ class TernaryLinear(TernaryModelMixin):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None},"
             f" weight={bits}, scale={self.scale_granularity!r}"
+            + (f", activations={self.config['activation_bits']}-bit" if self.config["activation_bits"] else "")
         )

@@ -174,6 +174,8 @@ class TerDiTTransformer2DModel(TernaryModelMixin, PeftAdapterMixin, CacheMixin, 
         pos_embed_type (`str`, defaults to `"rope"`): `"rope"`: rotary positions over the flat token index, as
             released; `"rope+sincos2d"`: also a fixed 2-D sine-cosine embedding added to the tokens, better for small
             new models.
+        activation_bits (`int`, *optional*): 8 for a model that is trained with 8-bit inputs of its ternary layers, see
+            [`TernaryLinear`].
         initialization (`str`, defaults to `"small_gain"`): `"small_gain"`: variance-preserving scales, adaLN starting
             small (RMSNorm gain 0.1; zero weights where there is no norm). `"reference"`: the authors' (normal scales,
             zero adaLN weights, gain 1). Not stored.
@@ -208,6 +210,7 @@ class TerDiTTransformer2DModel(TernaryModelMixin, PeftAdapterMixin, CacheMixin, 
         ternary: bool = True,
         adaln_norm: bool = True,
         pos_embed_type: str = "rope",
+        activation_bits: int | None = None,
         initialization: str = "small_gain",
     ):
         super().__init__()
@@ -223,8 +226,11 @@ class TerDiTTransformer2DModel(TernaryModelMixin, PeftAdapterMixin, CacheMixin, 
             raise ValueError(f'`pos_embed_type` must be "rope" or "rope+sincos2d", got {pos_embed_type!r}.')
         if pos_embed_type == "rope+sincos2d" and dim % 4:
             raise ValueError(f"A 2-D sine-cosine embedding needs a width divisible by 4, got {dim}.")
-        if not ternary and weight_format != "float":
-            raise ValueError(f"A model with ternary=False has no packed weights, got weight_format={weight_format!r}.")
+        if not ternary and (weight_format != "float" or activation_bits is not None):
+            raise ValueError(
+                f"A model with ternary=False has no packed weights or integer activations, got {weight_format=},"
+                f" {activation_bits=}."
+            )
         cond_dim = min(dim, 1024)
         ffn_dim = -(-8 * dim // 3 // 256) * 256 if ffn_dim is None else ffn_dim
         self.out_channels = in_channels * (2 if learn_sigma else 1)
@@ -232,7 +238,7 @@ class TerDiTTransformer2DModel(TernaryModelMixin, PeftAdapterMixin, CacheMixin, 
         def linear(in_features: int, out_features: int, bias: bool) -> nn.Module:
             if not ternary:
                 return nn.Linear(in_features, out_features, bias=bias)
-            return TernaryLinear(in_features, out_features, bias, weight_format, scale_granularity)
+            return TernaryLinear(in_features, out_features, bias, weight_format, scale_granularity, activation_bits)
 
         self.proj_in = nn.Linear(patch_size * patch_size * in_channels, dim)
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -332,6 +338,8 @@ class TerDiTTransformer2DModel(TernaryModelMixin, PeftAdapterMixin, CacheMixin, 
 
     def dequantize(self) -> "TerDiTTransformer2DModel":
         """A new full-precision model (`ternary=False`) with the dense weights `scale * T`; this one stays as it is."""
+        if self.config.activation_bits is not None:
+            raise ValueError("This model computes with 8-bit activations, which a dense model does not do.")
         dense = type(self).from_config(self.config, weight_format="float", ternary=False).to(self.device)
         state_dict = {k: v for k, v in self.state_dict().items() if not k.rsplit(".", 1)[-1].startswith("weight_")}
         state_dict |= {f"{name}.weight": layer.dequantize() for name, layer in self.ternary_layers().items()}

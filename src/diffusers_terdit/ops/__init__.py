@@ -13,10 +13,18 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import cpu, reference
-from .reference import dequantize, pack_ternary, ternarize, unpack_ternary
+from .reference import dequantize, pack_ternary, quantize_activations, ternarize, unpack_ternary
 
 
-__all__ = ["dequantize", "float_linear", "pack_ternary", "ternarize", "ternary_linear", "unpack_ternary"]
+__all__ = [
+    "dequantize",
+    "float_linear",
+    "pack_ternary",
+    "quantize_activations",
+    "ternarize",
+    "ternary_linear",
+    "unpack_ternary",
+]
 
 
 def _outside_autocast(kernel):

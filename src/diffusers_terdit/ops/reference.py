@@ -201,6 +201,38 @@ def is_grouped(weight_scale: Tensor) -> bool:
     return weight_scale.dim() == 2 and weight_scale.shape[1] > 1
 
 
+class _QuantizeActivations(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, bits):
+        top = 2 ** (bits - 1) - 1
+        wide = input.float()
+        step = wide.abs().amax(-1, keepdim=True).clamp_min(1e-12) / top
+        ctx.save_for_backward(step)
+        ctx.mark_non_differentiable(step)
+        return (wide / step).round_().clamp_(-top, top).to(input.dtype), step
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        (step,) = ctx.saved_tensors
+        return (grad.float() / step).to(grad.dtype), None  # straight through the rounding
+
+
+def quantize_activations(input: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Round each row (token) to signed integers: `input ~ codes * step`, half to even; straight-through gradient.
+
+    Args:
+        input (`torch.Tensor`): (..., K), float. Computed in float32 whatever its dtype.
+        bits (`int`, defaults to 8): Of the codes: 8 gives -127 to 127. At most 8 are exact in a bfloat16 matmul.
+
+    Returns:
+        Two `torch.Tensor`: the codes (..., K), integers in `input`'s dtype, and the step (..., 1), float32: the row's
+        largest absolute value over the largest code.
+
+    Source: BitNet b1.58, section 2 (https://arxiv.org/abs/2402.17764).
+    """
+    return _QuantizeActivations.apply(input, bits)
+
+
 def scaled_linear(input: Tensor, ternary: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """`input @ (scale * ternary)^T + bias`, the scale and bias in float32. Not for autograd: works in place.
 
