@@ -1,25 +1,32 @@
 """Measurements that the documentation quotes. Prints Markdown, with the machine and versions it ran on.
 
 python examples/benchmark.py memory --preset terdit-4.2b-256
+python examples/benchmark.py training --preset terdit-600m-256
 
 `memory` saves a packed model of a preset's size with random codes, then, in a new process, loads it, runs one guided
 forward pass (two rows), and prints that process's peak resident memory.
+
+`training` times optimizer steps of a ternary model and of its full-precision twin in turns, at a preset's layer shapes
+with fewer layers, and prints the ratio; each one's peak memory is measured in a process of its own.
 """
 
 import argparse
 import platform
 import re
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import diffusers
 import torch
+from diffusers import DDPMScheduler
 
-from diffusers_terdit import TerDiTTransformer2DModel, pack_ternary
+from diffusers_terdit import TerDiTTransformer2DModel, losses, pack_ternary
 
 
 def machine() -> str:
@@ -86,6 +93,58 @@ def memory(preset: str, sizes: list[int], folder: str | None) -> None:
             print(f"| {size} x {size} | {' | '.join(result)} |", flush=True)
 
 
+def training_step(preset: str, layers: int, batch: int, dtype: torch.dtype, device: str, **config):
+    """A function that runs one optimizer step of a fresh model."""
+    torch.manual_seed(0)
+    model = TerDiTTransformer2DModel.from_preset(preset, num_layers=layers, **config).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    alphas = DDPMScheduler(beta_schedule="linear").alphas_cumprod.to(device)
+    clean = torch.randn(batch, 4, model.config.sample_size, model.config.sample_size, device=device)
+    noise, labels = torch.randn_like(clean), torch.randint(1000, (batch,), device=device)
+    timesteps = torch.randint(1000, (batch,), device=device)
+
+    def step() -> None:
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            output = model(clean, timesteps, labels).sample.float()
+        losses.diffusion_loss(output, clean, noise, timesteps, alphas).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def training(args: argparse.Namespace) -> None:
+    dtype = getattr(torch, args.dtype)
+    arms = {"full precision": {"ternary": False}, "ternary": {}, "ternary, 8-bit activations": {"activation_bits": 8}}
+    make = partial(training_step, args.preset, args.layers, args.batch_size, dtype, args.device)
+    if args.measure:
+        step = make(**arms[args.measure])
+        for _ in range(2):
+            step()
+        print(torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else peak_memory())
+        return
+    print(f"{args.preset}, {args.layers} layers, {args.batch_size} images, {args.dtype}, {args.device}. {machine()}\n")
+    steps = {name: make(**config) for name, config in arms.items()}
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(args.repeats + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - start)
+    print("| | step time, ratio of medians | lowest and highest pair | peak memory, GiB |\n| --- | --- | --- | --- |")
+    base = times["full precision"][1:]
+    for name in arms:
+        own = times[name][1:]  # the first step warms up
+        pairs = [a / b for a, b in zip(own, base, strict=True)]
+        command = [sys.executable, __file__, *sys.argv[1:], "--measure", name]
+        memory = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        ratio = statistics.median(own) / statistics.median(base)
+        print(f"| {name} | {ratio:.2f} | {min(pairs):.2f} to {max(pairs):.2f} | {memory:.2f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -94,13 +153,24 @@ def main() -> None:
     sub.add_argument("--sizes", type=int, nargs="+", default=[32, 64], help="sides of the latents")
     sub.add_argument("--folder", help="where to write the model for a while; default the system's")
     sub.add_argument("--measure", help=argparse.SUPPRESS)
+    sub = commands.add_parser("training", help="cost of a training step beside the full-precision twin's")
+    sub.add_argument("--preset", default="terdit-600m-256")
+    sub.add_argument("--layers", type=int, default=2)
+    sub.add_argument("--batch_size", type=int, default=8)
+    sub.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of autocast")
+    sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    sub.add_argument("--repeats", type=int, default=7)
+    sub.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.measure:
-        measure_memory(args.measure, args.sizes[0])
+    if args.command == "training":
+        training(args)
+    elif args.measure:
+        with torch.no_grad():
+            measure_memory(args.measure, args.sizes[0])
     else:
-        memory(args.preset, args.sizes, args.folder)
+        with torch.no_grad():
+            memory(args.preset, args.sizes, args.folder)
 
 
 if __name__ == "__main__":
-    with torch.no_grad():
-        main()
+    main()

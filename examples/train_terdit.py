@@ -101,7 +101,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--adam_epsilon", type=float, default=1e-8)
     add("--max_grad_norm", type=float, default=2.0)
     add("--ema_decay", type=float, default=0.9999)
-    add("--mixed_precision", default="no", choices=["no", "bf16"], help="weights, average and loss stay float32")
+    add("--mixed_precision", choices=["no", "bf16"], help="default: accelerate's; weights, average, loss stay float32")
     add("--gradient_checkpointing", action="store_true")
     add("--torch_compile", action="store_true", help="compile the transformer blocks")
     add("--fsdp", action="store_true", help="shard weights, average and optimizer over the processes")
@@ -264,7 +264,7 @@ def facts(args: argparse.Namespace, step: int, batch_size: int, num_samples: int
         "learning rate": f"{args.learning_rate}, {args.lr_scheduler}, {args.lr_warmup_steps} steps of warm-up",
         "optimizer": f"AdamW, betas {args.adam_beta1} {args.adam_beta2}, weight decay {args.adam_weight_decay}",
         "exported weights": f"average with decay {args.ema_decay}",
-        "precision while training": f"{args.mixed_precision}, float32 weights",
+        "precision while training": "bfloat16, float32 weights" if args.mixed_precision == "bf16" else "float32",
         "seed": args.seed,
     }
 
@@ -279,8 +279,17 @@ def main(argv=None) -> None:
         # Otherwise DDP regroups gradients after its first step, and 3 processes that resume sum in another order.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    args.mixed_precision = accelerator.mixed_precision
     main_process, device = accelerator.is_main_process, accelerator.device
     logger.info(f"{accelerator.num_processes} process(es), {accelerator.distributed_type.value}, {device}")
+    if (
+        accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+        or accelerator.mixed_precision == "fp16"
+    ):
+        raise SystemExit(
+            f"accelerate is configured for {accelerator.distributed_type.value} in {accelerator.mixed_precision}. Ternary"
+            " weights need float32 masters on every process: use MULTI_GPU, with --fsdp to shard, and bf16 or no."
+        )
     per_pass = args.train_batch_size * accelerator.num_processes
     if args.total_batch_size:
         if args.total_batch_size % per_pass:
@@ -354,7 +363,11 @@ def main(argv=None) -> None:
         lines = [line for line in log_path.read_text().splitlines() if json.loads(line)["step"] <= step]
         log_path.write_text("".join(f"{line}\n" for line in lines))
     if args.report_to:
-        accelerator.init_trackers("train_terdit", config={key: str(value) for key, value in vars(args).items()})
+        accelerator.init_trackers(
+            "train_terdit", config={key: str(value) for key, value in vars(args).items() if key != "hub_token"}
+        )
+        if main_process and not accelerator.trackers:
+            raise SystemExit(f"--report_to {args.report_to}: this tracker is not installed. log.jsonl needs none.")
 
     def log(**record) -> None:
         if main_process:

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, PartialState
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, training
+from diffusers_terdit.checkpoints import bundled
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -342,6 +344,7 @@ class TestRefusals:
             (("--demo", "--ternary_warmup_steps", 5), "--init_from"),
             (("--demo", "--total_batch_size", 12), "no multiple of 1 process"),
             (("--demo", "--lr_scheduler", "linear"), "invalid choice"),
+            (("--demo", "--report_to", "wandb"), "not installed"),
         ],
         ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
     )
@@ -420,6 +423,13 @@ def launch(folder, *args, processes=1, steps=6, wait=True):
     return output
 
 
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_its_configurations(path):
+    config = load_config_from_file(str(path))
+    assert config.distributed_type in ("NO", "MULTI_GPU")
+    assert config.mixed_precision in ("no", "bf16")
+
+
 class TestProcesses:
     def test_two_processes_are_two_and_train_as_one(self, run, tmp_path):
         one = run("--demo", "--train_batch_size", 16, "--checkpointing_steps", 3, output_dir="one", steps=20)
@@ -487,3 +497,74 @@ class TestProcesses:
         launch(folder, *resume, processes=processes, steps=steps)
         assert_same_bits(tmp_path / "whole" / f"checkpoint-{steps}", folder / f"checkpoint-{steps}")
         assert records(folder, "step") == records(tmp_path / "whole", "step")
+
+
+def recognised(judge, images, labels):
+    return float((judge(images).argmax(1) == torch.tensor(labels)).float().mean())
+
+
+def bundled_samples(count, guidance_scale):
+    pipe = TerDiTPipeline.from_pretrained(bundled("digits"))
+    labels = [i % 10 for i in range(count)]
+    generator = torch.Generator().manual_seed(0)
+    call = {"num_inference_steps": 50, "guidance_scale": guidance_scale, "output_type": "latent"}
+    return pipe(labels, generator=generator, **call).images.clamp(-1, 1), labels
+
+
+def shifted(images, down, right):
+    padded = torch.nn.functional.pad(images, (1, 1, 1, 1), value=-1)
+    return padded[:, :, 1 + down : 9 + down, 1 + right : 9 + right]
+
+
+class TestBundledCheckpoint:
+    def test_a_judge_recognises_its_samples(self):
+        svm = pytest.importorskip("sklearn.svm")
+        train, held_out = training.Digits(train=True), training.Digits(train=False)
+        moves = ((0, 0), (0, 1), (0, -1))
+        images = torch.cat([shifted(train.images, *move) for move in moves]).flatten(1).numpy()
+        machine = svm.SVC(gamma=0.05, C=10).fit(images, train.labels * len(moves))
+
+        def judge(images):
+            return torch.nn.functional.one_hot(torch.from_numpy(machine.predict(images.flatten(1).numpy())), 10)
+
+        assert recognised(judge, held_out.images, held_out.labels) > 0.95
+        assert recognised(judge, *bundled_samples(100, guidance_scale=1.5)) >= 0.95
+
+    @pytest.mark.slow
+    def test_a_better_judge_gives_the_numbers_of_the_card(self):
+        train, held_out = training.Digits(train=True), training.Digits(train=False)
+        labels = torch.tensor(train.labels)
+        torch.manual_seed(0)
+        judge = torch.nn.Sequential(
+            torch.nn.Conv2d(1, 32, 3, padding=1), torch.nn.ReLU(),
+            torch.nn.Conv2d(32, 64, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
+            torch.nn.Conv2d(64, 64, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
+            torch.nn.Flatten(), torch.nn.Dropout(0.3), torch.nn.Linear(256, 64), torch.nn.ReLU(),
+            torch.nn.Linear(64, 10),
+        )  # fmt: skip
+        optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, 40 * 23)
+        for _ in range(40):
+            for rows in torch.randperm(len(train))[: 23 * 64].chunk(23):
+                images = shifted(train.images[rows], *torch.randint(-1, 2, (2,)).tolist())
+                scores = judge(images + 0.1 * torch.randn_like(images))
+                torch.nn.functional.cross_entropy(scores, labels[rows], label_smoothing=0.05).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+        judge.eval()
+        with torch.no_grad():
+            print("held-out digits recognised", recognised(judge, held_out.images, held_out.labels))
+            assert recognised(judge, held_out.images, held_out.labels) >= 0.975
+            for scale, least in ((1.0, 0.95), (1.5, 0.99), (2.0, 0.99)):
+                share = recognised(judge, *bundled_samples(1000, scale))
+                print("guidance", scale, "recognised", share)
+                assert share >= least
+
+    def test_it_is_small_and_holds_no_float_masters(self):
+        files = [path for path in Path(bundled("digits")).rglob("*") if path.is_file()]
+        assert sum(path.stat().st_size for path in files) < 200_000
+        assert not [path for path in files if "checkpoint-" in str(path.relative_to(bundled("digits")))]
+        assert (
+            TerDiTTransformer2DModel.load_config(Path(bundled("digits")) / "transformer")["weight_format"] == "packed"
+        )

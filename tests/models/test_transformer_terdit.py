@@ -15,8 +15,6 @@ from diffusers_terdit.models.transformer_terdit import TerDiTAttnProcessor, sinc
 
 
 pytestmark = [
-    # torch's RMSNorm says once that it does not fuse bfloat16 inputs with float32 gains, as autocast makes them.
-    pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning"),
     # Inductor imports a module of torch that defines a deprecated TorchScript method.
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
 ]
@@ -302,6 +300,11 @@ class TestWeightFormats:
         torch.testing.assert_close(predict(dense, tiny_inputs()), predict(model, tiny_inputs()), rtol=1e-5, atol=1e-5)
         assert equal_state(model, before)
 
+    @pytest.mark.parametrize("training", [True, False])
+    def test_dequantized_model_keeps_dtype_and_mode(self, tiny_model, training):
+        dense = tiny_model("packed").to(torch.bfloat16).train(training).dequantize()
+        assert (dense.dtype, dense.training) == (torch.bfloat16, training)
+
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_packed_codes_and_scales_are_the_same_in_half_precision(self, tiny_model, dtype):
         model = tiny_model("packed")
@@ -415,6 +418,12 @@ class TestPresets:
         with init_empty_weights():
             model = TerDiTTransformer2DModel.from_preset("terdit-600m-256")
         assert round(sum(layer.weight.numel() for layer in model.ternary_layers().values()) / 1e9, 2) == 0.60
+
+    @pytest.mark.parametrize(("heads", "ffn_dim"), [(4, 256), (24, 512), (26, 768), (192, 4096)])
+    def test_default_feed_forward_is_eight_thirds_of_the_width_rounded_up_to_256(self, heads, ffn_dim):
+        with torch.device("meta"):
+            model = TerDiTTransformer2DModel(num_layers=1, num_attention_heads=heads, attention_head_dim=8)
+        assert model.transformer_blocks[0].ff.up_proj.out_features == ffn_dim
 
     def test_overrides_win_over_the_preset(self):
         with torch.device("meta"):

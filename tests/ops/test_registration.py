@@ -54,9 +54,10 @@ def test_the_op_passes_torchs_checks(scale_granularity, inputs):
 
 @pytest.mark.parametrize("scale_granularity", GRANULARITIES)
 def test_the_op_passes_torchs_checks_without_a_bias_and_with_a_float_weight(scale_granularity):
-    weight, packed, scale, _ = new_layer(scale_granularity)
-    for either in (packed, leaf(weight)):
-        torch.library.opcheck(LINEAR, (torch.randn(5, K, requires_grad=True), either, leaf(scale), None))
+    _, packed, scale, _ = new_layer(scale_granularity, out_features=20)
+    weight, _, scale_of_9, _ = new_layer(scale_granularity, out_features=9)  # 9 outputs could not be packed
+    for either, its_scale in ((packed, scale), (leaf(weight), scale_of_9)):
+        torch.library.opcheck(LINEAR, (torch.randn(5, K, requires_grad=True), either, leaf(its_scale), None))
 
 
 @pytest.mark.parametrize("inputs", INPUTS)
