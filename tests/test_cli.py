@@ -108,6 +108,16 @@ def test_info_counts_weights_not_bytes(tmp_path, capsys, weight_format):
     assert re.search(rf"^weights +{total:,}$", printed, re.MULTILINE)
 
 
+def test_info_and_generate_take_a_hub_id(fake_hub, tmp_path, capsys):
+    fake_hub.upload_folder("user/digits", bundled())
+    assert main(["info", "user/digits"]) == 0
+    assert "233,472 in 24 layers" in capsys.readouterr().out
+    arguments = ["--labels", "1", "--num_inference_steps", "2", "--output", str(tmp_path / "one.png")]
+    assert main(["generate", "user/digits", *arguments]) == 0
+    assert main(["info", "user/nothing"]) == 1
+    assert "user/nothing" in capsys.readouterr().err
+
+
 def test_every_command_explains_itself(capsys):
     for command in ("generate", "convert", "info", "pack"):
         with pytest.raises(SystemExit) as stop:

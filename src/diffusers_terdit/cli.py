@@ -21,14 +21,23 @@ def human_bytes(size: float) -> str:
     return f"{size:.2f} GB"
 
 
+def _resolve(model: str) -> str:
+    """Folders and Hub ids as they are; the name of a bundled checkpoint becomes its folder."""
+    from .checkpoints import bundled
+
+    if Path(model).is_dir():
+        return model
+    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
+        raise FileNotFoundError(f"{model} is not a folder.")
+    return model if "/" in model else str(bundled(model))
+
+
 def _load(model: str, dtype: str = "float32", **kwargs: Any) -> "TerDiTPipeline":
     import torch
 
-    from .checkpoints import bundled
     from .pipelines.pipeline_terdit import TerDiTPipeline
 
-    path = bundled(model) if "/" not in model and not Path(model).exists() else model
-    return TerDiTPipeline.from_pretrained(path, dtype=getattr(torch, dtype), **kwargs)
+    return TerDiTPipeline.from_pretrained(_resolve(model), dtype=getattr(torch, dtype), **kwargs)
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -99,10 +108,11 @@ def convert(args: argparse.Namespace) -> None:
 
 def info(args: argparse.Namespace) -> None:
     """Print sizes and statistics of a model."""
-    path = Path(args.model)
-    if not path.exists():
-        pipe = _load(args.model)
-        path = Path(pipe.config._name_or_path)
+    from huggingface_hub import snapshot_download
+
+    path = Path(_resolve(args.model))
+    if not path.is_dir():
+        path = Path(snapshot_download(args.model, allow_patterns=["*.json", "*.safetensors"], ignore_patterns="vae/*"))
     _print_info(path / "transformer" if (path / "transformer").is_dir() else path)
 
 
