@@ -7,6 +7,7 @@ from diffusers import AutoencoderKL
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel
 from diffusers_terdit.pipelines.pipeline_terdit import default_scheduler
 from fake_hub import fake_hub  # noqa: F401 - a fixture
+from tiny import randomize
 
 
 DIGITS = ["zero, nought", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -28,16 +29,6 @@ def tiny_config():
         "num_classes": 10,
         "ffn_dim": 64,
     }
-
-
-def randomize(module, seed=0, std=0.1):
-    """Add seeded noise to every floating-point weight; a fresh model's last layer and parts of adaLN are zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.is_floating_point():
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=std)
-    return module
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
-from conftest import randomize
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, ternarize, training
 from diffusers_terdit.ops import dequantize
+from tiny import randomize
 
 
 FROZEN_UNIFORM = [0.5014364721147898, 0.648593774063379]
@@ -283,6 +283,16 @@ class TestFolders:
         assert [path.name for path in training.checkpoints(tmp_path)] == ["checkpoint-20", "checkpoint-100"]
 
 
+class TestLog:
+    def test_lines_after_the_step_and_torn_lines_are_cut(self, tmp_path):
+        path = tmp_path / "log.jsonl"
+        path.write_text('{"step": 1}\n{"step": 2, "loss": 0.5}\n{"step": 3}\n{"step": 2, "lo')
+        training.cut_log(path, 2)
+        assert path.read_text() == '{"step": 1}\n{"step": 2, "loss": 0.5}\n'
+        assert [file.name for file in tmp_path.iterdir()] == ["log.jsonl"]
+        training.cut_log(tmp_path / "missing.jsonl", 2)
+
+
 class TestCheckpoints:
     def test_training_goes_on_in_the_same_bits(self, tmp_path):
         model, average = fresh_model(), fresh_model()
@@ -302,9 +312,14 @@ class TestCheckpoints:
             assert torch.equal(value, resumed_average.state_dict()[name]), name
 
     def test_raw_weights_are_the_models_own_tensors_by_name(self, tmp_path):
-        model = fresh_model()
+        model = fresh_model(scale_granularity="row")
         training.save_checkpoint(tmp_path / "checkpoint-0", model, model, optimizer_of(model), {})
-        fresh_model(3).load_state_dict(load_file(tmp_path / "checkpoint-0" / "model.safetensors"))
+        tensors = load_file(tmp_path / "checkpoint-0" / "model.safetensors")
+        loaded = training.load_transformer(tmp_path / "checkpoint-0")
+        assert tensors.keys() == model.state_dict().keys()
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, tensors[name])
+            assert torch.equal(value, loaded.state_dict()[name])
 
     def test_a_folder_that_is_no_checkpoint_is_refused(self, tmp_path):
         model = fresh_model()

@@ -111,22 +111,33 @@ def test_epsilon_is_added_to_the_mean(value, expected):
     assert ternarize(torch.full((4, 4), value)).unique().tolist() == [expected]
 
 
-def test_codes_do_not_depend_on_the_number_of_threads():
+@pytest.fixture
+def with_threads():
+    """`with_threads(count, function, argument)`: the result of `function(argument)` on that many threads."""
+    before = torch.get_num_threads()
+
+    def run(count, function, argument):
+        torch.set_num_threads(count)
+        return function(argument)
+
+    yield run
+    torch.set_num_threads(before)
+
+
+def test_the_mean_does_not_depend_on_the_number_of_threads(with_threads):
+    weight = random_matrix(4, 2**20)  # rows so long that threads share one
+    assert torch.equal(with_threads(1, reference.absmean, weight), with_threads(2, reference.absmean, weight))
+
+
+def test_codes_do_not_depend_on_the_number_of_threads(with_threads):
     weight = random_matrix(3072, 3072)
     edge = weight.view(-1)[::1000]
     last_bits = (torch.arange(edge.numel()) % 17 - 8) * 2.0**-25  # float32 steps of numbers in [0.25, 0.5)
-    for _ in range(4):  # put 1 in 1000 weights where the last bit of the mean decides
-        edge.copy_((reference.absmean(weight) + reference.EPS) / 2 + last_bits)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = ternarize(weight)
-        assert alone.view(-1)[::1000].unique().tolist() == [0, 1]  # the edge is sharp
-        for threads in (2, 3, 4):
-            torch.set_num_threads(threads)
-            assert torch.equal(ternarize(weight), alone)
-    finally:
-        torch.set_num_threads(before)
+    for _ in range(3):  # put 1 in 1000 weights where the last bit of the mean decides
+        edge.copy_((with_threads(1, reference.absmean, weight) + reference.EPS) / 2 + last_bits)
+    alone = with_threads(1, ternarize, weight)
+    assert alone.view(-1)[::1000].unique().tolist() == [0, 1]  # the edge is sharp
+    assert torch.equal(with_threads(2, ternarize, weight), alone)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
