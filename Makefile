@@ -15,8 +15,9 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 demo: .venv/.ready
 	$(BIN)/terdit generate digits --num_images_per_label 8 --guidance_scale 2 --output demo.png
 
+# One thread: the models of the tests are tiny, and some tests start several processes.
 test: .venv/.ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 slow: .venv/.ready
 	$(BIN)/python -m pytest -m slow
