@@ -61,7 +61,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add(
         "--preset", choices=[name for name in training.PRESETS if name != "demo"], help="model and recipe of the paper"
     )
-    add("--in_channels", type=int, help="default 3, or the VAE's")
+    add("--in_channels", type=int, default=3, choices=[1, 3], help="of pixels, where there is no VAE")
     add("--patch_size", type=int, default=2)
     add("--num_layers", type=int, default=12)
     add("--num_attention_heads", type=int, default=6)
@@ -71,8 +71,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--adaln_norm", type=boolean, default=True, help="false: without the paper's RMSNorm")
     add("--initialization", default="small_gain", choices=["small_gain", "reference"])
     add("--scale_granularity", default="tensor", help='"tensor", "row", or inputs per group')
+    add("--activation_bits", type=int, choices=[8], help="train with 8-bit inputs of the ternary layers")
     add("--ternary", type=boolean, default=True, help="false: the full-precision twin, on the same data and noise")
-    add("--init_from", help="pipeline, model or checkpoint-N to start from, ternary or full precision")
+    add("--init_from", help="pipeline, model or checkpoint-N to start from; its size is taken, too")
     add("--ternary_warmup_steps", type=int, default=0, help="blend from full precision to ternary over so many steps")
     add("--teacher", help="pipeline or model whose noise prediction is learned, too")
     add("--distillation_weight", type=float, default=1.0)
@@ -138,6 +139,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error("--streaming goes with --dataset_name and --dataloader_num_workers 0")
     if args.frechet_steps and (args.streaming or not args.feature_network):
         parser.error("--frechet_steps needs --feature_network, and data that is not streamed (0 switches it off)")
+    if args.activation_bits and not args.ternary:
+        parser.error("--activation_bits is for ternary models, not --ternary false")
     if args.flow_matching and args.snr_gamma:
         parser.error("--snr_gamma is for DDPM, not --flow_matching")
     if args.ternary_warmup_steps and not (args.ternary and args.init_from):
@@ -217,18 +220,18 @@ def sample_images(pipe: TerDiTPipeline, args, labels: list[int], seeds: list[int
 @torch.no_grad()
 def frechet(pipe: TerDiTPipeline, args, accelerator, network, codec, examples) -> float:
     """Frechet distance between features of samples and of as many training images; the processes share the work."""
-    features = []
-    indices = list(range(accelerator.process_index, args.num_frechet_images, accelerator.num_processes))
-    for start in range(0, len(indices), args.train_batch_size):
+    features, processes = [], accelerator.num_processes
+    count = -(-args.num_frechet_images // processes)  # as many for each process
+    indices = [i * processes + accelerator.process_index for i in range(count)]
+    for start in range(0, count, args.train_batch_size):
         part = indices[start : start + args.train_batch_size]
         batch = default_collate([examples[i] for i in part])
         batch = codec.encode({key: value.to(accelerator.device) for key, value in batch.items()})
         real = codec.decode(batch["samples"])
         fake = sample_images(pipe, args, [i % examples.num_classes for i in part], part, "pt").to(real)
         features.append(torch.stack([network(real), network(fake)], dim=1))  # (B, 2, D)
-    features = accelerator.gather(accelerator.pad_across_processes(torch.cat(features), pad_index=math.nan))
-    features = features[features.isfinite().all(dim=(1, 2))] if features.ndim == 3 else features
-    return training.frechet_distance(features[:, 0], features[:, 1])
+    gathered = accelerator.gather(torch.cat(features))
+    return training.frechet_distance(gathered[:, 0], gathered[:, 1])
 
 
 def build_transformer(args: argparse.Namespace, sample_size: int, in_channels: int, num_classes: int):
@@ -240,6 +243,7 @@ def build_transformer(args: argparse.Namespace, sample_size: int, in_channels: i
         "class_dropout_prob": args.class_dropout_prob,
         "learn_sigma": args.learn_sigma,
         "ternary": args.ternary,
+        "activation_bits": args.activation_bits,
     }
     if not args.init_from:
         names = ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "pos_embed_type")
@@ -282,14 +286,14 @@ def main(argv=None) -> None:
     args.mixed_precision = accelerator.mixed_precision
     main_process, device = accelerator.is_main_process, accelerator.device
     logger.info(f"{accelerator.num_processes} process(es), {accelerator.distributed_type.value}, {device}")
-    if (
-        accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
-        or accelerator.mixed_precision == "fp16"
-    ):
+    engine = accelerator.distributed_type.value
+    if engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM") or accelerator.mixed_precision not in ("no", "bf16"):
         raise SystemExit(
-            f"accelerate is configured for {accelerator.distributed_type.value} in {accelerator.mixed_precision}. Ternary"
-            " weights need float32 masters on every process: use MULTI_GPU, with --fsdp to shard, and bf16 or no."
+            f"accelerate is configured for {engine} in {accelerator.mixed_precision}. Ternary weights need float32"
+            " masters: use MULTI_GPU, with --fsdp to shard, and bf16 or no."
         )
+    if args.report_to and not accelerator.log_with:
+        raise SystemExit(f"--report_to {args.report_to}: this tracker is not installed. log.jsonl needs none.")
     per_pass = args.train_batch_size * accelerator.num_processes
     if args.total_batch_size:
         if args.total_batch_size % per_pass:
@@ -311,9 +315,11 @@ def main(argv=None) -> None:
     vae = None
     if args.pretrained_vae_model_name_or_path:
         vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path).requires_grad_(False).to(device)
-    samples = open_samples(args, channels=3 if vae is not None else args.in_channels or 3)
+    samples = open_samples(args, channels=3 if vae is not None else args.in_channels)
     codec = training.LatentCodec(vae, getattr(samples, "info", None))
-    latent_shape = codec.latent_shape(args.resolution, args.in_channels or 3)
+    if args.frechet_steps and not codec.decodes:
+        raise SystemExit("--frechet_steps shows images to a network: pass --pretrained_vae_model_name_or_path, too.")
+    latent_shape = codec.latent_shape(args.resolution, args.in_channels)
     num_classes = len(samples.id2label)
     examples = training.Examples(
         samples, args.seed, latent_shape, num_classes, args.class_dropout_prob, continuous_time=args.flow_matching
@@ -323,6 +329,8 @@ def main(argv=None) -> None:
     set_seed(args.seed)
     transformer = build_transformer(args, latent_shape[1], latent_shape[0], num_classes).train().to(device)
     teacher = training.load_transformer(args.teacher).requires_grad_(False).to(device) if args.teacher else None
+    if teacher is not None and teacher.config.num_classes != num_classes:
+        raise SystemExit(f"--teacher knows {teacher.config.num_classes} classes, the data has {num_classes}.")
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     ema_model = copy.deepcopy(transformer).requires_grad_(False).eval()
@@ -359,15 +367,11 @@ def main(argv=None) -> None:
         if args.streaming:
             samples.shard_sizes.update({int(key): size for key, size in state["shard_sizes"].items()})
         logger.info(f"resumed {folder} at step {step}")
-    if main_process and log_path.exists():  # lines that a killed run wrote after its last checkpoint
-        lines = [line for line in log_path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        log_path.write_text("".join(f"{line}\n" for line in lines))
+    if main_process:
+        training.cut_log(log_path, step)  # a killed run writes on after its last checkpoint
     if args.report_to:
-        accelerator.init_trackers(
-            "train_terdit", config={key: str(value) for key, value in vars(args).items() if key != "hub_token"}
-        )
-        if main_process and not accelerator.trackers:
-            raise SystemExit(f"--report_to {args.report_to}: this tracker is not installed. log.jsonl needs none.")
+        settings = {key: str(value) for key, value in vars(args).items() if key != "hub_token"}
+        accelerator.init_trackers("train_terdit", config=settings)
 
     def log(**record) -> None:
         if main_process:

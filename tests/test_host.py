@@ -171,6 +171,17 @@ class TestStrictLoading:
             load(tmp_path, use_safetensors=False, low_cpu_mem_usage=low_cpu_mem_usage)
         assert BIN in str(error.value)
 
+    @pytest.mark.parametrize("mutation", ["missing", "unexpected", "codes as float32", "code 3"])
+    def test_wrong_tensor_in_a_bin_shard_is_an_error_that_names_the_shard(self, tiny_model, tmp_path, mutation):
+        tiny_model("packed").save_pretrained(tmp_path, safe_serialization=False, **SHARDED)
+        weight_map = json.loads((tmp_path / f"{BIN}.index.json").read_text())["weight_map"]
+        _, name, edit = STRUCTURE[mutation]
+        shard = tmp_path / weight_map.get(name, weight_map[PLAIN])
+        rewrite(shard, edit)
+        with pytest.raises(ValueError, match=re.escape(f"`{name}`")) as error:
+            load(tmp_path, use_safetensors=False)
+        assert shard.name in str(error.value)
+
     @pytest.mark.parametrize("save", [{}, SHARDED], ids=["single", "sharded"])
     @pytest.mark.parametrize(("weight_format", "name", "edit"), DAMAGE_CASES)
     def test_damage_that_leaves_every_name_and_shape_is_found_by_the_digest(
@@ -369,20 +380,35 @@ class TestUnreadableFiles:
         with pytest.raises(OSError, match=re.escape(path.name)):
             load(tmp_path)
 
-    def test_bin_file_that_is_not_a_pickle_is_an_oserror(self, tiny_model, tmp_path):
-        tiny_model("packed").save_pretrained(tmp_path, safe_serialization=False)
-        (tmp_path / BIN).write_bytes(b"not a pickle")
-        with pytest.raises(OSError, match=re.escape(BIN)):
+    @pytest.mark.parametrize("save", [{}, SHARDED], ids=["single", "sharded"])
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda data: b"",
+            lambda data: b"not a pickle",
+            lambda data: data[: len(data) // 2],
+            lambda data: data[:-1],
+            lambda data: pickle.dumps([1, 2]),
+        ],
+        ids=["empty", "text", "half", "last byte cut", "a list"],
+    )
+    def test_bin_file_that_holds_no_tensors_is_an_oserror_that_names_it(self, tiny_model, tmp_path, save, damage):
+        tiny_model("packed").save_pretrained(tmp_path, safe_serialization=False, **save)
+        path = sorted(tmp_path.glob("*.bin"))[-1]
+        path.write_bytes(damage(path.read_bytes()))
+        with pytest.raises(OSError, match=re.escape(path.name)):
             load(tmp_path, use_safetensors=False)
 
-    def test_bin_file_that_runs_code_is_an_oserror_and_runs_nothing(self, tiny_model, tmp_path):
+    @pytest.mark.parametrize("save", [{}, SHARDED], ids=["single", "sharded"])
+    def test_bin_file_that_runs_code_is_an_oserror_and_runs_nothing(self, tiny_model, tmp_path, save):
         class Exploit:
             def __reduce__(self):
                 return os.mkdir, (str(tmp_path / "ran"),)
 
-        tiny_model("packed").save_pretrained(tmp_path, safe_serialization=False)
-        (tmp_path / BIN).write_bytes(pickle.dumps(Exploit()))
-        with pytest.raises(OSError, match=re.escape(BIN)):
+        tiny_model("packed").save_pretrained(tmp_path, safe_serialization=False, **save)
+        path = sorted(tmp_path.glob("*.bin"))[-1]
+        torch.save({PLAIN: Exploit()}, path)
+        with pytest.raises(OSError, match=re.escape(path.name)):
             load(tmp_path, use_safetensors=False)
         assert not (tmp_path / "ran").exists()
 

@@ -46,6 +46,7 @@ __all__ = [
     "check_columns",
     "checkpoints",
     "clip_grad_norm",
+    "cut_log",
     "ema_decay",
     "export_pipeline",
     "frechet_distance",
@@ -956,6 +957,20 @@ def rotate_checkpoints(output_dir: str | os.PathLike, limit: int | None) -> None
         doomed = path.with_name(path.name + ".partial")
         os.replace(path, doomed)
         shutil.rmtree(doomed)
+
+
+def cut_log(path: str | os.PathLike, step: int) -> None:
+    """Keep the lines of a JSONL log up to a step: a resumed run writes the later ones again. The last may be torn."""
+    path = Path(path)
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            kept += [f"{line}\n"] if json.loads(line)["step"] <= step else []
+    partial_path = path.with_name(path.name + ".partial")
+    partial_path.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial_path, path)
 
 
 def save_checkpoint(

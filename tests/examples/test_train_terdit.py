@@ -329,7 +329,7 @@ class TestData:
         parts = run(*flags, "--resume_from_checkpoint", "latest", output_dir="parts", steps=6)
         assert_same_bits(whole / "checkpoint-6", parts / "checkpoint-6")
 
-    def test_cached_latents_train_as_the_images_do(self, run, image_folder, vae):
+    def test_cached_latents_train_as_the_images_do(self, run, image_folder, vae, refused):
         common = ("--pretrained_vae_model_name_or_path", vae, "--resolution", 16)
         cache = ("--train_data_dir", image_folder, *common, "--shard_size", 6, "--batch_size", 4)
         latents = run(*cache, "--dtype", "float32", output_dir="latents", script="cache")
@@ -339,6 +339,9 @@ class TestData:
         assert records(cached) == pytest.approx(records(online), rel=1e-4)
         assert TerDiTPipeline.from_pretrained(online).vae is not None
         assert TerDiTPipeline.from_pretrained(cached).vae is None
+        assert not (cached / "samples").exists()
+        network = ("--feature_network", "torch.nn:Flatten", "--frechet_steps", 2)
+        assert "--pretrained_vae" in refused("--train_latents_dir", latents, *network, output_dir="no_vae")
 
         half = run(*cache, output_dir="half", script="cache")
         assert records(run("--train_latents_dir", half, output_dir="c2")) == pytest.approx(records(online), rel=1e-2)

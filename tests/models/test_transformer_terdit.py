@@ -23,7 +23,7 @@ VARIANTS = {"float": {}, "packed": {"weight_format": "packed"}, "dense": {"terna
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="inductor needs a C++ compiler"
 )
-SHARDED = {"max_shard_size": "20KB"}
+SHARDED, BIN = {"max_shard_size": "20KB"}, {"safe_serialization": False}
 
 
 @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
@@ -461,7 +461,7 @@ class TestPresets:
 
 class TestSaving:
     @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
-    @pytest.mark.parametrize("save", [{}, SHARDED, {"safe_serialization": False}, {"variant": "fp16"}], ids=str)
+    @pytest.mark.parametrize("save", [{}, SHARDED, BIN, SHARDED | BIN, {"variant": "fp16"}], ids=str)
     def test_loaded_model_is_bit_equal(self, model, tiny_inputs, tmp_path, save, low_cpu_mem_usage):
         model.save_pretrained(tmp_path, **save)
         kwargs = {"variant": save["variant"]} if "variant" in save else {}

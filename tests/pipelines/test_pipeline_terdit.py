@@ -20,6 +20,7 @@ from diffusers import (
     DPMSolverSinglestepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FirstBlockCacheConfig,
     HeunDiscreteScheduler,
     ImagePipelineOutput,
     PNDMScheduler,
@@ -322,6 +323,15 @@ class TestSampling:
         assert "Denoising" in error
         assert "4/4" in error
 
+    def test_step_cache_saves_work_and_starts_empty_in_every_call(self, tiny_pipeline):
+        pipe, blocks = tiny_pipeline(), []
+        pipe.transformer.transformer_blocks[1].attn.register_forward_hook(lambda *_: blocks.append(1))
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
+        first, computed = sample(pipe), len(blocks)
+        assert computed < 4
+        assert torch.equal(sample(pipe), first)
+        assert len(blocks) == 2 * computed
+
     def test_calls_do_not_leak_into_each_other(self, tiny_pipeline):
         pipe = tiny_pipeline()
         expected = sample(pipe)
@@ -485,14 +495,23 @@ class TestSchedulers:
         )
 
     @pytest.mark.parametrize("cls", SWAPS)
-    def test_swapped_scheduler_equals_the_same_one_built_without_a_variance(self, tiny_pipeline, cls):
-        config = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
-        config |= {"timestep_spacing": "linspace", "clip_sample": False}
-        config = {name: value for name, value in config.items() if name in inspect.signature(cls).parameters}
-        swapped, built = tiny_pipeline(in_channels=4), tiny_pipeline(in_channels=4, scheduler=cls(**config))
-        swapped.scheduler = cls.from_config(swapped.scheduler.config)
-        arguments = {"output_type": "latent", "num_inference_steps": 6}
-        torch.testing.assert_close(sample(swapped, **arguments), sample(built, **arguments))
+    def test_swapped_scheduler_samples_as_one_that_never_heard_of_a_variance(self, tiny_pipeline, cls):
+        pipe = tiny_pipeline(in_channels=4)
+        pipe.scheduler = cls.from_config(pipe.scheduler.config)
+        images = sample(pipe, output_type="latent", num_inference_steps=6, guidance_scale=1.0)
+
+        config = {"beta_start": 1e-4, "beta_end": 0.02, "timestep_spacing": "linspace", "clip_sample": False}
+        scheduler = cls(**{name: value for name, value in config.items() if name in inspect.signature(cls).parameters})
+        scheduler.set_timesteps(6)
+        generator = seeded()
+        stochastic = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        latents = torch.randn(2, 4, 8, 8, generator=generator) * scheduler.init_noise_sigma
+        with torch.no_grad():
+            for t in scheduler.timesteps:
+                model_input = scheduler.scale_model_input(latents, t)
+                noise = pipe.transformer(model_input, t.expand(2), torch.tensor([1, 2])).sample[:, :4]
+                latents = scheduler.step(noise, t, latents, **stochastic).prev_sample
+        torch.testing.assert_close(images, latents, rtol=1e-4, atol=1e-4)
 
     def test_dpm_solver_plus_plus_guides_all_four_channels(self, tiny_pipeline):
         # Told of a learned variance, it would keep three of the four channels.
@@ -582,6 +601,11 @@ class TestDtypes:
         assert set(seen) == {torch.float32}
         assert {call.hidden_states.dtype for call in calls} == {torch.bfloat16}
         assert images.dtype == torch.float32
+
+    def test_start_noise_of_a_half_precision_model_is_drawn_in_float32(self, tiny_pipeline):
+        pipe, shape = tiny_pipeline(weight_format="packed").to(torch.bfloat16), (2, 3, 8, 8)
+        latents = pipe.prepare_latents(shape, torch.device("cpu"), seeded(), None)
+        assert torch.equal(latents, torch.randn(shape, generator=seeded()))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("vae", [False, True])
