@@ -193,7 +193,7 @@ class TestDemo:
         assert not (tmp_path / "out" / "model_index.json").exists()
 
     def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays(self, run, tmp_path, monkeypatch):
-        save_file, calls = training.save_file, []
+        save_file, calls = training.checkpointing.save_file, []
 
         def full_after_two_files(*args, **kwargs):
             calls.append(1)
@@ -201,7 +201,7 @@ class TestDemo:
                 raise OSError(28, "No space left on device")
             return save_file(*args, **kwargs)
 
-        monkeypatch.setattr(training, "save_file", full_after_two_files)
+        monkeypatch.setattr(training.checkpointing, "save_file", full_after_two_files)
         with pytest.raises(OSError, match="No space left"):
             run("--demo", "--checkpointing_steps", 1)
         assert [path.name for path in sorted((tmp_path / "out").glob("checkpoint*"))] == ["checkpoint-1"]

@@ -1,0 +1,94 @@
+"""What trainers of ternary models share: random numbers, schedules, parameter groups, statistics, checkpoints, export.
+
+A run is a function of its seed. Training consumes samples at positions 0, 1, 2, ...: step s with B samples per step
+takes positions s*B to s*B + B - 1. Which sample stands at a position, its noise, timestep, label dropout and flip are
+functions of (seed, position) alone, whatever the number of processes, loader workers or restarts.
+"""
+
+from .checkpointing import (
+    STATE_NAME,
+    checkpoints,
+    cut_log,
+    load_checkpoint,
+    new_folder,
+    rotate_checkpoints,
+    save_checkpoint,
+    shard_model,
+)
+from .counters import microbatch_positions, normal, run_positions, sample_order, uniform
+from .data import (
+    LATENTS_NAME,
+    Digits,
+    Examples,
+    ImageSamples,
+    LatentCodec,
+    LatentSamples,
+    ShardedStream,
+    check_columns,
+    open_dataset,
+    prepare_image,
+    stream_samples,
+)
+from .export import (
+    export_pipeline,
+    image_grid,
+    model_card,
+    packed_model,
+    save_pipeline,
+    to_pipeline,
+    training_scheduler,
+    whole_model,
+)
+from .measures import frechet_distance, gate_sizes, packed_codes, ternary_statistics
+from .recipes import PRESETS, clip_grad_norm, ema_decay, learning_rate_factor, parameter_groups, update_ema
+from .starting import gradual_ternarization, least_squares_scale, load_transformer, transfer_weights
+
+
+__all__ = [
+    "LATENTS_NAME",
+    "PRESETS",
+    "STATE_NAME",
+    "Digits",
+    "Examples",
+    "ImageSamples",
+    "LatentCodec",
+    "LatentSamples",
+    "ShardedStream",
+    "check_columns",
+    "checkpoints",
+    "clip_grad_norm",
+    "cut_log",
+    "ema_decay",
+    "export_pipeline",
+    "frechet_distance",
+    "gate_sizes",
+    "gradual_ternarization",
+    "image_grid",
+    "learning_rate_factor",
+    "least_squares_scale",
+    "load_checkpoint",
+    "load_transformer",
+    "microbatch_positions",
+    "model_card",
+    "new_folder",
+    "normal",
+    "open_dataset",
+    "packed_codes",
+    "packed_model",
+    "parameter_groups",
+    "prepare_image",
+    "rotate_checkpoints",
+    "run_positions",
+    "sample_order",
+    "save_checkpoint",
+    "save_pipeline",
+    "shard_model",
+    "stream_samples",
+    "ternary_statistics",
+    "to_pipeline",
+    "training_scheduler",
+    "transfer_weights",
+    "uniform",
+    "update_ema",
+    "whole_model",
+]

@@ -1,0 +1,85 @@
+"""Random numbers and sample order as functions of (seed, position): what makes a run repeatable anywhere."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@lru_cache
+def _key(stream: str) -> int:
+    return int.from_bytes(hashlib.sha256(stream.encode()).digest()[:8], "little")
+
+
+def _philox(seed: int, stream: str, position: int) -> np.random.Philox:
+    # Counter-based: the state is (seed, stream, position); word 0 counts within it.
+    return np.random.Philox(key=[seed, _key(stream)], counter=[0, position, 0, 0])
+
+
+def uniform(seed: int, stream: str, positions: Sequence[int]) -> Tensor:
+    """One uniform number per position: a function of (seed, stream, position) and nothing else.
+
+    Args:
+        seed (`int`): 0 to 2**64 - 1.
+        stream (`str`): What the number is for, such as `"timestep"`; other names give independent numbers.
+        positions (`Sequence[int]`): B positions in the run.
+
+    Returns:
+        `torch.Tensor`: (B,), float64 in [0, 1), on the CPU.
+    """
+    values = [np.random.Generator(_philox(seed, stream, position)).random() for position in positions]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def normal(seed: int, stream: str, positions: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Standard normal noise per position; see `uniform`.
+
+    Returns:
+        `torch.Tensor`: (B, *shape), float32, on the CPU.
+    """
+    noise = np.empty((len(positions), *shape), dtype=np.float32)
+    for row, position in zip(noise, positions, strict=True):
+        np.random.Generator(_philox(seed, stream, position)).standard_normal(dtype=np.float32, out=row)
+    return torch.from_numpy(noise)
+
+
+def sample_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of the samples: position p of the run is sample `sample_order(n, seed, p // n)[p % n]`.
+
+    Returns:
+        `np.ndarray`: (num_samples,), int64.
+    """
+    return _philox(seed, "order", epoch).random_raw(num_samples).argsort(kind="stable")
+
+
+def microbatch_positions(
+    step: int, batch_size: int, accumulation_steps: int = 1, process_index: int = 0, num_processes: int = 1
+) -> list[range]:
+    """Positions that one process takes in one optimizer step, one range per accumulated micro-batch.
+
+    Args:
+        step (`int`): Optimizer step, from 0.
+        batch_size (`int`): Samples per micro-batch and process.
+        accumulation_steps (`int`): Micro-batches per optimizer step.
+        process_index (`int`): 0 to `num_processes - 1`.
+        num_processes (`int`): Processes in the run.
+    """
+    start = step * accumulation_steps * num_processes * batch_size
+    starts = (start + (i * num_processes + process_index) * batch_size for i in range(accumulation_steps))
+    return [range(first, first + batch_size) for first in starts]
+
+
+def run_positions(
+    first_step: int,
+    max_steps: int,
+    batch_size: int,
+    accumulation_steps: int = 1,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> Iterator[range]:
+    """`microbatch_positions` of one step after the other: what a loader's `batch_sampler` is, from any step on."""
+    for step in range(first_step, max_steps):
+        yield from microbatch_positions(step, batch_size, accumulation_steps, process_index, num_processes)

@@ -1,0 +1,428 @@
+"""Samples from images, data sets, streams and cached latents, and what a training example is made of."""
+
+import io
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from diffusers.utils import logging
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from .counters import _philox, normal, sample_order, uniform
+
+
+logger = logging.get_logger(__name__)
+
+
+LATENTS_NAME = "latents.json"
+
+
+def prepare_image(image: Image.Image, resolution: int, channels: int = 3) -> Tensor:
+    """Scale the shorter side to `resolution`, cut the middle: (channels, resolution, resolution), float32 in [-1, 1].
+
+    Large images are halved by boxes before one bicubic step, as for ADM's and DiT's training data.
+    Source: https://github.com/openai/guided-diffusion (MIT).
+    """
+    image = image.convert("L" if channels == 1 else "RGB")
+    while min(image.size) >= 2 * resolution:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    factor = resolution / min(image.size)
+    size = [max(round(side * factor), resolution) for side in image.size]
+    image = image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+    left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
+    pixels = np.asarray(image.crop((left, top, left + resolution, top + resolution)), dtype=np.float32)
+    return torch.from_numpy(pixels.reshape(resolution, resolution, channels) / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+
+class Digits(Dataset):
+    """scikit-learn's 8x8 digits, (1, 8, 8) float32 in [-1, 1]: the last 300 of 1797 are held out from training."""
+
+    flip = False
+
+    def __init__(self, train: bool):
+        from sklearn.datasets import load_digits
+
+        digits, part = load_digits(), slice(0, -300) if train else slice(-300, None)
+        self.images = torch.from_numpy(digits.images[part]).float()[:, None] / 8 - 1  # (N, 1, 8, 8)
+        self.labels = digits.target[part].tolist()
+        names = "zero one two three four five six seven eight nine"
+        self.id2label = dict(enumerate(names.split()))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], self.labels[index]
+
+
+class ImageSamples(Dataset):
+    """Images that are read when asked for. One that cannot be read is logged and the next readable one taken instead.
+
+    Args:
+        sources (`Sequence`): One per image: a path, a `PIL.Image.Image`, or a dict with `"bytes"` or `"path"`, as the
+            undecoded images of `datasets` are.
+        labels (`Sequence[int]`): One class id per image.
+        id2label (`dict[int, str]`): Label names.
+        resolution (`int`): Pixels.
+        channels (`int`): 1 or 3.
+        flip (`bool`): Whether a trainer may mirror them.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Any],
+        labels: Sequence[int],
+        id2label: dict[int, str],
+        resolution: int,
+        channels: int = 3,
+        flip: bool = False,
+    ):
+        self.sources, self.labels, self.id2label = sources, labels, id2label
+        self.resolution, self.channels, self.flip = resolution, channels, flip
+
+    @classmethod
+    def from_dataset(
+        cls, dataset: Any, image_column: str = "image", label_column: str = "label", **kwargs: Any
+    ) -> "ImageSamples":
+        """Images and labels of a loaded `datasets.Dataset`; images stay undecoded until they are asked for.
+
+        Raises:
+            ValueError: A column is not there.
+        """
+        from datasets import ClassLabel
+        from datasets import Image as ImageFeature
+
+        check_columns(dataset.column_names, image_column, label_column)
+        feature = dataset.features[label_column]
+        labels = list(dataset[label_column])
+        if isinstance(feature, ClassLabel):
+            names = feature.names
+        else:
+            values = sorted(set(labels))
+            names, numbers = [str(value) for value in values], {value: i for i, value in enumerate(values)}
+            labels = [numbers[label] for label in labels]
+        if isinstance(dataset.features[image_column], ImageFeature):
+            dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
+        return cls(dataset[image_column], labels, dict(enumerate(names)), **kwargs)
+
+    @classmethod
+    def from_folder(cls, root: str | os.PathLike, **kwargs: Any) -> "ImageSamples":
+        """Images in `root/<label>/`, at any depth below the label; labels are numbered in the order of their names.
+
+        Raises:
+            ValueError: No class folders, or no images in them.
+        """
+        folders = sorted(path for path in Path(root).iterdir() if path.is_dir() and not path.name.startswith("."))
+        extensions = set(Image.registered_extensions())
+        files = [[p for p in sorted(f.rglob("*")) if p.suffix.lower() in extensions] for f in folders]
+        found = [(folder.name, paths) for folder, paths in zip(folders, files, strict=True) if paths]
+        if not found:
+            raise ValueError(
+                f"{root} holds no images in folders named after their labels, such as {Path(root) / 'cat' / '1.png'}."
+            )
+        return cls(
+            [path for _, paths in found for path in paths],
+            [i for i, (_, paths) in enumerate(found) for _ in paths],
+            {i: name for i, (name, _) in enumerate(found)},
+            **kwargs,
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> Tensor:
+        """One image: (channels, resolution, resolution), float32 in [-1, 1].
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        source = self.sources[index]
+        if isinstance(source, dict):
+            source = io.BytesIO(source["bytes"]) if source.get("bytes") else source["path"]
+        try:
+            image = source if isinstance(source, Image.Image) else Image.open(source)
+            return prepare_image(image, self.resolution, self.channels)
+        except (OSError, ValueError, SyntaxError, TypeError) as error:  # Pillow raises all of these
+            raise OSError(f"image {index} ({source}) cannot be read: {error}") from error
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        for offset in range(100):
+            other = (index + offset) % len(self)
+            try:
+                return self.read(other), self.labels[other]
+            except OSError as error:
+                logger.warning(f"Skipped: {error}")
+        raise OSError(f"100 images in a row, from number {index}, cannot be read.")
+
+
+class LatentSamples(Dataset):
+    """Latents cached by `examples/cache_latents.py`: mean and deviation of the VAE's output, of images and mirrors.
+
+    Args:
+        folder (`str` or `os.PathLike`): Holds `latents.json` and safetensors shards, which are read row by row.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        try:
+            self.info = json.loads((self.folder / LATENTS_NAME).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise OSError(f"{folder} holds no whole latent cache: {error}. Run cache_latents.py (again).") from error
+        self.id2label = {int(key): name for key, name in self.info["id2label"].items()}
+        self.flip = self.info["flip"]
+        self.ends = np.cumsum([shard["num_samples"] for shard in self.info["shards"]])
+        self._open: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # a loader's worker opens its own
+
+    def get(self, index: int, flipped: bool = False) -> tuple[Tensor, int]:
+        """(2C, h, w) float32, the mean and the deviation of each latent; and the label."""
+        shard = int(np.searchsorted(self.ends, index, side="right"))
+        if shard not in self._open:
+            path = self.folder / self.info["shards"][shard]["name"]
+            self._open[shard] = safe_open(path, framework="pt").__enter__()
+        file, row = self._open[shard], index - (int(self.ends[shard - 1]) if shard else 0)
+        moments = file.get_slice("moments_flipped" if flipped else "moments")[row : row + 1][0]
+        return moments.float(), int(file.get_slice("labels")[row : row + 1][0])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.get(index)
+
+
+class Examples(Dataset):
+    """What stands at a position of a run: a sample, its noise, time and label, all drawn from (seed, position).
+
+    Args:
+        samples: (tensor, label) by index, with `flip`: `ImageSamples`, `LatentSamples`, ...; or a `ShardedStream`.
+        seed (`int`): Of the run.
+        latent_shape (`tuple[int, ...]`): (C, h, w), the shape of the noise.
+        num_classes (`int`): The null label's number.
+        class_dropout_prob (`float`): How often the null label replaces the sample's.
+        continuous_time (`bool`): `time` is a float32 in [0, 1), for flow matching, instead of an int in [0, 1000).
+    """
+
+    def __init__(
+        self,
+        samples: Any,
+        seed: int,
+        latent_shape: tuple[int, ...],
+        num_classes: int,
+        class_dropout_prob: float = 0.1,
+        continuous_time: bool = False,
+    ):
+        self.samples, self.seed, self.latent_shape, self.num_classes = samples, seed, latent_shape, num_classes
+        self.class_dropout_prob, self.continuous_time = class_dropout_prob, continuous_time
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        epoch, offset = divmod(position, len(self.samples))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, sample_order(len(self.samples), self.seed, epoch)
+        index = int(self._order[offset])
+        if isinstance(self.samples, LatentSamples):
+            return self.example(position, *self.samples.get(index, self._flips(position)))
+        sample, label = self.samples[index]
+        return self.example(position, sample.flip(-1) if self._flips(position) else sample, label)
+
+    def stream(self, batches: Iterable[Sequence[int]]) -> Iterator[dict[str, Tensor]]:
+        """Collated batches of a stream, whose samples come in the order of their positions."""
+        batches, lookahead = itertools.tee(batches)
+        samples = self.samples.samples(itertools.chain.from_iterable(lookahead))
+        for positions in batches:
+            batch = []
+            for position, (sample, label) in zip(positions, itertools.islice(samples, len(positions)), strict=True):
+                batch.append(self.example(position, sample.flip(-1) if self._flips(position) else sample, label))
+            yield default_collate(batch)
+
+    def example(self, position: int, sample: Tensor, label: int) -> dict[str, Any]:
+        """A sample with what the position adds: `samples`, `class_labels`, `noise`, `time`.
+
+        And `posterior_noise` where the sample is not yet the latent itself, but what it is to be drawn from.
+        """
+        time = self._draw("timestep", position)
+        example = {
+            "samples": sample,
+            "class_labels": self.num_classes
+            if self._draw("label_dropout", position) < self.class_dropout_prob
+            else label,
+            "noise": normal(self.seed, "noise", [position], self.latent_shape)[0],
+            "time": np.float32(time) if self.continuous_time else int(time * 1000),
+        }
+        if tuple(sample.shape) != tuple(self.latent_shape):
+            example["posterior_noise"] = normal(self.seed, "posterior", [position], self.latent_shape)[0]
+        return example
+
+    def _flips(self, position: int) -> bool:
+        return self.samples.flip and self._draw("flip", position) < 0.5
+
+    def _draw(self, stream: str, position: int) -> float:
+        return uniform(self.seed, stream, [position]).item()
+
+
+class LatentCodec:
+    """What stands between training data and the latents that the model works on, if anything.
+
+    Args:
+        vae ([`~diffusers.AutoencoderKL`], *optional*): Encodes images, decodes samples.
+        cache (`dict`, *optional*): `LatentSamples.info`, when the data are latents already.
+    """
+
+    def __init__(self, vae: AutoencoderKL | None = None, cache: dict[str, Any] | None = None):
+        self.vae, self.cache = vae, cache
+        self.scale = cache["scaling_factor"] if cache else vae.config["scaling_factor"] if vae is not None else 1.0
+
+    @property
+    def decodes(self) -> bool:
+        """Whether samples can be shown: not cached latents without their VAE."""
+        return self.vae is not None or self.cache is None
+
+    def latent_shape(self, resolution: int, channels: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of images of that size."""
+        if self.cache:
+            channels, height, width = self.cache["latent_shape"]
+            return channels, height, width
+        if self.vae is None:
+            return channels, resolution, resolution
+        size = resolution // 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        return self.vae.config["latent_channels"], size, size
+
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`samples` of a batch to float32 latents, drawn with its `posterior_noise` from the VAE's distribution."""
+        batch = dict(batch)
+        noise = batch.pop("posterior_noise", None)
+        if noise is None:
+            return batch
+        samples = batch["samples"]
+        if self.cache:
+            mean, deviation = samples.chunk(2, dim=1)
+        else:
+            assert self.vae is not None
+            distribution = self.vae.encode(samples.to(self.vae.dtype)).latent_dist
+            mean, deviation = distribution.mean.float(), distribution.std.float()
+        return {**batch, "samples": (mean + deviation * noise) * self.scale}
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents to images in [0, 1], (B, C, H, W) float32."""
+        if self.vae is not None:
+            latents = self.vae.decode((latents / self.scale).to(self.vae.dtype), return_dict=False)[0].float()
+        return (latents / 2 + 0.5).clamp(0, 1)
+
+
+def open_dataset(name: str, config_name: str | None = None, split: str = "train", streaming: bool = False) -> Any:
+    """`datasets.load_dataset` for a name on the Hub, a folder, or one parquet file.
+
+    Raises:
+        ValueError: There is no such data set or split.
+    """
+    from datasets import load_dataset
+
+    path, files = ("parquet", name) if name.endswith(".parquet") else (name, None)
+    try:
+        return load_dataset(path, config_name, data_files=files, split=split, streaming=streaming)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name!r} (config {config_name}, split {split!r}) cannot be loaded: {error}") from error
+
+
+def check_columns(columns: Sequence[str], *wanted: str) -> None:
+    """Raise a `ValueError` that names the columns there are, unless all wanted ones are among them."""
+    for column in wanted:
+        if column not in columns:
+            raise ValueError(f"The data set has no column {column!r}; its columns are {', '.join(columns)}.")
+
+
+def stream_samples(
+    num_shards: int,
+    read_shard: Callable[[int], Any],
+    positions: Iterable[int],
+    seed: int,
+    shard_sizes: dict[int, int],
+) -> Iterator[Any]:
+    """The rows at rising positions of an endless stream: shards in seeded order, rows in seeded order within each.
+
+    Args:
+        num_shards (`int`): Shards in an epoch.
+        read_shard (`Callable`): All rows of a shard by its number, in a fixed order, with `len` and `[]`.
+        positions (`Iterable[int]`): Rising positions in the run.
+        seed (`int`): Of both orders.
+        shard_sizes (`dict[int, int]`): Rows per shard as far as known; filled in while reading. A resumed run that is
+            given the sizes skips to its place without reading.
+
+    Raises:
+        ValueError: Every shard is empty.
+    """
+    wanted = iter(positions)
+    position, start = next(wanted, None), 0
+    for epoch in itertools.count():
+        epoch_start = start
+        for shard in sample_order(num_shards, seed, epoch).tolist():
+            if position is None:
+                return
+            rows = None
+            if shard not in shard_sizes:
+                rows = read_shard(shard)
+                shard_sizes[shard] = len(rows)
+            size = shard_sizes[shard]
+            if position < start + size:
+                rows = read_shard(shard) if rows is None else rows
+                order = _philox(seed, f"order of shard {shard}", epoch).random_raw(size).argsort(kind="stable")
+                while position is not None and position < start + size:
+                    yield rows[int(order[position - start])]
+                    position = next(wanted, None)
+            start += size
+        if start == epoch_start:
+            raise ValueError("The stream holds no samples.")
+
+
+class ShardedStream:
+    """A streamed data set in an order that is a function of the seed: see `stream_samples`. Keeps one shard in memory.
+
+    Args:
+        dataset (`datasets.IterableDataset`): From `load_dataset(..., streaming=True)`.
+        image_column (`str`): Images.
+        label_column (`str`): A `ClassLabel`, so that the labels are known before the data is.
+        seed (`int`): Of the order.
+        kwargs: `resolution`, `channels` and `flip` of `ImageSamples`.
+
+    Raises:
+        ValueError: A column is not there, or the labels are no `ClassLabel`.
+    """
+
+    def __init__(self, dataset: Any, image_column: str, label_column: str, seed: int, **kwargs: Any):
+        from datasets import ClassLabel
+        from datasets import Image as ImageFeature
+
+        if dataset.features is None:
+            raise ValueError("This stream does not say its columns' types. Load it without --streaming.")
+        check_columns(list(dataset.features), image_column, label_column)
+        feature = dataset.features[label_column]
+        if not isinstance(feature, ClassLabel):
+            raise ValueError(f"Streaming needs labels of type ClassLabel, column {label_column!r} is {feature}.")
+        self.dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
+        self.image_column, self.label_column, self.seed = image_column, label_column, seed
+        self.id2label, self.flip, self.kwargs = dict(enumerate(feature.names)), kwargs["flip"], kwargs
+        self.shard_sizes: dict[int, int] = {}  # what a resumed run needs to find its place without reading
+
+    def read_shard(self, index: int) -> ImageSamples:
+        """All samples of a shard, in the order of the file."""
+        rows = list(self.dataset.shard(num_shards=self.dataset.num_shards, index=index))
+        images, labels = [row[self.image_column] for row in rows], [row[self.label_column] for row in rows]
+        return ImageSamples(images, labels, self.id2label, **self.kwargs)
+
+    def samples(self, positions: Iterable[int]) -> Iterator[tuple[Tensor, int]]:
+        """(image, label) at each of the rising positions."""
+        return stream_samples(self.dataset.num_shards, self.read_shard, positions, self.seed, self.shard_sizes)

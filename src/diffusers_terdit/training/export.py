@@ -1,0 +1,189 @@
+"""From trained weights to a packed pipeline folder, its card and its pictures."""
+
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from PIL import Image, ImageDraw, ImageFont
+
+from ..models.transformer_terdit import TerDiTTransformer2DModel
+from ..pipelines.pipeline_terdit import TerDiTPipeline, default_scheduler
+from .checkpointing import _whole, new_folder
+from .measures import packed_codes, ternary_statistics
+
+
+def training_scheduler(
+    learn_sigma: bool = True, flow_matching: bool = False
+) -> DDPMScheduler | FlowMatchEulerDiscreteScheduler:
+    """What a model is trained on and sampled with: the 1000-step linear DDPM, or rectified flow.
+
+    Args:
+        learn_sigma (`bool`): Whether the model predicts the variance; without it DDPM uses its own small one.
+        flow_matching (`bool`): Rectified flow instead of DDPM.
+    """
+    if flow_matching:
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
+    scheduler = default_scheduler()
+    return scheduler if learn_sigma else DDPMScheduler.from_config(scheduler.config, variance_type="fixed_small")
+
+
+@torch.no_grad()
+def packed_model(model: TerDiTTransformer2DModel) -> TerDiTTransformer2DModel:
+    """A packed copy of a float-format model, on the CPU, made without a second float copy of the ternary weights."""
+    if not model.config.ternary:
+        raise ValueError("This model is full precision (ternary=False); it has no ternary weights to pack.")
+    packed = TerDiTTransformer2DModel.from_config(model.config, weight_format="packed")
+    codes = {f"{name}.weight_packed": tensor for name, tensor in packed_codes(model).items()}
+    names = packed.state_dict().keys()
+    floats = {name: _whole(tensor).cpu() for name, tensor in model.state_dict().items() if name in names}
+    packed.load_state_dict({**floats, **codes})
+    return packed.eval()
+
+
+@torch.no_grad()
+def whole_model(model: TerDiTTransformer2DModel) -> TerDiTTransformer2DModel:
+    """A copy of a model, sharded or not, on the CPU."""
+    copied = TerDiTTransformer2DModel.from_config(model.config)
+    copied.load_state_dict({name: _whole(tensor).cpu() for name, tensor in model.state_dict().items()})
+    return copied.eval()
+
+
+def to_pipeline(
+    transformer: TerDiTTransformer2DModel,
+    scheduler: SchedulerMixin | None = None,
+    vae: AutoencoderKL | None = None,
+    id2label: dict[int, str] | None = None,
+) -> TerDiTPipeline:
+    """A pipeline of a trained model, on the CPU: ternarized and packed, or, in full precision, copied.
+
+    Args:
+        transformer ([`TerDiTTransformer2DModel`]): Float format, float32: the average of the weights. Left unchanged.
+            When it is sharded, every process must call this, and each gets a pipeline.
+        scheduler ([`~diffusers.SchedulerMixin`], *optional*): Default `training_scheduler`.
+        vae ([`~diffusers.AutoencoderKL`], *optional*): Decoder.
+        id2label (`dict[int, str]`, *optional*): Label names.
+    """
+    return TerDiTPipeline(
+        transformer=packed_model(transformer) if transformer.config.ternary else whole_model(transformer),
+        scheduler=scheduler or training_scheduler(transformer.config.learn_sigma),
+        vae=vae,
+        id2label={str(key): value for key, value in id2label.items()} if id2label else None,
+    )
+
+
+def save_pipeline(pipe: TerDiTPipeline, save_directory: str | os.PathLike) -> None:
+    """Save a pipeline into a folder that may hold other things: its parts appear whole, `model_index.json` last."""
+    save_directory = Path(save_directory)
+    with new_folder(save_directory / ".export") as partial_folder:
+        pipe.save_pretrained(partial_folder)
+    # Without model_index.json the folder is no pipeline.
+    parts = sorted((save_directory / ".export").iterdir(), key=lambda part: part.name == "model_index.json")
+    for part in parts:
+        target = save_directory / part.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(part, target)
+    (save_directory / ".export").rmdir()
+
+
+def export_pipeline(
+    transformer: TerDiTTransformer2DModel,
+    save_directory: str | os.PathLike,
+    scheduler: SchedulerMixin | None = None,
+    vae: AutoencoderKL | None = None,
+    id2label: dict[int, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> TerDiTPipeline:
+    """`to_pipeline`, then `save_pipeline`.
+
+    Args:
+        transformer ([`TerDiTTransformer2DModel`]): See `to_pipeline`, as for `scheduler`, `vae` and `id2label`.
+        scheduler ([`~diffusers.SchedulerMixin`], *optional*): See there.
+        vae ([`~diffusers.AutoencoderKL`], *optional*): See there.
+        id2label (`dict[int, str]`, *optional*): See there.
+        save_directory (`str` or `os.PathLike`): See `save_pipeline`.
+        dtype (`torch.dtype`, *optional*): Of the tensors that are not ternary; scales stay float32. Default float32.
+    """
+    pipe = to_pipeline(transformer, scheduler, vae, id2label)
+    if dtype is not None:
+        pipe.transformer.to(dtype)
+    save_pipeline(pipe, save_directory)
+    return pipe
+
+
+def model_card(
+    pipe: TerDiTPipeline, name: str, facts: dict[str, Any], images: Sequence[str] = (), license: str | None = None
+) -> str:
+    """Text of a README.md for a trained model.
+
+    Args:
+        pipe ([`TerDiTPipeline`]): What was trained.
+        name (`str`): Repository or folder to load it from, also the title.
+        facts (`dict[str, Any]`): How it was trained, row by row: data, steps, images seen, learning rate, ...
+        images (`Sequence[str]`): Paths of pictures, relative to the card.
+        license (`str`, *optional*): Identifier as on the Hub. Only the caller knows what the data allows.
+    """
+    config = pipe.transformer.config
+    kind = "ternary" if config.ternary else "full-precision"
+    tags = ["terdit", *(["ternary", "1.58-bit"] if config.ternary else []), "class-conditional", "diffusers"]
+    names = list(pipe.labels)
+    example = repr(names[0]) if names else "0"
+    statistics = {key: value for key, value in ternary_statistics(pipe.transformer).items() if key != "dead_layers"}
+    rows = {
+        "model": f"{config.num_layers} layers of width {config.num_attention_heads * config.attention_head_dim}",
+        "classes": config.num_classes,
+        **facts,
+        **{key.replace("_", " "): f"{value:.4g}" for key, value in statistics.items()},
+    }
+    lines = ["---", "library_name: diffusers", "pipeline_tag: unconditional-image-generation"]
+    lines += [f"license: {license}"] if license else []
+    lines += ["tags:", *(f"- {tag}" for tag in tags), "---", ""]
+    lines += [f"# {name}", "", f"A {kind} class-conditional diffusion transformer, trained with diffusers-terdit.", ""]
+    lines += [f"![samples]({image})" for image in images]
+    lines += ["", "```python", "from diffusers_terdit import TerDiTPipeline", ""]
+    lines += [f'pipe = TerDiTPipeline.from_pretrained("{name}")', f"image = pipe([{example}]).images[0]", "```", ""]
+    lines += ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items())]
+    return "\n".join(lines) + "\n"
+
+
+def image_grid(
+    images: Sequence[Image.Image],
+    columns: int | None = None,
+    labels: Sequence[str] | None = None,
+    min_side: int = 64,
+    padding: int = 8,
+) -> Image.Image:
+    """Images in rows on white, with room between them; small ones are enlarged by a whole factor without smoothing.
+
+    Args:
+        images (`Sequence[PIL.Image.Image]`): Of one size, row by row.
+        columns (`int`, *optional*): Images per row; default about as many as rows.
+        labels (`Sequence[str]`, *optional*): Written above the images, cut to their width.
+        min_side (`int`): Pixels; images with a shorter side are enlarged to at least this.
+        padding (`int`): Pixels between cells.
+    """
+    if not images:
+        raise ValueError("A grid needs at least one image.")
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    factor = math.ceil(min_side / min(images[0].size)) if min(images[0].size) < min_side else 1
+    width, height = images[0].width * factor, images[0].height * factor
+    text_height = 14 if labels else 0
+    cell_width, cell_height = width + padding, height + padding + text_height
+    grid = Image.new("RGB", (columns * cell_width + padding, rows * cell_height + padding), "white")
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=11)
+    for i, image in enumerate(images):
+        x, y = padding + i % columns * cell_width, padding + i // columns * cell_height
+        if labels:
+            text = str(labels[i])
+            while text and draw.textlength(text, font=font) > width:
+                text = text[:-1]
+            draw.text((x, y), text, fill="black", font=font)
+        enlarged = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+        grid.paste(enlarged, (x, y + text_height))
+    return grid

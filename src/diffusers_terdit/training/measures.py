@@ -1,0 +1,110 @@
+"""What to watch: ternary statistics, gate sizes, the Frechet distance."""
+
+import torch
+from torch import Tensor
+
+from ..layers import TernaryLinear
+from ..models.transformer_terdit import TerDiTTransformer2DModel
+from ..ops import pack_ternary, reference, unpack_ternary
+from .checkpointing import _call_whole, _whole
+
+
+def frechet_distance(features: Tensor, other: Tensor) -> float:
+    """Fréchet distance of two sets of features, as Gaussians: (N, D) and (M, D) float -> float, computed in float64.
+
+    Source: https://arxiv.org/abs/1706.08500. With Inception's features it is the FID.
+    Raises: ValueError if a set has fewer than two rows or the widths differ.
+    """
+    if min(len(features), len(other)) < 2 or features.shape[1:] != other.shape[1:]:
+        got = f"{tuple(features.shape)} and {tuple(other.shape)}"
+        raise ValueError(f"A Fréchet distance takes two sets of at least 2 features of one width, got {got}.")
+    first, second = features.double().cpu(), other.double().cpu()
+    covariances = [torch.cov(rows.T).reshape(rows.shape[1], rows.shape[1]) for rows in (first, second)]
+    # tr sqrt(A B) = tr sqrt(sqrt(A) B sqrt(A)), whose matrices are symmetric.
+    eigenvalues, vectors = torch.linalg.eigh(covariances[0])
+    root = vectors * eigenvalues.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp(min=0).sqrt().sum()
+    means = (first.mean(0) - second.mean(0)).square().sum()
+    return float(means + covariances[0].trace() + covariances[1].trace() - 2 * cross)
+
+
+@torch.no_grad()
+def packed_codes(model: TerDiTTransformer2DModel) -> dict[str, Tensor]:
+    """The ternary weights now, two bits each: layer name -> (N/4, K) uint8, on the CPU."""
+    return {name: pack_ternary(_ternary(layer)).cpu() for name, layer in model.ternary_layers().items()}
+
+
+def _ternary(layer: TernaryLinear) -> Tensor:
+    if layer.weight_format == "packed":
+        return layer.ternary_weight(torch.int8)
+    return reference.ternarize(_whole(layer.weight.detach()), layer.scale_granularity).to(torch.int8)
+
+
+@torch.no_grad()
+def ternary_statistics(
+    model: TerDiTTransformer2DModel, previous_codes: dict[str, Tensor] | None = None
+) -> dict[str, float | list[str]]:
+    """How the ternary weights are doing.
+
+    Args:
+        model ([`TerDiTTransformer2DModel`]): Float or packed.
+        previous_codes (`dict`, *optional*): An earlier `packed_codes(model)`, to count flips.
+
+    Returns:
+        `dict`: shares of all ternary weights: `zero_share`; in float format `near_threshold_share`, those within 5 %
+        of the magnitude where rounding goes from 0 to 1; with `previous_codes`, `flip_share`, those whose code
+        changed. Of the scales: `scale_min`, `scale_median`, `scale_max` (absolute) and `scale_negative_share`. And
+        `dead_layers`, the names of layers whose codes are all 0. Empty for a model without ternary layers.
+    """
+    total = zeros = near = flips = 0
+    scales, dead = [], []
+    for name, layer in model.ternary_layers().items():
+        codes = _ternary(layer)
+        layer_zeros = int((codes == 0).sum())
+        total += codes.numel()
+        zeros += layer_zeros
+        if layer.weight_format == "float":
+            weight = _whole(layer.weight.detach())
+            mean = reference.expand_scale(reference.absmean(weight, layer.scale_granularity), codes.shape[1])
+            ratio = weight.float().abs() / (mean + reference.EPS)  # rounds to 0 below 0.5
+            near += int(((ratio - 0.5).abs() <= 0.025).sum())
+        if layer_zeros == codes.numel():
+            dead.append(name)
+        if previous_codes is not None:
+            flips += int((codes.cpu() != unpack_ternary(previous_codes[name], torch.int8)).sum())
+        scales.append(_whole(layer.weight_scale.detach()).flatten().cpu())
+    if not total:
+        return {}
+    scale = torch.cat(scales)
+    statistics: dict[str, float | list[str]] = {
+        "zero_share": zeros / total,
+        "scale_min": scale.abs().min().item(),
+        "scale_median": scale.abs().median().item(),
+        "scale_max": scale.abs().max().item(),
+        "scale_negative_share": (scale < 0).float().mean().item(),
+        "dead_layers": dead,
+    }
+    if model.config.weight_format == "float":
+        statistics["near_threshold_share"] = near / total
+    if previous_codes is not None:
+        statistics["flip_share"] = flips / total
+    return statistics
+
+
+@torch.no_grad()
+def gate_sizes(model: TerDiTTransformer2DModel, timestep: int = 500, max_labels: int = 16) -> dict[str, list[float]]:
+    """Root mean square of each block's two gates, at one timestep, over the first labels: how much each block adds.
+
+    Returns:
+        `dict[str, list[float]]`: `gate_msa` and `gate_mlp`, one number per block.
+    """
+    labels = torch.arange(min(model.config.num_classes, max_labels), device=model.device)
+    timesteps = torch.full_like(labels, timestep)
+    timestep_proj = model.time_proj(timesteps).to(model.dtype)
+    temb = _call_whole(model.time_embed, timestep_proj) + _call_whole(model.class_embed, labels)  # (B, E)
+    gates: dict[str, list[float]] = {"gate_msa": [], "gate_mlp": []}
+    for block in model.transformer_blocks:
+        _, _, gate_msa, _, _, gate_mlp = _call_whole(block.get_submodule("adaln"), temb)
+        gates["gate_msa"].append(gate_msa.float().square().mean().sqrt().item())
+        gates["gate_mlp"].append(gate_mlp.float().square().mean().sqrt().item())
+    return gates

@@ -1,0 +1,160 @@
+"""Presets, learning rates, parameter groups and the average of the weights."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpointing import _local, _whole
+
+
+_TERDIT_600M: dict[str, Any] = {
+    "num_layers": 16,
+    "num_attention_heads": 32,
+    "attention_head_dim": 48,
+    "learning_rate": 5e-4,
+    "lr_scheduler": "piecewise_constant",
+    "lr_step_rules": "1:1550000,0.2",
+    "total_batch_size": 256,
+    "max_train_steps": 1_750_000,
+}
+
+
+# Model and recipe by name, in the flags of examples/train_terdit.py: the paper's numbers, and the built-in demo.
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {
+        "resolution": 8,
+        "in_channels": 1,
+        "num_layers": 3,
+        "num_attention_heads": 4,
+        "attention_head_dim": 16,
+        "ffn_dim": 192,
+        "pos_embed_type": "rope+sincos2d",
+        "train_batch_size": 64,
+        "max_train_steps": 6000,
+        "learning_rate": 4e-3,
+        "lr_warmup_steps": 100,
+        "lr_decay_steps": 1500,
+        "ema_decay": 0.995,
+        "checkpointing_steps": 1000,
+        "validation_steps": 1000,
+    },
+    "terdit-600m": _TERDIT_600M,
+    "terdit-4.2b": {
+        **_TERDIT_600M,
+        "num_layers": 32,
+        "attention_head_dim": 96,
+        "lr_step_rules": "1:550000,0.2",
+        "total_batch_size": 512,
+        "max_train_steps": 1_180_000,
+    },
+    # Figures 7 and 8: the authors' initialisation, one learning rate, a Frechet distance every 100,000 steps.
+    "ablation": {
+        **_TERDIT_600M,
+        "initialization": "reference",
+        "lr_scheduler": "constant",
+        "max_train_steps": 400_000,
+        "frechet_steps": 100_000,
+        "checkpointing_steps": 100_000,
+    },
+}
+
+
+def learning_rate_factor(
+    step: int,
+    schedule: str,
+    max_steps: int,
+    warmup_steps: int = 0,
+    decay_steps: int = 0,
+    step_rules: str | None = None,
+) -> float:
+    """What the learning rate is multiplied by at a step.
+
+    Args:
+        step (`int`): Optimizer step, from 0.
+        schedule (`str`): `"constant"`; `"cosine"`: to 0 at `max_steps`; `"wsd"` (warm-up, stable, decay): constant,
+            then linear to 0 over the last `decay_steps`; `"piecewise_constant"`: by `step_rules`.
+        max_steps (`int`): Length of the run.
+        warmup_steps (`int`): Linear from 0 at the start of any schedule.
+        decay_steps (`int`): For `"wsd"`.
+        step_rules (`str`, *optional*): diffusers' notation: `"1:1550000,0.2"` is 1 up to step 1,550,000, then 0.2.
+
+    Raises:
+        ValueError: Unknown schedule, or rules that do not parse.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if schedule == "constant":
+        return 1.0
+    if schedule == "cosine":
+        progress = min((step - warmup_steps) / max(max_steps - warmup_steps, 1), 1)
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    if schedule == "wsd":
+        return min(max(max_steps - step, 0) / max(decay_steps, 1), 1.0)
+    if schedule == "piecewise_constant":
+        *rules, last = (step_rules or "").split(",")
+        try:
+            steps = [(float(value), int(until)) for value, until in (rule.split(":") for rule in rules)]
+            return next((value for value, until in steps if step < until), float(last))
+        except ValueError as error:
+            raise ValueError(f'`step_rules` must look like "1:1550000,0.2", got {step_rules!r}.') from error
+    raise ValueError(f'`schedule` must be "constant", "cosine", "wsd" or "piecewise_constant", got {schedule!r}.')
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float = 0.0, scale_lr_factor: float = 1.0
+) -> list[dict[str, Any]]:
+    """Parameter groups: matrices; norms, biases and embeddings, without decay; ternary scales, on their own.
+
+    Args:
+        model (`torch.nn.Module`): Its parameters that take a gradient are grouped.
+        weight_decay (`float`): Of the matrices; the other groups have 0.
+        scale_lr_factor (`float`): The group of scales learns at this times the learning rate.
+
+    Returns:
+        `list[dict]`: Groups with `name`, `params`, `weight_decay` and `lr_factor`; the trainer sets each group's `lr`
+        to the learning rate times `lr_factor`.
+    """
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    groups: dict[str, list[Tensor]] = {"matrices": [], "vectors": [], "scales": []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.split(".")[-1] == "weight_scale":
+            groups["scales"].append(parameter)
+        elif parameter.ndim < 2 or id(parameter) in embeddings:
+            groups["vectors"].append(parameter)
+        else:
+            groups["matrices"].append(parameter)
+    return [
+        {
+            "name": name,
+            "params": params,
+            "weight_decay": weight_decay if name == "matrices" else 0.0,
+            "lr_factor": scale_lr_factor if name == "scales" else 1.0,
+        }
+        for name, params in groups.items()
+        if params
+    ]
+
+
+def ema_decay(step: int, decay: float) -> float:
+    """Decay after `step` updates, warmed up to forget the first weights: min(decay, (1 + step) / (10 + step))."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def update_ema(ema_model: nn.Module, model: nn.Module, decay: float) -> None:
+    """`ema = decay * ema + (1 - decay) * model`, in place, over all parameters.
+
+    The average is a model of its own in float32, so it can be sampled from, saved and packed while training goes on in
+    the other one; nothing is swapped and restored.
+    """
+    averages = [_local(parameter) for parameter in ema_model.parameters()]
+    torch._foreach_lerp_(averages, [_local(parameter) for parameter in model.parameters()], 1 - decay)
+
+
+def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
+    """Scale the gradients, sharded or not, to a norm of at most `max_norm`, and return the norm before."""
+    return float(_whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)))

@@ -1,0 +1,113 @@
+"""Starting from a trained model: loading, transferring weights, going to ternary by degrees."""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import TernaryLinear
+from ..models.transformer_terdit import TerDiTTransformer2DModel
+from ..ops import reference
+from .checkpointing import STATE_NAME, _restore
+
+
+def load_transformer(path: str | os.PathLike) -> TerDiTTransformer2DModel:
+    """The transformer of a pipeline (folder or Hub repository), a model folder, or a `checkpoint-N` (raw weights).
+
+    Raises:
+        OSError: There is none.
+    """
+    folder = Path(path)
+    if (folder / STATE_NAME).is_file():
+        model = TerDiTTransformer2DModel.from_config(TerDiTTransformer2DModel.load_config(folder))
+        _restore(folder / "model.safetensors", model.state_dict())
+        return model.eval()
+    subfolder = None if (folder / "config.json").is_file() else "transformer"
+    return TerDiTTransformer2DModel.from_pretrained(str(path), subfolder=subfolder)
+
+
+@torch.no_grad()
+def transfer_weights(source: TerDiTTransformer2DModel, target: TerDiTTransformer2DModel) -> list[str]:
+    """Start a model from another of the same shape: ternary from full precision, the other way, or like from like.
+
+    A ternary model takes the full-precision weights as its float weights, and the scale that brings `scale * T`
+    nearest to them (least squares). A packed source gives its codes; a full-precision model takes dense `scale * T`.
+
+    Args:
+        source ([`TerDiTTransformer2DModel`]): Trained, in any format. May be changed.
+        target ([`TerDiTTransformer2DModel`]): Float format; written in place. May have other classes.
+
+    Returns:
+        `list[str]`: Parameters of `target` that keep their fresh values: the label table, where the classes differ.
+
+    Raises:
+        ValueError: The shapes differ elsewhere.
+    """
+    if source.config.ternary and not target.config.ternary:
+        source = source.dequantize()
+    elif source.config.weight_format == "packed":
+        source.unpack()
+    weights = source.state_dict()
+    if target.config.ternary and not source.config.ternary:
+        for name, layer in target.ternary_layers().items():
+            weights[f"{name}.weight_scale"] = least_squares_scale(weights[f"{name}.weight"], layer.scale_granularity)
+    fresh = []
+    for name, value in target.state_dict().items():
+        if name not in weights or weights[name].shape != value.shape:
+            if name != "class_embed.weight":
+                found = list(weights[name].shape) if name in weights else "absent"
+                raise ValueError(
+                    f"`{name}` is {list(value.shape)} in the new model, {found} in the one to start from."
+                )
+            fresh.append(name)
+        else:
+            value.copy_(weights[name])
+    return fresh
+
+
+def least_squares_scale(weight: Tensor, scale_granularity: str | int = "tensor") -> Tensor:
+    """The scale that brings `scale * ternarize(weight)` nearest to `weight`: (N, K) -> (1,), (N, 1) or (N, K/g)."""
+    ternary = reference.ternarize(weight.float(), scale_granularity)
+    shape = reference.scale_shape(weight.shape[0], weight.shape[1], scale_granularity)
+    # The mean of |W| over the weights that are not rounded to zero.
+    ones = ternary.abs().double()
+    if scale_granularity == "tensor":
+        total, count = (weight.double() * ternary).sum(), ones.sum()
+    else:
+        total = (weight.double() * ternary).unflatten(1, (shape[1], -1)).sum(2)
+        count = ones.unflatten(1, (shape[1], -1)).sum(2)
+    return (total / count.clamp(min=1)).float().reshape(shape)
+
+
+def gradual_ternarization(model: TerDiTTransformer2DModel) -> Callable[[float], None]:
+    """Blend full-precision and ternary weights while a model that starts from full precision gets used to the latter.
+
+    Until it is called with 1, every ternary layer computes `(1 - strength) * W + strength * scale * T` instead of
+    `scale * T`. Nothing of it is in the state dict: what is saved is an ordinary ternary model.
+
+    Returns:
+        `Callable[[float], None]`: Sets the strength, 0 to 1; at 1 the layers are themselves again.
+
+    Source: https://huggingface.co/blog/1_58_llm_extreme_quantization, with a straight-through gradient to both parts.
+    """
+    strength = torch.zeros((), device=model.device)  # a tensor, so that compiled layers need not be compiled again
+
+    def forward(layer: TernaryLinear, hidden_states: Tensor) -> Tensor:
+        ternary = TernaryLinear.forward(layer, hidden_states)
+        dense = nn.functional.linear(hidden_states, layer.weight, layer.bias)
+        return torch.lerp(dense.to(ternary.dtype), ternary, strength.to(ternary.dtype))
+
+    layers = model.ternary_layers().values()
+    for layer in layers:
+        layer.forward = partial(forward, layer)  # type: ignore[method-assign]
+
+    def set_strength(value: float) -> None:
+        strength.fill_(value)
+        for layer in layers:
+            if value >= 1:
+                layer.__dict__.pop("forward", None)
+
+    return set_strength
