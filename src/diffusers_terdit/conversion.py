@@ -8,9 +8,7 @@ the only one it may build.
 import argparse
 import json
 import os
-import pickle
 import re
-import warnings
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +21,7 @@ from diffusers.utils import logging
 from huggingface_hub import HfApi, hf_hub_download
 from torch import Tensor
 
+from .host import load_pickle
 from .models.transformer_terdit import TerDiTTransformer2DModel
 from .ops import pack_ternary, reference, ternarize
 from .pipelines.pipeline_terdit import TerDiTPipeline, default_scheduler
@@ -175,29 +174,6 @@ def convert_state_dict(state_dict: dict[str, Tensor], pack: bool = False) -> dic
     return converted
 
 
-def load_pickle(path: str | os.PathLike, mmap: bool = True) -> Any:
-    """Read a `.pth` file of tensors and plain values without running code from it.
-
-    Raises:
-        ValueError: The file wants to build anything else; nothing of it was run.
-        OSError: The file is missing or damaged.
-    """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle's protocol
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(
-            f"{path} holds more than tensors and plain values, so it was not read and nothing in it was run. A"
-            f" checkpoint of TerDiT needs no such thing; do not trust this file. ({reason})"
-        ) from error
-    except FileNotFoundError:
-        raise
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise OSError(f"{path} is not a readable PyTorch file: truncated or damaged? ({error})") from error
-
-
 def _local_files(path: Path, weights_name: str | None) -> tuple[Path, Path]:
     names = [weights_name] if weights_name else WEIGHTS_NAMES
     for name in names:
@@ -274,7 +250,7 @@ def convert_original_checkpoint(
     else:
         raise FileNotFoundError(f"{folder} is not a folder.")
 
-    namespace, state_dict = load_pickle(arguments, mmap=False), load_pickle(weights)
+    namespace, state_dict = load_pickle(arguments, argparse.Namespace), load_pickle(weights)
     args = vars(namespace) if isinstance(namespace, argparse.Namespace) else namespace
     if not isinstance(args, dict):
         raise ValueError(f"{arguments} holds {type(args).__name__}, expected the arguments of a training run.")

@@ -15,11 +15,14 @@ Weights are written with this safetensors metadata, and checked against it where
 import hashlib
 import json
 import os
+import pickle
 import struct
+import warnings
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import diffusers
 import numpy as np
@@ -154,14 +157,46 @@ class _WeightsFile:
             )
 
 
+def load_pickle(path: str | os.PathLike, *allowed: type) -> Any:
+    """Read a PyTorch file of tensors and plain values, memory-mapped where it can be, without running code from it.
+
+    Args:
+        path (`str` or `os.PathLike`): A `.pth` or `.bin` file.
+        allowed: Classes that it may build besides.
+
+    Raises:
+        ValueError: The file wants to build anything else; nothing of it was run.
+        OSError: The file is missing or damaged.
+    """
+    try:
+        with torch.serialization.safe_globals(list(allowed)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle's protocol
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{path} holds more than tensors and plain values, so it was not read and nothing in it was run. Weights"
+            f" need no such thing; do not trust this file. ({reason})"
+        ) from error
+    except FileNotFoundError:
+        raise
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise OSError(f"{path} is not a readable PyTorch file: truncated or damaged? ({error})") from error
+
+
 class _PickleFile:
     """The same, for a `.bin` file, whose tensors diffusers has read with `weights_only=True`."""
 
     def __init__(self, path: str | os.PathLike, state_dict: dict[str, torch.Tensor] | None):
         self.path = Path(path)
         self.metadata: dict[str, str] = {}
-        if state_dict is None:
-            state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if state_dict is None:  # a shard, which diffusers has not read yet
+            try:
+                state_dict = load_pickle(path)
+            except ValueError as error:  # as diffusers does with a single file
+                raise OSError(str(error)) from error
+        if not isinstance(state_dict, dict) or not all(isinstance(t, torch.Tensor) for t in state_dict.values()):
+            raise OSError(f"{path} does not hold a dict of tensors.")
         self._state_dict = state_dict
         self.tensors = {n: (_DTYPE_NAMES.get(t.dtype, str(t.dtype)), tuple(t.shape)) for n, t in state_dict.items()}
 
