@@ -2,12 +2,15 @@
 
 python examples/benchmark.py memory --preset terdit-4.2b-256
 python examples/benchmark.py training --preset terdit-600m-256
+python examples/benchmark.py linear --rows 512 8
 
 `memory` saves a packed model of a preset's size with random codes, then, in a new process, loads it, runs one guided
 forward pass (two rows), and prints that process's peak resident memory.
 
 `training` times optimizer steps of a ternary model and of its full-precision twin in turns, at a preset's layer shapes
 with fewer layers, and prints the ratio; each one's peak memory is measured in a process of its own.
+
+`linear` times packed layers of the shapes of 600M and 4.2B in turns with dense layers that hold the same weights.
 """
 
 import argparse
@@ -26,7 +29,7 @@ import diffusers
 import torch
 from diffusers import DDPMScheduler
 
-from diffusers_terdit import TerDiTTransformer2DModel, losses, pack_ternary
+from diffusers_terdit import TerDiTTransformer2DModel, TernaryLinear, losses, pack_ternary
 
 
 def machine() -> str:
@@ -145,6 +148,36 @@ def training(args: argparse.Namespace) -> None:
         print(f"| {name} | {ratio:.2f} | {min(pairs):.2f} to {max(pairs):.2f} | {memory:.2f} |", flush=True)
 
 
+SHAPES = [  # (outputs, inputs): attention, feed-forward in and out, adaLN, of 600M and of 4.2B
+    *[(1536, 1536), (4096, 1536), (1536, 4096), (9216, 1024)],
+    *[(3072, 3072), (8192, 3072), (3072, 8192), (18432, 1024)],
+]
+
+
+@torch.inference_mode()
+def linear(args: argparse.Namespace) -> None:
+    print(f"Time over dense, median of {args.repeats} pairs. {machine()}\n")
+    print("| outputs x inputs | rows | float32 | bfloat16 |\n| --- | --- | --- | --- |")
+    for out_features, in_features in SHAPES:
+        ternary = torch.randint(-1, 2, (out_features, in_features)).float()
+        layer = TernaryLinear(in_features, out_features, bias=False, weight_format="packed")
+        layer.weight_packed.copy_(pack_ternary(ternary))
+        layer.weight_scale.fill_(0.03)
+        for rows in args.rows:
+            cells = []
+            for dtype in (torch.float32, torch.bfloat16):
+                weight, x = layer.dequantize().to(dtype), torch.randn(rows, in_features).to(dtype)
+                ratios = []
+                for _ in range(args.repeats + 1):
+                    start = time.perf_counter()
+                    torch.nn.functional.linear(x, weight)
+                    middle = time.perf_counter()
+                    layer(x)
+                    ratios.append((time.perf_counter() - middle) / (middle - start))
+                cells.append(f"{statistics.median(ratios[1:]):.2f}")  # the first pair warms up
+            print(f"| {out_features} x {in_features} | {rows} | {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -161,8 +194,13 @@ def main() -> None:
     sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     sub.add_argument("--repeats", type=int, default=7)
     sub.add_argument("--measure", help=argparse.SUPPRESS)
+    sub = commands.add_parser("linear", help="packed layers beside dense ones")
+    sub.add_argument("--rows", type=int, nargs="+", default=[512, 8])
+    sub.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
-    if args.command == "training":
+    if args.command == "linear":
+        linear(args)
+    elif args.command == "training":
         training(args)
     elif args.measure:
         with torch.no_grad():

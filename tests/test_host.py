@@ -388,7 +388,7 @@ class TestUnreadableFiles:
             lambda data: b"not a pickle",
             lambda data: data[: len(data) // 2],
             lambda data: data[:-1],
-            lambda data: pickle.dumps([1, 2]),
+            lambda data: pickle.dumps([1, 2], protocol=2),
         ],
         ids=["empty", "text", "half", "last byte cut", "a list"],
     )
