@@ -401,9 +401,9 @@ class TernaryModelMixin(ModelMixin, PortableConfigMixin):
             )
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        if is_main_process:
-            self.save_config(folder)
         self._save_safetensors(folder, variant, max_shard_size, clear=is_main_process)
+        if is_main_process:  # last: weights that could not be written leave the old config beside the old weights
+            self.save_config(folder)
         if push_to_hub:
             self._push_folder(folder, **kwargs)
 
