@@ -5,6 +5,7 @@ takes positions s*B to s*B + B - 1. Which sample stands at a position, its noise
 functions of (seed, position) alone, whatever the number of processes, loader workers or restarts.
 """
 
+from ..metrics import frechet_distance
 from .checkpointing import (
     STATE_NAME,
     checkpoints,
@@ -39,7 +40,7 @@ from .export import (
     training_scheduler,
     whole_model,
 )
-from .measures import frechet_distance, gate_sizes, packed_codes, ternary_statistics
+from .measures import gate_sizes, packed_codes, ternary_statistics, weights_digest
 from .recipes import PRESETS, clip_grad_norm, ema_decay, learning_rate_factor, parameter_groups, update_ema
 from .starting import gradual_ternarization, least_squares_scale, load_transformer, transfer_weights
 
@@ -90,5 +91,6 @@ __all__ = [
     "transfer_weights",
     "uniform",
     "update_ema",
+    "weights_digest",
     "whole_model",
 ]

@@ -1,31 +1,18 @@
-"""What to watch: ternary statistics, gate sizes, the Frechet distance."""
+"""What to watch: digest of the weights, ternary statistics and gate sizes."""
 
 import torch
 from torch import Tensor
 
+from ..host import _state_dict_digest
 from ..layers import TernaryLinear
 from ..models.transformer_terdit import TerDiTTransformer2DModel
 from ..ops import pack_ternary, reference, unpack_ternary
 from .checkpointing import _call_whole, _whole
 
 
-def frechet_distance(features: Tensor, other: Tensor) -> float:
-    """Fréchet distance of two sets of features, as Gaussians: (N, D) and (M, D) float -> float, computed in float64.
-
-    Source: https://arxiv.org/abs/1706.08500. With Inception's features it is the FID.
-    Raises: ValueError if a set has fewer than two rows or the widths differ.
-    """
-    if min(len(features), len(other)) < 2 or features.shape[1:] != other.shape[1:]:
-        got = f"{tuple(features.shape)} and {tuple(other.shape)}"
-        raise ValueError(f"A Fréchet distance takes two sets of at least 2 features of one width, got {got}.")
-    first, second = features.double().cpu(), other.double().cpu()
-    covariances = [torch.cov(rows.T).reshape(rows.shape[1], rows.shape[1]) for rows in (first, second)]
-    # tr sqrt(A B) = tr sqrt(sqrt(A) B sqrt(A)), whose matrices are symmetric.
-    eigenvalues, vectors = torch.linalg.eigh(covariances[0])
-    root = vectors * eigenvalues.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp(min=0).sqrt().sum()
-    means = (first.mean(0) - second.mean(0)).square().sum()
-    return float(means + covariances[0].trace() + covariances[1].trace() - 2 * cross)
+def weights_digest(model: torch.nn.Module) -> str:
+    """sha256 over a model's tensors in the order of their names: names, dtypes, shapes and bytes."""
+    return _state_dict_digest(model.state_dict())
 
 
 @torch.no_grad()
