@@ -1,0 +1,435 @@
+"""Sample images from a TerDiT pipeline and measure them after the ADM definitions.
+
+    python examples/evaluate.py --model digits --num_images 1000 --output_dir outputs/evaluation
+    accelerate launch examples/evaluate.py --model terdit-600m --num_images 50000 --num_inference_steps 250 \
+        --guidance_scale 1.5 --inception_weights weights-inception-2015-12-05-6726825d.pth \
+        --reference VIRTUAL_imagenet256_labeled.npz --output_dir evaluation
+
+Image i is a function of (--seed, i), whatever the batch size, the number of processes and the restarts. `--output_dir`
+gets `samples.npz` (uint8 `arr_0`, (N, H, W, C)), `samples.png` (a look at the first ones), `report.json`, `report.md`.
+A run that was killed goes on when it is started again.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import pkgutil
+import platform
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from PIL import Image
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from diffusers_terdit import TerDiTPipeline, __version__, metrics, training
+from diffusers_terdit.checkpoints import bundled
+from diffusers_terdit.metrics.digits import digits_classifier
+from diffusers_terdit.metrics.inception import InceptionV3
+
+
+logger = get_logger(__name__, log_level="INFO")
+
+CONDITIONING_ROWS = 16
+MEASURES = {"fid": "FID", "sfid": "sFID", "inception_score": "Inception Score", "precision": "Precision"}
+MEASURES |= {"recall": "Recall"}
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("samples").add_argument
+    add("--model", default="digits", help='folder or Hub id of a pipeline, or "digits", the bundled one')
+    add("--num_images", type=int, default=1000, help="50,000 in papers")
+    add("--batch_size", type=int, default=32, help="images per process at a time")
+    add("--seed", type=int, default=0)
+    add("--label_policy", choices=["balanced", "random"], default="balanced", help="image i: class i mod C, or any")
+    add("--guidance_scale", type=float, default=1.5)
+    add("--num_inference_steps", type=int, default=50, help="250 in the paper")
+    add("--scheduler", help="a diffusers scheduler, such as DPMSolverMultistepScheduler; default the pipeline's own")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    add("--output_dir", type=Path, default=Path("evaluation"))
+    add("--save_images", action="store_true", help="also a folder of PNGs, images/000000.png")
+
+    add = parser.add_argument_group("metrics").add_argument
+    add(
+        "--reference",
+        help='what to compare with: an ADM reference .npz, an .npz or .npy of images, a folder, "digits"',
+    )
+    add("--reference_statistics", type=Path, help="file that keeps the reference's; default in --output_dir")
+    add("--inception_weights", help="weights-inception-2015-12-05-6726825d.pth of torch-fidelity: FID as in papers")
+    add("--feature_network", help="module:function that returns another network, see docs/evaluation.md")
+    add("--feature_batch_size", type=int, default=64)
+    add("--images_seen", type=int, help="in training, for the report; default what the model's folder says")
+    args = parser.parse_args(argv)
+    if min(args.num_images, args.batch_size, args.num_inference_steps, args.feature_batch_size) < 1:
+        parser.error("--num_images, --batch_size, --num_inference_steps and --feature_batch_size must be at least 1")
+    if args.inception_weights and args.feature_network:
+        parser.error("pass one of --inception_weights, --feature_network")
+    return args
+
+
+def load_pipeline(args: argparse.Namespace, device: torch.device) -> TerDiTPipeline:
+    folder = bundled(args.model) if args.model == "digits" and not Path(args.model).is_dir() else args.model
+    pipe = TerDiTPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype)).to(device)
+    if args.scheduler:
+        scheduler = getattr(diffusers, args.scheduler, None)
+        if scheduler is None or not hasattr(scheduler, "set_timesteps"):
+            raise SystemExit(f"diffusers has no scheduler {args.scheduler!r}; try DPMSolverMultistepScheduler.")
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    for module in pipe.transformer.modules():
+        if type(module).__name__ in ("TimestepEmbedding", "TerDiTAdaLN", "TerDiTOutNorm"):
+            for name, layer in module.named_children():
+                if name.startswith("linear"):
+                    at_fixed_rows(layer)
+    return pipe
+
+
+def at_fixed_rows(layer: nn.Module) -> None:
+    """Let a layer of the conditioning, one row per image, always compute 16 rows.
+
+    A matrix product of one to three rows sums in another order than one of many, so an image would depend on how many
+    others are in its batch. All other layers see at least 16 tokens per image.
+    """
+    forward = layer.forward
+
+    def padded(rows: Tensor) -> Tensor:
+        missing = -len(rows) % CONDITIONING_ROWS
+        filled = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
+        return torch.cat([forward(part) for part in filled.split(CONDITIONING_ROWS)])[: len(rows)]
+
+    layer.forward = padded
+
+
+def label_of(args: argparse.Namespace, index: int, num_classes: int) -> int:
+    if args.label_policy == "balanced":
+        return index % num_classes
+    return int(training.uniform(args.seed, "label", [index]) * num_classes)
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """(B, C, H, W) in [-1, 1] -> (B, H, W, C) uint8 as ADM rounds: 127.5 x + 128, clamped, truncated."""
+    return (127.5 * images + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def sample(pipe: TerDiTPipeline, args: argparse.Namespace, indices: range) -> np.ndarray:
+    """Images of these indices, (B, H, W, C) uint8."""
+    seeds = [int(training.uniform(args.seed, "image", [index]) * 2**53) for index in indices]
+    latents = pipe(
+        [label_of(args, index, pipe.transformer.config.num_classes) for index in indices],
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="latent",
+    ).images
+    if pipe.vae is None:
+        images = latents
+    else:
+        with torch.no_grad():  # one by one: the convolutions of a batch round otherwise
+            latents = (latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype)
+            images = torch.cat([pipe.vae.decode(latent, return_dict=False)[0] for latent in latents.split(1)])
+    images = images.float()
+    broken = [index for index, image in zip(indices, images, strict=True) if not image.isfinite().all()]
+    if broken:
+        raise FloatingPointError(
+            f"Images {broken} hold NaN or infinite pixels (--dtype {args.dtype}). Try --dtype float32; if that fails,"
+            " the weights are broken."
+        )
+    return to_uint8(images)
+
+
+def pending(parts: Path, num_images: int, batch_size: int) -> list[range]:
+    """Batches of image indices that no whole file holds yet."""
+    done = np.zeros(num_images, dtype=bool)
+    for path in parts.glob("*.npy"):
+        first, last = map(int, path.stem.split("-"))
+        done[first : last + 1] = True
+    batches: list[range] = []
+    for index in np.flatnonzero(~done).tolist():
+        if batches and batches[-1].stop == index and len(batches[-1]) < batch_size:
+            batches[-1] = range(batches[-1].start, index + 1)
+        else:
+            batches.append(range(index, index + 1))
+    return batches
+
+
+def save_part(parts: Path, indices: range, images: np.ndarray) -> None:
+    path = parts / f"{indices[0]:08}-{indices[-1]:08}.npy"
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.save(file, images)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def merge(parts: Path, num_images: int, path: Path) -> None:
+    """All parts, in order of their index, into one uncompressed .npz, one part in memory at a time."""
+    files = sorted(parts.glob("*.npy"))
+    arrays = [np.load(file, mmap_mode="r") for file in files]
+    sizes = sorted({array.shape[1:] for array in arrays})
+    if len(sizes) != 1 or sum(map(len, arrays)) != num_images:
+        raise SystemExit(f"{parts} holds {sum(map(len, arrays))} of {num_images} images, of sizes {sizes}. Delete it.")
+    header = {"descr": "|u1", "fortran_order": False, "shape": (num_images, *sizes[0])}
+    partial = path.with_suffix(".partial")
+    with zipfile.ZipFile(partial, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for array in arrays:
+            file.write(np.ascontiguousarray(array))
+    partial.replace(path)
+
+
+def sample_all(pipe: TerDiTPipeline, args: argparse.Namespace, accelerator: Accelerator, settings: dict) -> None:
+    """`samples.npz`, by all processes, from wherever an earlier run stopped."""
+    path, parts = args.output_dir / "samples.npz", args.output_dir / "parts"
+    settings_path = args.output_dir / "settings.json"
+    if settings_path.exists():
+        before = json.loads(settings_path.read_text())
+        changed = [key for key in settings if before.get(key) != settings[key]]
+        if changed:
+            differences = ", ".join(f"{key} {before.get(key)} (now {settings[key]})" for key in changed)
+            raise SystemExit(f"{args.output_dir} holds images of {differences}. Pass another --output_dir.")
+    elif path.exists():
+        raise SystemExit(f"{path} is not of this script, or its settings.json is lost. Pass another --output_dir.")
+    accelerator.wait_for_everyone()  # each has looked before one writes
+    if accelerator.is_main_process and not path.exists():
+        parts.mkdir(parents=True, exist_ok=True)
+        partial = settings_path.with_suffix(".partial")
+        partial.write_text(json.dumps(settings, indent=2))
+        partial.replace(settings_path)
+    accelerator.wait_for_everyone()
+    if path.exists():
+        logger.info(f"{path} is complete")
+    else:
+        batches = pending(parts, args.num_images, args.batch_size)
+        accelerator.wait_for_everyone()  # all have made the same list
+        left = sum(map(len, batches))
+        progress = tqdm(
+            total=args.num_images,
+            initial=args.num_images - left,
+            unit="image",
+            disable=not accelerator.is_main_process,
+        )
+        for turn in range(0, len(batches), accelerator.num_processes):
+            round_ = batches[turn : turn + accelerator.num_processes]
+            if accelerator.process_index < len(round_):
+                indices = round_[accelerator.process_index]
+                save_part(parts, indices, sample(pipe, args, indices))
+            progress.update(sum(map(len, round_)))
+        progress.close()
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            merge(parts, args.num_images, path)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and parts.exists():
+        shutil.rmtree(parts)
+
+
+class FolderImages:
+    """The images of a folder of class folders, read when a slice is asked for, in the order of their names."""
+
+    dtype = np.dtype(np.uint8)
+    ndim = 4
+
+    def __init__(self, root: str, size: int, channels: int):
+        self.samples = training.ImageSamples.from_folder(root, resolution=size, channels=channels)
+        self.shape = (len(self.samples), size, size, channels)
+        self.root = Path(root)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return np.concatenate([to_uint8(self.samples[i][0][None]) for i in range(*rows.indices(len(self)))])
+
+    def fingerprint(self) -> str:
+        """Of names and sizes of the files: hashing the pixels would read them twice."""
+        files = [(path.relative_to(self.root).as_posix(), path.stat().st_size) for path in self.samples.sources]
+        return hashlib.sha256(json.dumps([self.shape, files]).encode()).hexdigest()
+
+
+def file_digest(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def feature_network(args: argparse.Namespace, device: torch.device) -> nn.Module | None:
+    if args.inception_weights:
+        return InceptionV3(args.inception_weights).eval().to(device)
+    if args.feature_network:
+        return pkgutil.resolve_name(args.feature_network)().eval().to(device)
+    return digits_classifier().to(device) if args.model == "digits" else None
+
+
+def reference_statistics(args, network: nn.Module, shape: tuple[int, ...], device) -> metrics.ImageStatistics:
+    """Statistics of the reference: from the file that keeps them if it is of the same data and network."""
+    name, (height, width, channels) = args.reference, shape[1:]
+    images, adm = None, False
+    if name == "digits" and not Path(name).exists():
+        images = to_uint8(training.Digits(train=True).images)
+    elif Path(name).is_dir():
+        if height != width:
+            raise SystemExit(f"A folder of references is read as squares, but the samples are {height} x {width}.")
+        images = FolderImages(name, height, channels)
+    elif not Path(name).is_file():
+        raise SystemExit(f"--reference {name}: no such file or folder.")
+    elif zipfile.is_zipfile(name) and "mu.npy" in zipfile.ZipFile(name).namelist():
+        adm = True
+    else:
+        images = metrics.open_samples(name)
+        if images.shape[1:] != shape[1:]:
+            raise SystemExit(f"The images of {name} are {images.shape[1:]}, the samples {shape[1:]} (H, W, C).")
+
+    if adm:
+        data = file_digest(name)
+    else:
+        data = images.fingerprint() if isinstance(images, FolderImages) else metrics.fingerprint(images)
+    path = args.reference_statistics or args.output_dir / "reference.safetensors"
+    if path.exists():
+        kept = metrics.ImageStatistics.load(path)
+        if (kept.fingerprint, kept.network) == (data, metrics.network_name(network)):
+            logger.info(f"reference statistics from {path}")
+            return kept
+        logger.info(f"{path} is of other data or another network, it is made anew")
+    if adm:
+        found = metrics.ImageStatistics.from_adm(
+            name, network, args.feature_batch_size, device, progress=bar("reference")
+        )
+    else:
+        found = metrics.image_statistics(images, network, args.feature_batch_size, device, progress=bar("reference"))
+    found = dataclasses.replace(found, fingerprint=data)
+    found.save(path)
+    return found
+
+
+def bar(name: str):
+    """What `metrics.image_statistics` wraps its batches in."""
+    return lambda batches, total=None: tqdm(batches, desc=name, total=total, unit="batch")
+
+
+def images_seen(folder: Path) -> int | None:
+    """What training left in the model's folder: the last line of its log, or its card."""
+    log, card = folder / "log.jsonl", folder / "README.md"
+    if log.is_file():
+        seen = [json.loads(line).get("images_seen") for line in log.read_text().splitlines()]
+        return max((number for number in seen if number), default=None)
+    found = re.search(r"([\d,]+) images seen", card.read_text("utf-8")) if card.is_file() else None
+    return int(found[1].replace(",", "")) if found else None
+
+
+def save_pngs(samples: np.ndarray, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for index, image in enumerate(tqdm(samples, desc="PNG", unit="image")):
+        to_pil(image).save(folder / f"{index:06}.png")
+
+
+def to_pil(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def report_lines(report: dict) -> Iterator[str]:
+    inception = str(report.get("network", "")).startswith("inception")
+    yield f"# {report['model']}: {report['num_images']:,} images\n"
+    measured = [key for key in MEASURES if key in report]
+    if measured:
+        yield "| | |\n| --- | --- |"
+        for key in measured:
+            name = MEASURES[key] if inception else {"fid": "Fréchet distance"}.get(key, MEASURES[key])
+            yield f"| {name} | {report[key]:.4g} |"
+        if not inception:
+            yield f"\nOn the features of another network ({report['network']}): not comparable with published FIDs."
+        if report.get("note"):
+            yield f"\n{report['note']}"
+    else:
+        yield "Nothing was measured: no --reference and network were given."
+    yield "\n| | |\n| --- | --- |"
+    for key, value in report.items():
+        if key not in (*MEASURES, "note"):
+            yield f"| {key.replace('_', ' ')} | {value} |"
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    accelerator = Accelerator()
+    device = accelerator.device
+    if args.model == "digits" and args.reference is None and not Path("digits").is_dir():
+        args.reference = "digits"
+    network = feature_network(args, device) if accelerator.is_main_process else None
+    if accelerator.is_main_process and args.reference and network is None:
+        raise SystemExit("--reference needs a network: pass --inception_weights or --feature_network.")
+    pipe = load_pipeline(args, device)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "model": args.model,
+        "weights_sha256": training.weights_digest(pipe.transformer),
+        "num_images": args.num_images,
+        "seed": args.seed,
+        "label_policy": args.label_policy,
+        "guidance_scale": args.guidance_scale,
+        "guidance_channels": pipe.config.guidance_channels,
+        "num_inference_steps": args.num_inference_steps,
+        "scheduler": type(pipe.scheduler).__name__,
+        "dtype": args.dtype,
+    }
+
+    # 1. Samples, by all processes
+    sample_all(pipe, args, accelerator, settings)
+
+    # 2. Metrics and report, by one
+    if accelerator.is_main_process:
+        samples = metrics.open_samples(args.output_dir / "samples.npz")
+        columns = min(pipe.transformer.config.num_classes, 10)
+        grid = training.image_grid([to_pil(image) for image in samples[: 4 * columns]], columns)
+        grid.save(args.output_dir / "samples.png")
+        if args.save_images:
+            save_pngs(samples, args.output_dir / "images")
+        del pipe
+        measured = {}
+        if network is not None:
+            found = metrics.image_statistics(
+                samples, network, args.feature_batch_size, device, progress=bar("features")
+            )
+            if args.reference:
+                reference = reference_statistics(args, network, samples.shape, device)
+                measured = metrics.compare(found, reference)
+                measured["reference"] = args.reference + (f", {reference.count:,} images" if reference.count else "")
+                measured["reference_fingerprint"] = reference.fingerprint
+                if found.count <= found.features.width:
+                    measured["note"] = (
+                        f"{found.count:,} images for {found.features.width:,} features: with so few the Fréchet"
+                        " distance is far too high. Papers use 50,000."
+                    )
+            elif found.inception_score is not None:
+                measured = {"inception_score": found.inception_score}
+            measured["network"] = found.network
+        seen = args.images_seen or images_seen(bundled("digits") if args.model == "digits" else Path(args.model))
+        report = {
+            **measured,
+            **settings,
+            "images_seen_in_training": seen or "unknown",
+            "device": str(device),
+            "versions": f"diffusers-terdit {__version__}, torch {torch.__version__},"
+            f" diffusers {diffusers.__version__}, Python {platform.python_version()}",
+        }
+        text = "\n".join(report_lines(report)) + "\n"
+        (args.output_dir / "report.json").write_text(json.dumps(report, indent=2))
+        (args.output_dir / "report.md").write_text(text, encoding="utf-8")
+        print(text)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
