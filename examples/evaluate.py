@@ -403,7 +403,7 @@ def main(argv=None) -> None:
             )
             if args.reference:
                 reference = reference_statistics(args, network, samples.shape, device)
-                measured = metrics.compare(found, reference)
+                measured = metrics.compare(found, reference, device)
                 measured["reference"] = args.reference + (f", {reference.count:,} images" if reference.count else "")
                 measured["reference_fingerprint"] = reference.fingerprint
                 if found.count <= found.features.width:

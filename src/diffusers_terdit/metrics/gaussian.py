@@ -63,7 +63,7 @@ class GaussianStatistics:
             raise ValueError("These statistics were read, not counted: they take no more rows.")
         if features.ndim != 2 or features.shape[1] != self.width:
             raise ValueError(f"Features must be (N, {self.width}), got {tuple(features.shape)}.")
-        rows = features.to("cpu", torch.float64)
+        rows = features.cpu().double()  # in this order: MPS has no float64
         check_finite(rows, "Features", self.count)
         added = len(rows)
         if not added:

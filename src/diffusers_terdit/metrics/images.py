@@ -230,7 +230,7 @@ def image_statistics(
             if spatial is not None:
                 spatial.update(outputs["spatial"])
             if score is not None:
-                score.update(outputs["logits"].double().softmax(1))
+                score.update(outputs["logits"].cpu().double().softmax(1))
             kept = vectors[start : start + len(batch)]
             kept.copy_(outputs["features"][: len(kept)])
     finally:

@@ -239,7 +239,7 @@ def resize(images: Tensor, size: int) -> Tensor:
 
     PyTorch's own resize has pixel centres half a pixel further or corners aligned.
     """
-    for axis in (3, 2):
+    for axis in (3, 2):  # in TensorFlow's order
         length = images.shape[axis]
         position = torch.arange(size, device=images.device, dtype=torch.float32) * torch.tensor(length / size)
         low = position.long()

@@ -33,7 +33,7 @@ class InceptionScore:
         if probabilities.ndim != 2 or (self._sum is not None and probabilities.shape[1] != len(self._sum)):
             width = "K" if self._sum is None else len(self._sum)
             raise ValueError(f"Probabilities must be (N, {width}), got {tuple(probabilities.shape)}.")
-        rows = probabilities.to("cpu", torch.float64)
+        rows = probabilities.cpu().double()
         check_finite(rows, "Probabilities", self.count)
         bad = ((rows < 0).any(1) | ((rows.sum(1) - 1).abs() > 1e-2)).nonzero().flatten() + self.count
         if len(bad):
@@ -89,7 +89,7 @@ def precision_and_recall(
         samples (`torch.Tensor`): (N, D), float.
         reference (`torch.Tensor`): (M, D), float.
         neighbours (`int`, defaults to 3): k, as ADM has it.
-        chunk (`int`, defaults to 2048): Memory beside the features is some matrices of `chunk`^2 and `chunk` D doubles.
+        chunk (`int`, defaults to 2048): Rows of a block; memory is some matrices of `chunk`^2 and `chunk` D doubles.
 
     Returns:
         `tuple[float, float]`: precision and recall, in [0, 1].
