@@ -1,6 +1,8 @@
 # make demo      environment, then a picture from the bundled checkpoint: demo.png
 # make test      environment, then the test suite (CPU, no network)
 # make quality   style, types and the direction of imports
+# make results   what docs/results shows, again, into outputs/results: hours; a rerun goes on where it stopped.
+#                One part fits in minutes: python examples/experiments/adaln_norm.py --list
 # make format    let ruff rewrite what `make quality` would refuse
 #
 # PYTHON=python3.12 picks the interpreter, TORCH=torch another torch than the tested one.
@@ -10,7 +12,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test slow quality format clean
+.PHONY: demo test slow results quality format clean
 
 demo: .venv/.ready
 	$(BIN)/terdit generate digits --num_images_per_label 8 --guidance_scale 2 --output demo.png
@@ -21,6 +23,12 @@ test: .venv/.ready
 
 slow: .venv/.ready
 	$(BIN)/python -m pytest -m slow
+
+# One thread, as the committed figures: the models are small, and a run is the same whatever else the machine does.
+results: .venv/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py deployment --output_dir outputs/results
+	OMP_NUM_THREADS=1 $(BIN)/python examples/experiments/adaln_norm.py --records outputs/results
+	OMP_NUM_THREADS=1 $(BIN)/python examples/experiments/worth_it.py --records outputs/results
 
 quality: .venv/.ready
 	$(BIN)/ruff check

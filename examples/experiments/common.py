@@ -1,0 +1,615 @@
+"""What the experiments share: sizes, arms, one training run, records that a rerun skips, tables.
+
+The data are scikit-learn's 8x8 digits: 1,497 to train on, 300 held out. Every arm of a seed sees the same samples,
+noise, timesteps and dropped labels. A run is one line of a JSONL file, under everything that defines it.
+"""
+
+import argparse
+import copy
+import io
+import json
+import math
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryLinear, losses, training
+from diffusers_terdit.metrics.digits import digits_classifier
+
+
+SEEDS = (0, 1, 2)
+SCREEN_SEED = 100  # learning rates are compared on a seed that no result uses
+EMA_DECAY = 0.98
+EVAL_SEED = 7  # noise and timesteps of the noise error
+EVAL_DRAWS = 4  # per digit
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shape of the network, length of a run, and how often it is looked at."""
+
+    num_layers: int
+    num_attention_heads: int
+    attention_head_dim: int
+    ffn_dim: int
+    steps: int
+    batch_size: int
+    learning_rates: tuple[float, ...]
+    every: int
+    num_images: int  # of a Frechet distance
+    sampling_steps: int
+
+
+RATES = (2e-3, 4e-3, 8e-3)
+SIZES = {
+    "32": Size(3, 4, 8, 96, 600, 64, RATES, 100, 500, 25),
+    "32, ffn 72": Size(3, 4, 8, 72, 600, 64, RATES, 100, 500, 25),  # bfloat16 file as large as the ternary one of 64
+    "64": Size(3, 4, 16, 192, 600, 64, RATES, 100, 500, 25),
+    "128": Size(3, 4, 32, 384, 600, 64, (1e-3, 2e-3, 4e-3), 300, 500, 25),
+    "384": Size(2, 6, 64, 1024, 120, 32, (5e-4, 1e-3, 2e-3), 40, 250, 20),
+    "tiny": Size(1, 2, 8, 16, 4, 8, (1e-3, 2e-3, 4e-3), 2, 8, 2),  # for tests
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one model is and how it is trained, but for learning rate and seed.
+
+    Args:
+        size (`str`): Key of `SIZES`.
+        weights (`str`): `"ternary"`, `"full"`, or `"four levels"`: two bits without a zero.
+        initialization (`str`): `"small_gain"` or `"reference"`.
+        adaln (`str`): `"norm"`: ternary, then RMSNorm (TerDiT); `"plain"`: without it; `"full"`: full precision,
+            without it (DiT); `"bitnet"`: an RMSNorm before every ternary layer instead.
+        scale (`str`): `"tensor"`, `"row"`, or `"absmean"`: not learned, the mean of |W| as in BitNet b1.58.
+        full_share (`float`): Of the steps, spent in full precision first.
+        blend_share (`float`): Of the ternary steps after these, spent going to ternary by degrees.
+        steps_factor (`float`): Times the steps of the size.
+    """
+
+    size: str
+    weights: str = "ternary"
+    initialization: str = "small_gain"
+    adaln: str = "norm"
+    scale: str = "tensor"
+    full_share: float = 0.0
+    blend_share: float = 0.0
+    steps_factor: float = 1.0
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps, all phases together."""
+        return round(SIZES[self.size].steps * self.steps_factor)
+
+
+# --- models ---
+
+
+class FourLevelLinear(TernaryLinear):
+    """Two bits without a zero: levels -1.5, -0.5, 0.5, 1.5 times the mean of |W|, and a learned scale per matrix."""
+
+    def levels(self) -> Tensor:
+        step = self.weight.abs().mean().clamp(min=1e-6)
+        return (self.weight / step).floor().clamp(-2, 1) + 0.5
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        with torch.no_grad():  # a uniform weight takes the four levels equally often: mean square 1.25
+            self.weight_scale.fill_(1 / math.sqrt(1.25 * self.in_features))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        weight = self.weight + (self.levels() - self.weight).detach()
+        output = nn.functional.linear(hidden_states, weight) * self.weight_scale
+        return output if self.bias is None else output + self.bias
+
+    def dequantize(self) -> Tensor:
+        return (self.levels() * self.weight_scale).detach()
+
+
+class AbsmeanLinear(TernaryLinear):
+    """Ternary with the scale of BitNet b1.58: the mean of |W|, not a parameter."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.weight_scale.requires_grad_(False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        weight = self.weight + (self.dequantize() - self.weight).detach()
+        return nn.functional.linear(hidden_states, weight, self.bias)
+
+    def dequantize(self) -> Tensor:
+        return self.ternary_weight() * self.weight.detach().abs().mean()
+
+
+def replace_ternary(model: nn.Module, replacement: Callable[[TernaryLinear], nn.Module]) -> None:
+    """Put `replacement(layer)` in the place of every ternary layer."""
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, TernaryLinear)]:
+        parent, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent)
+        if isinstance(parent, (nn.ModuleList, nn.Sequential)):
+            parent[int(child)] = replacement(layer)
+        else:
+            setattr(parent, child, replacement(layer))
+
+
+def like(layer: TernaryLinear, cls: type[TernaryLinear]) -> TernaryLinear:
+    """A layer of another class with the same weight and bias, and its own scale."""
+    new = cls(layer.in_features, layer.out_features, layer.bias is not None)
+    weights = {name: value for name, value in layer.state_dict().items() if name != "weight_scale"}
+    new.load_state_dict(weights, strict=False)
+    return new
+
+
+def dense(layer: TernaryLinear) -> nn.Linear:
+    """The same layer with its quantized weight written out."""
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    with torch.no_grad():
+        linear.weight.copy_(layer.dequantize())
+        if layer.bias is not None:
+            linear.bias.copy_(layer.bias)
+    return linear
+
+
+def model_config(size: str) -> dict:
+    shape = {k: v for k, v in asdict(SIZES[size]).items() if k.startswith(("num_layers", "num_att", "att", "ffn"))}
+    return {**shape, "sample_size": 8, "in_channels": 1, "num_classes": 10, "pos_embed_type": "rope+sincos2d"}
+
+
+def build(arm: Arm, seed: int) -> TerDiTTransformer2DModel:
+    """A fresh model of an arm; its float weights are those of every other arm of the size, initialization and seed."""
+    torch.manual_seed(seed)
+    model = TerDiTTransformer2DModel(
+        **model_config(arm.size),
+        ternary=arm.weights != "full",
+        adaln_norm=arm.adaln == "norm",
+        scale_granularity="row" if arm.scale == "row" else "tensor",
+        initialization=arm.initialization,
+    )
+    if arm.adaln == "full" and arm.weights != "full":
+        for block in model.transformer_blocks:
+            ternary = block.adaln.linear
+            block.adaln.linear = nn.Linear(ternary.in_features, ternary.out_features)
+            nn.init.zeros_(block.adaln.linear.weight)
+            nn.init.zeros_(block.adaln.linear.bias)
+    if arm.adaln == "bitnet":
+        replace_ternary(model, lambda layer: nn.Sequential(nn.RMSNorm(layer.in_features, eps=1e-5), layer))
+    if arm.weights == "four levels":
+        replace_ternary(model, lambda layer: like(layer, FourLevelLinear))
+    if arm.scale == "absmean":
+        replace_ternary(model, lambda layer: like(layer, AbsmeanLinear))
+    return model.train()
+
+
+@torch.no_grad()
+def exported(model: TerDiTTransformer2DModel) -> TerDiTTransformer2DModel:
+    """What would be published, written out densely: ternary weights as they are, the others rounded to bfloat16."""
+    model = copy.deepcopy(model).eval()
+    for name, parameter in model.named_parameters():
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if not isinstance(layer, TernaryLinear) or name.endswith("bias"):
+            parameter.copy_(parameter.bfloat16())
+    replace_ternary(model, dense)
+    return model
+
+
+def file_bytes(arm: Arm) -> int:
+    """Bytes of the packed weights file of an arm whose layout the package can save, other weights bfloat16."""
+    model = build(Arm(arm.size, "full" if arm.weights == "full" else "ternary", adaln=arm.adaln, scale=arm.scale), 0)
+    if arm.weights != "full":
+        model.pack()
+    with tempfile.TemporaryDirectory() as folder:
+        model.to(torch.bfloat16).save_pretrained(folder)
+        return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+
+
+@cache
+def training_flops(size: str) -> int:
+    """Floating-point operations of the matrix products of one image, forward and backward, in every precision."""
+    model = TerDiTTransformer2DModel(**model_config(size), ternary=False)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(1, 1, 8, 8), torch.tensor([1]), torch.tensor([1]), return_dict=False)[0].sum().backward()
+    return counter.get_total_flops()
+
+
+# --- measures ---
+
+
+@cache
+def digits(train: bool) -> training.Digits:
+    return training.Digits(train=train)
+
+
+@cache
+def classifier() -> nn.Module:
+    return digits_classifier()
+
+
+@cache
+def real_features(train: bool = True) -> Tensor:
+    return classifier()((digits(train).images + 1) / 2)["features"]
+
+
+@cache
+def fixed_noise(train: bool, count: int) -> dict[str, Tensor]:
+    """The first digits, each with the same draws of noise and timestep for every model, and its label."""
+    samples = digits(train)
+    examples = training.Examples(samples, EVAL_SEED, (1, 8, 8), len(samples.id2label))
+    batch = []
+    for index in range(count):
+        sample, label = samples[index]
+        positions = range(EVAL_DRAWS * index, EVAL_DRAWS * (index + 1))
+        batch += [{**examples.example(p, sample, label), "class_labels": label} for p in positions]
+    return default_collate(batch)
+
+
+@torch.no_grad()
+def noise_error(model: TerDiTTransformer2DModel, train: bool, count: int = 300) -> float:
+    """Mean squared error of the predicted noise, at fixed noise and timesteps."""
+    batch, scheduler, errors = fixed_noise(train, count), training.training_scheduler(), []
+    for rows in torch.arange(len(batch["time"])).split(300):
+        clean, noise, time_, labels = (batch[key][rows] for key in ("samples", "noise", "time", "class_labels"))
+        output = model(scheduler.add_noise(clean, noise, time_), time_, labels, return_dict=False)[0]
+        errors.append(losses.mean_squared_error(output[:, :1], noise))
+    return torch.cat(errors).mean().item()
+
+
+def sample(pipe: TerDiTPipeline, count: int, steps: int, guidance_scale: float = 1.0, seed: int = 0) -> Tensor:
+    """Images (count, 1, 8, 8) in [0, 1], the labels in turn."""
+    pipe.set_progress_bar_config(disable=True)
+    generator, images = torch.Generator().manual_seed(seed), []
+    options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "pt"}
+    for start in range(0, count, 250):
+        labels = [i % 10 for i in range(start, min(start + 250, count))]
+        images.append(pipe(labels, generator=generator, **options).images)
+    return torch.cat(images)
+
+
+def judge(images: Tensor) -> dict[str, float]:
+    """Frechet distance of features to the training digits, and the share recognised as their label."""
+    if not images.isfinite().all():
+        return {"frechet_distance": math.inf, "recognised": 0.0}
+    output = classifier()(images)
+    labels = torch.arange(len(images)) % 10
+    return {
+        "frechet_distance": training.frechet_distance(output["features"], real_features()),
+        "recognised": (output["logits"].argmax(1) == labels).float().mean().item(),
+    }
+
+
+def sampled_quality(model: TerDiTTransformer2DModel, size: Size) -> dict[str, float]:
+    """`judge` of samples of a dense model: DDIM, without guidance."""
+    scheduler = DDIMScheduler.from_config(training.training_scheduler().config)
+    pipe = TerDiTPipeline(transformer=model, scheduler=scheduler)
+    return judge(sample(pipe, size.num_images, size.sampling_steps))
+
+
+# --- training ---
+
+
+def train(arm: Arm, learning_rate: float, seed: int, curve: bool) -> dict:
+    """Train one model. With `curve`, look at it every `Size.every` steps, else at the end only, without sampling.
+
+    Returns:
+        `dict`: `curve` (list of step, loss, noise error on held-out digits, Frechet distance), final
+        `noise_error` and `noise_error_held_out`, the largest gradient norm, CPU seconds of the training steps.
+    """
+    size, steps = SIZES[arm.size], arm.steps
+    full_steps = round(arm.full_share * steps)
+    examples = training.Examples(digits(True), seed, (1, 8, 8), 10, class_dropout_prob=0.1)
+    scheduler = training.training_scheduler()
+    warmup, decay = steps // 20, steps // 5
+    points, window, seconds, max_norm = [], [], 0.0, 0.0
+
+    def start(model):
+        ema = copy.deepcopy(model).requires_grad_(False).eval()
+        groups = training.parameter_groups(model)
+        return ema, torch.optim.AdamW(groups, lr=learning_rate)
+
+    full = Arm(arm.size, "full", arm.initialization, arm.adaln)
+    model = build(full if full_steps else arm, seed)
+    ema_model, optimizer = start(model)
+    set_strength, phase_start = None, 0
+    for step in range(steps):
+        if full_steps and step == full_steps:
+            model = build(arm, seed)
+            training.transfer_weights(ema_model, model)
+            ema_model, optimizer = start(model)
+            phase_start = step
+            set_strength = training.gradual_ternarization(model) if arm.blend_share else None
+        if set_strength is not None:
+            set_strength(min((step - phase_start) / (arm.blend_share * (steps - full_steps)), 1.0))
+        batch = default_collate([examples[i] for i in range(step * size.batch_size, (step + 1) * size.batch_size)])
+        started = time.process_time()
+        factor = training.learning_rate_factor(step, "wsd", steps, warmup, decay)
+        if phase_start:
+            factor = min(factor, (step - phase_start + 1) / (warmup + 1))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * factor
+        noisy = scheduler.add_noise(batch["samples"], batch["noise"], batch["time"])
+        output = model(noisy, batch["time"], batch["class_labels"], return_dict=False)[0]
+        loss = losses.diffusion_loss(
+            output, batch["samples"], batch["noise"], batch["time"], scheduler.alphas_cumprod
+        ).mean()
+        loss.backward()
+        norm = training.clip_grad_norm(model, 2.0)
+        if not math.isfinite(norm):
+            return {"diverged_at": step, "noise_error": math.inf, "noise_error_held_out": math.inf, "curve": points}
+        optimizer.step()
+        optimizer.zero_grad()
+        training.update_ema(ema_model, model, training.ema_decay(step - phase_start, EMA_DECAY))
+        seconds += time.process_time() - started
+        max_norm = max(max_norm, norm)
+        window.append(loss.item())
+        if curve and (step + 1) % size.every == 0:
+            out = exported(ema_model)
+            points.append(
+                {
+                    "step": step + 1,
+                    "loss": sum(window) / len(window),
+                    "noise_error_held_out": noise_error(out, train=False),
+                    **sampled_quality(out, size),
+                }
+            )
+            window = []
+    out = exported(ema_model)
+    result = {
+        "noise_error": noise_error(out, train=True),
+        "noise_error_held_out": noise_error(out, train=False),
+        "max_grad_norm": max_norm,
+        "cpu_seconds": round(seconds, 1),
+    }
+    if curve:
+        last = points[-1] if points and points[-1]["step"] == steps else sampled_quality(out, size)
+        result |= {"curve": points, **{key: last[key] for key in ("frechet_distance", "recognised")}}
+    return result
+
+
+# --- records ---
+
+
+def machine() -> str:
+    """Processor by its instruction sets, and versions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    sets = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
+    return (
+        f"{platform.machine()} CPU ({', '.join(sets) or 'no AVX2'}), {torch.get_num_threads()} thread(s),"
+        f" torch {torch.__version__}, diffusers {diffusers.__version__}"
+    )
+
+
+class Records:
+    """An append-only JSONL file; each line has `run`, all that defines a run, and `result`.
+
+    Args:
+        path (`Path`): Written to.
+        others (`list[Path]`): Files of other experiments; a run found there is copied, not repeated.
+    """
+
+    def __init__(self, path: Path, others: tuple[Path, ...] = ()):
+        self.path, self.records = path, self.read(path)
+        self.others = [record for other in others for record in self.read(other)]
+
+    @staticmethod
+    def read(path: Path) -> list[dict]:
+        """All whole lines; the last one of a killed run may be torn."""
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        records = []
+        for number, line in enumerate(lines):
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                if number < len(lines) - 1:
+                    raise ValueError(
+                        f"{path}, line {number + 1} is not JSON. Remove it; its run is done again."
+                    ) from None
+        return records
+
+    def find(self, run: dict) -> dict | None:
+        """The result of a run, or `None`."""
+        return next((record["result"] for record in self.records if record["run"] == run), None)
+
+    def get(self, run: dict, make: Callable[[], dict]) -> dict:
+        """The result of a run; made and written where no file has it."""
+        result = self.find(run)
+        if result is not None:
+            return result
+        shared = next((record for record in self.others if record["run"] == run), None)
+        if shared is None:
+            started = time.process_time()
+            result = make()
+            total = round(time.process_time() - started, 1)
+            print(f"{total:7.1f} s  {json.dumps(run)}", flush=True)
+            shared = {"run": run, "result": result, "total_cpu_seconds": total, "machine": machine()}
+        self._append(shared)
+        return shared["result"]
+
+    def _append(self, record: dict) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        if text and not text.endswith("\n"):  # torn by a kill
+            self.path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self.records.append(record)
+
+
+def definition(arm: Arm, learning_rate: float, seed: int, curve: bool) -> dict:
+    """Everything that defines a training run, as JSON."""
+    size = {**asdict(SIZES[arm.size]), "learning_rates": None}  # which others were tried defines nothing
+    run = {"arm": asdict(arm), "size": size, "learning_rate": learning_rate, "seed": seed, "curve": curve}
+    return json.loads(json.dumps({**run, "ema_decay": EMA_DECAY, "digits": 1}))
+
+
+def run_arm(records: Records, arm: Arm, find_only: bool = False) -> dict | None:
+    """Screen learning rates on one seed, then train three other seeds at the best.
+
+    The rate with the lowest noise error on held-out digits is taken; where it is the lowest or highest of those tried,
+    half or twice of it is tried, too, at most twice.
+
+    Returns:
+        `dict`: `learning_rate`, `screened` (noise error by rate) and `seeds` (results); `None` with `find_only` where
+        the records do not have all of it.
+    """
+
+    def result(rate: float, seed: int, curve: bool) -> dict | None:
+        run = definition(arm, rate, seed, curve)
+        return records.find(run) if find_only else records.get(run, lambda: train(arm, rate, seed, curve))
+
+    screened: dict[float, float] = {}
+    rates, extensions = list(SIZES[arm.size].learning_rates), 0
+    while True:
+        for rate in rates:
+            found = result(rate, SCREEN_SEED, False)
+            if found is None:
+                return None
+            screened[rate] = found["noise_error_held_out"]
+        best = min(screened, key=screened.get)
+        if best not in (min(screened), max(screened)) or extensions == 2:
+            break
+        rates, extensions = [best / 2 if best == min(screened) else best * 2], extensions + 1
+    seeds = [result(best, seed, True) for seed in SEEDS]
+    if None in seeds:
+        return None
+    return {"learning_rate": best, "screened": dict(sorted(screened.items())), "seeds": seeds}
+
+
+# --- pages ---
+
+
+def values(outcome: dict, key: str) -> list[float]:
+    return [result.get(key, math.inf) for result in outcome["seeds"]]
+
+
+def mean(numbers: list[float]) -> float:
+    return sum(numbers) / len(numbers)
+
+
+def spread(numbers: list[float]) -> float:
+    """Standard deviation of a sample."""
+    centre = mean(numbers)
+    return math.sqrt(sum((number - centre) ** 2 for number in numbers) / (len(numbers) - 1))
+
+
+def cell(numbers: list[float], digits: int = 4) -> str:
+    """Mean ± standard deviation of seeds."""
+    if not all(map(math.isfinite, numbers)):
+        return f"{sum(map(math.isfinite, numbers))} of {len(numbers)} seeds finite"
+    return f"{mean(numbers):.{digits}f} ± {spread(numbers):.{digits}f}"
+
+
+def overlap(first: list[float], second: list[float]) -> bool:
+    """Whether the ranges of two arms' seeds overlap; then their difference is not told from chance."""
+    return max(first) >= min(second) and max(second) >= min(first)
+
+
+def verdict(first: dict, second: dict, key: str) -> str:
+    """How the first arm's mean differs from the second's, lower being better, or that their seeds overlap."""
+    a, b = values(first, key), values(second, key)
+    if not all(map(math.isfinite, a + b)):
+        return "not every seed finite"
+    change = mean(a) / mean(b) - 1
+    if overlap(a, b):
+        return f"within the spread ({change:+.0%})"
+    return f"**{'better' if change < 0 else 'worse'}** ({change:+.0%})"
+
+
+def claim(found: dict[str, dict], first: str, second: str) -> str:
+    """Whether the first arm is better than the second, by both measures."""
+    if not {first, second} <= set(found):
+        return "not run"
+    words = []
+    for key, name in (("noise_error_held_out", "noise error"), ("frechet_distance", "Fréchet distance")):
+        text = verdict(found[first], found[second], key)
+        text = text.replace("**better**", "**held**").replace("**worse**", "**did not hold, the opposite**")
+        words.append(f"{name}: {text}")
+    return "; ".join(words)
+
+
+def comparisons(found: dict[str, dict], pairs: list[tuple[str, str]]) -> str:
+    """A table of verdicts; pairs that lack an arm are named below it."""
+    keys = ("noise_error_held_out", "frechet_distance")
+    rows = [[a, b, *(verdict(found[a], found[b], key) for key in keys)] for a, b in pairs if {a, b} <= set(found)]
+    missing = sorted({name for pair in pairs for name in pair} - set(found))
+    text = table(["arm", "against", "held-out noise error", "Fréchet distance"], rows)
+    return text + (f"\n\nNot run: {'; '.join(missing)}." if missing else "")
+
+
+def draw_seeds(axis, x: list[float], seeds: list[list[float]], color: str, **style) -> None:
+    """A line through the mean of the seeds at each x, shaded from the lowest to the highest."""
+    axis.plot(x, [mean(at) for at in seeds], marker="o", markersize=3, color=color, **style)
+    axis.fill_between(x, [min(at) for at in seeds], [max(at) for at in seeds], color=color, alpha=0.12, linewidth=0)
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write a matplotlib figure as a small PNG of 64 colours."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer)
+    Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def made_on(records: Records) -> str:
+    """Where the records were made, and the processor time they took."""
+    machines = list(dict.fromkeys(record["machine"] for record in records.records))
+    minutes = sum(record["total_cpu_seconds"] for record in records.records) / 60
+    return f"Made on {'; '.join(machines)}: {len(records.records)} records, {minutes:.0f} CPU-minutes."
+
+
+def rate_cell(outcome: dict) -> str:
+    """The learning rate taken, and those tried."""
+    return f"{outcome['learning_rate']:g} of " + ", ".join(f"{rate:g}" for rate in outcome["screened"])
+
+
+METHOD = """\
+Data: scikit-learn's 8x8 digits, 1,497 to train on, 300 held out. Pixels, patches of 2, so 16 tokens; 1000-step
+linear DDPM, squared error plus variational bound, label dropout 0.1, AdamW without decay, gradients clipped at 2,
+warm-up over the first twentieth, linear decay to zero over the last fifth, average of the weights with decay 0.98.
+All arms of a seed see the same samples, noise and timesteps. What is measured is the exported model: the average,
+ternarized, other weights rounded to bfloat16. *Noise error*: squared error of the predicted noise on the 300
+held-out digits, four fixed draws each. *Fréchet distance*: of 64 features of the package's digits classifier,
+samples (DDIM, no guidance) to the training digits; it is no FID, and depends on the number of samples, which is the
+same within a table. *Learning rate*: per arm, the one with the lowest noise error of three on one seed (100), and
+half or twice where the best is at an edge, at most twice; then three other seeds (0, 1, 2) at the best: mean ±
+standard deviation. Arms whose seeds' ranges overlap are called within the spread."""
+
+
+def main(
+    description: str, name: str, parts: dict[str, Callable[[Records], None]], render: Callable[..., str], argv=None
+):
+    """The command line of an experiment: run parts, list them, or render the page and its plot from records."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=list(parts), action="append", help="default: all, in the order of --list")
+    parser.add_argument("--list", action="store_true", help="print the parts")
+    parser.add_argument("--records", type=Path, default=Path("outputs/results"), help="folder of the JSONL records")
+    parser.add_argument("--render", type=Path, help="folder with records: write page and plot there, train nothing")
+    args = parser.parse_args(argv)
+    if args.list:
+        print("\n".join(parts))
+        return
+    if args.render:
+        if not (args.render / f"{name}.jsonl").exists():
+            parser.error(f"{args.render} has no {name}.jsonl; run the parts first, with --records {args.render}")
+        (args.render / f"{name}.md").write_text(render(args.render, plot=True), encoding="utf-8")
+        return
+    others = tuple(path for path in sorted(args.records.glob("*.jsonl")) if path.stem != name)
+    records = Records(args.records / f"{name}.jsonl", others)
+    for part in args.part or parts:
+        parts[part](records)
+    (args.records / f"{name}.md").write_text(render(args.records, plot=True), encoding="utf-8")
