@@ -49,7 +49,7 @@ MEASURES |= {"recall": "Recall"}
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("samples").add_argument
-    add("--model", default="digits", help='folder or Hub id of a pipeline, or "digits", the bundled one')
+    add("--model", default="digits", help="folder or Hub id of a pipeline, or a bundled one's name")
     add("--num_images", type=int, default=1000, help="50,000 in papers")
     add("--batch_size", type=int, default=32, help="images per process at a time")
     add("--seed", type=int, default=0)
@@ -79,9 +79,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
+def model_folder(model: str) -> str | Path:
+    """Folders and Hub ids as they are; the name of a bundled checkpoint becomes its folder."""
+    return model if Path(model).is_dir() or "/" in model else bundled(model)
+
+
 def load_pipeline(args: argparse.Namespace, device: torch.device) -> TerDiTPipeline:
-    folder = bundled(args.model) if args.model == "digits" and not Path(args.model).is_dir() else args.model
-    pipe = TerDiTPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype)).to(device)
+    pipe = TerDiTPipeline.from_pretrained(model_folder(args.model), dtype=getattr(torch, args.dtype)).to(device)
     if args.scheduler:
         scheduler = getattr(diffusers, args.scheduler, None)
         if scheduler is None or not hasattr(scheduler, "set_timesteps"):
@@ -414,7 +418,7 @@ def main(argv=None) -> None:
             elif found.inception_score is not None:
                 measured = {"inception_score": found.inception_score}
             measured["network"] = found.network
-        seen = args.images_seen or images_seen(bundled("digits") if args.model == "digits" else Path(args.model))
+        seen = args.images_seen or images_seen(Path(model_folder(args.model)))
         report = {
             **measured,
             **settings,

@@ -60,7 +60,7 @@ def test_generate_takes_another_scheduler_and_dtype(tmp_path, capsys):
         (["generate", "--num_inference_steps", "0"], "`num_inference_steps` must be a positive int"),
         (["generate", "--guidance_scale", "nan"], "must be finite"),
         (["generate", "--scheduler", "Nothing"], "no scheduler 'Nothing'"),
-        (["generate", "nothing"], "No bundled checkpoint 'nothing'; there are 'digits'"),
+        (["generate", "nothing"], "No bundled checkpoint 'nothing'; there are 'digits', 'emoji'"),
         (["generate", "/no/such/folder"], "/no/such/folder is not a folder"),
         (["info", "/no/such/folder"], "/no/such/folder is not a folder"),
         (["convert", "/no/such/folder", "out"], "/no/such/folder is not a folder"),

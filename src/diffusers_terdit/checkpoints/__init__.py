@@ -7,7 +7,7 @@ def bundled(name: str = "digits") -> Path:
     """Folder of a bundled checkpoint, for [`TerDiTPipeline.from_pretrained`].
 
     Args:
-        name (`str`): `"digits"`: 8x8 handwritten digits, see the README in its folder.
+        name (`str`): `"digits"`: 8x8 handwritten digits; `"emoji"`: 32x32 faces by name. See their READMEs.
 
     Raises:
         ValueError: No such checkpoint.

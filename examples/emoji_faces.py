@@ -1,0 +1,110 @@
+"""Make class folders of emoji faces for train_terdit.py, one image and one class per emoji.
+
+    npm pack emoji-datasource-google@16.0.0
+    tar -xzf emoji-datasource-google-16.0.0.tgz package/emoji.json package/img/google/64
+    python examples/emoji_faces.py package --output_dir faces
+    python examples/train_terdit.py --train_data_dir faces --resolution 32 --output_dir outputs/emoji
+
+The pictures are Google's Noto Emoji (https://github.com/googlefonts/noto-emoji), Apache-2.0; the npm package and its
+`emoji.json` are MIT (https://github.com/iamcal/emoji-data). A class is called by the emoji's Unicode name and its
+short one, such as "face with tears of joy, joy": the pipeline knows it by either.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from PIL import Image
+
+
+LICENCE = """\
+The pictures in these folders are made from Noto Emoji, https://github.com/googlefonts/noto-emoji, Copyright Google
+LLC, Apache License 2.0, https://www.apache.org/licenses/LICENSE-2.0. They were scaled and set on white.
+Their names are from emoji-data, https://github.com/iamcal/emoji-data, Copyright Cal Henderson, MIT.
+"""
+
+
+def is_face(emoji: dict) -> bool:
+    """Whether an entry of `emoji.json` is a face that has a picture in this package."""
+    group = emoji["subcategory"]
+    smiley = emoji["category"] == "Smileys & Emotion"
+    return smiley and (group.startswith("face-") or group in ("cat-face", "monkey-face")) and emoji["has_img_google"]
+
+
+def label(emoji: dict) -> str:
+    """The names of an entry, lower case, separated by commas, the Unicode name first.
+
+    `/` would end the folder's name and `,` the label's, so both become spaces.
+    """
+    names = [emoji["name"].lower(), emoji["short_name"].replace("_", " ")]
+    return ", ".join(dict.fromkeys(" ".join(name.replace("/", " ").replace(",", " ").split()) for name in names))
+
+
+def on_white(image: Image.Image, resolution: int) -> Image.Image:
+    """The picture in RGB, its transparent parts white; Pillow weights colours by their opacity when it scales."""
+    image = image.convert("RGBA")
+    if image.size != (resolution, resolution):
+        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def write_faces(package: Path, output_dir: Path, resolution: int = 32) -> list[str]:
+    """Write `output_dir/<label>/<code points>.png` for every face, and a licence note.
+
+    Args:
+        package (`Path`): The unpacked npm package: `emoji.json` and `img/google/64`.
+        output_dir (`Path`): Must not exist, or be empty: a picture that was left there would be trained on.
+        resolution (`int`): Side of the square pictures in pixels, at most the 64 of the package's.
+
+    Returns:
+        `list[str]`: The labels in the order of `emoji.json`'s `sort_order`.
+
+    Raises:
+        ValueError: No such package, no faces, a missing picture, two faces of one name, or a bad resolution or folder.
+    """
+    if not 1 <= resolution <= 64:
+        raise ValueError(f"`resolution` must lie in 1 to 64, the package's pictures have 64 pixels; got {resolution}.")
+    index, pictures = package / "emoji.json", package / "img" / "google" / "64"
+    if not index.is_file():
+        raise ValueError(f"{package} holds no emoji.json. Pass the folder `package` that tar made, see --help.")
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        raise ValueError(f"{output_dir} is not empty. Remove it or pass another --output_dir.")
+    faces = sorted(filter(is_face, json.loads(index.read_text("utf-8"))), key=lambda emoji: emoji["sort_order"])
+    if not faces:
+        raise ValueError(
+            f'{index} lists no faces (subcategories face-*, cat-face, monkey-face of "Smileys & Emotion").'
+        )
+    missing = [emoji["image"] for emoji in faces if not (pictures / emoji["image"]).is_file()]
+    if missing:
+        raise ValueError(
+            f"{pictures} lacks {len(missing)} of {len(faces)} faces, such as {missing[0]}. Unpack it, too."
+        )
+    labels = [label(emoji) for emoji in faces]
+    names = [name for text in labels for name in text.split(", ")]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{index} gives two faces the name {twice[0]!r}; a label must mean one picture.")
+
+    for emoji, name in zip(faces, labels, strict=True):
+        with Image.open(pictures / emoji["image"]) as image:
+            picture = on_white(image, resolution)
+        folder = output_dir / name
+        folder.mkdir(parents=True)
+        picture.save(folder / emoji["image"])
+    (output_dir / "LICENCE.txt").write_text(LICENCE, encoding="utf-8")
+    return labels
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("package", type=Path, help="the unpacked npm package emoji-datasource-google")
+    parser.add_argument("--output_dir", type=Path, default=Path("faces"))
+    parser.add_argument("--resolution", type=int, default=32, help="pixels, at most 64")
+    args = parser.parse_args(argv)
+    labels = write_faces(args.package, args.output_dir, args.resolution)
+    print(f"{args.output_dir}: {len(labels)} faces of {args.resolution}x{args.resolution} pixels")
+
+
+if __name__ == "__main__":
+    main()
