@@ -255,7 +255,7 @@ class FolderImages:
         return self.shape[0]
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        return np.concatenate([to_uint8(self.samples[i][0][None]) for i in range(*rows.indices(len(self)))])
+        return np.concatenate([to_uint8(self.samples.read(i)[None]) for i in range(*rows.indices(len(self)))])
 
     def fingerprint(self) -> str:
         """Of names and sizes of the files: hashing the pixels would read them twice."""

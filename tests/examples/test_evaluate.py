@@ -1,5 +1,6 @@
 """Samples that depend on (seed, index) alone, and a report of what they were measured on."""
 
+import itertools
 import json
 import os
 import re
@@ -261,6 +262,21 @@ class TestReport:
         assert report(evaluate("--num_images", 16, "--reference", tmp_path / "reference"))["reference"].endswith(
             "40 images"
         )
+
+    def test_an_unreadable_reference_image_is_named_not_replaced(self, evaluate, tmp_path):
+        (tmp_path / "reference" / "0").mkdir(parents=True)
+        for name in ("a.png", "b.png", "c.png"):
+            Image.new("L", (8, 8)).save(tmp_path / "reference" / "0" / name)
+        (tmp_path / "reference" / "0" / "b.png").write_bytes(b"no picture")
+        with pytest.raises(OSError, match=r"b\.png\) cannot be read"):
+            evaluate("--num_images", 16, "--reference", tmp_path / "reference")
+
+    def test_a_loop_over_the_images_of_a_folder_ends(self, tmp_path):
+        (tmp_path / "0").mkdir()
+        for name in ("a.png", "b.png"):
+            Image.new("L", (8, 8)).save(tmp_path / "0" / name)
+        samples = training.ImageSamples.from_folder(tmp_path, resolution=8, channels=1)
+        assert [label for _, label in itertools.islice(samples, 5)] == [0, 0]
 
     def test_a_model_without_a_reference_is_sampled_and_says_so(self, evaluate, latent_pipeline):
         folder = evaluate("--model", latent_pipeline, "--num_images", 2)

@@ -155,6 +155,8 @@ class ImageSamples(Dataset):
             raise OSError(f"image {index} ({source}) cannot be read: {error}") from error
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if not 0 <= index < len(self):  # what ends a `for` over the samples
+            raise IndexError(f"There are {len(self)} images, no number {index}.")
         for offset in range(100):
             other = (index + offset) % len(self)
             try:
