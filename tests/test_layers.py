@@ -11,8 +11,9 @@ from diffusers import ConfigMixin, ModelMixin
 from safetensors import safe_open
 from torch import nn
 
-from diffusers_terdit import TernaryLinear, ternarize
+from diffusers_terdit import TernaryLinear, host, ternarize
 from diffusers_terdit.host import warn_half_precision_codes
+from diffusers_terdit.ops import has_integer_kernel, reference, ternary_linear
 
 
 GRANULARITIES = ["tensor", "row", 8]
@@ -550,3 +551,126 @@ class TestIntegerActivations:
             tiny_model(ternary=False, activation_bits=8)
         with pytest.raises(ValueError, match="8-bit activations"):
             tiny_model(activation_bits=8).dequantize()
+
+
+needs_kernel = pytest.mark.skipif(not has_integer_kernel("cpu"), reason="no AVX2 or no numba")
+
+
+@pytest.fixture
+def no_kernel(monkeypatch):
+    """A machine without numba."""
+    monkeypatch.setattr("diffusers_terdit.layers.has_integer_kernel", lambda device: False)
+    monkeypatch.setattr("diffusers_terdit.layers.find_spec", lambda name: None)
+    monkeypatch.setattr("diffusers_terdit.host.find_spec", lambda name: None)
+    host.warn_no_integer_kernel.cache_clear()
+    yield
+    host.warn_no_integer_kernel.cache_clear()
+
+
+class TestSetActivationBits:
+    """`set_activation_bits`: the caller's choice of speed, never the layer's meaning."""
+
+    def new_layer(self, **options):
+        torch.manual_seed(0)
+        return TernaryLinear(24, 16, **options).pack().requires_grad_(False)
+
+    @needs_kernel
+    def test_the_bits_are_those_asked_for(self):
+        layer, x = self.new_layer(), torch.randn(5, 24)
+        exact = layer(x)
+        for bits in (16, 8):
+            layer.set_activation_bits(bits)
+            expected = reference.integer_linear(x, layer.weight_packed, layer.weight_scale, layer.bias, bits)
+            assert torch.equal(layer(x), expected)
+            assert not torch.equal(expected, exact)
+            assert f"computes with {bits} bits" in repr(layer)
+        for bits in (None, "auto"):
+            layer.set_activation_bits(bits)
+            assert torch.equal(layer(x), exact)
+            assert "computes" not in repr(layer)
+
+    @needs_kernel
+    def test_bfloat16_uses_16_bits_unless_told_otherwise(self):
+        layer, x = self.new_layer().to(torch.bfloat16), torch.randn(5, 24).bfloat16()
+        arguments = layer.weight_packed, layer.weight_scale, layer.bias
+        integer = reference.integer_linear(x, *arguments, 16)
+        assert torch.equal(layer(x), integer)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(layer(x.float()), integer)
+        layer.set_activation_bits(None)
+        assert torch.equal(layer(x), ternary_linear(x, *arguments))
+        exact = reference.ternary_linear(x.double(), *arguments[:2], arguments[2].double())
+        assert (integer - exact).abs().max() <= (layer(x) - exact).abs().max() * 1.01
+
+    @needs_kernel
+    def test_nothing_of_it_is_saved(self, tmp_path):
+        layer = self.new_layer()
+        before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+        layer.set_activation_bits(8)
+        layer(torch.randn(3, 24))
+        after = layer.state_dict()
+        assert list(before) == list(after)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        layer.save_pretrained(tmp_path)
+        again = TernaryLinear.from_pretrained(tmp_path)
+        assert again.config["activation_bits"] is None
+        assert "computes" not in repr(again)
+
+    @needs_kernel
+    def test_layers_that_the_kernel_does_not_take_compute_exactly(self):
+        for options in ({"scale_granularity": 8}, {}):
+            layer, x = self.new_layer(**options), torch.randn(5, 24)
+            layer = layer if options else layer.unpack()
+            exact = layer(x)
+            layer.set_activation_bits(8)
+            assert torch.equal(layer(x), exact)
+
+    @needs_kernel
+    def test_a_layer_trained_with_8_bits_computes_the_same_by_either_way(self, monkeypatch):
+        for granularity in ("tensor", "row"):
+            layer, x = self.new_layer(activation_bits=8, scale_granularity=granularity), torch.randn(2, 5, 24)
+            with_kernel = layer(x)
+            unpacked = copy.deepcopy(layer).unpack()
+            with monkeypatch.context() as patch:
+                patch.setattr("diffusers_terdit.layers.has_integer_kernel", lambda device: False)
+                assert torch.equal(layer(x), with_kernel)
+            assert torch.equal(unpacked(x), with_kernel)
+            layer.set_activation_bits(8)
+            for bits in (16, None):
+                with pytest.raises(ValueError, match="trained with 8-bit"):
+                    layer.set_activation_bits(bits)
+
+    @needs_kernel
+    def test_the_model_keeps_the_gated_layers_at_16_bits(self, tiny_model):
+        model = tiny_model("packed")
+        model.set_activation_bits(8)
+        bits = {name: layer._requested_bits for name, layer in model.ternary_layers().items()}
+        assert {name.rsplit(".", 1)[-1] for name, value in bits.items() if value == 16} == {"down_proj"}
+        assert sum(value == 8 for value in bits.values()) == len(bits) * 7 // 8
+        model.transformer_blocks[0].ff.down_proj.set_activation_bits(8)
+        model.set_activation_bits(None)
+        assert {layer._requested_bits for layer in model.ternary_layers().values()} == {None}
+        trained = tiny_model("packed", activation_bits=8)
+        trained.set_activation_bits(8)
+        with pytest.raises(ValueError, match="full precision"):
+            tiny_model(ternary=False).set_activation_bits(8)
+
+    @pytest.mark.parametrize("bits", [4, "16", True, 0])
+    def test_other_values_are_refused(self, bits):
+        with pytest.raises(ValueError, match='None, 8, 16 or "auto"'):
+            self.new_layer().set_activation_bits(bits)
+
+    def test_without_numba_one_line_says_what_to_install(self, no_kernel, caplog):
+        layer = self.new_layer()
+        for bits in (8, 16):
+            with pytest.raises(
+                ImportError, match=r"^Integer activations .* numba: pip install 'diffusers-terdit\[cpu\]'$"
+            ):
+                layer.set_activation_bits(bits)
+        layer, x = layer.to(torch.bfloat16), torch.randn(5, 24).bfloat16()
+        for _ in range(2):
+            assert torch.equal(layer(x), ternary_linear(x, layer.weight_packed, layer.weight_scale, layer.bias))
+        lines = [record.getMessage() for record in caplog.records if "numba" in record.getMessage()]
+        assert lines == [
+            "bfloat16 on this CPU would be faster and more accurate with numba: pip install 'diffusers-terdit[cpu]'"
+        ]

@@ -20,6 +20,7 @@ import struct
 import warnings
 from collections.abc import Iterable, Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.hooks.group_offloading import _GROUP_OFFLOADING
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, logging
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
@@ -43,6 +45,7 @@ logger = logging.get_logger(__name__)
 
 PACKING = "row-chunk-2bit"
 VERSION = "1"
+INSTALL_NUMBA = "pip install 'diffusers-terdit[cpu]'"
 PACKED_SUFFIX = "weight_packed"
 SCALE_SUFFIX = "weight_scale"
 
@@ -269,6 +272,30 @@ def warn_half_precision_codes(dtype: torch.dtype | None) -> None:
             f"Float-format ternary weights in {dtype} ternarize differently (0.05-0.2 % of the codes). Call `pack()`"
             " on the float32 model first; packed weights do not change when the model is cast."
         )
+
+
+@cache
+def warn_no_integer_kernel(device_type: str) -> None:
+    """Say, once, why integer activations that were asked for, or would be used, are not."""
+    if device_type != "cpu":
+        logger.warning(f"There are no integer kernels for {device_type}; ternary layers compute exactly there.")
+    elif find_spec("numba") is None:
+        logger.warning(f"bfloat16 on this CPU would be faster and more accurate with numba: {INSTALL_NUMBA}")
+    else:
+        logger.warning("This processor has no AVX2, which the integer kernels need; ternary layers compute exactly.")
+
+
+def is_offloaded(model: torch.nn.Module) -> bool:
+    """Whether hooks of accelerate or of diffusers' group offloading move the weights of the model or a part of it."""
+    registries = [getattr(module, "_diffusers_hook", None) for module in model.modules()]
+    return any(hasattr(module, "_hf_hook") for module in model.modules()) or any(
+        registry.get_hook(_GROUP_OFFLOADING) is not None for registry in registries if registry is not None
+    )
+
+
+def reset_step_caches(model: ModelMixin) -> None:
+    """Forget what diffusers' step caches keep between the steps of one run of a sampler."""
+    model._reset_stateful_cache()
 
 
 def _check_metadata(path: Path, metadata: dict[str, str], packed_model: bool) -> None:

@@ -8,7 +8,7 @@ from diffusers_terdit.ops import cpu
 
 @pytest.fixture(autouse=True)
 def _garbage_in_new_memory(monkeypatch):
-    monkeypatch.setattr(cpu, "_scratch", type(cpu._scratch)())  # no buffer left over from another test
+    monkeypatch.setattr(cpu, "_buffers", type(cpu._buffers)())  # no buffer left over from another test
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # also fills what `torch.empty` returns with NaN or the largest integer
     yield

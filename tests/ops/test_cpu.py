@@ -32,7 +32,7 @@ def new_case(rows, out_features, in_features, scale_granularity="tensor", seed=0
 
 
 def buffers():
-    return list(vars(cpu._scratch).values())
+    return list(vars(cpu._buffers).values())
 
 
 def test_new_memory_is_garbage_in_these_tests():

@@ -107,8 +107,8 @@ class TerDiTAdaLN(nn.Module):
         self.linear = linear(cond_dim, 6 * dim, bias=True)
         self.norm = TerDiTRMSNorm(6 * dim, eps=eps) if norm else nn.Identity()
 
-    def forward(self, temb: Tensor) -> tuple[Tensor, ...]:
-        return self.norm(self.linear(nn.functional.silu(temb))).unsqueeze(1).chunk(6, dim=-1)  # 6 x (B, 1, D)
+    def forward(self, temb: Tensor) -> Tensor:
+        return self.norm(self.linear(nn.functional.silu(temb)))  # (B, 6 * D)
 
 
 class TerDiTBlock(nn.Module):
@@ -122,8 +122,15 @@ class TerDiTBlock(nn.Module):
         self.norm2 = TerDiTRMSNorm(dim, eps=eps)
         self.ff = TerDiTFeedForward(dim, ffn_dim, linear)
 
-    def forward(self, hidden_states: Tensor, temb: Tensor, image_rotary_emb: tuple[Tensor, Tensor]) -> Tensor:
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaln(temb)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor],
+        modulation: Tensor | None = None,
+    ) -> Tensor:
+        modulation = self.adaln(temb) if modulation is None else modulation  # (B, 6 * D)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.unsqueeze(1).chunk(6, dim=-1)
 
         residual = hidden_states
         hidden_states = self.norm1(hidden_states) * (1 + scale_msa) + shift_msa
@@ -331,6 +338,28 @@ class TerDiTTransformer2DModel(TernaryModelMixin, PeftAdapterMixin, CacheMixin, 
         self.register_to_config(weight_format="float")
         return self
 
+    def set_activation_bits(self, bits: int | str | None) -> None:
+        """Round the inputs of the packed layers to integers, for speed: the caller's choice, never saved.
+
+        With 8 bits, `down_proj` stays at 16: its gated inputs have outliers, which would cost three times the error.
+        For 8 bits there, too: `block.ff.down_proj.set_activation_bits(8)`.
+
+        Args:
+            bits (`int`, `str` or `None`): 16, 8, `None` (exact) or `"auto"`, see
+                [`TernaryLinear.set_activation_bits`].
+
+        Raises:
+            ValueError: Another value; the model is full precision; or it was trained with 8-bit inputs and `bits` are
+                others.
+            ImportError: 8 or 16 on a CPU without numba.
+        """
+        if not self.config.ternary:
+            raise ValueError("This model is full precision (ternary=False); it has no ternary layers to speed up.")
+        trained = self.config.activation_bits is not None
+        for name, layer in self.ternary_layers().items():
+            gated = name.endswith("down_proj") and not trained
+            layer.set_activation_bits(16 if gated and bits == 8 else bits)
+
     def _layers_to_convert(self) -> dict[str, TernaryLinear]:
         if not self.config.ternary:
             raise ValueError("This model is full precision (ternary=False); it has no ternary weights to pack.")
@@ -352,6 +381,7 @@ class TerDiTTransformer2DModel(TernaryModelMixin, PeftAdapterMixin, CacheMixin, 
         timestep: Tensor,
         class_labels: Tensor,
         return_dict: bool = True,
+        modulation: Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict the noise (and variance) of noisy latents.
 
@@ -360,6 +390,8 @@ class TerDiTTransformer2DModel(TernaryModelMixin, PeftAdapterMixin, CacheMixin, 
             timestep (`torch.Tensor`): (B,) or a scalar, int or float, 0 to 1000.
             class_labels (`torch.Tensor`): (B,), int, 0 to `num_classes`; `num_classes` is the null label.
             return_dict (`bool`): Whether to return an output object instead of a tuple.
+            modulation (`torch.Tensor`, *optional*): (num_layers, B, 6 * D), what `modulations` gives for `timestep`
+                and `class_labels`, where it was computed before.
 
         Returns:
             [`~diffusers.models.modeling_outputs.Transformer2DModelOutput`] or `tuple`: `sample` (B, out_channels, h,
@@ -383,15 +415,15 @@ class TerDiTTransformer2DModel(TernaryModelMixin, PeftAdapterMixin, CacheMixin, 
             config.attention_head_dim, torch.arange(rows * columns, device=hidden_states.device), use_real=True
         )  # cos, sin: (L, D/H) float32
 
-        timestep_proj = self.time_proj(timestep.reshape(-1).expand(batch)).to(hidden_states.dtype)  # (B, 256)
-        temb = self.time_embed(timestep_proj) + self.class_embed(class_labels)  # (B, E)
+        temb = self._condition(timestep.reshape(-1).expand(batch), class_labels, hidden_states.dtype)  # (B, E)
 
         # 2. Blocks
-        for block in self.transformer_blocks:
+        for index, block in enumerate(self.transformer_blocks):
+            inputs = hidden_states, temb, image_rotary_emb, None if modulation is None else modulation[index]
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb, image_rotary_emb)
+                hidden_states = self._gradient_checkpointing_func(block, *inputs)
             else:
-                hidden_states = block(hidden_states, temb, image_rotary_emb)
+                hidden_states = block(*inputs)
 
         # 3. Output: tokens back to latents
         hidden_states = self.proj_out(self.norm_out(hidden_states, temb))  # (B, L, p*p*C')
@@ -401,6 +433,25 @@ class TerDiTTransformer2DModel(TernaryModelMixin, PeftAdapterMixin, CacheMixin, 
         if not return_dict:
             return (output,)
         return Transformer2DModelOutput(sample=output)
+
+    def _condition(self, timestep: Tensor, class_labels: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B,), (B,) -> (B, E)."""
+        return self.time_embed(self.time_proj(timestep).to(dtype)) + self.class_embed(class_labels)
+
+    def modulations(self, timestep: Tensor, class_labels: Tensor) -> Tensor:
+        """What the adaLN layers of all blocks give for these timesteps and labels: they see nothing else.
+
+        A sampler can compute them for many steps at once, and for each label once.
+
+        Args:
+            timestep (`torch.Tensor`): (B,), int or float.
+            class_labels (`torch.Tensor`): (B,), int.
+
+        Returns:
+            `torch.Tensor`: (num_layers, B, 6 * D), in the model's dtype; the `modulation` of `forward`.
+        """
+        temb = self._condition(timestep, class_labels, self.dtype)
+        return torch.stack([block.adaln(temb) for block in self.transformer_blocks])  # type: ignore[operator]
 
     def _check_shape(self, hidden_states: Tensor) -> tuple[int, int, int, int]:
         channels, patch = self.config.in_channels, self.config.patch_size

@@ -7,6 +7,9 @@ the thread because two threads sharing one would read each other's weights.
 
 import threading
 from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -14,30 +17,30 @@ from torch import Tensor
 from . import reference
 
 
-_scratch = threading.local()
+_buffers = threading.local()
 
 
-def _buffer(name: str, numel: int, dtype: torch.dtype) -> Tensor:
+def scratch(name: str, numel: int, dtype: torch.dtype) -> Tensor:
     """The first `numel` elements of this thread's buffer `name`; grown when too small or of another dtype."""
-    buffer = getattr(_scratch, name, None)
+    buffer = getattr(_buffers, name, None)
     if buffer is None or buffer.dtype != dtype or buffer.numel() < numel:
-        setattr(_scratch, name, None)  # free the old one before the new one is allocated
+        setattr(_buffers, name, None)  # free the old one before the new one is allocated
         with torch.inference_mode(False):  # a tensor born in inference mode could not be written to outside it
             buffer = torch.empty(numel, dtype=dtype)
-        setattr(_scratch, name, buffer)
+        setattr(_buffers, name, buffer)
     return buffer[:numel]
 
 
 def _decode_quarter(weight_packed: Tensor, quarter: int, out: Tensor) -> Tensor:
     """Rows `quarter * N/4` to `(quarter + 1) * N/4` of T, into `out`: (N/4, K)."""
-    codes = _buffer("codes", weight_packed.numel(), torch.uint8).view(weight_packed.shape)
+    codes = scratch("codes", weight_packed.numel(), torch.uint8).view(weight_packed.shape)
     torch.bitwise_right_shift(weight_packed, 6 - 2 * quarter, out=codes)
     return out.copy_(codes.bitwise_and_(3).view(torch.int8).sub_(1))
 
 
 def _round(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """T of a float weight: (N, K)."""
-    ternary = _buffer("rounded", weight.numel(), torch.float32).view(weight.shape)
+    ternary = scratch("rounded", weight.numel(), torch.float32).view(weight.shape)
     reference.round_to_ternary(weight, reference.group_size(weight_scale, weight.shape[1]), out=ternary)
     return ternary.to(dtype)
 
@@ -46,7 +49,7 @@ def decode(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """T of a packed or a float weight, (N, K) in {-1, 0, +1}; valid until this thread's next call."""
     if weight.dtype != torch.uint8:
         return _round(weight, weight_scale, dtype)
-    ternary = _buffer("matrix", 4 * weight.numel(), dtype).view(4, *weight.shape)
+    ternary = scratch("matrix", 4 * weight.numel(), dtype).view(4, *weight.shape)
     for quarter in range(4):
         _decode_quarter(weight, quarter, ternary[quarter])
     return ternary.flatten(0, 1)
@@ -64,7 +67,7 @@ def decode_blocks(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> I
             yield slice(start, start + rows), ternary[start : start + rows]
         return
     rows = len(weight)
-    ternary = _buffer("quarter", weight.numel(), dtype).view(weight.shape)
+    ternary = scratch("quarter", weight.numel(), dtype).view(weight.shape)
     for quarter in range(4):
         yield slice(quarter * rows, (quarter + 1) * rows), _decode_quarter(weight, quarter, ternary)
 
@@ -80,6 +83,16 @@ def matmul_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+@cache
+def integer_kernels() -> ModuleType | None:
+    """`cpu_integer`, where numba is installed and the processor has one of the kernels' instruction sets."""
+    if find_spec("numba") is None:
+        return None
+    from . import cpu_integer  # half a second, and an optional dependency
+
+    return cpu_integer if cpu_integer.instruction_sets() else None
+
+
 def linear(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """See `reference.ternary_linear` (uint8 `weight`) and `reference.float_linear` (float `weight`)."""
     flat = input.reshape(-1, input.shape[-1]).to(matmul_dtype(input.dtype))  # (M, K)
@@ -91,6 +104,15 @@ def linear(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | N
         torch.mm(flat, block.T, out=output[:, rows])
     output = reference.scale_and_shift(output, weight_scale, bias).to(input.dtype)
     return output.reshape(*input.shape[:-1], out_features)
+
+
+def integer_linear(
+    input: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int
+) -> Tensor:
+    """See `reference.integer_linear`, which runs where there is no kernel."""
+    kernels = integer_kernels()
+    function = reference.integer_linear if kernels is None else kernels.linear
+    return function(input, weight_packed, weight_scale, bias, bits)
 
 
 def linear_backward(

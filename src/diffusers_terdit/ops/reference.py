@@ -29,6 +29,9 @@ CODES_PER_BYTE = 4
 ROUNDING = 1.5 * 2**23
 EPS = 1e-6  # added to the absmean, as the authors do
 ZERO_BYTE = 0b01010101  # four codes of T = 0
+# Of an activation's code, by bits. Those of 16 bits are 256 * high + low with high and low signed bytes.
+LARGEST_CODE = {8: 127, 16: 127 * 256 + 127}
+MOST_INPUTS = {8: 2**23, 16: 2**16}  # whose products' sum stays in int32, whatever the codes
 
 
 def check_scale_granularity(scale_granularity: str | int) -> None:
@@ -205,10 +208,15 @@ def is_grouped(weight_scale: Tensor) -> bool:
     return weight_scale.dim() == 2 and weight_scale.shape[1] > 1
 
 
+def takes_integers(weight_scale: Tensor, in_features: int, bits: int) -> bool:
+    """Whether `integer_linear` takes a layer: one scale per matrix or row, and not too many inputs for int32."""
+    return not is_grouped(weight_scale) and in_features <= MOST_INPUTS.get(bits, 0)
+
+
 class _QuantizeActivations(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, bits):
-        top = 2 ** (bits - 1) - 1
+        top = LARGEST_CODE[bits]
         wide = input.float()
         step = wide.abs().amax(-1, keepdim=True).clamp_min(1e-12) / top
         ctx.save_for_backward(step)
@@ -226,14 +234,20 @@ def quantize_activations(input: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
 
     Args:
         input (`torch.Tensor`): (..., K), float. Computed in float32 whatever its dtype.
-        bits (`int`, defaults to 8): Of the codes: 8 gives -127 to 127. At most 8 are exact in a bfloat16 matmul.
+        bits (`int`, defaults to 8): 8 gives codes from -127 to 127, 16 from -32639 to 32639 (which float32 holds, half
+            precision does not).
 
     Returns:
         Two `torch.Tensor`: the codes (..., K), integers in `input`'s dtype, and the step (..., 1), float32: the row's
         largest absolute value over the largest code.
 
+    Raises:
+        ValueError: `bits` is neither 8 nor 16.
+
     Source: BitNet b1.58, section 2 (https://arxiv.org/abs/2402.17764).
     """
+    if bits not in LARGEST_CODE:
+        raise ValueError(f"`bits` must be 8 or 16, got {bits!r}.")
     return _QuantizeActivations.apply(input, bits)
 
 
@@ -299,6 +313,29 @@ def float_linear(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tens
     """`input @ (scale * T)^T + bias` with T = ternarize(weight): (..., K) -> (..., N). See `scaled_linear`."""
     ternary = round_to_ternary(weight, group_size(weight_scale, weight.shape[1])).to(input.dtype)
     return scaled_linear(input, ternary, weight_scale, bias)
+
+
+def integer_linear(
+    input: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int
+) -> Tensor:
+    """`ternary_linear` of the input rounded to integers: `(codes @ T^T) * scale * step + bias`, (..., K) -> (..., N).
+
+    The integer sums are exact (float64 holds them); what follows is float32, in this order, whatever `input`'s dtype.
+
+    Args:
+        input (`torch.Tensor`): (..., K), float. A row with NaN or infinity gives a row of NaN.
+        weight_packed (`torch.Tensor`): (N/4, K), uint8.
+        weight_scale (`torch.Tensor`): (1,) or (N, 1), float32.
+        bias (`torch.Tensor` or `None`): (N,), float.
+        bits (`int`): 8 or 16, see `quantize_activations`.
+
+    Returns:
+        `torch.Tensor`: (..., N), `input`'s dtype.
+    """
+    codes, step = quantize_activations(input.float(), bits)
+    sums = F.linear(codes.double(), unpack_ternary(weight_packed, torch.float64))
+    output = scale_and_shift(sums, weight_scale, None) * step
+    return (output if bias is None else output + bias.float()).to(input.dtype)
 
 
 def linear_backward(

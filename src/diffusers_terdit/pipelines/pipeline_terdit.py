@@ -17,9 +17,11 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..host import PortableConfigMixin
+from ..host import PortableConfigMixin, is_offloaded, reset_step_caches
 from ..models.transformer_terdit import TerDiTTransformer2DModel
 
+
+MODULATION_BYTES = 32 * 2**20  # of adaLN outputs that are computed ahead
 
 ClassLabels = int | str | Sequence[Any] | Tensor | np.ndarray
 
@@ -283,6 +285,11 @@ class TerDiTPipeline(PortableConfigMixin, DiffusionPipeline):
         return self._num_timesteps
 
     @property
+    def current_timestep(self) -> Tensor | None:
+        """Of the step that is running; the step caches of diffusers ask for it. `None` between calls."""
+        return getattr(self, "_current_timestep", None)
+
+    @property
     def interrupt(self) -> bool:
         """Set `pipe._interrupt = True` in a callback to stop denoising; the rest of the steps is skipped."""
         return self._interrupt
@@ -360,6 +367,7 @@ class TerDiTPipeline(PortableConfigMixin, DiffusionPipeline):
         )  # fmt: skip
         self._guidance_scale = float(guidance_scale)
         self._interrupt = False
+        reset_step_caches(self.transformer)  # a call that was interrupted leaves them full
         device = self._execution_device
 
         # 2. Labels, (B,), and the null label of the unconditional half
@@ -376,11 +384,13 @@ class TerDiTPipeline(PortableConfigMixin, DiffusionPipeline):
 
         # 4. Denoise, in float32 but for the model's own arithmetic
         channels = self.transformer.config.in_channels * (2 if self._uses_learned_variance() else 1)
+        modulations = self._modulations(timesteps, class_ids, changes=callback_on_step_end is not None)
         with self._noise_only_scheduler(), self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
 
+                self._current_timestep = t
                 guided = self.do_classifier_free_guidance  # a callback may change it
                 model_input = torch.cat([latents] * 2) if guided else latents
                 model_labels = torch.cat([labels, null_labels]) if guided else labels
@@ -392,6 +402,7 @@ class TerDiTPipeline(PortableConfigMixin, DiffusionPipeline):
                         t.expand(len(model_labels)),
                         model_labels,
                         return_dict=False,
+                        **modulations(i, model_labels),
                     )[0].float()
                 if guided:
                     model_output = self.guide(model_output)
@@ -404,6 +415,8 @@ class TerDiTPipeline(PortableConfigMixin, DiffusionPipeline):
                     callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
                     latents = callback_outputs.pop("latents", latents)
                 progress_bar.update()
+
+        self._current_timestep = None
 
         # 5. Latents to pixels
         if output_type == "latent":
@@ -419,6 +432,33 @@ class TerDiTPipeline(PortableConfigMixin, DiffusionPipeline):
         if not return_dict:
             return (images,)
         return ImagePipelineOutput(images=images)
+
+    def _modulations(
+        self, timesteps: Tensor, class_ids: list[int], changes: bool
+    ) -> Callable[[int, Tensor], dict[str, Tensor]]:
+        """`modulation` of the transformer at step i for labels (B,), computed once per label for many steps at once.
+
+        Nothing where a callback may change the model between steps, or where only `forward` finds its weights.
+        """
+        config = self.transformer.config
+        if changes or is_offloaded(self.transformer):
+            return lambda step, labels: {}
+        null = {config.num_classes} if self.do_classifier_free_guidance else set()
+        unique = torch.tensor(sorted({*class_ids, *null}), device=timesteps.device)
+        values = config.num_layers * 6 * config.num_attention_heads * config.attention_head_dim
+        ahead = max(1, MODULATION_BYTES // (values * len(unique) * self.transformer.dtype.itemsize))
+        computed: dict[int, Tensor] = {}
+
+        def modulations(step: int, labels: Tensor) -> dict[str, Tensor]:
+            first = step - step % ahead
+            if first not in computed:
+                computed.clear()  # the last steps' before the next ones'
+                part = timesteps[first : first + ahead]
+                rows = part.repeat_interleave(len(unique)), unique.repeat(len(part))
+                computed[first] = self.transformer.modulations(*rows).unflatten(1, (len(part), len(unique)))
+            return {"modulation": computed[first][:, step - first, torch.searchsorted(unique, labels)]}
+
+        return modulations
 
     @contextmanager
     def _noise_only_scheduler(self):

@@ -1,0 +1,473 @@
+"""Integer matmuls on packed weights for x86 processors, compiled by numba at first use (and cached on disk after).
+
+`linear` is `reference.integer_linear` to the last bit: activations become integers per row (8 bits, or 16 as two
+signed bytes, x = step * (256 high + low)), the products with the codes 0, 1, 2 are summed exactly in int32, and what
+the codes' offset of one added, the sum of the row's integers, is subtracted. It reads the packed weight as it is
+stored, so there is no second copy: 4 bytes (four inputs) of `PANEL` rows at a time are transposed into a scratch, the
+two bits of a quarter are cut out of a block of it that fits the first cache, and all rows of the input pass by.
+
+One inner loop, `tile`, in the instructions the processor has:
+
+    "avx512_vnni"  vpdpbusd on 16 outputs
+    "avx_vnni"     vpdpbusd on 8 outputs (also avx512_vnni with 256-bit registers)
+    "avx2"         vpmaddubsw, summed in 16 bits for 64 steps: 64 * 2 * 2 * 128 = 2^15 is the most that fits
+"""
+
+import ctypes
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numba
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core.cgutils import for_range
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+from torch import Tensor
+
+from . import cpu, reference
+
+
+class Shape(NamedTuple):
+    """Of the inner loop: rows x vectors of outputs stay in registers; `steps` of 4 inputs stay in the first cache."""
+
+    rows: int
+    vectors: int
+    lanes: int  # outputs per vector
+    steps: int
+
+
+SHAPES = {
+    "avx512_vnni": Shape(rows=8, vectors=3, lanes=16, steps=256),
+    "avx_vnni": Shape(rows=6, vectors=2, lanes=8, steps=256),
+    "avx2": Shape(rows=6, vectors=2, lanes=8, steps=256),
+}
+AVX2_STEPS = 64
+ROWS = 512  # integer rows that pass by a block of the weight; their sums stay in the second cache
+
+
+@cache
+def instruction_sets() -> tuple[str, ...]:
+    """Those of `SHAPES` that numba compiles for on this machine, best first."""
+    features = set(cpu_target.target_context.codegen().magic_tuple()[-1].split(","))
+    has = {
+        "avx512_vnni": {"+avx512vnni", "+avx512vl"} <= features,
+        "avx_vnni": "+avxvnni" in features or {"+avx512vnni", "+avx512vl"} <= features,
+        "avx2": "+avx2" in features,
+    }
+    return tuple(name for name in SHAPES if has[name])
+
+
+@intrinsic(prefer_literal=True)
+def _tile(typing_context, name, x, x_stride, codes, steps, sums):
+    """`sums` (rows, PANEL) int32 += `codes` (steps, PANEL, 4) uint8 . `x` (rows, 4 * steps) int8; addresses."""
+    isa = name.literal_value
+    rows, vectors, lanes, _ = SHAPES[isa]
+
+    def codegen(context, builder, signature, args):
+        _, x, x_stride, codes, steps, sums = args
+        i8, i16, i32, i64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+        ints = ir.VectorType(i32, lanes)
+        module = builder.module
+
+        def instruction(llvm_name, result, *parameters):
+            function = module.declare_intrinsic(llvm_name, (), ir.FunctionType(result, parameters))
+            return lambda *values: builder.call(function, values)
+
+        if isa == "avx2":
+            total, operand = ir.VectorType(i16, 2 * lanes), ir.VectorType(i8, 4 * lanes)
+            multiply = instruction("llvm.x86.avx2.pmadd.ub.sw", total, operand, operand)
+            widen = instruction("llvm.x86.avx2.pmadd.wd", ints, total, total)
+            ones = ir.Constant(total, [1] * 2 * lanes)
+        else:
+            total = operand = ints
+            dot = instruction(f"llvm.x86.avx512.vpdpbusd.{32 * lanes}", ints, ints, ints, ints)
+
+        def load(address, type_):
+            value = builder.load(builder.inttoptr(address, type_.as_pointer()))
+            value.align = 1
+            return value
+
+        start, loop, end = builder.block, builder.append_basic_block(), builder.append_basic_block()
+        grid = [(row, vector) for row in range(rows) for vector in range(vectors)]
+        row_starts = [builder.add(x, builder.mul(x_stride, i64(row))) for row in range(rows)]
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        step = builder.phi(i64)
+        step.add_incoming(i64(0), start)
+        before = {cell: builder.phi(total) for cell in grid}
+        inputs, base = builder.shl(step, i64(2)), builder.add(codes, builder.mul(step, i64(4 * vectors * lanes)))
+        weights = [load(builder.add(base, i64(4 * lanes * vector)), operand) for vector in range(vectors)]
+        after = {}
+        for row in range(rows):
+            undefined = ir.Constant(ints, ir.Undefined)
+            four = builder.insert_element(undefined, load(builder.add(row_starts[row], inputs), i32), i32(0))
+            four = builder.shuffle_vector(four, undefined, ir.Constant(ints, [0] * lanes))  # in every lane
+            for vector in range(vectors):
+                cell = row, vector
+                if isa == "avx2":
+                    products = multiply(weights[vector], builder.bitcast(four, operand))
+                    after[cell] = builder.add(before[cell], products)
+                else:
+                    after[cell] = dot(before[cell], weights[vector], four)
+        next_step = builder.add(step, i64(1))
+        step.add_incoming(next_step, loop)
+        for cell in grid:
+            before[cell].add_incoming(ir.Constant(total, [0] * total.count), start)
+            before[cell].add_incoming(after[cell], loop)
+        builder.cbranch(builder.icmp_signed("<", next_step, steps), loop, end)
+        builder.position_at_end(end)
+        for row, vector in grid:
+            address = builder.add(sums, i64(4 * lanes * (row * vectors + vector)))
+            result = widen(after[row, vector], ones) if isa == "avx2" else after[row, vector]
+            stored = builder.store(
+                builder.add(load(address, ints), result), builder.inttoptr(address, ints.as_pointer())
+            )
+            stored.align = 1
+        return context.get_dummy_value()
+
+    return types.void(name, types.uintp, types.intp, types.uintp, types.intp, types.uintp), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _transpose(typing_context, lanes, source, source_stride, target, target_stride):
+    """`lanes` x `lanes` words of 32 bits: target[j, i] = source[i, j]; addresses, strides in bytes."""
+    size = lanes.literal_value
+
+    def codegen(context, builder, signature, args):
+        _, source, source_stride, target, target_stride = args
+        i64, vector = ir.IntType(64), ir.VectorType(ir.IntType(32), size)
+
+        def row(address, stride, number):
+            return builder.inttoptr(builder.add(address, builder.mul(stride, i64(number))), vector.as_pointer())
+
+        rows = [builder.load(row(source, source_stride, number), align=1) for number in range(size)]
+        distance = 1
+        while distance < size:  # swap the off-diagonal quarters of ever larger squares
+            low = [lane if not lane & distance else size + lane - distance for lane in range(size)]
+            high = [lane + distance if not lane & distance else size + lane for lane in range(size)]
+            for number in range(size):
+                if not number & distance:
+                    one, other = rows[number], rows[number + distance]
+                    masks = [ir.Constant(ir.VectorType(ir.IntType(32), size), mask) for mask in (low, high)]
+                    rows[number] = builder.shuffle_vector(one, other, masks[0])
+                    rows[number + distance] = builder.shuffle_vector(one, other, masks[1])
+            distance *= 2
+        for number in range(size):
+            builder.store(rows[number], row(target, target_stride, number), align=1)
+        return context.get_dummy_value()
+
+    return types.void(lanes, types.uintp, types.intp, types.uintp, types.intp), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _cut(typing_context, lanes, words, bits, target, count):
+    """`count` vectors: target = words >> bits & 0x03030303; addresses."""
+    size = lanes.literal_value
+
+    def codegen(context, builder, signature, args):
+        _, words, bits, target, count = args
+        i64, vector = ir.IntType(64), ir.VectorType(ir.IntType(32), size)
+        undefined = ir.Constant(vector, ir.Undefined)
+        shift = builder.insert_element(undefined, builder.trunc(bits, ir.IntType(32)), ir.IntType(32)(0))
+        shift = builder.shuffle_vector(shift, undefined, ir.Constant(vector, [0] * size))
+        with for_range(builder, count) as loop:
+            offset = builder.mul(loop.index, i64(4 * size))
+            source = builder.inttoptr(builder.add(words, offset), vector.as_pointer())
+            codes = builder.lshr(builder.load(source, align=1), shift)
+            codes = builder.and_(codes, ir.Constant(vector, [0x03030303] * size))
+            builder.store(codes, builder.inttoptr(builder.add(target, offset), vector.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(lanes, types.uintp, types.intp, types.uintp, types.intp), codegen
+
+
+@intrinsic
+def _as_float(typing_context, bits):
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), codegen
+
+
+@intrinsic
+def _as_bits(typing_context, value):
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _pointer(typing_context, address, element):
+    """The pointer that `numba.carray` makes an array of; `element` is the name of a type."""
+    result = types.CPointer(getattr(types, element.literal_value))
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return result(address, element), codegen
+
+
+@intrinsic
+def _take(typing_context, address):
+    """The int64 at an address, then one more there: every thread gets another number."""
+
+    def codegen(context, builder, signature, args):
+        i64 = ir.IntType(64)
+        return builder.atomic_rmw("add", builder.inttoptr(args[0], i64.as_pointer()), i64(1), "seq_cst")
+
+    return types.int64(address), codegen
+
+
+f32, i32, u32 = numba.float32, numba.int32, numba.uint32
+
+
+@numba.njit
+def _to_bfloat16(value):
+    word = _as_bits(value)
+    rounded = numba.uint32(word + numba.uint32(0x7FFF + ((word >> 16) & 1)))  # half to even
+    return (rounded if value == value else word) >> 16
+
+
+class Kernels(NamedTuple):
+    """Two C functions of one argument, the address of a `Job`. Any number of threads run one at a time."""
+
+    quantize: Any
+    multiply: Any
+
+
+class Job(NamedTuple):
+    """What a kernel works on, int64 each: sizes, counters and the addresses of arrays."""
+
+    unit: int  # counts the units of work that were taken
+    thread: int  # counts the threads that came
+    units: int
+    rows: int  # M
+    inputs: int  # K
+    words: int  # K / 4, rounded up
+    quarter: int  # N / 4
+    padded: int  # rows of `codes`, a multiple of the inner loop's
+    input: int  # (M, K) float32 or bfloat16
+    codes: int  # (padded, 4 * words) int8
+    steps: int  # (M,) float32
+    sums: int  # (parts * M,) int32, of the rows of `codes`
+    packed: int  # (quarter, words) uint32
+    scale: int  # (N,) float32
+    bias: int  # (N,) float32
+    output: int  # (M, N), as `input`
+    scratch: int  # (threads, `scratch_words(isa, words)`) uint32
+
+
+JOB = Job(*range(len(Job._fields)))
+
+
+def scratch_words(isa: str, words: int) -> int:
+    """Words of 32 bits that each thread needs: a transposed panel, a block of codes, its sums, a row of results."""
+    shape = SHAPES[isa]
+    return (words + shape.steps + ROWS + 1) * shape.vectors * shape.lanes
+
+
+def _compile(isa: str, parts: int, half: bool, cached: bool) -> Kernels:
+    rows, vectors, lanes, block = SHAPES[isa]
+    panel = vectors * lanes
+    block_rows = ROWS // rows * rows
+    tile_steps = AVX2_STEPS if isa == "avx2" else block
+    rounding, largest_code, none = reference.ROUNDING, reference.LARGEST_CODE[8 * parts], 1e-12
+    nan, infinity, magnitude = 0x7FC00000, 0x7F800000, 0x7FFFFFFF
+    field, fields = JOB, len(JOB)
+    number, shift = ("uint16", 16) if half else ("uint32", 0)
+    options = {"nogil": True, "cache": cached}
+
+    @numba.cfunc(types.void(types.intp), **options)
+    def quantize(address):
+        """A unit is a row."""
+        job = numba.carray(_pointer(address, "int64"), fields)
+        inputs, stride = job[field.inputs], 4 * job[field.words]
+        input = numba.carray(_pointer(job[field.input], number), (job[field.rows], inputs))
+        codes = numba.carray(_pointer(job[field.codes], "int8"), (job[field.padded], stride))
+        steps = numba.carray(_pointer(job[field.steps], "float32"), job[field.rows])
+        sums = numba.carray(_pointer(job[field.sums], "int32"), (job[field.rows], parts))
+        while True:
+            m = _take(address + 8 * field.unit)
+            if m >= job[field.units]:
+                return
+            row = input[m]
+            largest = u32(0)  # magnitude, as bits: they are ordered as the numbers are
+            for k in range(inputs):
+                largest = max(largest, u32(u32(u32(row[k]) << shift) & u32(magnitude)))
+            finite = largest < u32(infinity)
+            step = max(_as_float(largest), f32(none)) / f32(largest_code)
+            steps[m] = step if finite else _as_float(u32(nan))
+            high_codes, low_codes = codes[parts * m], codes[parts * m + parts - 1]
+            high_sum, low_sum = i32(0), i32(0)
+            for k in range(inputs):
+                code = i32((_as_float(u32(u32(row[k]) << shift)) / step + f32(rounding)) - f32(rounding))
+                code = code if finite else i32(0)
+                if parts == 2:
+                    high = i32((code + i32(128)) >> i32(8))
+                    high_codes[k] = high
+                    high_sum += high
+                    code = i32(code - (high << i32(8)))
+                low_codes[k] = code
+                low_sum += code
+            high_codes[inputs:] = 0
+            low_codes[inputs:] = 0
+            sums[m, 0] = high_sum
+            sums[m, parts - 1] = low_sum
+
+    @numba.cfunc(types.void(types.intp), **options)
+    def multiply(address):
+        """A unit is one of the quarters of `panel` rows of the packed weight: `panel` outputs."""
+        job = numba.carray(_pointer(address, "int64"), fields)
+        count, quarter_rows, stride = job[field.words], job[field.quarter], 4 * job[field.words]
+        steps = numba.carray(_pointer(job[field.steps], "float32"), job[field.rows])
+        offsets = numba.carray(_pointer(job[field.sums], "int32"), (job[field.rows], parts))
+        packed = numba.carray(_pointer(job[field.packed], "uint32"), (quarter_rows, count))
+        scale = numba.carray(_pointer(job[field.scale], "float32"), 4 * quarter_rows)
+        bias = numba.carray(_pointer(job[field.bias], "float32"), 4 * quarter_rows)
+        output = numba.carray(_pointer(job[field.output], number), (job[field.rows], 4 * quarter_rows))
+
+        own = job[field.scratch] + 4 * panel * (count + block + block_rows + 1) * _take(address + 8 * field.thread)
+        words = numba.carray(_pointer(own, "uint32"), (count, panel))
+        block_codes = own + 4 * panel * count
+        sums = numba.carray(_pointer(block_codes + 4 * panel * block, "int32"), (block_rows, panel))
+        values = numba.carray(_pointer(block_codes + 4 * panel * (block + block_rows), "float32"), panel)
+        loaded = -1
+        while True:
+            unit = _take(address + 8 * field.unit)
+            if unit >= job[field.units]:
+                return
+            group, quarter = unit // 4, unit % 4
+            first = group * panel
+            width = min(panel, quarter_rows - first)
+            column = quarter * quarter_rows + first
+            scales, shifts = scale[column : column + width], bias[column : column + width]
+            if group != loaded:
+                loaded = group
+                whole, whole_width = count - count % lanes, width - width % lanes
+                for r in range(0, whole_width, lanes):
+                    for k in range(0, whole, lanes):
+                        source = packed.ctypes.data + 4 * ((first + r) * count + k)
+                        _transpose(lanes, source, 4 * count, words.ctypes.data + 4 * (k * panel + r), 4 * panel)
+                for r in range(width):
+                    for k in range(whole if r < whole_width else 0, count):
+                        words[k, r] = packed[first + r, k]
+            for top in range(0, job[field.padded], block_rows):
+                bottom = min(top + block_rows, job[field.padded])
+                sums[: bottom - top] = 0
+                for k in range(0, count, block):
+                    last = min(k + block, count)
+                    source = words.ctypes.data + 4 * panel * k
+                    _cut(lanes, source, 6 - 2 * quarter, block_codes, (last - k) * vectors)
+                    for m in range(top, bottom, rows):
+                        for j in range(k, last, tile_steps):
+                            x = job[field.codes] + m * stride + 4 * j
+                            weights = block_codes + 4 * panel * (j - k)
+                            total = sums.ctypes.data + 4 * panel * (m - top)
+                            _tile(isa, x, stride, weights, min(tile_steps, last - j), total)
+                for m in range(top // parts, min(bottom // parts, job[field.rows])):
+                    step, high_offset, low_offset = steps[m], offsets[m, 0], offsets[m, parts - 1]
+                    high, low = sums[m * parts - top], sums[m * parts - top + parts - 1]
+                    for r in range(width):
+                        total = i32(high[r] - high_offset)
+                        if parts == 2:
+                            total = i32(i32(total << 8) + i32(low[r] - low_offset))
+                        values[r] = f32(total) * scales[r] * step + shifts[r]
+                    result = output[m, column : column + width]
+                    for r in range(width):
+                        result[r] = _to_bfloat16(values[r]) if half else _as_bits(values[r])
+
+    return Kernels(quantize, multiply)
+
+
+@cache
+def kernels(isa: str, parts: int, half: bool) -> Kernels:
+    """The compiled functions, from numba's cache on disk where it has one."""
+    try:
+        return _compile(isa, parts, half, cached=True)
+    except RuntimeError:  # no folder that numba could write a cache to
+        return _compile(isa, parts, half, cached=False)
+
+
+@cache
+def _openmp() -> Callable | None:
+    """`GOMP_parallel(function, argument, threads, flags)` of the OpenMP library that torch uses, if it has one.
+
+    With a second pool of threads, torch's, which spin for milliseconds after each of its operations, and ours would
+    share the cores: layers were 30 % slower on 2 of them.
+    """
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        parallel = ctypes.CDLL(str(library)).GOMP_parallel  # looked up in what the library links to
+    except (OSError, AttributeError):
+        return None
+    parallel.argtypes, parallel.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    return parallel
+
+
+_PROCESS = os.getpid()
+
+
+@cache
+def _pool(process: int, workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, thread_name_prefix="diffusers-terdit")
+
+
+def _run(kernel: Any, job: Tensor, units: int, threads: int) -> None:
+    job[JOB.unit] = job[JOB.thread] = 0
+    job[JOB.units] = units
+    address, threads = job.data_ptr(), min(threads, units)
+    parallel = _openmp() if os.getpid() == _PROCESS else None  # OpenMP's threads are lost in a fork
+    if threads > 1 and parallel is not None:
+        parallel(kernel.address, address, threads, 0)
+        return
+    helpers = [_pool(os.getpid(), threads - 1).submit(kernel.ctypes, address) for _ in range(threads - 1)]
+    kernel.ctypes(address)
+    for helper in helpers:
+        if not helper.cancel():  # one that has not started has nothing left to do
+            helper.result()
+
+
+def linear(
+    input: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int, isa: str | None = None
+) -> Tensor:
+    """See `reference.integer_linear`.
+
+    `isa` is for tests: one of `instruction_sets()` instead of the best.
+    """
+    isa = isa or instruction_sets()[0]
+    shape, parts = SHAPES[isa], bits // 8
+    out_features, in_features = 4 * weight_packed.shape[0], weight_packed.shape[1]
+    half = input.dtype == torch.bfloat16
+    flat = input.reshape(-1, in_features)
+    flat = (flat if half else flat.float()).contiguous()
+    rows, words = len(flat), -(-in_features // 4)
+    padded = -(-rows * parts // shape.rows) * shape.rows
+    threads = torch.get_num_threads() if rows * weight_packed.numel() > 2**16 else 1
+
+    packed = weight_packed.contiguous()
+    if in_features % 4:
+        packed = torch.nn.functional.pad(packed, (0, 4 * words - in_features))
+    elif packed.data_ptr() % 4:
+        packed = packed.clone()
+    codes = cpu.scratch("integers", padded * 4 * words, torch.int8).view(padded, 4 * words)
+    codes[rows * parts :].zero_()
+    steps, sums = torch.empty(rows), torch.empty(rows * parts, dtype=torch.int32)
+    scale = weight_scale.float().reshape(-1).expand(out_features).contiguous()
+    shift = torch.zeros(out_features) if bias is None else bias.float().contiguous()
+    output = flat.new_empty(rows, out_features)
+    buffers = cpu.scratch("panels", threads * scratch_words(isa, words), torch.int32)
+    sizes = (rows, in_features, words, len(weight_packed), padded)
+    arrays = (flat, codes, steps, sums, packed, scale, shift, output, buffers)
+    job = torch.tensor([0, 0, 0, *sizes, *[array.data_ptr() for array in arrays]])
+
+    quantize, multiply = kernels(isa, parts, half)
+    _run(quantize, job, rows, threads)
+    _run(multiply, job, 4 * -(-len(weight_packed) // (shape.vectors * shape.lanes)), threads)
+    return output.to(input.dtype).reshape(*input.shape[:-1], out_features)

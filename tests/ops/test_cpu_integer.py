@@ -1,0 +1,321 @@
+"""Integer activations: the kernels give the reference's bits, whatever the instruction set, threads or process."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numba
+import pytest
+import torch
+from test_registration import K, N, fresh_compiler, leaf, new_layer  # noqa: F401
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from diffusers_terdit.ops import cpu, has_integer_kernel, integer_linear, pack_ternary, reference, ternary_linear
+
+
+pytestmark = pytest.mark.skipif(not has_integer_kernel("cpu"), reason="this processor has no AVX2")
+cpu_integer = cpu.integer_kernels()
+SETS = cpu_integer.instruction_sets() if cpu_integer else ()
+
+SHAPES = [  # (M, N, K)
+    *[(1, 4, 1), (3, 8, 5), (17, 20, 33), (64, 12, 129), (5, 260, 64), (130, 100, 31), (8, 196, 2050), (2, 384, 64)],
+    *[(257, 772, 66), (512, 192, 1024), (700, 388, 96), (2048, 24, 40)],
+]
+KINDS = {
+    "Gaussian": lambda x: x,
+    "gated": lambda x: torch.nn.functional.silu(x) * torch.randn_like(x),
+    "outliers": lambda x: torch.where(torch.rand_like(x) < 1e-3, 20 * x, x),
+}
+LINEAR = torch.ops.diffusers_terdit.integer_linear.default
+
+
+def new_case(rows, out_features, in_features, dtype=torch.float32, granularity="tensor"):
+    """Input, packed codes, scale, bias."""
+    packed = pack_ternary(torch.randint(-1, 2, (out_features, in_features)))
+    scale = torch.rand(reference.scale_shape(out_features, in_features, granularity)) + 0.1
+    return torch.randn(rows, in_features).to(dtype), packed, scale, torch.randn(out_features)
+
+
+def run(code, **environment):
+    """The last line that a new process prints."""
+    command = [sys.executable, "-c", "import torch\n" + code]
+    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip().split("\n")[-1]
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_kernel_gives_the_references_bits(shape, dtype, bits, isa):
+    for granularity in ("tensor", "row"):
+        input, packed, scale, bias = new_case(*shape, dtype, granularity)
+        for offset in (bias, None):
+            expected = reference.integer_linear(input, packed, scale, offset, bits)
+            output = cpu_integer.linear(input, packed, scale, offset, bits, isa)
+            assert output.dtype == dtype
+            assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("bits", [8, 16])
+def test_the_sums_are_those_of_integers(bits, isa):
+    top = reference.LARGEST_CODE[bits]
+    ternary = torch.randint(-1, 2, (52, 300))
+    codes = torch.randint(-top, top + 1, (37, 300))
+    codes[:, 0] = top  # then the step is 1
+    codes[0], ternary[0], ternary[1] = top, 1, -1  # the largest sums
+    sums = codes @ ternary.T  # int64
+    output = cpu_integer.linear(codes.float(), pack_ternary(ternary), torch.ones(1), None, bits, isa)
+    assert torch.equal(output, sums.float())
+    assert sums.abs().max() == 300 * top
+
+
+def test_the_sums_of_the_most_inputs_stay_in_int32():
+    inputs = reference.MOST_INPUTS[16]
+    ternary = torch.tensor([[1], [-1], [1], [0]]).expand(4, inputs)
+    for isa in SETS:
+        output = cpu_integer.linear(torch.ones(1, inputs), pack_ternary(ternary), torch.ones(1), None, 16, isa)
+        torch.testing.assert_close(output, torch.tensor([[1.0, -1, 1, 0]]) * inputs, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_rows_that_are_zero_tiny_or_not_finite(isa):
+    input, packed, scale, bias = new_case(7, 8, 12)
+    for row, value in enumerate((0.0, 1e-42, 1e-13, float("nan"), float("inf"), -float("inf"))):
+        input[row] *= 0 if row < 3 else 1
+        input[row, 3] = value
+    for dtype in (torch.float32, torch.bfloat16):
+        for bits in (8, 16):
+            output = cpu_integer.linear(input.to(dtype), packed, scale, bias, bits, isa)
+            expected = reference.integer_linear(input.to(dtype), packed, scale, bias, bits)
+            assert torch.equal(output.nan_to_num(77), expected.nan_to_num(77))
+            assert output.isnan().all(1).tolist() == [False, False, False, True, True, True, False]
+
+
+def test_any_memory_layout():
+    _, packed, scale, bias = new_case(1, 64, 40)
+    apart = torch.empty(packed.numel() + 1, dtype=torch.uint8)[1:].view(packed.shape)  # not on a multiple of 4
+    apart.copy_(packed)
+    across = torch.empty(packed.shape[::-1], dtype=torch.uint8).T
+    across.copy_(packed)
+    input = torch.randn(2, 40, 3).transpose(1, 2)
+    expected = reference.integer_linear(input, packed, scale, bias, 16)
+    for weight in (packed, apart, across):
+        assert torch.equal(integer_linear(input, weight, scale, bias), expected)
+    assert integer_linear(torch.randn(0, 40), packed, scale, bias).shape == (0, 64)
+    assert integer_linear(torch.randn(40), packed, scale, bias).shape == (64,)
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_the_number_of_threads_changes_nothing(monkeypatch, threads, openmp):
+    if not openmp:
+        monkeypatch.setattr(cpu_integer, "_openmp", lambda: None)
+    input, packed, scale, bias = new_case(300, 1024, 512)
+    before = torch.get_num_threads()
+    expected = reference.integer_linear(input, packed, scale, bias, 16)
+    try:
+        torch.set_num_threads(threads)
+        for _ in range(3):
+            assert torch.equal(integer_linear(input, packed, scale, bias), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_all_threads_take_part():
+    """Each thread that comes to a job counts itself."""
+    if cpu_integer._openmp() is None:
+        pytest.skip("torch has no OpenMP here")
+    input, packed, scale, bias = new_case(300, 1024, 512)
+    seen, run = [], cpu_integer._run
+
+    def spy(kernel, job, units, threads):
+        run(kernel, job, units, threads)
+        seen.append(int(job[cpu_integer.JOB.thread]))
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        cpu_integer._run = spy
+        integer_linear(input, packed, scale, bias)
+    finally:
+        torch.set_num_threads(before)
+        cpu_integer._run = run
+    assert seen[-1] == 3
+
+
+def test_several_python_threads_at_once():
+    cases = [new_case(50, 128 * (i % 3 + 1), 256) for i in range(12)]
+    expected = [reference.integer_linear(*case, 16) for case in cases]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(5):
+            outputs = list(pool.map(lambda case: integer_linear(*case), cases))
+            assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+
+
+def _in_a_fork(case, threads, queue):
+    torch.use_deterministic_algorithms(False)  # it fills memory with all threads of OpenMP, which a fork has lost
+    torch.set_num_threads(threads)
+    queue.put(integer_linear(*case).numpy().tobytes())
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_after_a_fork():
+    case = new_case(300, 1024, 512)
+    before = torch.get_num_threads()
+    context = multiprocessing.get_context("fork")
+    try:
+        torch.set_num_threads(2)
+        expected = integer_linear(*case).numpy().tobytes()
+        for threads in (1, 2):
+            queue = context.Queue()
+            child = context.Process(target=_in_a_fork, args=(case, threads, queue))
+            child.start()
+            assert queue.get(timeout=60) == expected
+            child.join(60)
+            assert child.exitcode == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_error_against_float64(kind):
+    input, packed, _, _ = new_case(128, 256, 1024)
+    input = KINDS[kind](input)
+    exact = input.double() @ reference.unpack_ternary(packed, torch.float64).T
+
+    def error(output):
+        return float((output.double() - exact).norm() / exact.norm())
+
+    one = torch.ones(1)
+    assert error(integer_linear(input, packed, one, None, 16)) < 5e-4
+    assert error(integer_linear(input, packed, one, None, 8)) < 8e-2
+    assert error(integer_linear(input, packed, one, None, 8)) > 5e-3  # it is eight bits that were measured
+    assert error(ternary_linear(input, packed, one)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [8, 16])
+def test_the_op_passes_torchs_checks(bits, dtype):
+    for granularity in ("tensor", "row"):
+        _, packed, scale, bias = new_layer(granularity)
+        input = torch.randn(2, 5, K).to(dtype).requires_grad_()
+        torch.library.opcheck(LINEAR, (input, packed, leaf(scale), leaf(bias), bits))
+
+
+def test_the_gradient_is_that_of_the_exact_layer():
+    _, packed, scale, bias = new_layer("row")
+    grad, gradients = torch.randn(5, N), []
+    x = torch.randn(5, K)
+    for function in (ternary_linear, integer_linear):
+        inputs = leaf(x), packed, leaf(scale), leaf(bias)
+        function(*inputs).backward(grad)
+        gradients.append([inputs[0].grad, inputs[2].grad, inputs[3].grad])
+    for exact, integer in zip(*gradients, strict=True):
+        assert torch.equal(exact, integer)
+
+
+def test_compilation_without_breaks_or_more_than_one_graph(fresh_compiler):  # noqa: F811
+    _, packed, scale, bias = new_layer("tensor")
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(integer_linear, fullgraph=True, backend=backend, dynamic=True)
+    for rows in (2, 7, 64):
+        x = torch.randn(rows, K)
+        assert torch.equal(compiled(x, packed, scale, bias), integer_linear(x, packed, scale, bias))
+    assert backend.frame_count == 1
+
+
+def test_autocast_casts_the_input():
+    _, packed, scale, bias = new_layer("tensor")
+    x = torch.randn(5, K)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = integer_linear(x, packed, scale, bias)
+    assert output.dtype == torch.bfloat16
+    assert torch.equal(output, integer_linear(x.bfloat16(), packed, scale, bias))
+
+
+def test_refusals():
+    _, packed, scale, _ = new_layer("tensor")
+    x = torch.randn(5, K)
+    for arguments in (
+        (x, packed, scale, None, 4),
+        (x, packed, torch.ones(N, 2), None, 16),
+        (x, packed.float(), scale),
+        (x[:, 1:], packed, scale),
+        (torch.randn(1, 65540), torch.zeros(1, 65540, dtype=torch.uint8), scale, None, 16),
+    ):
+        with pytest.raises(ValueError, match=r"bits=4|\(12, 2\)|uint8|8 features|65540"):
+            integer_linear(*arguments)
+    with pytest.raises(ValueError, match="8 or 16, got 5"):
+        reference.quantize_activations(x, 5)
+
+
+SAME = """
+from diffusers_terdit.ops import cpu, integer_linear, pack_ternary, reference
+torch.manual_seed(0)
+case = torch.randn(9, 70), pack_ternary(torch.randint(-1, 2, (40, 70))), torch.rand(1), torch.randn(40)
+same = torch.equal(integer_linear(*case), reference.integer_linear(*case, 16))
+kernels = cpu.integer_kernels()
+print(same, kernels and ",".join(kernels.instruction_sets()))
+"""
+
+
+@pytest.mark.skipif("avx2" not in SETS, reason="x86 only")
+@pytest.mark.parametrize(
+    ("name", "features", "sets"),
+    [("haswell", "+avx2", "avx2"), ("alderlake", "+avx2,+avxvnni", "avx_vnni,avx2"), ("nehalem", "+sse4.2", "None")],
+)
+def test_code_for_another_processor(tmp_path, name, features, sets):
+    if "avxvnni" in features and "avx_vnni" not in SETS:
+        pytest.skip("this processor does not run it")
+    environment = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
+    if name == "alderlake" and not _has_flag("avx_vnni"):
+        pytest.skip("avx_vnni without avx512 is another encoding, which this processor does not run")
+    assert run(SAME, **environment) == f"True {sets}"
+
+
+def _has_flag(flag):
+    try:
+        with open("/proc/cpuinfo") as file:
+            return f" {flag} " in file.read()
+    except OSError:
+        return False
+
+
+def test_without_numba(monkeypatch):
+    cpu.integer_kernels.cache_clear()
+    monkeypatch.setattr(cpu, "find_spec", lambda name: None)
+    try:
+        assert not has_integer_kernel("cpu")
+        case = new_case(9, 40, 70)
+        assert torch.equal(integer_linear(*case), reference.integer_linear(*case, 16))
+    finally:
+        cpu.integer_kernels.cache_clear()
+
+
+def test_compiled_code_is_kept_between_runs(tmp_path):
+    def files():
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb*")}
+
+    assert run(SAME, NUMBA_CACHE_DIR=str(tmp_path)).startswith("True")
+    first = files()
+    assert len(first) >= 4  # index and code of two functions
+    assert run(SAME, NUMBA_CACHE_DIR=str(tmp_path)).startswith("True")
+    assert files() == first
+
+
+def test_no_place_for_compiled_code(monkeypatch):
+    monkeypatch.setattr(numba.core.caching.CompileResultCacheImpl, "_locator_classes", [])
+    with pytest.raises(RuntimeError, match="cache"):
+        cpu_integer._compile(SETS[0], 2, False, cached=True)
+    cpu_integer.kernels.cache_clear()
+    try:
+        case = new_case(3, 8, 16)
+        assert torch.equal(integer_linear(*case), reference.integer_linear(*case, 16))
+    finally:
+        cpu_integer.kernels.cache_clear()
