@@ -27,6 +27,10 @@ slow: .venv/.ready
 # One thread, as the committed figures: the models are small, and a run is the same whatever else the machine does.
 results: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py deployment --output_dir outputs/results
+	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py kernels --output_dir outputs/results
+	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py step --output_dir outputs/results
+	OMP_NUM_THREADS=1 $(BIN)/python examples/few_steps.py --model digits --output_dir outputs/results
+	OMP_NUM_THREADS=1 $(BIN)/python examples/few_steps.py --model emoji --output_dir outputs/results
 	OMP_NUM_THREADS=1 $(BIN)/python examples/experiments/adaln_norm.py --records outputs/results
 	OMP_NUM_THREADS=1 $(BIN)/python examples/experiments/worth_it.py --records outputs/results
 

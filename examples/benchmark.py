@@ -2,8 +2,9 @@
 
 python examples/benchmark.py memory --preset terdit-4.2b-256
 python examples/benchmark.py training --preset terdit-600m-256
-python examples/benchmark.py linear --rows 512 8
 python examples/benchmark.py deployment
+python examples/benchmark.py kernels
+python examples/benchmark.py step
 
 `memory` saves a packed model of a preset's size with random codes, then, in a new process, loads it, runs one guided
 forward pass (two rows), and prints that process's peak resident memory.
@@ -11,10 +12,12 @@ forward pass (two rows), and prints that process's peak resident memory.
 `training` times optimizer steps of a ternary model and of its full-precision twin in turns, at a preset's layer shapes
 with fewer layers, and prints the ratio; each one's peak memory is measured in a process of its own.
 
-`linear` times packed layers of the shapes of 600M and 4.2B in turns with dense layers that hold the same weights.
-
 `deployment` measures the models of the paper's deployment table with random weights: bytes of a checkpoint, peak
 memory and time of a guided denoising step. It writes deployment.json and, rendered from that, deployment.md and .png.
+
+`kernels` times packed layers of the shapes of 600M and 4.2B, in every mode, in turns with dense layers that hold the
+same weights, and measures their errors. `--kernel module:function` checks and times anyone's kernel beside them.
+`step` does the same with whole blocks of both models. They write kernels.json and step.json, with a page and a plot.
 """
 
 import argparse
@@ -41,7 +44,12 @@ from diffusers import AutoModel, DDPMScheduler, DiTTransformer2DModel
 
 import deployment_page
 import diffusers_terdit
-from diffusers_terdit import TerDiTTransformer2DModel, TernaryLinear, losses, pack_ternary
+import kernel_benchmark
+import kernel_page
+from diffusers_terdit import TerDiTTransformer2DModel, losses, pack_ternary
+
+
+ACTIVATION_BITS: dict[str, int | str | None] = {"none": None, "16": 16, "8": 8, "auto": "auto"}
 
 
 def machine() -> str:
@@ -54,12 +62,21 @@ def machine() -> str:
             if ":" in line
         )
     flags = set(found.get("flags", "").split())
-    sets = [name for name in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8") if name in flags]
+    sets = [
+        name for name in ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8") if name in flags
+    ]
     return (
         f"{found.get('model name', platform.processor() or platform.machine())} ({', '.join(sets) or 'no AVX2'}),"
         f" {torch.get_num_threads()} threads, torch {torch.__version__}, diffusers {diffusers.__version__},"
         f" Python {platform.python_version()}"
     )
+
+
+def command_line() -> str:
+    """How this program was called, with the settings that change what is measured."""
+    names = ("OMP_NUM_THREADS", *kernel_page.LIMITS)
+    settings = "".join(f"{name}={os.environ[name]} " for name in names if name in os.environ)
+    return f"{settings}python examples/benchmark.py {' '.join(sys.argv[1:])}"
 
 
 def random_codes(shape: torch.Size) -> torch.Tensor:
@@ -84,30 +101,35 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS counts bytes
 
 
-def measure_memory(folder: str, size: int) -> None:
+def measure_memory(folder: str, size: int, dtype: torch.dtype, bits: int | str | None) -> None:
     """Load, run one guided forward pass, print GiB: after imports, after loading, at the peak."""
     imported = peak_memory()
-    model = TerDiTTransformer2DModel.from_pretrained(folder)
+    model = TerDiTTransformer2DModel.from_pretrained(folder, dtype=dtype)
+    model.set_activation_bits(bits)
     loaded = peak_memory()
     start = time.perf_counter()
     with torch.inference_mode():
-        sample = torch.randn(2, model.config.in_channels, size, size)
-        output = model(sample, torch.tensor(500), torch.tensor([207, model.config.num_classes])).sample
+        sample = torch.randn(2, model.config.in_channels, size, size, dtype=dtype)
+        null = model.config.num_classes
+        labels = torch.tensor([min(207, null - 1), null])
+        output = model(sample, torch.tensor(500), labels).sample
     if not output.isfinite().all():
         raise RuntimeError("The forward pass gave numbers that are not finite.")
     print(f"{imported:.2f} {loaded:.2f} {peak_memory():.2f} {time.perf_counter() - start:.1f}")
 
 
-def memory(preset: str, sizes: list[int], folder: str | None) -> None:
-    with tempfile.TemporaryDirectory(dir=folder) as saved:
-        random_packed(preset).save_pretrained(saved)
+def memory(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory(dir=args.folder) as saved:
+        random_packed(args.preset).save_pretrained(saved)
         megabytes = sum(path.stat().st_size for path in Path(saved).iterdir()) / 1e6
-        print(f"{preset}, packed, random codes: {megabytes:,.0f} MB on disk. {machine()}\n")
+        mode = f"{args.dtype}, activation bits: {args.activation_bits}"
+        print(f"{args.preset}, packed, random codes, {mode}: {megabytes:,.0f} MB on disk. {machine()}\n")
         print("| latents | imports, GiB | loaded, GiB | peak, GiB | forward, seconds |")
         print("| --- | --- | --- | --- | --- |")
-        for size in sizes:
+        for size in args.sizes:
             command = [sys.executable, __file__, "memory", "--measure", saved, "--sizes", str(size)]
-            result = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+            command += ["--dtype", args.dtype, "--activation_bits", args.activation_bits]
+            result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
             print(f"| {size} x {size} | {' | '.join(result)} |", flush=True)
 
 
@@ -161,36 +183,6 @@ def training(args: argparse.Namespace) -> None:
         memory = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         ratio = statistics.median(own) / statistics.median(base)
         print(f"| {name} | {ratio:.2f} | {min(pairs):.2f} to {max(pairs):.2f} | {memory:.2f} |", flush=True)
-
-
-SHAPES = [  # (outputs, inputs): attention, feed-forward in and out, adaLN, of 600M and of 4.2B
-    *[(1536, 1536), (4096, 1536), (1536, 4096), (9216, 1024)],
-    *[(3072, 3072), (8192, 3072), (3072, 8192), (18432, 1024)],
-]
-
-
-@torch.inference_mode()
-def linear(args: argparse.Namespace) -> None:
-    print(f"Time over dense, median of {args.repeats} pairs. {machine()}\n")
-    print("| outputs x inputs | rows | float32 | bfloat16 |\n| --- | --- | --- | --- |")
-    for out_features, in_features in SHAPES:
-        ternary = torch.randint(-1, 2, (out_features, in_features)).float()
-        layer = TernaryLinear(in_features, out_features, bias=False, weight_format="packed")
-        layer.weight_packed.copy_(pack_ternary(ternary))
-        layer.weight_scale.fill_(0.03)
-        for rows in args.rows:
-            cells = []
-            for dtype in (torch.float32, torch.bfloat16):
-                weight, x = layer.dequantize().to(dtype), torch.randn(rows, in_features).to(dtype)
-                ratios = []
-                for _ in range(args.repeats + 1):
-                    start = time.perf_counter()
-                    torch.nn.functional.linear(x, weight)
-                    middle = time.perf_counter()
-                    layer(x)
-                    ratios.append((time.perf_counter() - middle) / (middle - start))
-                cells.append(f"{statistics.median(ratios[1:]):.2f}")  # the first pair warms up
-            print(f"| {out_features} x {in_features} | {rows} | {' | '.join(cells)} |", flush=True)
 
 
 MODELS: dict[str, Callable[[], torch.nn.Module]] = {  # the paper's deployment table; neighbours are compared
@@ -430,12 +422,11 @@ def deployment(args: argparse.Namespace) -> None:
 
 def measure_missing(data: dict, path: Path, dtype: str, args: argparse.Namespace) -> None:
     """Add what is not there yet for this machine and these versions; the JSON is written after each group."""
-    threads = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} " if "OMP_NUM_THREADS" in os.environ else ""
     common = {
         "device": args.device,
         "machine": place(args.device),
         "version": diffusers_terdit.__version__,
-        "command": f"{threads}python examples/benchmark.py {' '.join(sys.argv[1:])}",
+        "command": command_line(),
     }
     here = {key: common[key] for key in ("device", "machine", "version")} | {"dtype": dtype}
 
@@ -473,6 +464,8 @@ def main() -> None:
     sub.add_argument("--preset", default="terdit-4.2b-256")
     sub.add_argument("--sizes", type=int, nargs="+", default=[32, 64], help="sides of the latents")
     sub.add_argument("--folder", help="where to write the model for a while; default the system's")
+    sub.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    sub.add_argument("--activation_bits", choices=list(ACTIVATION_BITS), default="auto")
     sub.add_argument("--measure", help=argparse.SUPPRESS)
     sub = commands.add_parser("training", help="cost of a training step beside the full-precision twin's")
     sub.add_argument("--preset", default="terdit-600m-256")
@@ -482,9 +475,6 @@ def main() -> None:
     sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     sub.add_argument("--repeats", type=int, default=7)
     sub.add_argument("--measure", help=argparse.SUPPRESS)
-    sub = commands.add_parser("linear", help="packed layers beside dense ones")
-    sub.add_argument("--rows", type=int, nargs="+", default=[512, 8])
-    sub.add_argument("--repeats", type=int, default=9)
     sub = commands.add_parser("deployment", help="checkpoint, memory and time of the paper's models, side by side")
     sub.add_argument(
         "--models",
@@ -502,21 +492,23 @@ def main() -> None:
     sub.add_argument("--fresh", action="store_true", help="measure again what the JSON already holds")
     sub.add_argument("--render", action="store_true", help="measure nothing, write page and plot from the JSON")
     sub.add_argument("--measure", help=argparse.SUPPRESS)
+    kernel_benchmark.add_arguments(commands)
     args = parser.parse_args()
     if args.command == "deployment" and args.measure:
         serve_steps(args.measure, getattr(torch, args.dtypes[0]), args.device)
     elif args.command == "deployment":
         deployment(args)
-    elif args.command == "linear":
-        linear(args)
+    elif args.command in ("kernels", "step"):
+        kernel_benchmark.run(args, machine(), command_line())
     elif args.command == "training":
         training(args)
     elif args.measure:
         with torch.no_grad():
-            measure_memory(args.measure, args.sizes[0])
+            bits = ACTIVATION_BITS[args.activation_bits]
+            measure_memory(args.measure, args.sizes[0], getattr(torch, args.dtype), bits)
     else:
         with torch.no_grad():
-            memory(args.preset, args.sizes, args.folder)
+            memory(args)
 
 
 if __name__ == "__main__":

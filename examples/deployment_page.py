@@ -65,9 +65,9 @@ in which a full-precision model would be shipped, ternary divides the bytes by h
 the checkpoint: the imports are the same for both, and a layer decodes a quarter of its rows at a time before it
 multiplies.
 
-Time is not saved, here or in the paper: ratios above 1 are slower than full precision. On a CPU every step decodes the
-codes of every layer again and then multiplies exactly, at the dense layer's speed: the decoding comes on top. Integer
-kernels, which could be faster than dense layers, do not exist yet ([speed](../speed.md)).
+Ratios above 1 are slower than full precision. In float32 the packed layers compute exactly: every step decodes the
+codes of every layer again and multiplies at the dense layer's speed. In bfloat16 they round their inputs to 16-bit
+integers (the default with numba); 8 bits are faster than dense layers: [speed](../speed.md).
 
 TerDiT-4.2B over Large-DiT-4.2B is one network twice. TerDiT-600M over DiT-XL/2 compares two designs (16 blocks of
 width 1536 with SwiGLU and normalised queries and keys; 28 of width 1152), not ternary with full precision alone.

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from diffusers_terdit import TerDiTPipeline
 from diffusers_terdit.checkpoints import bundled
 from diffusers_terdit.cli import build_parser, human_bytes, main
+from diffusers_terdit.ops import has_integer_kernel
 
 
 PACKED = Path(__file__).parent / "data" / "reference" / "tiny-qknorm-packed"
@@ -50,6 +52,19 @@ def test_generate_takes_another_scheduler_and_dtype(tmp_path, capsys):
     arguments = ["--scheduler", "DPMSolverMultistepScheduler", "--dtype", "bfloat16", "--num_inference_steps", "3"]
     assert main(["generate", *arguments, "--labels", "1", "--output", str(tmp_path / "x.png")]) == 0
     assert "DPMSolverMultistepScheduler" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not has_integer_kernel("cpu"), reason="no AVX2 or no numba")
+def test_generate_with_integer_activations(tmp_path, capsys):
+    pictures = {}
+    for bits in (None, 16, 8):
+        arguments = ["--labels", "5", "--num_inference_steps", "3", "--output", str(tmp_path / f"{bits}.png")]
+        assert main(["generate", *arguments, *(["--activation_bits", str(bits)] if bits else [])]) == 0
+        assert (f"{bits}-bit activations" in capsys.readouterr().out) == (bits is not None)
+        with PIL.Image.open(tmp_path / f"{bits}.png") as picture:
+            pictures[bits] = torch.from_numpy(np.asarray(picture.convert("L")).astype("float32"))
+    assert (pictures[16] - pictures[None]).abs().max() <= 1
+    assert 0 < (pictures[8] - pictures[None]).abs().max() <= 40
 
 
 @pytest.mark.parametrize(

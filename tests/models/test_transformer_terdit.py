@@ -879,3 +879,19 @@ class TestHostFeatures:
         model = tiny_model("packed")
         assert model.num_parameters() == sum(tensor.numel() for tensor in model.state_dict().values())
         assert model.get_memory_footprint() == sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"weight_format": "packed"}, {"ternary": False}, {"adaln_norm": False}], ids=str
+)
+def test_modulations_given_to_forward_are_those_it_would_compute(tiny_model, tiny_inputs, options):
+    model, inputs = tiny_model(**options), tiny_inputs(batch=4)
+    expected = model(**inputs).sample
+    modulation = model.modulations(inputs["timestep"], inputs["class_labels"])
+    assert modulation.shape == (2, 4, 6 * 32)
+    assert torch.equal(model(**inputs, modulation=modulation).sample, expected)
+    assert not torch.allclose(model(**inputs, modulation=modulation * 1.1).sample, expected)
+    model.enable_gradient_checkpointing()
+    model.train()
+    model(**inputs, modulation=modulation).sample.sum().backward()
+    model(**inputs).sample.sum().backward()

@@ -332,6 +332,15 @@ class TestSampling:
         assert torch.equal(sample(pipe), first)
         assert len(blocks) == 2 * computed
 
+    def test_step_caches_can_ask_for_the_timestep(self, tiny_pipeline):
+        pipe, seen = tiny_pipeline(), []
+        assert pipe.current_timestep is None
+        hook = pipe.transformer.register_forward_pre_hook(lambda *_: seen.append(int(pipe.current_timestep)))
+        sample(pipe)
+        hook.remove()
+        assert seen == pipe.scheduler.timesteps.tolist()
+        assert pipe.current_timestep is None
+
     def test_calls_do_not_leak_into_each_other(self, tiny_pipeline):
         pipe = tiny_pipeline()
         expected = sample(pipe)
@@ -339,6 +348,74 @@ class TestSampling:
         with pytest.raises(ValueError, match="height"):
             sample(pipe, height=3)
         assert torch.equal(sample(pipe), expected)
+
+
+class TestModulations:
+    """adaLN sees only timestep and label, so a call computes its outputs ahead, for many steps, once per label."""
+
+    @pytest.fixture
+    def rows(self, monkeypatch):
+        """Rows of every call of `modulations`."""
+        calls, original = [], TerDiTTransformer2DModel.modulations
+
+        def spy(self, timestep, class_labels):
+            calls.append(list(zip(timestep.tolist(), class_labels.tolist(), strict=True)))
+            return original(self, timestep, class_labels)
+
+        monkeypatch.setattr(TerDiTTransformer2DModel, "modulations", spy)
+        return calls
+
+    @staticmethod
+    def every_step_on_its_own(pipe, *args, **kwargs):
+        return sample(pipe, *args, callback_on_step_end=lambda pipe, i, t, kwargs: kwargs, **kwargs)
+
+    @pytest.mark.parametrize("guidance_scale", [4.0, 1.0])
+    def test_once_for_each_timestep_and_label(self, tiny_pipeline, rows, guidance_scale):
+        pipe = tiny_pipeline()
+        labels = [2, 7, 2, 2]
+        images = sample(pipe, labels, guidance_scale=guidance_scale)
+        (computed,) = rows
+        unique = [2, 7] + ([10] if guidance_scale > 1 else [])
+        assert computed == [(t, label) for t in pipe.scheduler.timesteps.tolist() for label in unique]
+        expected = self.every_step_on_its_own(pipe, labels, guidance_scale=guidance_scale)
+        torch.testing.assert_close(images, expected, rtol=1e-5, atol=1e-5)
+        assert len(rows) == 1
+
+    def test_in_chunks_of_bounded_memory(self, tiny_pipeline, rows, monkeypatch):
+        pipe = tiny_pipeline()
+        whole = sample(pipe, num_inference_steps=7)
+        step = 2 * 6 * 32 * 3 * 4  # bytes: layers, modulation, labels, float32
+        for budget, sizes in ((3 * step, [3, 3, 1]), (step // 2, [1] * 7)):
+            rows.clear()
+            monkeypatch.setattr("diffusers_terdit.pipelines.pipeline_terdit.MODULATION_BYTES", budget)
+            torch.testing.assert_close(sample(pipe, num_inference_steps=7), whole, rtol=1e-5, atol=1e-5)
+            assert [len(call) // 3 for call in rows] == sizes
+
+    def test_not_where_the_weights_are_elsewhere_between_forwards(self, tiny_pipeline, rows):
+        expected = self.every_step_on_its_own(tiny_pipeline())
+        for offload in (
+            lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+            lambda pipe: cpu_offload(pipe.transformer, torch.device("cpu")),
+            lambda pipe: pipe.transformer.enable_group_offload(
+                torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
+            ),
+        ):
+            pipe = tiny_pipeline()
+            offload(pipe)
+            torch.testing.assert_close(sample(pipe), expected, rtol=1e-5, atol=1e-5)
+        assert rows == []
+
+    def test_a_callback_may_change_the_model_between_steps(self, tiny_pipeline):
+        def damp(pipe, i, t, kwargs):
+            with torch.no_grad():
+                for block in pipe.transformer.transformer_blocks:
+                    block.adaln.norm.weight.mul_(0.5)
+            return {}
+
+        seen = watch(pipe := tiny_pipeline())
+        changed = sample(pipe, callback_on_step_end=damp)
+        assert not any(hasattr(call, "modulation") for call in seen)
+        assert not torch.allclose(changed, sample(tiny_pipeline()))
 
 
 class TestOutputs:

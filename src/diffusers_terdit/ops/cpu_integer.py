@@ -4,7 +4,7 @@
 signed bytes, x = step * (256 high + low)), the products with the codes 0, 1, 2 are summed exactly in int32, and what
 the codes' offset of one added, the sum of the row's integers, is subtracted. It reads the packed weight as it is
 stored, so there is no second copy: 4 bytes (four inputs) of `PANEL` rows at a time are transposed into a scratch, the
-two bits of a quarter are cut out of a block of it that fits the first cache, and all rows of the input pass by.
+two bits of a quarter are cut out of a block of it, and all rows of the input pass by while it is in the cache.
 
 One inner loop, `tile`, in the instructions the processor has:
 
@@ -34,7 +34,7 @@ from . import cpu, reference
 
 
 class Shape(NamedTuple):
-    """Of the inner loop: rows x vectors of outputs stay in registers; `steps` of 4 inputs stay in the first cache."""
+    """Of the inner loop: rows x vectors of outputs stay in registers, `steps` of 4 inputs are cut out at a time."""
 
     rows: int
     vectors: int
