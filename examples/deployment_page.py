@@ -73,7 +73,7 @@ TerDiT-4.2B over Large-DiT-4.2B is one network twice. TerDiT-600M over DiT-XL/2 
 width 1536 with SwiGLU and normalised queries and keys; 28 of width 1152), not ternary with full precision alone.
 
 bfloat16 is fast on processors that have instructions for it (avx512_bf16 in the line above the table). On others
-ternary layers multiply in float32, and dense ones in PyTorch's slow bfloat16.
+dense layers run in PyTorch's slow bfloat16; ternary ones need no such instructions.
 """
 
 NO_GPU = """\

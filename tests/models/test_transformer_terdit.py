@@ -12,6 +12,7 @@ from torch import nn
 
 from diffusers_terdit import TerDiTTransformer2DModel, TernaryLinear
 from diffusers_terdit.models.transformer_terdit import TerDiTAttnProcessor, sincos_2d
+from diffusers_terdit.ops import has_integer_kernel
 
 
 pytestmark = [
@@ -814,6 +815,15 @@ class TestCompiling:
     def test_whole_model_is_one_graph(self, model, tiny_inputs):
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(predict(compiled, tiny_inputs()), predict(model, tiny_inputs()))
+
+    @pytest.mark.parametrize("bits", ["auto", 8, None])
+    def test_integer_activations_compile(self, tiny_model, tiny_inputs, bits):
+        if bits == 8 and not has_integer_kernel("cpu"):
+            pytest.skip("no AVX2 or no numba")
+        model, inputs = tiny_model("packed").to(torch.bfloat16), tiny_inputs(dtype=torch.bfloat16)
+        model.set_activation_bits(bits)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert torch.equal(predict(compiled, inputs), predict(model, inputs))
 
     def test_blocks_compile_once_for_all(self, model, tiny_inputs):
         expected = predict(model, tiny_inputs())

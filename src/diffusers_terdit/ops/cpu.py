@@ -102,7 +102,11 @@ def linear(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | N
     for rows, ternary in decode_blocks(weight, weight_scale, flat.dtype):
         block = reference.dequantize(ternary, weight_scale[rows]).to(flat.dtype) if grouped else ternary
         torch.mm(flat, block.T, out=output[:, rows])
-    output = reference.scale_and_shift(output, weight_scale, bias).to(input.dtype)
+    if output.dtype == torch.bfloat16:  # a few rows at a time: their float32 form stays in the cache
+        for part in output.split(max(1, 2**18 // out_features)):
+            part.copy_(reference.scale_and_shift(part, weight_scale, bias))
+    else:
+        output = reference.scale_and_shift(output, weight_scale, bias).to(input.dtype)
     return output.reshape(*input.shape[:-1], out_features)
 
 

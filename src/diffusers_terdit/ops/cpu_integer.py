@@ -48,7 +48,7 @@ SHAPES = {
     "avx2": Shape(rows=6, vectors=2, lanes=8, steps=256),
 }
 AVX2_STEPS = 64
-ROWS = 512  # integer rows that pass by a block of the weight; their sums stay in the second cache
+ROWS = 256  # integer rows that pass by a block of the weight; their sums stay in the second cache
 
 
 @cache
@@ -248,6 +248,7 @@ class Job(NamedTuple):
     unit: int  # counts the units of work that were taken
     thread: int  # counts the threads that came
     units: int
+    quarters: int  # of a group of packed rows, per unit: 4 or 1
     rows: int  # M
     inputs: int  # K
     words: int  # K / 4, rounded up
@@ -323,7 +324,7 @@ def _compile(isa: str, parts: int, half: bool, cached: bool) -> Kernels:
 
     @numba.cfunc(types.void(types.intp), **options)
     def multiply(address):
-        """A unit is one of the quarters of `panel` rows of the packed weight: `panel` outputs."""
+        """A unit is `panel` rows of the packed weight, or one quarter of them: `panel` outputs each."""
         job = numba.carray(_pointer(address, "int64"), fields)
         count, quarter_rows, stride = job[field.words], job[field.quarter], 4 * job[field.words]
         steps = numba.carray(_pointer(job[field.steps], "float32"), job[field.rows])
@@ -343,11 +344,10 @@ def _compile(isa: str, parts: int, half: bool, cached: bool) -> Kernels:
             unit = _take(address + 8 * field.unit)
             if unit >= job[field.units]:
                 return
-            group, quarter = unit // 4, unit % 4
+            quarters = job[field.quarters]
+            group, first_quarter = quarters * unit // 4, quarters * unit % 4
             first = group * panel
             width = min(panel, quarter_rows - first)
-            column = quarter * quarter_rows + first
-            scales, shifts = scale[column : column + width], bias[column : column + width]
             if group != loaded:
                 loaded = group
                 whole, whole_width = count - count % lanes, width - width % lanes
@@ -358,7 +358,9 @@ def _compile(isa: str, parts: int, half: bool, cached: bool) -> Kernels:
                 for r in range(width):
                     for k in range(whole if r < whole_width else 0, count):
                         words[k, r] = packed[first + r, k]
-            for top in range(0, job[field.padded], block_rows):
+            for block_unit in range(-(-job[field.padded] // block_rows) * quarters):
+                # the same rows of the input for all quarters, while they are in the cache
+                top, quarter = block_unit // quarters * block_rows, first_quarter + block_unit % quarters
                 bottom = min(top + block_rows, job[field.padded])
                 sums[: bottom - top] = 0
                 for k in range(0, count, block):
@@ -371,6 +373,8 @@ def _compile(isa: str, parts: int, half: bool, cached: bool) -> Kernels:
                             weights = block_codes + 4 * panel * (j - k)
                             total = sums.ctypes.data + 4 * panel * (m - top)
                             _tile(isa, x, stride, weights, min(tile_steps, last - j), total)
+                column = quarter * quarter_rows + first
+                scales, shifts = scale[column : column + width], bias[column : column + width]
                 for m in range(top // parts, min(bottom // parts, job[field.rows])):
                     step, high_offset, low_offset = steps[m], offsets[m, 0], offsets[m, parts - 1]
                     high, low = sums[m * parts - top], sums[m * parts - top + parts - 1]
@@ -465,9 +469,11 @@ def linear(
     buffers = cpu.scratch("panels", threads * scratch_words(isa, words), torch.int32)
     sizes = (rows, in_features, words, len(weight_packed), padded)
     arrays = (flat, codes, steps, sums, packed, scale, shift, output, buffers)
-    job = torch.tensor([0, 0, 0, *sizes, *[array.data_ptr() for array in arrays]])
+    groups = -(-len(weight_packed) // (shape.vectors * shape.lanes))
+    quarters = 4 if groups >= 4 * threads else 1  # enough units for all threads
+    job = torch.tensor([0, 0, 0, quarters, *sizes, *[array.data_ptr() for array in arrays]])
 
     quantize, multiply = kernels(isa, parts, half)
     _run(quantize, job, rows, threads)
-    _run(multiply, job, 4 * -(-len(weight_packed) // (shape.vectors * shape.lanes)), threads)
+    _run(multiply, job, groups * 4 // quarters, threads)
     return output.to(input.dtype).reshape(*input.shape[:-1], out_features)
