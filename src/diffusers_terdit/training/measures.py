@@ -91,7 +91,8 @@ def gate_sizes(model: TerDiTTransformer2DModel, timestep: int = 500, max_labels:
     temb = _call_whole(model.time_embed, timestep_proj) + _call_whole(model.class_embed, labels)  # (B, E)
     gates: dict[str, list[float]] = {"gate_msa": [], "gate_mlp": []}
     for block in model.transformer_blocks:
-        _, _, gate_msa, _, _, gate_mlp = _call_whole(block.get_submodule("adaln"), temb)
+        modulation = _call_whole(block.get_submodule("adaln"), temb)  # (B, 6 * D)
+        _, _, gate_msa, _, _, gate_mlp = modulation.chunk(6, dim=-1)
         gates["gate_msa"].append(gate_msa.float().square().mean().sqrt().item())
         gates["gate_mlp"].append(gate_mlp.float().square().mean().sqrt().item())
     return gates
