@@ -139,6 +139,7 @@ class TestDemo:
         saving = run("--demo", "--gradient_checkpointing", output_dir="saving")
         assert_same_bits(plain / "checkpoint-4", saving / "checkpoint-4")
 
+    @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a single core
     def test_loader_workers_change_no_bit(self, run):
         plain = run("--demo", output_dir="plain")
         workers = run("--demo", "--dataloader_num_workers", 2, output_dir="workers")
