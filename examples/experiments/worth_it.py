@@ -181,7 +181,7 @@ def draw(records: Records, found: dict, path: Path) -> None:
     by_bytes.set(xscale="log", xlabel="weights file, kB", ylabel="noise error, held-out digits", title="equal steps")
     by_bytes.minorticks_off()
     by_bytes.set_xticks([50, 100, 200, 500, 1000, 2000], ["50", "100", "200", "500", "1000", "2000"])
-    by_bytes.legend()
+    by_bytes.legend(loc="upper right")
     names = [
         name for name in dict.fromkeys(name for title in list(TABLES)[1:] for name in TABLES[title]) if name in found
     ]
