@@ -174,14 +174,14 @@ def draw(records: Records, found: dict, path: Path) -> None:
         names = [f"{kind}, {size}" for size in SIZE_NAMES if f"{kind}, {size}" in found]
         sizes = [records.find(cost_run(ALL_ARMS[name]))["file_bytes"] / 1000 for name in names]
         errors = [values(found[name], "noise_error_held_out") for name in names]
-        label = "ternary" if kind == "ternary" else "full precision, in bfloat16"
+        label = "ternary" if kind == "ternary" else "dense, bfloat16"
         draw_seeds(by_bytes, sizes, errors, color=color, label=label)
         for name, x, error in zip(names, sizes, errors, strict=True):
             by_bytes.annotate(name.split(", ")[1], (x, mean(error)), textcoords="offset points", xytext=(3, offset))
     by_bytes.set(xscale="log", xlabel="weights file, kB", ylabel="noise error, held-out digits", title="equal steps")
     by_bytes.minorticks_off()
     by_bytes.set_xticks([50, 100, 200, 500, 1000, 2000], ["50", "100", "200", "500", "1000", "2000"])
-    by_bytes.legend(loc="upper right")
+    by_bytes.legend(loc="lower left", fontsize=7)
     names = [
         name for name in dict.fromkeys(name for title in list(TABLES)[1:] for name in TABLES[title]) if name in found
     ]
