@@ -309,6 +309,34 @@ def test_compiled_code_is_kept_between_runs(tmp_path):
     assert files() == first
 
 
+@pytest.mark.parametrize("length", [0, 40])
+def test_damaged_compiled_code_is_compiled_again(tmp_path, length):
+    assert run(SAME, NUMBA_CACHE_DIR=str(tmp_path)).startswith("True")
+    for path in tmp_path.rglob("*.nb*"):
+        path.write_bytes(path.read_bytes()[:length])
+    assert run(SAME, NUMBA_CACHE_DIR=str(tmp_path)).startswith("True")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_first_used_after_a_fork():
+    """OpenMP has run, but no kernel was loaded before the fork: the child must not wait for the threads it lost."""
+    code = """
+import os
+from diffusers_terdit.ops import integer_linear, reference
+torch.set_num_threads(2)
+torch.randn(2000, 2000).sin()
+input, packed = torch.randn(300, 512), torch.full((256, 512), 0b01010110, dtype=torch.uint8)
+expected = reference.integer_linear(input, packed, torch.ones(1), None, 16).numpy()
+child = os.fork()
+if not child:
+    import signal
+    signal.alarm(60)
+    os._exit(0 if (integer_linear(input, packed, torch.ones(1)).numpy() == expected).all() else 1)
+print(os.waitpid(child, 0)[1])
+"""
+    assert run(code) == "0"
+
+
 def test_no_place_for_compiled_code(monkeypatch):
     monkeypatch.setattr(numba.core.caching.CompileResultCacheImpl, "_locator_classes", [])
     with pytest.raises(RuntimeError, match="cache"):

@@ -5,6 +5,7 @@ layer. So each thread keeps one buffer, as large as the largest layer it has see
 the thread because two threads sharing one would read each other's weights.
 """
 
+import os
 import threading
 from collections.abc import Iterator
 from functools import cache
@@ -18,6 +19,7 @@ from . import reference
 
 
 _buffers = threading.local()
+PROCESS = os.getpid()  # that imported this: in a fork of it the threads of torch's OpenMP are lost
 
 
 def scratch(name: str, numel: int, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,7 @@ One inner loop, `tile`, in the instructions the processor has:
 import ctypes
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -395,7 +395,7 @@ def kernels(isa: str, parts: int, half: bool) -> Kernels:
     """The compiled functions, from numba's cache on disk where it has one."""
     try:
         return _compile(isa, parts, half, cached=True)
-    except RuntimeError:  # no folder that numba could write a cache to
+    except Exception:  # no folder for the cache, a full disk, a damaged file: an error of ours comes again below
         return _compile(isa, parts, half, cached=False)
 
 
@@ -415,9 +415,6 @@ def _openmp() -> Callable | None:
     return parallel
 
 
-_PROCESS = os.getpid()
-
-
 @cache
 def _pool(process: int, workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, thread_name_prefix="diffusers-terdit")
@@ -427,15 +424,15 @@ def _run(kernel: Any, job: Tensor, units: int, threads: int) -> None:
     job[JOB.unit] = job[JOB.thread] = 0
     job[JOB.units] = units
     address, threads = job.data_ptr(), min(threads, units)
-    parallel = _openmp() if os.getpid() == _PROCESS else None  # OpenMP's threads are lost in a fork
+    parallel = _openmp() if os.getpid() == cpu.PROCESS else None  # OpenMP's threads are lost in a fork
     if threads > 1 and parallel is not None:
         parallel(kernel.address, address, threads, 0)
         return
     helpers = [_pool(os.getpid(), threads - 1).submit(kernel.ctypes, address) for _ in range(threads - 1)]
-    kernel.ctypes(address)
-    for helper in helpers:
-        if not helper.cancel():  # one that has not started has nothing left to do
-            helper.result()
+    try:
+        kernel.ctypes(address)
+    finally:  # an interrupt must not free what they still read
+        wait([helper for helper in helpers if not helper.cancel()])  # one that has not started has nothing left to do
 
 
 def linear(
