@@ -5,10 +5,11 @@
 #                One part fits in minutes: python examples/experiments/adaln_norm.py --list
 # make format    let ruff rewrite what `make quality` would refuse
 #
-# PYTHON=python3.12 picks the interpreter, TORCH=torch another torch than the tested one.
+# PYTHON=python3.12 picks the interpreter, TORCH=torch another torch than the tested one. Triton comes with CUDA builds
+# only; beside the CPU build it is there for the tests, which run the GPU's kernel in its interpreter.
 
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
+TORCH ?= torch==2.13.0 "triton==3.6.0; sys_platform == 'linux' and platform_machine == 'x86_64'"
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 

@@ -5,6 +5,7 @@ python examples/benchmark.py training --preset terdit-600m-256
 python examples/benchmark.py deployment
 python examples/benchmark.py kernels
 python examples/benchmark.py step
+python examples/benchmark.py gpu
 
 `memory` saves a packed model of a preset's size with random codes, then, in a new process, loads it, runs one guided
 forward pass (two rows), and prints that process's peak resident memory.
@@ -18,6 +19,9 @@ memory and time of a guided denoising step. It writes deployment.json and, rende
 `kernels` times packed layers of the shapes of 600M and 4.2B, in every mode, in turns with dense layers that hold the
 same weights, and measures their errors. `--kernel module:function` checks and times anyone's kernel beside them.
 `step` does the same with whole blocks of both models. They write kernels.json and step.json, with a page and a plot.
+
+`gpu` does it on a CUDA device: layers and whole steps beside dense ones and other libraries that are installed, and
+what fits on cards of 2, 4 and 8 GB. It writes gpu.json and gpu.md.
 """
 
 import argparse
@@ -44,6 +48,7 @@ from diffusers import AutoModel, DDPMScheduler, DiTTransformer2DModel
 
 import deployment_page
 import diffusers_terdit
+import gpu_benchmark
 import kernel_benchmark
 import kernel_page
 from diffusers_terdit import TerDiTTransformer2DModel, losses, pack_ternary
@@ -493,6 +498,7 @@ def main() -> None:
     sub.add_argument("--render", action="store_true", help="measure nothing, write page and plot from the JSON")
     sub.add_argument("--measure", help=argparse.SUPPRESS)
     kernel_benchmark.add_arguments(commands)
+    gpu_benchmark.add_arguments(commands)
     args = parser.parse_args()
     if args.command == "deployment" and args.measure:
         serve_steps(args.measure, getattr(torch, args.dtypes[0]), args.device)
@@ -500,6 +506,8 @@ def main() -> None:
         deployment(args)
     elif args.command in ("kernels", "step"):
         kernel_benchmark.run(args, machine(), command_line())
+    elif args.command == "gpu":
+        gpu_benchmark.run(args, machine(), command_line())
     elif args.command == "training":
         training(args)
     elif args.measure:

@@ -13,6 +13,11 @@ from tiny import randomize
 DIGITS = ["zero, nought", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

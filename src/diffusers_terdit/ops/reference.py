@@ -213,15 +213,21 @@ def takes_integers(weight_scale: Tensor, in_features: int, bits: int) -> bool:
     return not is_grouped(weight_scale) and in_features <= MOST_INPUTS.get(bits, 0)
 
 
+def round_activations(input: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """`quantize_activations` without autograd or checks; the codes are float32."""
+    top = LARGEST_CODE[bits]
+    wide = input.float()
+    step = wide.abs().amax(-1, keepdim=True).clamp_min(1e-12) / top
+    return (wide / step).round_().clamp_(-top, top), step
+
+
 class _QuantizeActivations(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, bits):
-        top = LARGEST_CODE[bits]
-        wide = input.float()
-        step = wide.abs().amax(-1, keepdim=True).clamp_min(1e-12) / top
+        codes, step = round_activations(input, bits)
         ctx.save_for_backward(step)
         ctx.mark_non_differentiable(step)
-        return (wide / step).round_().clamp_(-top, top).to(input.dtype), step
+        return codes.to(input.dtype), step
 
     @staticmethod
     def backward(ctx, grad, _):
@@ -263,14 +269,30 @@ def scaled_linear(input: Tensor, ternary: Tensor, weight_scale: Tensor, bias: Te
     Returns:
         `torch.Tensor`: (..., N), `input`'s dtype.
     """
-    weight = dequantize(ternary, weight_scale).to(input.dtype) if is_grouped(weight_scale) else ternary
-    return scale_and_shift(F.linear(input, weight), weight_scale, bias).to(input.dtype)
+    inner, outer = split_scale(weight_scale, input.dtype)
+    weight = ternary if inner is None else dequantize(ternary, inner).to(input.dtype)
+    return scale_and_shift(F.linear(input, weight), outer, bias).to(input.dtype)
 
 
-def scale_and_shift(output: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """`output * scale + bias` in float32, in place where `output` is; a grouped scale is in the weight already."""
+def split_scale(weight_scale: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """The factors of a scale that belong into the matrix, before a matmul in `dtype`, and after it; `None` for one.
+
+    A grouped scale goes into the matrix. A scale per matrix or row multiplies the float32 result; in float16, where
+    sums of thousands of inputs would overflow before, its power of two goes into the matrix, which changes no bit of
+    a sum that did not overflow.
+    """
+    if is_grouped(weight_scale):
+        return weight_scale, None
+    if dtype != torch.float16:
+        return None, weight_scale
+    power = torch.exp2(weight_scale.detach().float().abs().log2().floor().clamp(-14, 15))  # normal numbers of float16
+    return power, weight_scale / power
+
+
+def scale_and_shift(output: Tensor, weight_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """`output * scale + bias` in float32, in place where `output` is; `None`: the scale is in the weight already."""
     output = output.float()
-    if not is_grouped(weight_scale):
+    if weight_scale is not None and not is_grouped(weight_scale):
         output.mul_(weight_scale.reshape(-1))  # (..., N) * (1,) or (N,)
     return output if bias is None else output.add_(bias)
 
