@@ -25,7 +25,6 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
-from huggingface_hub import create_repo, upload_folder
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
@@ -514,12 +513,11 @@ def main(argv=None) -> None:
         images = [f"samples/{path.name}" for path in grids[-1:]]
         name = args.hub_model_id or args.output_dir.name
         num_samples = None if args.streaming else len(samples)
-        card = training.model_card(pipe, name, facts(args, step, batch_size, num_samples), images, args.license)
-        (args.output_dir / "README.md").write_text(card, encoding="utf-8")
+        parts = facts(args, step, batch_size, num_samples), images, args.license
+        training.save_card(training.model_card(pipe, name, *parts), args.output_dir, args.license)
         if args.push_to_hub:
-            repo = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
-            ignored = ["checkpoint-*", "*.partial", "*.partial/*"]
-            upload_folder(repo_id=repo, folder_path=args.output_dir, token=args.hub_token, ignore_patterns=ignored)
+            ignored = ["checkpoint-*", "*.partial"]
+            repo = training.push_pipeline(pipe, args.output_dir, name, *parts, args.hub_token, ignored)
             logger.info(f"pushed to {repo}")
         logger.info(f"{args.output_dir} is a pipeline: TerDiTPipeline.from_pretrained({str(args.output_dir)!r})")
     accelerator.wait_for_everyone()

@@ -1,7 +1,8 @@
 """A small Hugging Face Hub on 127.0.0.1, for the real `huggingface_hub` client to talk to.
 
-Every file is stored and served as a regular git file: no LFS, no Xet. The routes, headers and error codes are those
-that the client reads in `hf_api.py`, `file_download.py`, `_commit_api.py` and `utils/_http.py`.
+Weights come and go as LFS files, everything else as regular git files; there is no Xet. The routes, headers and error
+codes are those that the client reads in `hf_api.py`, `file_download.py`, `lfs.py`, `_commit_api.py` and
+`utils/_http.py`.
 """
 
 import base64
@@ -12,6 +13,7 @@ import re
 import subprocess
 import sys
 import threading
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,13 +34,16 @@ _ROUTES = {
     r"POST /api/repos/create": "_create_repo",
     rf"POST {_API}/branch/{_REV}": "_create_branch",
     rf"POST {_API}/preupload/{_REV}": "_preupload",
+    rf"POST /(?:(?P<kind>datasets|spaces)/)?{_ID}\.git/info/lfs/objects/batch": "_lfs_batch",
+    r"PUT /lfs/(?P<oid>\w+)": "_lfs_put",
     rf"POST {_API}/commit/{_REV}": "_commit",
     rf"POST {_API}/paths-info/{_REV}": "_paths_info",
     rf"GET {_API}/tree/{_REV}(?:/(?P<path>.+))?": "_tree",
     rf"GET {_API}(?:/revision/{_REV})?": "_info",
     rf"(?:GET|HEAD) /(?:(?P<kind>datasets|spaces)/)?{_ID}/resolve/{_REV}/(?P<path>.+)": "_resolve",
 }
-_WRITES = {"_create_repo", "_create_branch", "_preupload", "_commit"}
+_WRITES = {"_create_repo", "_create_branch", "_preupload", "_lfs_batch", "_commit"}
+_LFS_SUFFIXES = (".safetensors", ".bin")  # of those in the .gitattributes that the Hub writes
 
 
 class HubError(Exception):
@@ -53,6 +58,16 @@ class HubError(Exception):
 def git_hash(data):
     """The name git gives to a file of these bytes: the Hub's `oid` and `ETag` of a regular file."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def sha256(data):
+    """The name of an LFS file."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def lfs_pointer(data):
+    """What git holds in the place of an LFS file."""
+    return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256(data)}\nsize {len(data)}\n".encode()
 
 
 @dataclass
@@ -86,6 +101,10 @@ class Repo:
             for folder in map(str, PurePosixPath(path).parents[:-1]):
                 entries[folder] = {"type": "directory", "oid": git_hash(folder.encode()), "size": 0, "path": folder}
             entries[path] = {"type": "file", "oid": git_hash(data), "size": len(data), "path": path}
+            if path.endswith(_LFS_SUFFIXES):
+                pointer = lfs_pointer(data)
+                lfs = {"oid": sha256(data), "sha256": sha256(data), "size": len(data), "pointerSize": len(pointer)}
+                entries[path] |= {"oid": git_hash(pointer), "lfs": lfs}
         return entries
 
 
@@ -94,14 +113,15 @@ class FakeHub:
 
     `token` belongs to `user`, who may read and write everything; `stranger_token` is valid but sees public, ungated
     repositories only and writes nothing; any other token is refused everywhere, as the Hub does. `requests` records
-    `(method, path)` of every request, `downloads` `(file, first byte)` of every file whose content was sent.
+    `(method, path)` of every request, `downloads` `(file, first byte)` of every file whose content was sent. `lfs`
+    holds the uploaded LFS files by sha256.
     """
 
     user, token, stranger_token = "user", "owner-token", "stranger-token"
 
     def __init__(self):
-        self.repos, self.requests, self.downloads = {}, [], []
-        self._cuts, self._lock = {}, threading.Lock()
+        self.repos, self.requests, self.downloads, self.lfs = {}, [], [], {}
+        self._cuts, self._lock, self._lfs_status = {}, threading.Lock(), 200
 
     def __enter__(self):
         self._server = _Server(("127.0.0.1", 0), _Handler)
@@ -130,6 +150,10 @@ class FakeHub:
         """Commits the files of a local folder, without the client; returns the commit's sha."""
         files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
         return self.add_files(repo_id, files, revision, private, gated)
+
+    def refuse_uploads(self, status):
+        """From now on the storage of LFS files answers this."""
+        self._lfs_status = status
 
     def cut_after(self, path, n_bytes, times=1):
         """Drops the connection `n_bytes` into the body of the next `times` downloads of `path` (in any repository)."""
@@ -190,9 +214,29 @@ class FakeHub:
     def _preupload(self, request, repo_id, repo, revision):
         entries = repo.entries(revision)
         paths = [file["path"] for file in json.loads(request["body"])["files"]]
-        # The oid of a file that is already there lets the client leave it out of the commit.
-        answers = [{"path": path, "oid": entries.get(path, {}).get("oid")} for path in paths]
-        return {"files": [{**answer, "uploadMode": "regular", "shouldIgnore": False} for answer in answers]}
+        answers = []
+        for path in paths:
+            entry = entries.get(path, {})
+            # The oid of a file that is already there lets the client leave it out of the commit.
+            oid, mode = entry.get("lfs", entry).get("oid"), "lfs" if path.endswith(_LFS_SUFFIXES) else "regular"
+            answers.append({"path": path, "oid": oid, "uploadMode": mode, "shouldIgnore": False})
+        return {"files": answers}
+
+    def _lfs_batch(self, request, repo_id, repo):
+        objects = json.loads(request["body"])["objects"]
+        for entry in objects:
+            if entry["oid"] not in self.lfs:
+                entry["actions"] = {"upload": {"href": f"{self.url}/lfs/{entry['oid']}"}}
+        return {"transfer": "basic", "objects": objects}
+
+    def _lfs_put(self, request, oid):
+        # No token: on the Hub the address itself is the permission.
+        if self._lfs_status != 200:
+            raise HubError(self._lfs_status, "The storage is out of order")
+        if sha256(request["body"]) != oid:
+            raise HubError(400, "The content does not match its sha256")
+        self.lfs[oid] = request["body"]
+        return {}
 
     def _commit(self, request, repo_id, repo, revision):
         operations = [json.loads(line) for line in request["body"].splitlines()]
@@ -202,6 +246,8 @@ class FakeHub:
         for kind, value in ((operation["key"], operation["value"]) for operation in operations[1:]):
             if kind == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+            elif kind == "lfsFile" and value["oid"] in self.lfs:
+                files[value["path"]] = self.lfs[value["oid"]]
             elif kind == "deletedFolder":
                 files = {path: data for path, data in files.items() if not path.startswith(value["path"])}
             elif kind == "deletedFile" and value["path"] in files:
@@ -229,6 +275,7 @@ class FakeHub:
     def _info(self, request, repo_id, repo, revision="main"):
         files = [entry for entry in repo.entries(revision).values() if entry["type"] == "file"]
         siblings = [{"rfilename": e["path"], "size": e["size"], "blobId": e["oid"]} for e in files]
+        siblings = [s | ({"lfs": e["lfs"]} if "lfs" in e else {}) for s, e in zip(siblings, files, strict=True)]
         repo_id = re.sub("^(datasets|spaces)/", "", repo_id)
         info = {"id": repo_id, "author": repo_id.split("/")[0], "sha": repo.sha(revision), "siblings": siblings}
         info |= {"private": repo.private, "gated": "manual" if repo.gated else False, "disabled": False}
@@ -241,6 +288,9 @@ class FakeHub:
         if data is None:
             raise HubError(404, "Entry not found", "EntryNotFound", headers)
         headers |= {"ETag": f'"{git_hash(data)}"', "Accept-Ranges": "bytes"}
+        if path.endswith(_LFS_SUFFIXES):
+            headers |= {"X-Linked-Etag": f'"{sha256(data)}"', "X-Linked-Size": len(data)}
+            headers["ETag"] = f'"{git_hash(lfs_pointer(data))}"'
         start, total, cut = 0, len(data), None
         if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", request["headers"].get("Range", "")):
             status, start, stop = 206, int(wanted[1]), min(int(wanted[2] or total), total - 1)
@@ -271,7 +321,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         hub, cut = self.server.hub, None
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self._body()
         try:
             with hub._lock:
                 answer = hub._answer(self.command, self.path, self.headers, body)
@@ -289,7 +339,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data[:cut])
         self.close_connection = self.close_connection or cut is not None
 
-    do_HEAD = do_POST = do_GET
+    def _body(self):
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    do_HEAD = do_POST = do_PUT = do_GET
 
 
 def _constants(url, home):
@@ -375,5 +435,7 @@ def hub_in_process(monkeypatch, tmp_path):
 
 @pytest.fixture(name="fake_hub")
 def fake_hub(monkeypatch, tmp_path):
+    # huggingface_hub 2.4's own, in its upload of LFS files; pytest restores the filters after each test
+    warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning)
     with hub_in_process(monkeypatch, tmp_path) as hub:
         yield hub

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import sys
@@ -190,6 +191,24 @@ def test_failed_download_leaves_no_broken_file(fake_hub, monkeypatch):
     with pytest.raises(LocalEntryNotFoundError):
         hf_hub_download("user/dit", WEIGHTS, local_files_only=True)
     assert_same_weights(DiTTransformer2DModel.from_pretrained("user/dit"), model)
+
+
+def test_large_files(fake_hub):
+    data = b"x" * 100_000
+    create_repo("user/data", token=fake_hub.token)
+    upload_file(path_or_fileobj=data, path_in_repo="a.bin", repo_id="user/data", token=fake_hub.token)
+    assert list(fake_hub.lfs.values()) == [data]
+    (entry,) = HfApi().get_paths_info("user/data", ["a.bin"])
+    assert (entry.lfs.size, entry.lfs.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    path = hf_hub_download("user/data", "a.bin")
+    assert os.path.basename(os.path.realpath(path)) == entry.lfs.sha256  # the name in the cache
+    # The same content under another name is not sent again.
+    puts = len([1 for method, _ in fake_hub.requests if method == "PUT"])
+    upload_file(path_or_fileobj=data, path_in_repo="b.bin", repo_id="user/data", token=fake_hub.token)
+    assert len([1 for method, _ in fake_hub.requests if method == "PUT"]) == puts == 1
+    assert fake_hub.repos["user/data"].files()["b.bin"] == data
+    response = get_session().put(f"{fake_hub.url}/lfs/{'0' * 64}", content=b"other")
+    assert response.status_code == 400
 
 
 def test_folders(fake_hub):

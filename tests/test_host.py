@@ -17,7 +17,6 @@ from diffusers import AutoModel, ConfigMixin, DiffusionPipeline, ModelMixin
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models import model_loading_utils
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
-from diffusers.utils import hub_utils
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -685,13 +684,6 @@ class TestContactWithTheHost:
     @pytest.mark.parametrize("name", ["ModelMixin", "SchedulerMixin", "DiffusionPipeline"])
     def test_base_classes_are_where_the_host_looks_for_them(self, name):
         assert getattr(diffusers_terdit, name) is getattr(diffusers, name)
-
-    def test_private_functions_of_uploading_exist(self):
-        upload = inspect.signature(ModelMixin._upload_folder).parameters
-        assert {"working_dir", "repo_id", "token", "commit_message", "create_pr"} <= set(upload)
-        assert next(iter(inspect.signature(hub_utils.load_or_create_model_card).parameters)) == "repo_id_or_path"
-        assert "token" in inspect.signature(hub_utils.load_or_create_model_card).parameters
-        assert callable(hub_utils.populate_model_card)
 
     def test_config_hooks_that_are_overridden_exist(self):
         assert list(inspect.signature(ConfigMixin.extract_init_dict).parameters) == ["config_dict", "kwargs"]

@@ -3,12 +3,14 @@
 # diffusers looks these base classes up by name in the package that a model_index.json names.
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
-from . import hub, losses, training
+from . import hub, losses, quantization, training
 from .conversion import convert_original_checkpoint
+from .hub import export_remote_code
 from .layers import TernaryLinear
 from .models.transformer_terdit import TerDiTTransformer2DModel
 from .ops import pack_ternary, ternarize, unpack_ternary
 from .pipelines.pipeline_terdit import TerDiTPipeline
+from .quantization import TernaryConfig
 
 
 __version__ = "0.1.0"
@@ -18,8 +20,10 @@ __all__ = [
     "SchedulerMixin",
     "TerDiTPipeline",
     "TerDiTTransformer2DModel",
+    "TernaryConfig",
     "TernaryLinear",
     "convert_original_checkpoint",
+    "export_remote_code",
     "losses",
     "pack_ternary",
     "ternarize",
@@ -28,3 +32,4 @@ __all__ = [
 ]
 
 hub.register()
+quantization.register()

@@ -6,25 +6,31 @@ the only one it may build.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL
-from diffusers.utils import logging
-from huggingface_hub import HfApi, hf_hub_download
+from diffusers import AutoencoderKL, ModelMixin
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, logging
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from .host import load_pickle
+from .host import ORIGINAL, PACKING, SCALE_SUFFIX, VERSION, hub_errors, load_pickle
 from .models.transformer_terdit import TerDiTTransformer2DModel
 from .ops import pack_ternary, reference, ternarize
 from .pipelines.pipeline_terdit import TerDiTPipeline, default_scheduler
+from .quantization import TernaryConfig, find_granularity, saved_scale, select_layers, ternary_tensors
 
 
 logger = logging.get_logger(__name__)
@@ -216,7 +222,8 @@ def convert_original_checkpoint(
     """Read a checkpoint as TerDiT's authors publish it, exactly.
 
     Labels become standard ImageNet ids (the authors' rows are in string order), with their names. Guidance acts on the
-    first 3 channels, as the authors sample.
+    first 3 channels, as the authors sample. The transformer's config records names and sha256 of the files, and the
+    repository, for the card of a later `push_to_hub`.
 
     Args:
         path (`str` or `os.PathLike`): Folder with `consolidated[_ema][_ternary].00-of-01.pth` and `model_args.pth`, or
@@ -246,7 +253,8 @@ def convert_original_checkpoint(
     if folder.is_dir():
         weights, arguments = _local_files(folder, weights_name)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not Path(path).exists():
-        weights, arguments = _hub_files(str(path), subfolder, weights_name, revision=revision, token=token)
+        with hub_errors(path, revision):
+            weights, arguments = _hub_files(str(path), subfolder, weights_name, revision=revision, token=token)
     else:
         raise FileNotFoundError(f"{folder} is not a folder.")
 
@@ -259,12 +267,22 @@ def convert_original_checkpoint(
     transformer = _with_file_name(
         weights, lambda: _convert_transformer(state_dict, args, weight_format, num_attention_heads)
     )
+    original = {
+        "repo_id": None if folder.is_dir() else str(path),
+        "sha256": {file.name: _sha256(file) for file in (weights, arguments)},
+    }
+    transformer.register_to_config(**{ORIGINAL: original})
     if vae == "auto":
         vae = f"stabilityai/sd-vae-ft-{args.get('vae', 'ema')}"
     if isinstance(vae, (str, os.PathLike)):
         vae = AutoencoderKL.from_pretrained(vae)
     id2label = imagenet_labels() if transformer.config.num_classes == 1000 else None
     return TerDiTPipeline(transformer, default_scheduler(), vae, id2label, guidance_channels=GUIDANCE_CHANNELS)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _with_file_name(path: Path, convert: Callable[[], Any]) -> Any:
@@ -295,3 +313,203 @@ def _convert_transformer(
     if weight_format == "float":
         model.unpack()
     return model.eval()
+
+
+# Other ternary models, published as dense tensors
+
+
+def is_diffusers_checkpoint(path: str | os.PathLike) -> bool:
+    """Whether a folder or Hub repository holds a diffusers pipeline or model: a model_index.json or config.json."""
+    names = ("model_index.json", "config.json")
+    if Path(path).is_dir():
+        return any((Path(path) / name).is_file() for name in names)
+    if Path(path).exists() or str(path).count("/") != 1:
+        return False
+    with hub_errors(path):
+        return any(HfApi().file_exists(str(path), name) for name in names)
+
+
+def convert_dense_checkpoint(
+    path: str | os.PathLike,
+    output: str | os.PathLike,
+    granularity: str | int | None = None,
+    component: str = "transformer",
+    max_shard_size: int = 2 * 10**9,
+    revision: str | None = None,
+    **patterns: Any,
+) -> Path:
+    """Pack a ternary model of any diffusers class whose weights were published as dense tensors, without any loss.
+
+    One tensor is in memory at a time, and the packed ones of a shard. Other components of a pipeline are copied.
+
+    Args:
+        path (`str` or `os.PathLike`): Pipeline folder with a model_index.json, model folder, or Hub id.
+        output (`str` or `os.PathLike`): Folder to write; it must not exist, or be empty.
+        granularity (`str` or `int`, *optional*): What one scale covers, see [`TernaryConfig`]; default the coarsest
+            that fits the first layer.
+        component (`str`, defaults to `"transformer"`): The ternary model of a pipeline.
+        max_shard_size (`int`, defaults to 2 GB): Bytes per file; a shard is in memory until it is written.
+        revision (`str`, *optional*): Branch, tag or commit of a Hub id.
+        patterns: `include` and `exclude` of [`TernaryConfig`].
+
+    Returns:
+        `pathlib.Path`: `output`; it loads with the class it was made for, after `import diffusers_terdit`.
+
+    Raises:
+        ValueError: A weight is not ternary (layer and group are named), the folder holds another layout, or there is
+            nothing to pack.
+        OSError: A file or repository cannot be read, or `output` is not empty.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} exists and is not an empty folder; choose another, or remove it.")
+    source = Path(path)
+    if not source.is_dir():
+        with hub_errors(path, revision):
+            source = Path(snapshot_download(str(path), revision=revision))
+    is_pipeline = (source / "model_index.json").is_file()
+    folder = source / component if is_pipeline else source
+    if not (folder / "config.json").is_file():
+        raise OSError(f"{folder} has no config.json; `path` must be a diffusers pipeline or model, in folders.")
+    partial = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        if is_pipeline:
+            # files that are links, as in the Hub's cache, are followed
+            shutil.copytree(source, partial, ignore=lambda here, names: {component} if Path(here) == source else set())
+        _pack_model(folder, partial / component if is_pipeline else partial, granularity, max_shard_size, patterns)
+        if output.exists():
+            output.rmdir()
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return output
+
+
+def _pack_model(
+    source: Path, output: Path, granularity: str | int | None, max_shard_size: int, patterns: dict[str, Any]
+) -> None:
+    """`convert_dense_checkpoint` for one model's folder."""
+    raw = json.loads((source / "config.json").read_text("utf-8"))
+    cls: Any = getattr(diffusers, str(raw.get("_class_name")), None)
+    if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
+        raise ValueError(f"{source}/config.json names the class {raw.get('_class_name')!r}, which diffusers has not.")
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method")
+        raise ValueError(f"{source} is quantized already ({method}); convert the repository of dense weights.")
+    with init_empty_weights():
+        model = cls.from_config(raw)  # type: ignore[attr-defined]
+    tensors = dict(_dense_tensors(source))
+    _refuse_other_layouts(source, tensors)
+    linears = select_layers(model, TernaryConfig(granularity="tensor", **patterns))
+    missing = [name for name in linears if f"{name}.weight" not in tensors]
+    if missing:
+        raise ValueError(f"{source} has no {missing[0]}.weight ({len(missing)} dense weights are missing).")
+
+    def read(name: str) -> Tensor:
+        with safe_open(tensors[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    if granularity is None:
+        granularity = find_granularity(read(f"{next(iter(linears))}.weight"), next(iter(linears)))
+    config = TernaryConfig(granularity=granularity, exact=True, **patterns)
+    select_layers(model, config)  # whether every layer takes it
+    output.mkdir(parents=True, exist_ok=True)
+    shards: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    metadata = {"format": "pt", "terdit.version": VERSION, "terdit.packing": PACKING}
+
+    def flush() -> None:
+        if shard:
+            save_file(shard, output / f"shard-{len(shards)}", metadata=metadata)
+            shards.append(list(shard))
+            shard.clear()
+
+    total = 0
+    for name in tensors:
+        layer = name.removesuffix(".weight")
+        weight = read(name)
+        packed = layer in linears and name.endswith(".weight")
+        made = ternary_tensors(weight, config, layer) if packed else {name: weight}
+        for key, tensor in made.items():
+            full = f"{layer}.{key}" if packed else key
+            tensor = saved_scale(tensor) if full.endswith(SCALE_SUFFIX) else tensor
+            if sum(t.nbytes for t in shard.values()) + tensor.nbytes > max_shard_size:
+                flush()
+            shard[full] = tensor.contiguous()
+            total += tensor.nbytes
+    flush()
+    stem, suffix = SAFETENSORS_WEIGHTS_NAME.rsplit(".", 1)
+    files = [
+        f"{stem}-{i + 1:05d}-of-{len(shards):05d}.{suffix}" if len(shards) > 1 else SAFETENSORS_WEIGHTS_NAME
+        for i in range(len(shards))
+    ]
+    for i, file in enumerate(files):
+        (output / f"shard-{i}").rename(output / file)
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (output / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+    raw.pop("_name_or_path", None)
+    raw["quantization_config"] = config.to_dict()
+    (output / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _dense_tensors(folder: Path) -> Iterator[tuple[str, Path]]:
+    """(name, file) of every tensor in a model's folder, in the order of the files."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    files = [folder / SAFETENSORS_WEIGHTS_NAME]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise ValueError(f"{index} names files outside its folder.")
+        files = [folder / name for name in names]
+    for file in files:
+        if not file.is_file():
+            raise OSError(f"{file} does not exist; only safetensors files are converted.")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                names = list(opened.keys())
+        except SafetensorError as error:
+            raise OSError(f"{file} is not a readable safetensors file ({error}). Download it again.") from error
+        yield from ((name, file) for name in names)
+
+
+def _refuse_other_layouts(folder: Path, names: Iterable[str]) -> None:
+    leaves = {name.rpartition(".")[2] for name in names}
+    if {"scales", "biases"} <= leaves:
+        raise ValueError(
+            f"{folder} is quantized for Apple's MLX (tensors `scales`, `biases`): `scale * code + bias` in MLX's own"
+            " order of bits. Convert the repository of dense weights, often called `-unpacked`."
+        )
+    if "W_q" in leaves:
+        raise ValueError(
+            f"{folder} is packed for gemlite (tensors `W_q`), in an order of bits that is gemlite's own and not"
+            " documented. Convert the repository of dense weights, often called `-unpacked`."
+        )
+
+
+def swap_bitnet_order(weight_packed: Tensor) -> Tensor:
+    """Between transformers' BitNet layout and this package's: the same codes, the quarters in the opposite order.
+
+    BitNet's `weight` holds the first quarter of the rows in bits 1:0, this package's `weight_packed` in bits 7:6. The
+    function is its own inverse. BitNet's layers divide by their `weight_scale` where it was saved by
+    `BitLinear`, and multiply by it in `AutoBitLinear`: take the reciprocal for the former.
+
+    Args:
+        weight_packed (`torch.Tensor`): (N/4, K), uint8.
+
+    Returns:
+        `torch.Tensor`: (N/4, K), uint8.
+
+    Raises:
+        ValueError: Not a uint8 matrix, or a code that is not ternary.
+    """
+    if weight_packed.dtype != torch.uint8 or weight_packed.dim() != 2:
+        raise ValueError(
+            f"Packed BitNet weights are a uint8 matrix, got {tuple(weight_packed.shape)}, {weight_packed.dtype}."
+        )
+    if reference.has_invalid_code(weight_packed):
+        raise ValueError("The weight holds code 3, which is not a ternary value.")
+    w = weight_packed
+    return w >> 6 | (w >> 2) & 0b1100 | (w << 2) & 0b110000 | w << 6

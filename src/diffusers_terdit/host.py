@@ -19,9 +19,12 @@ import pickle
 import struct
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from enum import Enum
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from zipfile import is_zipfile
 
@@ -31,21 +34,40 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.hooks.group_offloading import _GROUP_OFFLOADING
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders import peft as peft_loader
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
-from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, logging
-from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
-from huggingface_hub import create_repo, split_torch_state_dict_into_shards
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, is_peft_available, logging
+from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import httpx
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .ops import reference
 
 
+if is_peft_available():  # diffusers has imported it by now
+    from peft.tuners.lora.layer import Linear as LoraLinear
+else:
+    LoraLinear = torch.nn.Module
+
 logger = logging.get_logger(__name__)
 
 PACKING = "row-chunk-2bit"
 VERSION = "1"
 INSTALL_NUMBA = "pip install 'diffusers-terdit[cpu]'"
+ORIGINAL = "_converted_from"  # in the config: the files a model was converted from; the host passes `_...` along
 PACKED_SUFFIX = "weight_packed"
 SCALE_SUFFIX = "weight_scale"
 
@@ -80,6 +102,14 @@ def register(package: str, classes: Iterable[type], blocks: Iterable[type]) -> N
             setattr(diffusers, cls.__name__, cls)
     for block in blocks:
         TransformerBlockRegistry.register(block, TransformerBlockMetadata(return_hidden_states_index=0))
+
+
+def register_quantizer(
+    method: Enum, config: type[QuantizationConfigMixin], quantizer: type[DiffusersQuantizer]
+) -> None:
+    """Make diffusers find a quantization method by its name, as it does its own."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING[method.value] = config
+    AUTO_QUANTIZER_MAPPING[method.value] = quantizer
 
 
 def digest(tensors: Iterable[tuple[str, str, tuple[int, ...], Iterable[bytes | memoryview]]]) -> str:
@@ -278,7 +308,7 @@ def warn_half_precision_codes(dtype: torch.dtype | None) -> None:
 def warn_no_integer_kernel(device_type: str) -> None:
     """Say, once, why integer activations that were asked for, or would be used, are not."""
     if device_type != "cpu":
-        logger.warning(f"There are no integer kernels for {device_type}; ternary layers compute exactly there.")
+        logger.warning(f"There are no integer kernels for this {device_type} device; ternary layers compute exactly.")
     elif find_spec("numba") is None:
         logger.warning(f"bfloat16 on this CPU would be faster and more accurate with numba: {INSTALL_NUMBA}")
     else:
@@ -314,6 +344,11 @@ def _check_metadata(path: Path, metadata: dict[str, str], packed_model: bool) ->
         )
 
 
+def check_metadata(path: str | os.PathLike, packed: bool) -> None:
+    """Raise a `ValueError` where a safetensors file says that it has another format, an `OSError` where it is none."""
+    _check_metadata(Path(path), _WeightsFile(path).metadata, packed)
+
+
 def _raise_format_mismatch(path: Path, name: str, packed_model: bool) -> None:
     if name.split(".")[-1] == PACKED_SUFFIX and not packed_model:
         raise ValueError(
@@ -322,17 +357,192 @@ def _raise_format_mismatch(path: Path, name: str, packed_model: bool) -> None:
         )
 
 
+@contextmanager
+def hub_errors(name: str | os.PathLike, revision: str | None = None, writing: bool = False) -> Iterator[None]:
+    """Turn what goes wrong with a Hub repository into an `OSError` that names it and says what to do.
+
+    Args:
+        name (`str` or `os.PathLike`): Repository; for a local folder nothing is changed.
+        revision (`str`, *optional*): Branch, tag or commit.
+        writing (`bool`): Whether the token needs to write.
+    """
+    try:
+        yield
+    except (OSError, HfHubHTTPError, httpx.TransportError, RuntimeError) as error:  # the last from LFS uploads
+        message = None if os.path.isdir(name) else _hub_message(str(name), revision, writing, error)
+        if message is None:
+            raise
+        raise OSError(message) from error
+
+
+def _hub_message(name: str, revision: str | None, writing: bool, error: BaseException) -> str | None:
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    verb = "write to" if writing else "read"
+    access = f"log in with `hf auth login`, or pass the `token=` of an account that may {verb} it"
+
+    def found(*kinds: type[BaseException]) -> BaseException | None:
+        return next((cause for cause in causes if isinstance(cause, kinds)), None)
+
+    if found(GatedRepoError):
+        return f"{name} is gated: accept its terms on https://huggingface.co/{name}, then {access}."
+    http = found(HfHubHTTPError)
+    status = getattr(getattr(http, "response", None), "status_code", 0)
+    reason = (str(http).strip().splitlines() or [""])[-1]
+    if status in (401, 403) and (writing or not found(RepositoryNotFoundError)):
+        return f"The Hub does not let you {verb} {name} ({status}: {reason}): {access}."
+    if found(RevisionNotFoundError):
+        return f"{name} has no branch, tag or commit {revision!r}; see https://huggingface.co/{name}/branches."
+    if found(RepositoryNotFoundError):
+        return f"There is no repository {name} on the Hub, or it is private: check the name, or {access}."
+    if found(OfflineModeIsEnabled) and writing:
+        return f"HF_HUB_OFFLINE is set, so nothing can be uploaded to {name}."
+    if found(OfflineModeIsEnabled):
+        return f"{name} is not in the cache as a whole, and HF_HUB_OFFLINE forbids to download. Load it once online."
+    if status == 429 or status >= 500 or (writing and status):
+        return f"The Hub answered {status} for {name} ({reason}). Try again later."
+    broken = found(httpx.TransportError)
+    if broken:
+        return (
+            f"The connection to the Hub broke off at {name} ({type(broken).__name__}: {broken}). Try again: files that"
+            " had arrived whole are not sent twice."
+        )
+    if found(LocalEntryNotFoundError):
+        return f"{name} is not in the cache as a whole. Load it once without `local_files_only`."
+    return None
+
+
 class PortableConfigMixin(ConfigMixin):
-    """`ConfigMixin` that saves no path of this machine."""
+    """`ConfigMixin` that saves no path of this machine, and that remote code leaves no trace in."""
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        # `auto_map` belongs to the repository that the code comes with; the host would warn, and save it again.
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     def to_json_string(self) -> str:
         """The config as JSON, without `_name_or_path`."""
         config = json.loads(super().to_json_string())
         config.pop("_name_or_path", None)
+        for key, value in config.items():
+            if isinstance(value, list) and len(value) == 2 and str(value[0]).startswith("diffusers_modules."):
+                config[key] = ["diffusers_terdit", value[1]]  # a component that was loaded with its own code
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
-class TernaryModelMixin(ModelMixin, PortableConfigMixin):
+def scrub_paths(folder: str | os.PathLike) -> None:
+    """Take `_name_or_path`, a path of this machine, out of the configs in a saved model or pipeline."""
+    for path in [*Path(folder).glob("*config.json"), *Path(folder).glob("*/*config.json")]:
+        config = json.loads(path.read_text("utf-8"))
+        if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+class HubMixin:
+    """Uploads with a model card, for layer, model and pipeline."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        license: str | None = None,
+        base_model: str | None = None,
+        images: Any = None,
+    ) -> Any:
+        """Save, and upload with a model card.
+
+        A README.md that the repository has keeps its author's text and metadata; the generated part is renewed.
+
+        Args:
+            repo_id (`str`): Repository, made if it does not exist.
+            commit_message (`str`, *optional*): Default "Upload" and the name of the class.
+            private (`bool`, *optional*): Of a repository that is made.
+            token (`str`, *optional*): Default the one of `hf auth login`.
+            create_pr (`bool`): Open a pull request instead.
+            safe_serialization (`bool`): See `save_pretrained`.
+            variant (`str`, *optional*): See `save_pretrained`.
+            subfolder (`str`, *optional*): Folder of the repository; then no card is written.
+            revision (`str`, *optional*): Branch, made from `main` if it does not exist.
+            license (`str`, *optional*): For the card, an identifier as on the Hub. None is guessed.
+            base_model (`str`, *optional*): For the card: Hub id of what this was made from; default the one it was
+                converted or loaded from, where that is known.
+            images (`list` or `dict` of `PIL.Image.Image`, *optional*): Pictures for the card, with captions as keys;
+                such as `pipe(...).images`.
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`]: The commit.
+
+        Raises:
+            OSError: The Hub does not allow it, or cannot be reached.
+            ValueError: `images` hold something else, or the metadata of the repository's README.md is not YAML.
+        """
+        from . import card
+
+        repo_id = card.create_repository(repo_id, private, token, revision)  # what is not allowed, before the work
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)  # type: ignore[attr-defined]
+            return self._push_folder(
+                Path(folder),
+                repo_id=repo_id,
+                commit_message=commit_message,
+                token=token,
+                create_pr=create_pr,
+                variant=variant,
+                subfolder=subfolder,
+                revision=revision,
+                license=license,
+                base_model=base_model,
+                images=images,
+            )
+
+    def _push_folder(
+        self,
+        folder: Path,
+        repo_id: str | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        license: str | None = None,
+        base_model: str | None = None,
+        images: Any = None,
+    ) -> Any:
+        from . import card
+
+        scrub_paths(folder)
+        repo_id = card.create_repository(repo_id or folder.resolve().name, private, token, revision)
+        shown, pictures = card.encode_pictures(images)
+        arguments = {"revision": revision, "variant": variant}
+        text = None if subfolder else card.model_card(self, repo_id, None, shown, license, base_model, arguments)
+        given = {"license": license, "base_model": base_model}
+        return card.push_folder(
+            folder,
+            repo_id,
+            text,
+            [key for key, value in given.items() if value],
+            pictures,
+            commit_message or f"Upload {type(self).__name__}",
+            token,
+            create_pr,
+            subfolder,
+            revision,
+        )
+
+
+class TernaryModelMixin(HubMixin, ModelMixin, PortableConfigMixin):
     """`ModelMixin` with strict loading, digests in what it saves, and float32 scales: base of layer and model."""
 
     # ModelMixin answers attribute look-ups from the config too, which hides parameters and submodules that share a
@@ -353,7 +563,8 @@ class TernaryModelMixin(ModelMixin, PortableConfigMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         default_dtype = torch.get_default_dtype()
         try:
-            output = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            with hub_errors(pretrained_model_name_or_path, kwargs.get("revision")):
+                output = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         finally:
             torch.set_default_dtype(default_dtype)  # the host forgets to when a config is refused
         model = output[0] if isinstance(output, tuple) else output
@@ -408,31 +619,33 @@ class TernaryModelMixin(ModelMixin, PortableConfigMixin):
                 `diffusion_pytorch_model.<variant>.safetensors`.
             max_shard_size (`int` or `str`): Bytes, or a string such as `"5GB"`.
             push_to_hub (`bool`): Upload afterwards, to `repo_id` among `kwargs`.
-            kwargs: `repo_id`, `token`, `private`, `create_pr`, `commit_message` of the upload.
+            kwargs: The other arguments of `push_to_hub`.
 
         Raises:
-            ValueError: `save_directory` is a file.
+            ValueError: `save_directory` is a file, or the model carries adapters.
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"`save_directory` must be a folder, {save_directory} is a file.")
-        if not safe_serialization or kwargs.get("use_flashpack"):
-            return super().save_pretrained(
+        refuse_adapters(self, "saving the model")
+        folder = Path(save_directory)
+        flashpack = kwargs.pop("use_flashpack", False)
+        if not safe_serialization or flashpack:
+            super().save_pretrained(
                 save_directory,
                 is_main_process=is_main_process,
                 save_function=save_function,
                 safe_serialization=safe_serialization,
                 variant=variant,
                 max_shard_size=max_shard_size,
-                push_to_hub=push_to_hub,
-                **kwargs,
+                use_flashpack=flashpack,
             )
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._save_safetensors(folder, variant, max_shard_size, clear=is_main_process)
-        if is_main_process:  # last: weights that could not be written leave the old config beside the old weights
-            self.save_config(folder)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._save_safetensors(folder, variant, max_shard_size, clear=is_main_process)
+            if is_main_process:  # last: weights that could not be written leave the old config beside the old weights
+                self.save_config(folder)
         if push_to_hub:
-            self._push_folder(folder, **kwargs)
+            self._push_folder(folder, variant=variant, **kwargs)
 
     def _save_safetensors(self, folder: Path, variant: str | None, max_shard_size: int | str, clear: bool) -> None:
         def named(name: str) -> str:  # "a.safetensors" -> "a.<variant>.safetensors", as diffusers does
@@ -467,10 +680,206 @@ class TernaryModelMixin(ModelMixin, PortableConfigMixin):
             for path in stale - {folder / filename for filename in split.filename_to_tensors}:
                 path.unlink(missing_ok=True)
 
-    def _push_folder(self, folder: Path, **kwargs: Any) -> None:
-        upload = {key: kwargs.get(key) for key in ("token", "commit_message")}
-        repo_id = kwargs.get("repo_id") or folder.name
-        repo_id = create_repo(repo_id, exist_ok=True, private=kwargs.get("private"), token=kwargs.get("token")).repo_id
-        card = populate_model_card(load_or_create_model_card(repo_id, token=kwargs.get("token")))
-        card.save(folder / "README.md")
-        self._upload_folder(folder, repo_id, create_pr=kwargs.get("create_pr", False), **upload)
+
+class TernaryLoraLinear(LoraLinear):
+    """PEFT's LoRA around a ternary layer: the base stays as it is, in either format, and is never written to."""
+
+    def _get_in_out_features(self, module: torch.nn.Module) -> tuple[int, int]:
+        return module.in_features, module.out_features  # type: ignore[return-value]  # PEFT would warn
+
+    def _get_base_layer_device_and_dtype(self, base_layer: torch.nn.Module):
+        return base_layer.weight_scale.device, None  # the dtype of the codes is not that of the adapter
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(FUSE_MESSAGE)
+
+
+FUSE_MESSAGE = (
+    "A ternary weight cannot take in an adapter: the sum is no longer ternary. Keep the adapter beside it, or fuse it"
+    " into a dense copy: `dense = model.dequantize()` of the model without the adapter, then"
+    " `dense.load_lora_adapter(...)` and `dense.fuse_lora()`."
+)
+
+# What PEFT starts without reading the dense weight.
+_LORA_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+def refuse_adapters(model: torch.nn.Module, action: str) -> None:
+    """Raise if a model carries adapters: its state dict has their tensors, and other names for the layers."""
+    if names := list(getattr(model, "peft_config", None) or {}):
+        raise ValueError(
+            f"The model carries adapters, {names}. `save_lora_adapter` saves them; call `unload_lora()` before"
+            f" {action}."
+        )
+
+
+@contextmanager
+def _peft() -> Iterator[None]:
+    """PEFT, or an error that says what to install; without its warning that a second adapter is a second adapter."""
+    if not is_peft_available():
+        raise ImportError("LoRA needs PEFT: pip install 'diffusers-terdit[lora]'")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+        yield
+
+
+class TernaryAdapterMixin(PeftAdapterMixin):
+    """`PeftAdapterMixin` that knows ternary layers; PEFT itself takes `nn.Linear` and its own list of others."""
+
+    _adapter_layer_class: type[torch.nn.Module]
+
+    def _ternary_adapter_config(self, adapter_config: Any) -> Any:
+        """Teach a PEFT config the ternary layer, and refuse what would need its dense weight."""
+        rows = getattr(adapter_config, "trainable_token_indices", None)
+        null = getattr(self.config, "num_classes", None)  # type: ignore[attr-defined]
+        if isinstance(rows, dict) and null is not None and max(rows.get("class_embed") or [-1]) >= null:
+            raise ValueError(
+                f"The adapter trains rows {rows['class_embed']} of the label table; here row {null} is the null label."
+                " For new classes call `model.add_classes(...)` first, as when the adapter was trained."
+            )
+        beside = {name: getattr(adapter_config, name, None) for name in ("modules_to_save", "bias")}
+        if kept := [f"{name}={value!r}" for name, value in beside.items() if value not in (None, "none", [])]:
+            raise ValueError(
+                f"{', '.join(kept)}: trains weights of the model itself, which diffusers cannot switch off or take out"
+                " again. Name the layers in `target_modules`; for rows of the label table, `trainable_token_indices`."
+            )
+        if not any(isinstance(module, self._adapter_layer_class) for module in self.modules()):  # type: ignore[attr-defined]
+            return adapter_config
+        if not hasattr(adapter_config, "_register_custom_module"):
+            raise ValueError(
+                f"Ternary layers take LoRA adapters, got {type(adapter_config).__name__}. Pass a `peft.LoraConfig`, or"
+                " adapt the full-precision model that `model.dequantize()` gives."
+            )
+        wrong = [name for name in ("use_dora", "kasa_config") if getattr(adapter_config, name, None)]
+        if adapter_config.init_lora_weights not in _LORA_STARTS:
+            wrong.append(f"init_lora_weights={adapter_config.init_lora_weights!r}")
+        if wrong:
+            raise ValueError(
+                f"{', '.join(wrong)}: reads a dense weight, which a ternary layer has not. Use plain LoRA, or adapt"
+                " the full-precision model that `model.dequantize()` gives."
+            )
+        adapter_config._register_custom_module({self._adapter_layer_class: TernaryLoraLinear})
+        return adapter_config
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
+        """Add a fresh LoRA adapter and make it the active one; only its weights take gradients afterwards.
+
+        Args:
+            adapter_config (`peft.LoraConfig`): `target_modules` by name, such as `["to_q", "to_v", "to_out.0"]`.
+            adapter_name (`str`, defaults to `"default"`): To tell several apart.
+
+        Raises:
+            ValueError: No plain LoRA (DoRA, another method, a start from the dense weight), or the name is taken.
+        """
+        with _peft():
+            super().add_adapter(self._ternary_adapter_config(adapter_config), adapter_name)
+
+    def load_lora_adapter(
+        self, pretrained_model_name_or_path_or_dict, prefix: str | None = None, hotswap: bool = False, **kwargs: Any
+    ) -> None:
+        """Load what `save_lora_adapter` wrote; see [`~loaders.PeftAdapterMixin.load_lora_adapter`].
+
+        Args:
+            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`): Folder, Hub repository or tensors.
+            prefix (`str`, *optional*): Of the names in the file; `save_lora_adapter` writes none.
+            hotswap (`bool`): Put the weights in the place of the adapter of that name, for compiled models.
+            kwargs: `adapter_name`, `weight_name`, `revision`, `token`, ...
+
+        Raises:
+            ValueError: No plain LoRA, or it is of another model: a layer is missing or has another size.
+            OSError: The file is missing or cannot be read.
+        """
+        given, plain, configs = pretrained_model_name_or_path_or_dict, peft_loader._create_lora_config, []
+
+        def create(state_dict: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+            self._check_adapter(state_dict)
+            configs.append(self._ternary_adapter_config(plain(state_dict, *args, **kwargs)))
+            return configs[-1]
+
+        if kwargs.get("weight_name") is None:
+            kwargs.setdefault("use_safetensors", True)  # otherwise the host looks for a pickle
+        peft_loader._create_lora_config = create
+        try:
+            with _peft():
+                super().load_lora_adapter(given, prefix=prefix, hotswap=hotswap, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"{given} holds no readable safetensors file ({error}). Download or save it again."
+            ) from error
+        finally:
+            peft_loader._create_lora_config = plain
+        if not configs:  # the host warns
+            where = "" if isinstance(given, dict) else f" in {given}"
+            raise ValueError(f"There is no LoRA{where} whose names start with {prefix!r}. Try `prefix=None`.")
+
+    def _check_adapter(self, state_dict: dict[str, torch.Tensor]) -> None:
+        """Raise unless every LoRA matrix has its partner and a layer of this model that it fits; the host warns."""
+        modules = dict(self.named_modules())  # type: ignore[attr-defined]
+        for key, tensor in state_dict.items():
+            name, _, part = key.partition(".lora_")
+            sizes = {"A.weight": ("in_features", -1), "B.weight": ("out_features", 0)}
+            if part and name not in modules:
+                raise ValueError(
+                    f"The adapter's tensor `{key}` is for a layer that {type(self).__name__} does not have."
+                )
+            if part in sizes:
+                other = f"{name}.lora_{'B' if part[0] == 'A' else 'A'}.weight"
+                if other not in state_dict:
+                    raise ValueError(f"The adapter has `{key}`, but no `{other}`.")
+                attribute, dim = sizes[part]
+                size = getattr(modules[name], attribute, tensor.shape[dim])
+                if tensor.shape[dim] != size:
+                    raise ValueError(
+                        f"The adapter's tensor `{key}` has shape {list(tensor.shape)}, the layer's `{attribute}` is"
+                        f" {size}."
+                    )
+
+    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """Not on a ternary model; on a full-precision one as in diffusers.
+
+        Raises:
+            ValueError: A ternary layer has an adapter.
+        """
+        if any(isinstance(module, TernaryLoraLinear) for module in self.modules()):  # type: ignore[attr-defined]
+            raise ValueError(FUSE_MESSAGE)  # before a dense layer is fused
+        super().fuse_lora(*args, **kwargs)
+
+    def unload_lora(self) -> None:
+        """Take all adapters out; the model computes what it did before the first. Its own weights stay frozen."""
+        for name, module in list(self.named_modules()):  # type: ignore[attr-defined]
+            if adapter := getattr(module, "token_adapter", None):  # the host would leave half of its wrapper
+                parent, _, child = name.rpartition(".")
+                setattr(self.get_submodule(parent), child, adapter.base_layer)  # type: ignore[attr-defined]
+        super().unload_lora()
+
+
+class _AnyModelAdapterMixin(TernaryAdapterMixin):
+    """The same for a model of diffusers whose pipelines name their tensors "transformer...."."""
+
+    def load_lora_adapter(
+        self,
+        pretrained_model_name_or_path_or_dict,
+        prefix: str | None = "transformer",
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().load_lora_adapter(pretrained_model_name_or_path_or_dict, prefix, hotswap, **kwargs)
+
+
+@cache
+def _taking_adapters(cls: Any, layer_class: Any) -> type[ModelMixin]:
+    names = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_adapter_layer_class": layer_class}
+    return type(cls.__name__, (_AnyModelAdapterMixin, cls), names)
+
+
+def take_adapters(model: ModelMixin, layer_class: type[torch.nn.Module] | None) -> None:
+    """Let a model of any class of diffusers carry LoRA on ternary layers; `None`: let it be as it was.
+
+    The model becomes one of a subclass of the same name, whose `add_adapter` and `load_lora_adapter` know the layer.
+    """
+    cls = type(model)
+    plain = cls.__bases__[1] if cls.__bases__[0] is _AnyModelAdapterMixin else cls
+    if layer_class is None or not issubclass(plain, PeftAdapterMixin):
+        model.__class__ = plain
+    else:
+        model.__class__ = _taking_adapters(plain, layer_class)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ Shapes: B images, C channels, h x w latents, p patch size, L = h*w/p^2 tokens, D
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.loaders import PeftAdapterMixin
+from diffusers.hooks import FasterCacheConfig
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
@@ -13,7 +13,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps, apply_rota
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from ..host import TernaryModelMixin
+from ..host import TernaryAdapterMixin, TernaryModelMixin, refuse_adapters
 from ..layers import TernaryLinear
 
 
@@ -155,7 +155,7 @@ class TerDiTOutNorm(nn.Module):
         return self.norm(hidden_states) * (1 + scale) + shift
 
 
-class TerDiTTransformer2DModel(TernaryModelMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+class TerDiTTransformer2DModel(TernaryModelMixin, TernaryAdapterMixin, CacheMixin, AttentionMixin):
     r"""Class-conditional diffusion transformer with ternary weights in attention, feed-forward and adaLN.
 
     Args:
@@ -194,6 +194,7 @@ class TerDiTTransformer2DModel(TernaryModelMixin, PeftAdapterMixin, CacheMixin, 
     _no_split_modules = ["TerDiTBlock"]
     _repeated_blocks = ["TerDiTBlock"]
     _skip_layerwise_casting_patterns = ["proj_in", "time_embed", "class_embed", "norm", "weight_scale"]
+    _adapter_layer_class = TernaryLinear
     ignore_for_config = ["initialization"]
 
     @register_to_config
@@ -311,6 +312,19 @@ class TerDiTTransformer2DModel(TernaryModelMixin, PeftAdapterMixin, CacheMixin, 
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
+    def enable_cache(self, config) -> None:
+        """Turn on a step cache; see [`~models.CacheMixin.enable_cache`]. Which ones help: docs/few_steps.md.
+
+        Raises:
+            ValueError: FasterCache's skipping of the unconditional half, which cannot tell that half here.
+        """
+        if isinstance(config, FasterCacheConfig) and not config.is_guidance_distilled:
+            raise ValueError(
+                "FasterCache leaves out the first half of a guided batch, which holds the labels here, and does not"
+                " see inputs that are passed by position. For its attention half alone: `is_guidance_distilled=True`."
+            )
+        super().enable_cache(config)
+
     def ternary_layers(self) -> dict[str, TernaryLinear]:
         """The ternary layers by name."""
         return {name: module for name, module in self.named_modules() if isinstance(module, TernaryLinear)}
@@ -338,6 +352,29 @@ class TerDiTTransformer2DModel(TernaryModelMixin, PeftAdapterMixin, CacheMixin, 
         self.register_to_config(weight_format="float")
         return self
 
+    @torch.no_grad()
+    def add_classes(self, count: int = 1) -> "TerDiTTransformer2DModel":
+        """Make room for new labels, in place, after the last one; all old labels keep their outputs.
+
+        The null label is always row `num_classes`, so it moves up by `count`. The new rows start as copies of it: an
+        untrained new label is drawn as no label at all.
+
+        Args:
+            count (`int`, defaults to 1): How many.
+
+        Raises:
+            ValueError: No positive number, or the label table has an adapter already.
+        """
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"`count` must be a positive int, got {count!r}.")
+        table, null = self.class_embed, self.config.num_classes
+        if type(table) is not nn.Embedding:
+            raise ValueError(f"The label table is a {type(table).__name__}: add classes before adapters.")
+        rows = torch.cat([table.weight[:null], table.weight[null:].expand(count + 1, -1)])
+        self.class_embed = nn.Embedding.from_pretrained(rows, freeze=not table.weight.requires_grad)
+        self.register_to_config(num_classes=null + count)
+        return self
+
     def set_activation_bits(self, bits: int | str | None) -> None:
         """Round the inputs of the packed layers to integers, for speed: the caller's choice, never saved.
 
@@ -357,7 +394,7 @@ class TerDiTTransformer2DModel(TernaryModelMixin, PeftAdapterMixin, CacheMixin, 
             raise ValueError("This model is full precision (ternary=False); it has no ternary layers to speed up.")
         trained = self.config.activation_bits is not None
         for name, layer in self.ternary_layers().items():
-            gated = name.endswith("down_proj") and not trained
+            gated = "down_proj" in name and not trained  # with an adapter "down_proj.base_layer"
             layer.set_activation_bits(16 if gated and bits == 8 else bits)
 
     def _layers_to_convert(self) -> dict[str, TernaryLinear]:
@@ -369,6 +406,7 @@ class TerDiTTransformer2DModel(TernaryModelMixin, PeftAdapterMixin, CacheMixin, 
         """A new full-precision model (`ternary=False`) with the dense weights `scale * T`; this one stays as it is."""
         if self.config.activation_bits is not None:
             raise ValueError("This model computes with 8-bit activations, which a dense model does not do.")
+        refuse_adapters(self, "dequantizing it")
         dense = type(self).from_config(self.config, weight_format="float", ternary=False).to(self.device)
         state_dict = {k: v for k, v in self.state_dict().items() if not k.rsplit(".", 1)[-1].startswith("weight_")}
         state_dict |= {f"{name}.weight": layer.dequantize() for name, layer in self.ternary_layers().items()}

@@ -102,8 +102,10 @@ def linear(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | N
     output = flat.new_empty(len(flat), out_features)
     grouped = reference.is_grouped(weight_scale)
     for rows, ternary in decode_blocks(weight, weight_scale, flat.dtype):
-        block = reference.dequantize(ternary, weight_scale[rows]).to(flat.dtype) if grouped else ternary
-        torch.mm(flat, block.T, out=output[:, rows])
+        if grouped:  # in place; rounding the scale rounds `scale * T`
+            scale = weight_scale[rows].float().to(flat.dtype).unsqueeze(-1)  # (rows, K/g, 1)
+            ternary.unflatten(1, (scale.shape[1], -1)).mul_(scale)
+        torch.mm(flat, ternary.T, out=output[:, rows])
     if output.dtype == torch.bfloat16:  # a few rows at a time: their float32 form stays in the cache
         for part in output.split(max(1, 2**18 // out_features)):
             part.copy_(reference.scale_and_shift(part, weight_scale, bias))

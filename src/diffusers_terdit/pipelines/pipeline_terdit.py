@@ -6,18 +6,19 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput
+from diffusers import AutoencoderKL, DDPMParallelScheduler, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..host import PortableConfigMixin, is_offloaded, reset_step_caches
+from ..host import HubMixin, PortableConfigMixin, hub_errors, is_offloaded, reset_step_caches, scrub_paths
 from ..models.transformer_terdit import TerDiTTransformer2DModel
 
 
@@ -39,7 +40,7 @@ def default_scheduler() -> DDPMScheduler:
     )
 
 
-class TerDiTPipeline(PortableConfigMixin, DiffusionPipeline):
+class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
     r"""Images from class labels with a [`TerDiTTransformer2DModel`].
 
     Args:
@@ -96,7 +97,35 @@ class TerDiTPipeline(PortableConfigMixin, DiffusionPipeline):
         path = os.fspath(pretrained_model_name_or_path)
         if not os.path.isdir(path) and (os.path.isabs(path) or path.count("/") > 1 or path.startswith((".", "~"))):
             raise FileNotFoundError(f"{path} is not a folder.")
-        return super().from_pretrained(path, **kwargs)
+        with hub_errors(path, kwargs.get("revision")):
+            return super().from_pretrained(path, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save every component into a folder of its own, and `model_index.json`.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Made if it does not exist.
+            safe_serialization (`bool`): Write safetensors instead of pickles.
+            variant (`str`, *optional*): Written into the weights' file names.
+            max_shard_size (`int` or `str`, *optional*): Of a weights file: bytes, or a string such as `"5GB"`.
+            push_to_hub (`bool`): Upload the folder afterwards, to `repo_id` among `kwargs` (default its name).
+            kwargs: The other arguments of `push_to_hub`.
+        """
+        flashpack = kwargs.pop("use_flashpack", False)
+        super().save_pretrained(
+            save_directory, safe_serialization, variant, max_shard_size, push_to_hub=False, use_flashpack=flashpack
+        )
+        scrub_paths(save_directory)
+        if push_to_hub:
+            self._push_folder(Path(save_directory), variant=variant, **kwargs)
 
     @property
     def labels(self) -> dict[str, int]:
@@ -224,6 +253,12 @@ class TerDiTPipeline(PortableConfigMixin, DiffusionPipeline):
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` may hold {self._callback_tensor_inputs}, got {unknown}."
             )
+        if config.learn_sigma and not hasattr(self.scheduler, "alphas_cumprod"):
+            raise ValueError(
+                f"This model predicts the noise of DDPM's steps (it was trained with learn_sigma=True);"
+                f" {type(self.scheduler).__name__} has other steps and would draw something else. Take one of DDPM's"
+                " family, such as `DPMSolverMultistepScheduler.from_config(...)`; docs/schedulers.md lists them."
+            )
         if self._uses_learned_variance() and not config.learn_sigma:
             raise ValueError(
                 "The scheduler expects a learned variance, but this model predicts none (learn_sigma=False). Use"
@@ -248,7 +283,8 @@ class TerDiTPipeline(PortableConfigMixin, DiffusionPipeline):
 
     def _uses_learned_variance(self) -> bool:
         variance_type = self.scheduler.config.get("variance_type")
-        return isinstance(self.scheduler, DDPMScheduler) and variance_type in ("learned", "learned_range")
+        ddpm = isinstance(self.scheduler, (DDPMScheduler, DDPMParallelScheduler))
+        return ddpm and variance_type in ("learned", "learned_range")
 
     def prepare_extra_step_kwargs(self, generator: Any) -> dict[str, Any]:
         """`generator` for the schedulers whose step takes one."""

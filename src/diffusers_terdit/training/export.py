@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from PIL import Image, ImageDraw, ImageFont
 
+from .. import card
 from ..models.transformer_terdit import TerDiTTransformer2DModel
 from ..pipelines.pipeline_terdit import TerDiTPipeline, default_scheduler
 from .checkpointing import _whole, new_folder
@@ -128,27 +129,69 @@ def model_card(
         images (`Sequence[str]`): Paths of pictures, relative to the card.
         license (`str`, *optional*): Identifier as on the Hub. Only the caller knows what the data allows.
     """
-    config = pipe.transformer.config
-    kind = "ternary" if config.ternary else "full-precision"
-    tags = ["terdit", *(["ternary", "1.58-bit"] if config.ternary else []), "class-conditional", "diffusers"]
-    names = list(pipe.labels)
-    example = repr(names[0]) if names else "0"
     statistics = {key: value for key, value in ternary_statistics(pipe.transformer).items() if key != "dead_layers"}
-    rows = {
-        "model": f"{config.num_layers} layers of width {config.num_attention_heads * config.attention_head_dim}",
-        "classes": config.num_classes,
-        **facts,
-        **{key.replace("_", " "): f"{value:.4g}" for key, value in statistics.items()},
-    }
-    lines = ["---", "library_name: diffusers", "pipeline_tag: unconditional-image-generation"]
-    lines += [f"license: {license}"] if license else []
-    lines += ["tags:", *(f"- {tag}" for tag in tags), "---", ""]
-    lines += [f"# {name}", "", f"A {kind} class-conditional diffusion transformer, trained with diffusers-terdit.", ""]
-    lines += [f"![samples]({image})" for image in images]
-    lines += ["", "```python", "from diffusers_terdit import TerDiTPipeline", ""]
-    lines += [f'pipe = TerDiTPipeline.from_pretrained("{name}")', f"image = pipe([{example}]).images[0]", "```", ""]
-    lines += ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items())]
-    return "\n".join(lines) + "\n"
+    rows = {**facts, **{key.replace("_", " "): f"{value:.4g}" for key, value in statistics.items()}}
+    pictures = {f"samples {i + 1}" if i else "samples": path for i, path in enumerate(images)}
+    return card.model_card(pipe, name, rows, pictures, license)
+
+
+def save_card(text: str, save_directory: str | os.PathLike, license: str | None = None) -> None:
+    """Write a `model_card` into a folder; a README.md that is there keeps its author's text and metadata.
+
+    Args:
+        text (`str`): The card.
+        save_directory (`str` or `os.PathLike`): See `save_pipeline`.
+        license (`str`, *optional*): That of the card, where it is to replace an older one.
+
+    Raises:
+        ValueError: The metadata of the README.md that is there is not YAML.
+    """
+    path = Path(save_directory) / "README.md"
+    existing = card.read_text(path) if path.exists() else None
+    path.write_bytes(card.merge_cards(text, existing, str(path), ["license"] if license else []).encode())
+
+
+def push_pipeline(
+    pipe: TerDiTPipeline,
+    save_directory: str | os.PathLike,
+    repo_id: str,
+    facts: dict[str, Any],
+    images: Sequence[str] = (),
+    license: str | None = None,
+    token: str | None = None,
+    ignore: Sequence[str] = (),
+) -> str:
+    """Upload what `save_pipeline` wrote, and what lies beside it, with a `model_card` that names the repository.
+
+    Args:
+        pipe ([`TerDiTPipeline`]): What was trained.
+        save_directory (`str` or `os.PathLike`): See `save_pipeline`.
+        repo_id (`str`): Made if it does not exist.
+        facts (`dict[str, Any]`): See `model_card`, as for `images` and `license`.
+        images (`Sequence[str]`): See there; paths in the folder.
+        license (`str`, *optional*): See there.
+        token (`str`, *optional*): Default the one of `hf auth login`.
+        ignore (`Sequence[str]`): Patterns of paths in the folder that stay here, such as `"checkpoint-*"`.
+
+    Returns:
+        `str`: The repository, with the name of its owner.
+
+    Raises:
+        OSError: The Hub does not allow it, or cannot be reached.
+        ValueError: The metadata of a README.md that is there is not YAML.
+    """
+    repo_id = card.create_repository(repo_id, None, token)
+    text = model_card(pipe, repo_id, facts, images, license)
+    card.push_folder(
+        Path(save_directory),
+        repo_id,
+        text,
+        ["license"] if license else [],
+        commit_message=f"Upload {type(pipe).__name__}",
+        token=token,
+        ignore=ignore,
+    )
+    return repo_id
 
 
 def image_grid(

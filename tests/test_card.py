@@ -1,0 +1,348 @@
+"""Model cards: what they say is true of the repository, and what their author wrote stays."""
+
+import hashlib
+import re
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryLinear, card, convert_original_checkpoint
+from fake_hub import patch_constants
+
+
+REPO = "user/terdit"
+ORIGINAL = Path(__file__).parent / "data" / "reference" / "tiny-qknorm-packed"
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def readme(hub, repo_id=REPO, revision="main"):
+    return hub.repos[repo_id].files(revision)["README.md"].decode()
+
+
+def run_snippet(text):
+    """Run the Python in a card; its names."""
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    namespace = {}
+    exec(snippet, namespace)
+    assert re.search(r"^from diffusers_terdit import", snippet, re.MULTILINE)
+    return namespace
+
+
+class TestSnippet:
+    @pytest.mark.parametrize("vae", [True, False])
+    @pytest.mark.parametrize("options", [{}, {"revision": "other"}, {"variant": "fp16"}], ids=str)
+    def test_of_a_pipeline_samples_from_this_very_repository(self, fake_hub, tiny_pipeline, vae, options):
+        pipe = tiny_pipeline(vae=vae, weight_format="packed")
+        pipe.push_to_hub(REPO, token=fake_hub.token, **options)
+        text = readme(fake_hub, revision=options.get("revision", "main"))
+        names = run_snippet(text)
+        assert type(names["pipe"]) is TerDiTPipeline
+        assert torch.equal(names["pipe"].transformer.proj_in.weight, pipe.transformer.proj_in.weight)
+        assert names["image"].size == ((16, 16) if vae else (8, 8))
+        assert "11 labels, by name or id" in text  # "zero, nought" are two names of one class
+        assert "pipe(['eight'])" in text
+
+    def test_of_a_pipeline_without_a_vae_gives_latents(self, fake_hub, tiny_pipeline):
+        pipe = tiny_pipeline(in_channels=4, id2label={})
+        pipe.push_to_hub(REPO, token=fake_hub.token)
+        assert run_snippet(readme(fake_hub))["latents"].shape == (1, 4, 8, 8)
+
+    def test_names_that_several_classes_share_are_told_apart(self, fake_hub, tiny_pipeline):
+        pipe = tiny_pipeline(id2label={"1": "crane", "7": "crane"})
+        pipe.push_to_hub(REPO, token=fake_hub.token)
+        assert "pipe(['crane (1)'])" in readme(fake_hub)
+        run_snippet(readme(fake_hub))
+
+    @pytest.mark.parametrize("weight_format", ["float", "packed"])
+    def test_of_a_model_runs_it(self, fake_hub, tiny_model, weight_format):
+        tiny_model(weight_format).push_to_hub(REPO, token=fake_hub.token)
+        names = run_snippet(readme(fake_hub))
+        assert type(names["transformer"]) is TerDiTTransformer2DModel
+        assert names["noise"].shape == (1, 8, 8, 8)
+
+    def test_of_a_layer_runs_it(self, fake_hub):
+        TernaryLinear(16, 8).pack().push_to_hub(REPO, token=fake_hub.token)
+        names = run_snippet(readme(fake_hub))
+        assert type(names["layer"]) is TernaryLinear
+        assert names["output"].shape == (1, 8)
+
+    def test_names_the_owner_when_the_caller_did_not(self, fake_hub, tiny_pipeline):
+        tiny_pipeline().push_to_hub("terdit", token=fake_hub.token)
+        assert 'from_pretrained("user/terdit")' in readme(fake_hub)
+        tiny_pipeline().save_pretrained("named-by-folder", push_to_hub=True, token=fake_hub.token)
+        assert 'from_pretrained("user/named-by-folder")' in readme(fake_hub, "user/named-by-folder")
+
+
+class TestMetadata:
+    def test_of_a_pipeline(self, fake_hub, tiny_pipeline):
+        tiny_pipeline(weight_format="packed").push_to_hub(REPO, token=fake_hub.token, license="mit")
+        data = ModelCard(readme(fake_hub)).data
+        assert data.license == "mit"
+        assert data.library_name == "diffusers"
+        assert data.pipeline_tag == "unconditional-image-generation"
+        assert data.tags == ["terdit", "ternary", "1.58-bit", "class-conditional", "diffusers"]
+        assert data.base_model is None
+
+    def test_no_license_is_invented(self, fake_hub, tiny_pipeline):
+        tiny_pipeline().push_to_hub(REPO, token=fake_hub.token)
+        assert "license" not in readme(fake_hub)
+
+    def test_of_a_model_and_a_layer_name_no_task(self, fake_hub, tiny_model):
+        tiny_model(ternary=False).push_to_hub(REPO, token=fake_hub.token)
+        data = ModelCard(readme(fake_hub)).data
+        assert data.pipeline_tag is None
+        assert data.tags == ["terdit", "class-conditional", "diffusers"]
+        TernaryLinear(8, 8).push_to_hub("user/layer", token=fake_hub.token)
+        assert ModelCard(readme(fake_hub, "user/layer")).data.tags == ["terdit", "ternary", "1.58-bit", "diffusers"]
+
+    def test_base_model_is_the_repository_it_was_loaded_from(self, fake_hub, tiny_pipeline):
+        tiny_pipeline().push_to_hub(REPO, token=fake_hub.token)
+        pipe = TerDiTPipeline.from_pretrained(REPO)
+        pipe.transformer.pack()
+        pipe.push_to_hub("user/packed", token=fake_hub.token)
+        assert ModelCard(readme(fake_hub, "user/packed")).data.base_model == REPO
+        pipe.push_to_hub(REPO, token=fake_hub.token)  # not of itself
+        assert ModelCard(readme(fake_hub)).data.base_model is None
+        pipe.push_to_hub("user/other", token=fake_hub.token, base_model="org/original")
+        assert ModelCard(readme(fake_hub, "user/other")).data.base_model == "org/original"
+
+    def test_a_folder_is_no_base_model_even_when_it_is_gone(self, fake_hub, tiny_pipeline, tmp_path):
+        tiny_pipeline().save_pretrained("outputs/digits")
+        pipe = TerDiTPipeline.from_pretrained("outputs/digits")
+        (tmp_path / "outputs").rename(tmp_path / "elsewhere")
+        pipe.push_to_hub(REPO, token=fake_hub.token)
+        assert "outputs/digits" not in readme(fake_hub)
+
+
+class TestOriginal:
+    """The sha256 of the files a model was converted from go with it."""
+
+    def shas(self):
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in ORIGINAL.glob("*.pth")}
+
+    def convert(self):
+        return convert_original_checkpoint(ORIGINAL, num_attention_heads=4)
+
+    def test_through_saving_unpacking_packing_and_pushing(self, fake_hub, tmp_path):
+        self.convert().save_pretrained("converted")
+        pipe = TerDiTPipeline.from_pretrained("converted")
+        pipe.transformer.unpack()
+        pipe.save_pretrained("again")
+        pipe = TerDiTPipeline.from_pretrained("again")
+        pipe.transformer.pack()
+        pipe.push_to_hub(REPO, token=fake_hub.token)
+        text = readme(fake_hub)
+        for name, sha in self.shas().items():
+            assert f"| {name} | `{sha}` |" in text
+        assert str(ORIGINAL) not in text
+        assert str(tmp_path) not in text
+        assert ModelCard(text).data.base_model is None
+
+    def test_of_a_repository_it_names_the_base_model(self, fake_hub):
+        fake_hub.upload_folder("lu/terdit", ORIGINAL)
+        pipe = convert_original_checkpoint("lu/terdit", num_attention_heads=4)
+        pipe.transformer.push_to_hub(REPO, token=fake_hub.token)
+        text = readme(fake_hub)
+        assert ModelCard(text).data.base_model == "lu/terdit"
+        assert "[lu/terdit](https://huggingface.co/lu/terdit)" in text
+        assert all(sha in text for sha in self.shas().values())
+
+    def test_a_trained_model_says_what_training_started_from(self):
+        text = card.model_card(self.convert(), "x", facts={"steps": "12"})
+        assert "training started from" in text
+        assert "training started from" not in card.model_card(self.convert(), "x")
+
+
+class TestSizes:
+    def test_are_those_of_the_weights(self, tiny_pipeline):
+        pipe = tiny_pipeline(vae=True, weight_format="packed")
+        layers = pipe.transformer.ternary_layers().values()
+        ternary = sum(layer.in_features * layer.out_features for layer in layers)
+        others = sum(p.numel() for p in pipe.transformer.parameters()) - ternary // 4 - len(layers)
+        rows = dict(re.findall(r"^\| ([\w ]+) \| (.*) \|$", card.model_card(pipe, REPO), re.MULTILINE))
+        assert rows["ternary weights"] == (
+            f"{ternary:,} | {card.human_bytes(ternary / 4)} | {card.human_bytes(2 * ternary)}"
+        )
+        assert rows["their scales"] == f"{len(layers)} | {4 * len(layers)} bytes | {2 * len(layers)} bytes"
+        assert rows["other weights"].startswith(f"{others:,} | {card.human_bytes(4 * others)}")
+        vae = sum(p.numel() for p in pipe.vae.parameters())
+        assert rows["VAE"].startswith(f"{vae:,} | {card.human_bytes(4 * vae)}")
+        assert rows["together"].startswith(f"{ternary + len(layers) + others + vae:,} | ")
+
+    def test_of_files_fit(self, tiny_model, tmp_path):
+        model = tiny_model("packed").half()
+        model.save_pretrained(tmp_path)
+        told = re.search(r"together \| [\d,]+ \| ([\d.]+) kB", card.model_card(model, REPO))[1]
+        on_disk = (tmp_path / "diffusion_pytorch_model.safetensors").stat().st_size / 1000
+        assert on_disk - 10 < float(told) < on_disk  # the header of the file
+
+    def test_float_weights_say_what_they_take_packed(self, tiny_model):
+        ternary = sum(m.in_features * m.out_features for m in tiny_model().ternary_layers().values())
+        text = card.model_card(tiny_model(), REPO)
+        assert f"packed, they take {card.human_bytes(ternary / 4)}" in text
+        assert "packed, they take" not in card.model_card(tiny_model("packed"), REPO)
+        assert "ternary weights" not in card.model_card(tiny_model(ternary=False), REPO)
+
+
+class TestPictures:
+    def test_are_in_the_repository_and_the_card(self, fake_hub, tiny_pipeline):
+        pipe = tiny_pipeline()
+        images = pipe([1, 2], num_inference_steps=2).images
+        pipe.push_to_hub(REPO, token=fake_hub.token, images={"a | one": images[0], "two": images[1]})
+        files = fake_hub.repos[REPO].files()
+        shown = re.findall(r"!\[(.*?)\]\((.*?)\)", readme(fake_hub))
+        assert shown == [("a \\| one", "card_images/00.png"), ("two", "card_images/01.png")]
+        Path("picture.png").write_bytes(files["card_images/01.png"])
+        picture = Image.open("picture.png")
+        assert picture.size == (128, 128)  # 8 pixels, each a block of 16
+        assert picture.resize((8, 8), Image.Resampling.NEAREST).tobytes() == images[1].tobytes()
+
+    def test_of_the_last_push_are_gone_with_the_next_ones(self, fake_hub, tiny_pipeline):
+        pipe, picture = tiny_pipeline(), Image.new("RGB", (200, 100))
+        pipe.push_to_hub(REPO, token=fake_hub.token, images=[picture] * 3)
+        pipe.push_to_hub(REPO, token=fake_hub.token, images=[picture])
+        names = [name for name in fake_hub.repos[REPO].files() if name.endswith(".png")]
+        assert names == ["card_images/00.png"]
+
+    def test_something_else_is_refused_before_anything_is_uploaded(self, fake_hub, tiny_pipeline):
+        with pytest.raises(ValueError, match=r"PIL images.*got str for 'sample 1'"):
+            tiny_pipeline().push_to_hub(REPO, token=fake_hub.token, images=["a.png"])
+        assert "model_index.json" not in fake_hub.repos[REPO].files()
+
+
+OWN = (
+    "---\r\nlicense: apache-2.0 # mine\r\ntags:\r\n- art\r\nmodel-index:\r\n- name: x\r\n---\r\n"
+    "# My model\r\n\r\nIt is mine.\r\n"
+)
+
+
+class TestAuthor:
+    """What the author of a card wrote is never lost."""
+
+    def test_text_and_metadata_of_the_repository_stay(self, fake_hub, tiny_model):
+        fake_hub.add_files(REPO, {"README.md": OWN.encode()})
+        tiny_model().push_to_hub(REPO, token=fake_hub.token)
+        new = readme(fake_hub)
+        assert new.endswith("# My model\r\n\r\nIt is mine.\r\n")
+        data = ModelCard(new, ignore_metadata_errors=True).data
+        assert data.license == "apache-2.0"
+        assert data.tags == ["art", "terdit", "ternary", "1.58-bit", "class-conditional", "diffusers"]
+        assert data.library_name == "diffusers"
+        assert "model-index:\n- name: x" in new
+
+    def test_a_second_push_changes_no_letter(self, fake_hub, tiny_model):
+        fake_hub.add_files(REPO, {"README.md": OWN.encode()})
+        tiny_model().push_to_hub(REPO, token=fake_hub.token)
+        before = readme(fake_hub)
+        tiny_model().push_to_hub(REPO, token=fake_hub.token)
+        assert readme(fake_hub) == before
+
+    def test_pictures_bring_the_generated_part_along(self, fake_hub, tiny_model):
+        fake_hub.add_files(REPO, {"README.md": OWN.encode()})
+        for count in (2, 1):
+            tiny_model().push_to_hub(REPO, token=fake_hub.token, images=[Image.new("L", (8, 8))] * count)
+            new = readme(fake_hub)
+            assert new.index("It is mine.") < new.index(card.BEGIN) < new.index("![sample 1](card_images/00.png)")
+            assert new.count(card.BEGIN) == 1
+            assert ("sample 2" in new) == (count == 2)
+            run_snippet(new)
+
+    def test_the_generated_part_is_renewed_between_its_marks(self, fake_hub, tiny_model):
+        tiny_model("packed").push_to_hub(REPO, token=fake_hub.token)
+        edited = readme(fake_hub).replace(card.BEGIN, f"Before.\n{card.BEGIN}") + "\nAfter.\n"
+        edited = edited.replace("---\n", "---\n# a comment\n", 1)
+        fake_hub.add_files(REPO, {"README.md": edited.encode()})
+        tiny_model("packed", num_layers=3).push_to_hub(REPO, token=fake_hub.token)
+        new = readme(fake_hub)
+        assert "3 layers" in new
+        assert "2 layers" not in new
+        assert new.count(card.BEGIN) == new.count(card.END) == 1
+        assert new.index("# a comment") < new.index("Before.") < new.index(card.BEGIN) < new.index("After.")
+
+    def test_a_card_of_metadata_alone_gets_the_text(self, fake_hub, tiny_model):
+        fake_hub.add_files(REPO, {"README.md": b"---\nlicense: cc-by-4.0\n---\n"})
+        tiny_model().push_to_hub(REPO, token=fake_hub.token)
+        assert ModelCard(readme(fake_hub)).data.license == "cc-by-4.0"
+        assert run_snippet(readme(fake_hub))["transformer"]
+
+    def test_what_the_caller_asks_for_wins(self, fake_hub, tiny_model):
+        fake_hub.add_files(REPO, {"README.md": OWN.encode()})
+        tiny_model().push_to_hub(REPO, token=fake_hub.token, license="mit")
+        assert ModelCard(readme(fake_hub), ignore_metadata_errors=True).data.license == "mit"
+
+    @pytest.mark.parametrize("kind", ["pipeline", "model"])
+    def test_the_card_of_the_folder_is_uploaded_and_stays(self, fake_hub, tiny_pipeline, kind, tmp_path):
+        model = tiny_pipeline() if kind == "pipeline" else tiny_pipeline().transformer
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "README.md").write_bytes(OWN.encode())
+        model.save_pretrained("folder", push_to_hub=True, repo_id=REPO, token=fake_hub.token)
+        assert readme(fake_hub).endswith("It is mine.\r\n")
+        assert (tmp_path / "folder" / "README.md").read_bytes().decode() == readme(fake_hub)
+        assert "apache-2.0" in readme(fake_hub)
+
+    def test_of_two_texts_neither_is_lost(self, fake_hub, tiny_model, tmp_path, monkeypatch):
+        fake_hub.add_files(REPO, {"README.md": b"# The one on the Hub\n"})
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "README.md").write_bytes(OWN.encode())
+        said = []
+        monkeypatch.setattr(card.logger, "warning", said.append)
+        tiny_model().save_pretrained("folder", push_to_hub=True, repo_id=REPO, token=fake_hub.token)
+        assert len(said) == 1
+        assert said[0].startswith(f"{REPO} has a README.md of its own")
+        assert "# The one on the Hub" in readme(fake_hub)
+        assert (tmp_path / "folder" / "README.md").read_bytes().decode() == OWN
+
+    def test_broken_metadata_stops_before_the_upload(self, fake_hub, tiny_model):
+        fake_hub.add_files(REPO, {"README.md": b"---\nlicense: [mit\n---\n# Mine\n"})
+        head = fake_hub.repos[REPO].sha()
+        with pytest.raises(ValueError, match=f"README.md of {REPO} is not YAML"):
+            tiny_model().push_to_hub(REPO, token=fake_hub.token)
+        assert fake_hub.repos[REPO].sha() == head
+
+    @pytest.mark.parametrize("content", [b"---\n- a\n---\ntext", b"\xff\xfe\x00"], ids=["list", "bytes"])
+    def test_other_broken_cards_are_named(self, fake_hub, tiny_model, content):
+        fake_hub.add_files(REPO, {"README.md": content})
+        with pytest.raises(ValueError, match=r"README\.md.*Correct it first"):
+            tiny_model().push_to_hub(REPO, token=fake_hub.token)
+
+
+class TestSecrets:
+    def test_no_local_path_and_no_token_is_uploaded_or_logged(self, fake_hub, tiny_pipeline, tmp_path, capfd):
+        tiny_pipeline(vae=True, weight_format="packed").save_pretrained("secret-folder")
+        pipe = TerDiTPipeline.from_pretrained(tmp_path / "secret-folder")
+        assert "secret-folder" in pipe.config["_name_or_path"]
+        assert "secret-folder" in pipe.vae.config["_name_or_path"]
+        diffusers.utils.logging.set_verbosity_debug()
+        try:
+            pipe.push_to_hub(REPO, token=fake_hub.token)
+            pipe.save_pretrained("copy", push_to_hub=True, repo_id="user/copy", token=fake_hub.token)
+        finally:
+            diffusers.utils.logging.set_verbosity_warning()
+        for repo_id in (REPO, "user/copy"):
+            for name, data in fake_hub.repos[repo_id].files().items():
+                assert b"secret-folder" not in data, name
+                assert str(tmp_path).encode() not in data, name
+                assert fake_hub.token.encode() not in data, name
+                assert b"_name_or_path" not in data, name
+        assert fake_hub.token not in "".join(capfd.readouterr())
+
+
+def test_the_text_between_two_marks_only_is_generated():
+    assert card.own_text(card.BEGIN + "x" + card.END) == ""
+    assert card.own_text(f"a\n{card.BEGIN}x{card.END}\nb") == "a\n\nb"
+    assert card.own_text(f"{card.END} {card.BEGIN}") == f"{card.END} {card.BEGIN}"
+    assert card.own_text(None) == ""
+
+
+def test_offline_mode_says_that_a_push_needs_the_hub(fake_hub, tiny_model, monkeypatch):
+    patch_constants(monkeypatch, HF_HUB_OFFLINE=True)
+    with pytest.raises(OSError, match=f"HF_HUB_OFFLINE is set, so nothing can be uploaded to {REPO}"):
+        tiny_model().push_to_hub(REPO, token=fake_hub.token)
