@@ -1,20 +1,31 @@
 """The `terdit` command does what it prints."""
 
+import fcntl
+import os
 import re
+import shlex
+import shutil
+import struct
+import sys
+import termios
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from diffusers_terdit import TerDiTPipeline
+from diffusers_terdit import TerDiTPipeline, TernaryLinear
 from diffusers_terdit.checkpoints import bundled
 from diffusers_terdit.cli import build_parser, human_bytes, main
+from diffusers_terdit.inspection import HEADERS, inspect_weights
 from diffusers_terdit.ops import has_integer_kernel
+from diffusers_terdit.training import ternary_statistics
 
 
-PACKED = Path(__file__).parent / "data" / "reference" / "tiny-qknorm-packed"
+ROOT = Path(__file__).parent.parent
+PACKED = ROOT / "tests" / "data" / "reference" / "tiny-qknorm-packed"
 
 
 def test_generate_writes_a_labelled_grid_and_says_so(tmp_path, capsys):
@@ -54,6 +65,61 @@ def test_generate_takes_another_scheduler_and_dtype(tmp_path, capsys):
     assert "DPMSolverMultistepScheduler" in capsys.readouterr().out
 
 
+def test_generate_takes_a_seed_per_image(tmp_path, capsys):
+    def picture(*seeds):
+        path = tmp_path / f"{'-'.join(seeds)}.png"
+        arguments = ["--labels", "ghost", "joy", "--num_inference_steps", "2", "--output", str(path)]
+        assert main(["generate", "emoji", *arguments, "--seed", *seeds]) == 0
+        with PIL.Image.open(path) as image:
+            return np.asarray(image)
+
+    both, four = picture("4", "9"), picture("4")
+    assert "2 images of" in (printed := capsys.readouterr().out)
+    assert "4 images of 32 x 32 pixels" in printed
+    assert "seeds 4, 9," in printed
+    # Columns are labels: the first image of the first one has seed 4 in both.
+    cell = np.s_[20:86, 8:72]
+    assert (both[cell] == four[cell]).all()
+    assert (both[cell] != picture("9", "4")[cell]).any()
+    assert main(["generate", "--seed", "1", "2", "--num_images_per_label", "3"]) == 1
+    assert "2 seeds make 2 images per label, but 3" in capsys.readouterr().err
+
+
+def test_a_flow_model_takes_other_schedulers_only_in_their_flow_form(tmp_path, capsys):
+    """With few steps every sampler draws about the same picture from the same noise, if it reads the velocity."""
+    pictures = {}
+    for name in ("FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
+        path = tmp_path / f"{name}.png"
+        arguments = ["--labels", "ghost", "--num_inference_steps", "12", "--guidance_scale", "1"]
+        assert main(["generate", "emoji", *arguments, "--scheduler", name, "--output", str(path)]) == 0
+        with PIL.Image.open(path) as image:
+            pictures[name] = np.asarray(image).astype(float)
+    euler = pictures.pop("FlowMatchEulerDiscreteScheduler")
+    assert all(0 < np.abs(picture - euler).mean() < 8 for picture in pictures.values())
+    for model, name in (("emoji", "DDIMScheduler"), ("digits", "FlowMatchEulerDiscreteScheduler")):
+        assert main(["generate", model, "--scheduler", name]) == 1
+        assert f"{name} cannot sample this model, which was trained for" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown_on_a_terminal_only(tmp_path, monkeypatch, terminal):
+    leader, follower = os.openpty() if terminal else os.pipe()
+    if terminal:
+        fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    with open(follower, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert main(["generate", "--num_inference_steps", "3", "--output", str(tmp_path / "x.png")]) == 0
+        stream.flush()
+        os.set_blocking(leader, False)
+        shown = b""
+        while True:
+            try:
+                shown += os.read(leader, 4096)
+            except BlockingIOError:
+                break
+    assert (b"3/3" in shown) == terminal
+
+
 @pytest.mark.skipif(not has_integer_kernel("cpu"), reason="no AVX2 or no numba")
 def test_generate_with_integer_activations(tmp_path, capsys):
     pictures = {}
@@ -70,14 +136,22 @@ def test_generate_with_integer_activations(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "--labels", "eleven"], "'eleven' is not a label"),
+        (["generate", "--labels", "eleven"], "'eleven' is not a label of this model. Close matches: 'seven'"),
+        (["generate", "--device", "toaster"], "Device 'toaster' cannot be used here"),
+        (["generate", "--output", "weights.txt"], "weights.txt does not name a picture"),
+        (["generate", "--output", "picture"], "picture does not name a picture"),
         (["generate", "--labels", "10"], "out of range"),
         (["generate", "--num_inference_steps", "0"], "`num_inference_steps` must be a positive int"),
         (["generate", "--guidance_scale", "nan"], "must be finite"),
         (["generate", "--scheduler", "Nothing"], "no scheduler 'Nothing'"),
+        (["generate", "--scheduler", "DDIM"], "no scheduler 'DDIM'. Close matches: DDIMScheduler"),
+        (["generate", "--scheduler", "Transformer2DModel"], "no scheduler 'Transformer2DModel'"),
         (["generate", "nothing"], "No bundled checkpoint 'nothing'; there are 'digits', 'emoji'"),
         (["generate", "/no/such/folder"], "/no/such/folder is not a folder"),
         (["info", "/no/such/folder"], "/no/such/folder is not a folder"),
+        (["info", "--labels", str(ROOT / "tests" / "data" / "packed-v1")], "names no labels"),
+        (["info", str(ROOT / "docs")], "docs has no diffusion_pytorch_model.safetensors. It holds no weights"),
+        (["push", "/no/such/folder", "user/name"], "/no/such/folder is not a folder"),
         (["convert", "/no/such/folder", "out"], "/no/such/folder is not a folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -89,6 +163,34 @@ def test_bad_input_is_one_line_and_exit_code_1(arguments, message, capsys, tmp_p
     assert error.startswith("terdit: ")
     assert message in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+def test_no_cuda_is_said_before_anything_is_loaded(capsys, tmp_path):
+    assert main(["generate", "org/never-asked-for", "--device", "cuda", "--output", str(tmp_path / "x.png")]) == 1
+    assert "Device 'cuda' cannot be used here" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_is_said_before_the_sampling(capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr(TerDiTPipeline, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
+    for output, message in (("file/x.png", "file is a file"), ("folder.png", "folder.png is a folder")):
+        assert main(["generate", "--output", str(tmp_path / output)]) == 1
+        assert message in capsys.readouterr().err
+    # The administrator may write everywhere, so that only the answer of the system is replaced.
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    assert main(["generate", "--output", str(tmp_path / "new" / "x.png")]) == 1
+    assert f"no permission to write to {tmp_path}" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_one_line(capsys, monkeypatch, tmp_path):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TerDiTPipeline, "__call__", interrupted)
+    assert main(["generate", "--output", str(tmp_path / "x.png")]) == 130
+    assert capsys.readouterr().err.endswith("terdit: interrupted\n")
 
 
 def test_convert_writes_a_pipeline_and_prints_what_it_holds(tmp_path, capsys):
@@ -133,12 +235,210 @@ def test_info_and_generate_take_a_hub_id(fake_hub, tmp_path, capsys):
     assert "user/nothing" in capsys.readouterr().err
 
 
-def test_every_command_explains_itself(capsys):
-    for command in ("generate", "convert", "info", "pack"):
-        with pytest.raises(SystemExit) as stop:
-            build_parser().parse_args([command, "--help"])
-        assert stop.value.code == 0
-        assert command in capsys.readouterr().out
+def test_info_of_a_hub_model_downloads_its_weights_alone(fake_hub, tiny_pipeline, tmp_path, capsys):
+    tiny_pipeline(vae=True, weight_format="packed").save_pretrained(tmp_path / "pipe")
+    fake_hub.upload_folder("user/pipe", tmp_path / "pipe")
+    fake_hub.upload_folder("user/model", tmp_path / "pipe" / "transformer")
+    assert main(["info", "user/pipe"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^vae +not here$", printed, re.MULTILINE)
+    assert not any(path.startswith("vae/") for path, _ in fake_hub.downloads)
+    assert main(["info", str(tmp_path / "pipe")]) == 0
+    assert re.search(r"^vae +\d+\.\d kB besides$", capsys.readouterr().out, re.MULTILINE)
+    assert main(["info", "user/model"]) == 0
+    assert "where the bytes go" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("weight_format", ["packed", "float"])
+@pytest.mark.parametrize("granularity", ["tensor", "row", 8])
+@pytest.mark.parametrize("shards", ["1GB", "20KB"])
+def test_inspection_counts_what_the_model_holds(tiny_model, tmp_path, weight_format, granularity, shards):
+    model = tiny_model(weight_format, scale_granularity=granularity)
+    model.save_pretrained(tmp_path, max_shard_size=shards)
+    report = inspect_weights(tmp_path)
+    assert (len(report.files) > 1) == (shards == "20KB")
+    assert report.total().bytes == sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert report.total().weights == sum(p.numel() for p in model.unpack().parameters())
+    assert report.total().tensors == len(model.state_dict())
+    assert sum(group.bytes for name, group in report.groups.items() if name != HEADERS) == sum(
+        path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], "little") for path in report.files
+    )
+    statistics = ternary_statistics(model)
+    ternary = report.total("ternary ").weights - len(report.scales)
+    assert report.total("ternary ").zeros == round(statistics["zero_share"] * ternary)
+    assert report.scales.abs().median().item() == statistics["scale_median"]
+    assert report.granularities == {granularity}
+    assert (report.packing == "row-chunk-2bit") == (weight_format == "packed")
+    assert report.layers == len(model.ternary_layers())
+    assert set(report.groups) >= {"ternary scales", "adaLN bias and norm", "norms", "class embedding", "final layer"}
+
+
+def test_inspection_tells_dead_layers_and_full_precision(tiny_model, tmp_path, capsys):
+    model = tiny_model("packed")
+    model.transformer_blocks[1].ff.up_proj.reset_parameters()  # a fresh packed layer is zero
+    model.save_pretrained(tmp_path / "model")
+    assert inspect_weights(tmp_path / "model").dead_layers == ["transformer_blocks.1.ff.up_proj"]
+    assert main(["info", str(tmp_path / "model")]) == 0
+    assert "transformer_blocks.1.ff.up_proj" in capsys.readouterr().out
+    model.dequantize().save_pretrained(tmp_path / "dense")
+    assert main(["info", str(tmp_path / "dense")]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^format +full precision$", printed, re.MULTILINE)
+    assert "ternary" not in printed
+
+
+def test_info_of_a_layer_and_of_a_file(tmp_path, capsys):
+    TernaryLinear(16, 8, scale_granularity="row").pack().save_pretrained(tmp_path)
+    for path in (tmp_path, tmp_path / "diffusion_pytorch_model.safetensors"):
+        assert main(["info", str(path)]) == 0
+        printed = capsys.readouterr().out
+        assert re.search(r"^ternary codes +2-bit +128 +32 ", printed, re.MULTILINE)
+        assert "8, one per row" in printed
+        assert ("16 inputs, 8 outputs" in printed) == path.is_dir()
+
+
+def test_info_refuses_damage(tmp_path, capsys):
+    TernaryLinear(16, 8).pack().save_pretrained(tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert main(["info", str(tmp_path)]) == 1
+    assert "do not match the digest" in capsys.readouterr().err
+    weights.write_bytes(whole[:40])
+    assert main(["info", str(tmp_path)]) == 1
+    assert "not a readable safetensors file" in capsys.readouterr().err
+    weights.rename(tmp_path / "diffusion_pytorch_model.fp16.safetensors")
+    assert main(["info", str(tmp_path)]) == 1
+    assert "It holds diffusion_pytorch_model.fp16.safetensors" in capsys.readouterr().err
+
+
+def test_info_of_files_of_others_and_of_the_future(tmp_path, capsys):
+    layer = TernaryLinear(16, 8).pack()
+    path = tmp_path / "layer.safetensors"
+    save_file(layer.state_dict(), path)
+    assert main(["info", str(path)]) == 0
+    assert "none, so damage cannot be seen" in capsys.readouterr().out
+    for key, value in (("terdit.version", "2"), ("terdit.packing", "other")):
+        save_file(layer.state_dict(), path, metadata={key: value})
+        assert main(["info", str(path)]) == 1
+        assert f"{value!r}; this release reads" in capsys.readouterr().err
+
+
+def test_info_of_another_pipeline_says_what_it_is(tmp_path, capsys):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "DiTPipeline"}')
+    assert main(["info", str(tmp_path)]) == 1
+    assert "holds a DiTPipeline, not a TerDiTPipeline" in capsys.readouterr().err
+
+
+def test_info_prints_labels(capsys):
+    assert main(["info", "digits", "--labels"]) == 0
+    assert capsys.readouterr().out.splitlines()[3] == "    3  three"
+
+
+def test_push_uploads_the_files_as_they_are(fake_hub, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", fake_hub.token)
+    shutil.copytree(bundled(), tmp_path / "mine")
+    (tmp_path / "mine" / "checkpoint-5").mkdir()
+    (tmp_path / "mine" / "checkpoint-5" / "model.safetensors").write_bytes(b"not for others")
+    (tmp_path / "mine" / "samples").mkdir()
+    PIL.Image.new("RGB", (64, 64)).save(tmp_path / "mine" / "samples" / "last.png")
+    with open(tmp_path / "mine" / "README.md", "a") as card:
+        card.write("\n![samples](samples/last.png)\n![elsewhere](https://example.org/x.png)\n![out](../secret.png)\n")
+    (tmp_path / "secret.png").write_bytes(b"")
+    options = ["--private", "--commit_message", "First", "--images", str(tmp_path / "mine" / "samples" / "last.png")]
+    assert main(["push", str(tmp_path / "mine"), "user/new", *options]) == 0
+    printed = capsys.readouterr()
+    assert f"to {fake_hub.url}/user/new/commit/" in printed.out
+    assert fake_hub.token not in printed.out + printed.err
+    repo = fake_hub.repos["user/new"]
+    files = repo.files()
+    assert repo.private
+    assert repo.commits[repo.sha()][0] == "First"
+    whole = {path.relative_to(bundled()).as_posix(): path.read_bytes() for path in bundled().glob("*/*")}
+    assert {name: files[name] for name in whole} == whole
+    others = set(files) - set(whole) - {".gitattributes"}
+    assert others == {"README.md", "model_index.json", "samples/last.png", "card_images/00.png"}
+    # The text of the folder's own card is there, too.
+    assert (bundled() / "README.md").read_text("utf-8").split("---\n")[2].strip().split("\n")[0] in files[
+        "README.md"
+    ].decode()
+    again = TerDiTPipeline.from_pretrained("user/new").transformer.state_dict()
+    pipe = TerDiTPipeline.from_pretrained(bundled()).transformer.state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in pipe.items())
+
+
+def test_push_to_a_branch_and_as_a_pull_request(fake_hub, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", fake_hub.token)
+    assert main(["push", "digits", "user/new", "--revision", "v2", "--license", "mit"]) == 0
+    assert "license: mit" in fake_hub.repos["user/new"].files("v2")["README.md"].decode()
+    assert "model_index.json" not in fake_hub.repos["user/new"].files("main")
+    capsys.readouterr()
+    assert main(["push", "emoji", "user/new", "--create_pr"]) == 0
+    assert "discussions/1" in capsys.readouterr().out
+    assert "model_index.json" not in fake_hub.repos["user/new"].files("main")
+    assert main(["push", "user/new", "user/newer"]) == 1
+
+
+def test_push_without_the_right_token_says_how_to_log_in(fake_hub, monkeypatch, capsys):
+    fake_hub.upload_folder("user/there", bundled())
+    for token in (None, fake_hub.stranger_token, "expired"):
+        if token:
+            monkeypatch.setenv("HF_TOKEN", token)
+        assert main(["push", "digits", "user/there"]) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("terdit: ")
+        assert "user/there" in error
+        assert "hf auth login" in error
+        assert token is None or token not in error
+    assert len(fake_hub.repos["user/there"].commits) == 2
+
+
+def test_push_without_a_network_is_one_line(fake_hub, monkeypatch, capsys):
+    fake_hub.__exit__()  # nobody listens any more
+    monkeypatch.setenv("HF_TOKEN", fake_hub.token)
+    assert main(["push", "digits", "user/name"]) == 1
+    assert "user/name" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+COMMANDS = ("generate", "info", "push", "convert", "pack")
+
+
+def flags_of(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        build_parser().parse_args([command, "--help"])
+    assert stop.value.code == 0
+    return set(re.findall(r"--\w+", capsys.readouterr().out)) - {"--help"}
+
+
+def test_the_page_of_commands_names_every_flag_and_no_other(capsys):
+    sections = re.split(r"^## ", (ROOT / "docs" / "command_line.md").read_text("utf-8"), flags=re.MULTILINE)
+    sections = {section.split("`")[1].split()[-1]: section for section in sections if section.startswith("`terdit ")}
+    assert sections.keys() == set(COMMANDS)
+    for command, section in sections.items():
+        assert set(re.findall(r"--\w+", section)) == flags_of(command, capsys)
+
+
+def test_the_page_of_commands_shows_what_they_print(capsys, tmp_path, monkeypatch):
+    """Every command parses; those that need no other files run here, and print this but for the time they took."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "command_line.md").read_text("utf-8")
+    ran = 0
+    for block in re.findall(r"^```console\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        for shown in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, output = shown.partition("\n")
+            arguments = shlex.split(command)
+            assert arguments.pop(0) == "terdit"
+            build_parser().parse_args(arguments)
+            if arguments[0] not in ("generate", "info", "pack") or "/" in command:
+                continue
+            code, printed = main(arguments), capsys.readouterr()
+            expected = printed.out if code == 0 else printed.err.splitlines()[-1] + "\n"
+            expected, output = (re.sub(r"\d+\.\d s\.", "N s.", text) for text in (expected, output))
+            # "..." stands for lines that were left out.
+            pattern = re.escape(output.rstrip("\n")).replace(re.escape("\n..."), "(\n.*)*")
+            assert re.fullmatch(pattern, expected.rstrip("\n")), command
+            ran += 1
+    assert ran >= 6
 
 
 def test_sizes_are_written_for_people():

@@ -1,24 +1,25 @@
 """The `terdit` command: parse, call one function, print. Heavy imports stay inside the commands."""
 
 import argparse
+import difflib
+import inspect
+import json
+import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .card import human_bytes
+
 
 if TYPE_CHECKING:
+    import torch
+    from diffusers import SchedulerMixin
+
     from .pipelines.pipeline_terdit import TerDiTPipeline
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-def human_bytes(size: float) -> str:
-    """12345678 -> "12.3 MB"."""
-    for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.2f} GB"
 
 
 def _resolve(model: str) -> str:
@@ -32,34 +33,127 @@ def _resolve(model: str) -> str:
     return model if "/" in model else str(bundled(model))
 
 
-def _load(model: str, dtype: str = "float32", **kwargs: Any) -> "TerDiTPipeline":
+def load_pipeline(model: str, dtype: str = "float32") -> "TerDiTPipeline":
+    """A pipeline by folder, Hub id, or name of a bundled checkpoint.
+
+    Raises:
+        ValueError: No such checkpoint, or files that are not what they should be.
+        OSError: No such folder or repository.
+    """
     import torch
 
     from .pipelines.pipeline_terdit import TerDiTPipeline
 
-    return TerDiTPipeline.from_pretrained(_resolve(model), dtype=getattr(torch, dtype), **kwargs)
+    return TerDiTPipeline.from_pretrained(_resolve(model), dtype=getattr(torch, dtype))
+
+
+def usable_device(name: str) -> "torch.device":
+    """The device of this name.
+
+    Raises:
+        ValueError: There is no such device, here or anywhere.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch raises differs by device
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise ValueError(f"Device {name!r} cannot be used here ({reason}). `cpu` always can.") from error
+    return device
+
+
+def scheduler_by_name(name: str, current: "SchedulerMixin") -> "SchedulerMixin":
+    """A diffusers scheduler that samples what `current` samples, from its configuration.
+
+    Args:
+        name (`str`): Name of the class.
+        current ([`~diffusers.SchedulerMixin`]): The pipeline's.
+
+    Raises:
+        ValueError: No such scheduler (near matches are shown), or it cannot sample what the model predicts.
+    """
+    import diffusers
+
+    found = getattr(diffusers, name, None)
+    if not isinstance(found, type) or not issubclass(found, diffusers.SchedulerMixin):
+        names = [other for other in dir(diffusers) if other.endswith("Scheduler")]
+        inside = sorted((other for other in names if name.lower() in other.lower()), key=len)
+        near = difflib.get_close_matches(name, names, n=3) or inside[:3]
+        raise ValueError(
+            f"diffusers has no scheduler {name!r}. {'Close matches' if near else 'There are'}: "
+            f"{', '.join(near or ['DDPMScheduler', 'DDIMScheduler', 'DPMSolverMultistepScheduler', '...'])}."
+        )
+    cls: Any = found
+    settings: dict[str, Any] = {}
+    flow, asked_flow = (n.startswith("FlowMatch") for n in (type(current).__name__, name))
+    if flow and not asked_flow and "use_flow_sigmas" in inspect.signature(cls).parameters:
+        shift = current.config.shift
+        settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+    elif flow != asked_flow:
+        trained, others = (
+            (
+                "rectified flow",
+                "FlowMatchHeunDiscreteScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler",
+            )
+            if flow
+            else ("noise prediction", "DDIMScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler")
+        )
+        raise ValueError(
+            f"{name} cannot sample this model, which was trained for {trained} ({type(current).__name__}). Try"
+            f" {others}."
+        )
+    return cls.from_config(current.config, **settings)
+
+
+def _check_picture(output: Path) -> None:
+    """Raise before any work when the picture could not be written at the end."""
+    from PIL import Image
+
+    Image.init()
+    suffix = output.suffix.lower()
+    if Image.EXTENSION.get(suffix) not in Image.SAVE:
+        raise ValueError(f"{output} does not name a picture: end it in .png, .jpg, .webp or another of Pillow's.")
+    if output.is_dir():
+        raise IsADirectoryError(f"{output} is a folder; name a picture in it.")
+    place = output if output.exists() else next(p for p in output.absolute().parents if p.exists())
+    if not place.is_dir() and place != output:
+        raise NotADirectoryError(f"{output} cannot be written: {place} is a file.")
+    if not os.access(place, os.W_OK):
+        raise PermissionError(f"{output} cannot be written: no permission to write to {place}.")
+
+
+def _seeds(seeds: list[int], labels: int, per_label: int) -> list[list[int]]:
+    """The seeds of each label's images: counted up from one seed, or the given ones for every label."""
+    if len(seeds) == 1:
+        return [[seeds[0] + i * per_label + j for j in range(per_label)] for i in range(labels)]
+    if per_label not in (1, len(seeds)):
+        raise ValueError(f"{len(seeds)} seeds make {len(seeds)} images per label, but {per_label} were asked for.")
+    return [seeds] * labels
 
 
 def generate(args: argparse.Namespace) -> None:
     """Sample images into one labelled grid."""
     import time
 
-    import diffusers
     import torch
 
     from .training import image_grid
 
-    pipe = _load(args.model, args.dtype).to(args.device)
+    output = Path(args.output)
+    _check_picture(output)
+    device = usable_device(args.device)
+    pipe = load_pipeline(args.model, args.dtype).to(device)
+    pipe.set_progress_bar_config(disable=None)  # shown on a terminal, not in a log
     if args.activation_bits:
         pipe.transformer.set_activation_bits(args.activation_bits)
     if args.scheduler:
-        scheduler = getattr(diffusers, args.scheduler, None)
-        if scheduler is None or not hasattr(scheduler, "set_timesteps"):
-            raise ValueError(f"diffusers has no scheduler {args.scheduler!r}; try DPMSolverMultistepScheduler.")
-        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+        pipe.scheduler = scheduler_by_name(args.scheduler, pipe.scheduler)
     num_classes = pipe.transformer.config.num_classes
-    labels = [int(label) if label.isdigit() else label for label in args.labels] or list(range(min(num_classes, 10)))
-    generators = [torch.Generator().manual_seed(args.seed + i) for i in range(len(labels) * args.num_images_per_label)]
+    labels = [int(label) if label.isdecimal() else label for label in args.labels] or list(range(min(num_classes, 10)))
+    seeds = _seeds(args.seed, len(labels), args.num_images_per_label)
+    per_label = len(seeds[0])
     start = time.perf_counter()
     images = pipe(
         labels,
@@ -67,35 +161,55 @@ def generate(args: argparse.Namespace) -> None:
         width=args.width,
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
-        num_images_per_prompt=args.num_images_per_label,
-        generator=generators,
+        num_images_per_prompt=per_label,
+        generator=[torch.Generator().manual_seed(seed) for row in seeds for seed in row],
     ).images
     seconds = time.perf_counter() - start
     id2label = pipe.config.id2label or {}
-    captions = [id2label.get(str(label), str(label)).split(",")[0] for label in labels]
-    names = [caption for caption in captions for _ in range(args.num_images_per_label)]
+    names = [id2label.get(str(label), str(label)).split(",")[0] for label in labels for _ in range(per_label)]
     # One column per label when each has several images, read top to bottom.
-    columns = len(labels) if args.num_images_per_label > 1 else None
+    columns = len(labels) if per_label > 1 else None
     if columns:
-        order = [c * args.num_images_per_label + r for r in range(args.num_images_per_label) for c in range(columns)]
+        order = [column * per_label + row for row in range(per_label) for column in range(columns)]
         images, names = [images[i] for i in order], [names[i] for i in order]
-    output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     image_grid(images, columns, names).save(output)
     weights = sum(p.numel() * p.element_size() for p in pipe.transformer.parameters())
     bits = f", {args.activation_bits}-bit activations" if args.activation_bits else ""
+    first, last = seeds[0][0], seeds[-1][-1]
+    shown = ", ".join(map(str, args.seed)) if len(args.seed) > 1 else f"{first} to {last}" if first < last else first
     print(
         f"{len(images)} images of {images[0].width} x {images[0].height} pixels from {args.model} "
         f"({human_bytes(weights)} of weights, {args.dtype}{bits}, {pipe.device}): {args.num_inference_steps} steps of "
-        f"{type(pipe.scheduler).__name__}, guidance {args.guidance_scale:g}, seeds {args.seed} to "
-        f"{args.seed + len(images) - 1}, {seconds:.1f} s.\nWritten to {output}"
+        f"{type(pipe.scheduler).__name__}, guidance {args.guidance_scale:g}, seeds {shown}, {seconds:.1f} s.\n"
+        f"Written to {output}"
     )
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Read a checkpoint of TerDiT's authors and save it as a pipeline folder."""
-    from .conversion import convert_original_checkpoint
+    """Save a checkpoint of TerDiT's authors, or a ternary model published as dense tensors, as a packed folder."""
+    from .conversion import convert_dense_checkpoint, convert_original_checkpoint, is_diffusers_checkpoint
 
+    if is_diffusers_checkpoint(args.path):
+        unused = [n for n in ("subfolder", "weights_name", "weight_format", "vae") if getattr(args, n)]
+        if unused:
+            raise ValueError(
+                f"{args.path} is a diffusers model: --{', --'.join(unused)} is for the files of TerDiT's authors."
+            )
+        groups = args.granularity
+        granularity = int(groups) if groups and groups.isdigit() else groups
+        folder = convert_dense_checkpoint(args.path, args.output, granularity, component=args.component)
+        model = folder / args.component if (folder / args.component).is_dir() else folder
+        size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+        granularity = json.loads((model / "config.json").read_text("utf-8"))["quantization_config"]["granularity"]
+        covers = f"{granularity} inputs" if isinstance(granularity, int) else granularity
+        print(
+            f"Converted {args.path} to {folder}: one scale per {covers}, {human_bytes(size)} of weights in"
+            f" {model.name}. It loads with its own class after `import diffusers_terdit`."
+        )
+        return
+    if args.granularity:
+        raise ValueError(f"--granularity is for diffusers models with dense weights; {args.path} is none.")
     pipe = convert_original_checkpoint(
         args.path,
         vae=args.vae,
@@ -106,61 +220,168 @@ def convert(args: argparse.Namespace) -> None:
     )
     pipe.save_pretrained(args.output, max_shard_size="2GB")  # a shard is in memory while it is written
     print(f"Converted {args.path} to {args.output}\n")
-    _print_info(Path(args.output) / "transformer")
+    _print_info(Path(args.output))
 
 
 def info(args: argparse.Namespace) -> None:
-    """Print sizes and statistics of a model."""
+    """Print sizes and statistics of a model or layer."""
+    path = Path(args.model) if Path(args.model).is_file() else Path(_resolve(args.model))
+    path = path if path.exists() else _download_weights(args.model)
+    if args.labels:
+        id2label = _model_index(path).get("id2label") or {}
+        if not id2label:
+            raise ValueError(f"{args.model} names no labels; its classes are numbers.")
+        print("\n".join(f"{key:>5}  {id2label[key]}" for key in sorted(id2label, key=int)))
+    else:
+        _print_info(path)
+
+
+def _model_index(path: Path) -> dict[str, Any]:
+    """The `model_index.json` of a pipeline folder; empty where it is another."""
+    index = path / "model_index.json"
+    return json.loads(index.read_text("utf-8")) if index.is_file() else {}
+
+
+def _download_weights(repo_id: str) -> Path:
+    """A Hub model's configs and, for a pipeline, its transformer's weights: the files that `generate` uses, too."""
     from huggingface_hub import snapshot_download
 
-    path = Path(_resolve(args.model))
-    if not path.is_dir():
-        path = Path(snapshot_download(args.model, allow_patterns=["*.json", "*.safetensors"], ignore_patterns="vae/*"))
-    _print_info(path / "transformer" if (path / "transformer").is_dir() else path)
+    from .host import hub_errors
+
+    configs = ["model_index.json", "config.json"]
+    with hub_errors(repo_id):
+        folder = Path(snapshot_download(repo_id, allow_patterns=configs))
+        part = "transformer/" if (folder / "model_index.json").is_file() else ""
+        patterns = [f"{part}config.json", f"{part}diffusion_pytorch_model*.safetensors*"]
+        return Path(snapshot_download(repo_id, allow_patterns=[*configs, *patterns]))
 
 
-def _print_info(folder: Path) -> None:
-    from .models.transformer_terdit import TerDiTTransformer2DModel
-    from .training import ternary_statistics
+def _print_info(path: Path) -> None:
+    from .inspection import HEADERS, inspect_weights
 
-    model = TerDiTTransformer2DModel.from_pretrained(folder)
-    config, layers = model.config, model.ternary_layers()
-    ternary = sum(layer.in_features * layer.out_features for layer in layers.values())
-    scales = sum(layer.weight_scale.numel() for layer in layers.values())
-    stored = sum(p.numel() for n, p in model.named_parameters() if not n.endswith(("weight_packed", "weight_scale")))
-    other = stored - (ternary if config.weight_format == "float" else 0)
-    on_disk = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    rows = [
-        ("size", f"{config.num_layers} layers of width {config.num_attention_heads * config.attention_head_dim}"),
-        ("latents", f"{config.in_channels} x {config.sample_size} x {config.sample_size}, patch {config.patch_size}"),
-        ("classes", f"{config.num_classes}"),
-        ("weights", f"{ternary + scales + other:,}"),
-        ("  ternary", f"{ternary:,} in {len(layers)} layers"),
-        ("  scales", f"{scales:,}"),
-        ("  full precision", f"{other:,}"),
-        (
-            "format",
-            f"{config.weight_format}, one scale per {config.scale_granularity}" if layers else "full precision",
-        ),
-        ("on disk", f"{human_bytes(on_disk)}, of them {human_bytes(ternary / 4)} ternary codes when packed"),
-    ]
-    if layers:
-        statistics = ternary_statistics(model)
-        rows += [
-            ("zeros", f"{statistics['zero_share']:.1%} of the ternary weights"),
-            ("scale", f"{statistics['scale_min']:.3g} to {statistics['scale_max']:.3g}"),
+    index = _model_index(path)
+    if index and "TerDiTPipeline" not in str(index.get("_class_name")):  # in a remote-code revision it is a list
+        raise ValueError(f"{path} holds a {index.get('_class_name')}, not a TerDiTPipeline.")
+    id2label = index.get("id2label") or {}
+    report = inspect_weights(path / "transformer" if index else path)
+    config, total, ternary, scales = (
+        report.config, report.total(), report.total("ternary "), report.total("ternary scales"),
+    )  # fmt: skip
+    weights = ternary.weights - scales.weights
+    rows = []
+    if "num_layers" in config:
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        side = config["sample_size"]
+        rows = [
+            ("size", f"{config['num_layers']} layers of width {width}, {config['num_attention_heads']} heads"),
+            ("latents", f"{config['in_channels']} x {side} x {side}, patch {config['patch_size']}"),
+            ("classes", f"{config['num_classes']}" + (", with names (--labels)" if id2label else "")),
         ]
+    elif "in_features" in config:
+        rows = [("size", f"one layer, {config['in_features']} inputs, {config['out_features']} outputs")]
+    if index:
+        rows.append(("scheduler", index["scheduler"][1]))
+    covers = ", ".join(f"group of {g}" if isinstance(g, int) else g for g in sorted(report.granularities, key=str))
+    packing = f"packed ({report.packing}, version {report.version})" if report.packing else "floats"
+    others = total.weights - weights - scales.weights
+    ratio = 4 * total.weights / total.bytes
+    ternary_rows = [
+        ("  ternary", f"{weights:,} in {report.layers} layers"),
+        ("  scales", f"{scales.weights:,}, one per {covers}"),
+        ("  full precision", f"{others:,}"),
+    ]
+    rows += [
+        ("weights", f"{total.weights:,}"),
+        *(ternary_rows if report.layers else []),
+        ("format", packing if report.layers else "full precision"),
+        ("on disk", human_bytes(total.bytes) + (f", {ratio:.1f} times less than in float32" if ratio > 1.05 else "")),
+        ("digest", "matches" if report.has_digest else "none, so damage cannot be seen"),
+    ]
+    if report.layers:
+        magnitudes = report.scales.abs()
+        rows += [
+            ("zeros", f"{(ternary.zeros or 0) / weights:.1%} of the ternary weights"),
+            (
+                "scale",
+                f"{magnitudes.min():.3g} to {magnitudes.max():.3g}, median {magnitudes.median():.3g}; "
+                f"{(report.scales < 0).float().mean():.0%} negative",
+            ),
+        ]
+        if report.dead_layers:
+            shown = ", ".join(report.dead_layers[:3])
+            rows.append(
+                ("all zero", shown + (f" and {more} more" if (more := len(report.dead_layers) - 3) > 0 else ""))
+            )
+    if index.get("vae", [None, None])[1]:
+        vae = sum(file.stat().st_size for file in (path / "vae").glob("*.safetensors"))
+        rows.append(("vae", f"{human_bytes(vae)} besides" if vae else "not here"))
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+
+    table = [("where the bytes go", "dtype", "weights", "bytes", "share", "zeros")]
+    for name, group in report.groups.items():
+        zeros = "" if group.zeros is None else f"{group.zeros / group.weights:.1%}"
+        counted = "" if name == HEADERS else f"{group.weights:,}"
+        dtypes = " ".join(sorted(group.dtypes))
+        table.append((name, dtypes, counted, f"{group.bytes:,}", f"{group.bytes / total.bytes:.1%}", zeros))
+    table.append(("total", "", f"{total.weights:,}", f"{total.bytes:,}", "100.0%", ""))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in [table[0], *table[1:]]:
+        cells = [
+            f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        print(("\n" if row is table[0] else "") + "  ".join(cells).rstrip())
 
 
 def pack(args: argparse.Namespace) -> None:
     """Save a pipeline with its ternary weights in two bits each."""
-    pipe = _load(args.model)
+    pipe = load_pipeline(args.model)
     pipe.transformer.pack()
     pipe.save_pretrained(args.output)
     print(f"Packed {args.model} to {args.output}\n")
-    _print_info(Path(args.output) / "transformer")
+    _print_info(Path(args.output))
+
+
+def push(args: argparse.Namespace) -> None:
+    """Upload a pipeline folder to the Hub, as it is, with a model card."""
+    import shutil
+    from tempfile import TemporaryDirectory
+
+    from PIL import Image
+
+    pipe = load_pipeline(args.model)  # what does not load is not pushed
+    source = Path(_resolve(args.model))
+    if not source.is_dir():
+        raise NotADirectoryError(f"{args.model} is no folder here; what is on the Hub needs no push.")
+    images = {path.stem: Image.open(path) for path in map(Path, args.images)}
+    parts = [name for name, value in _model_index(source).items() if isinstance(value, list) and value[0]]
+    with TemporaryDirectory() as folder:
+        for name in ["model_index.json", *parts, *_card_files(source)]:
+            target = Path(folder, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if (source / name).is_dir() else shutil.copyfile)(source / name, target)
+        commit = pipe._push_folder(
+            Path(folder),
+            repo_id=args.repo_id,
+            private=args.private or None,
+            commit_message=args.commit_message,
+            create_pr=args.create_pr,
+            revision=args.revision,
+            license=args.license,
+            base_model=args.base_model,
+            images=images,
+        )
+    print(f"Pushed {args.model} to {commit.pr_url or commit.commit_url}")
+
+
+def _card_files(folder: Path) -> list[str]:
+    """README.md and the pictures of the folder that it shows."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return []
+    shown = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", card.read_text("utf-8"))
+    inside = {name for name in shown if (folder / name).is_file() and ".." not in Path(name).parts}
+    return ["README.md", *sorted(name for name in inside if not Path(name).is_absolute())]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -182,7 +403,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--num_inference_steps", type=int, default=50)
     sub.add_argument("--guidance_scale", type=float, default=4.0)
     sub.add_argument("--scheduler", help="name of a diffusers scheduler, such as DPMSolverMultistepScheduler")
-    sub.add_argument("--seed", type=int, default=0, help="of the first image; the next has the next seed")
+    sub.add_argument(
+        "--seed",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="of the first image, the next has the next seed; several seeds: an image of every label for each",
+    )
     sub.add_argument("--height", type=int, help="pixels")
     sub.add_argument("--width", type=int, help="pixels")
     sub.add_argument("--dtype", choices=DTYPES, default="float32")
@@ -192,11 +419,14 @@ def build_parser() -> argparse.ArgumentParser:
         choices=(16, 8),
         help="integer activations, for speed on a CPU: 16 (the default in bfloat16) or 8 (error of 1 %%)",
     )
-    sub.add_argument("--device", default="cpu")
-    sub.add_argument("--output", default="terdit.png", help="picture to write")
+    sub.add_argument("--device", default="cpu", help="as torch names them: cpu, cuda, cuda:1, mps, xpu")
+    sub.add_argument("--output", default="terdit.png", help="picture to write, in a format of Pillow")
 
-    sub = command(convert, "Convert a checkpoint of TerDiT's authors to a pipeline folder.")
-    sub.add_argument("path", help="folder with consolidated*.pth and model_args.pth, or a Hub id")
+    sub = command(
+        convert,
+        "Convert a checkpoint of TerDiT's authors, or a ternary model published as dense tensors, to a folder.",
+    )
+    sub.add_argument("path", help="folder or Hub id: consolidated*.pth and model_args.pth, or a diffusers model")
     sub.add_argument("output", help="folder to write")
     sub.add_argument("--subfolder", help="folder inside `path`")
     sub.add_argument("--weights_name", help="file to read; default the packed EMA one where there is one")
@@ -205,13 +435,34 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--vae", help='"auto" (the one the checkpoint names, downloaded), a folder or a Hub id; default none'
     )
+    sub.add_argument("--granularity", help='of dense weights: "tensor", "row" or inputs per scale; default found out')
+    sub.add_argument("--component", default="transformer", help="of a diffusers pipeline, the ternary one")
 
-    sub = command(info, "Print sizes and statistics of a model.")
-    sub.add_argument("model", nargs="?", default="digits", help="folder, Hub id, or name of a bundled checkpoint")
+    sub = command(info, "Print sizes and statistics of a model or layer, and where its bytes go.")
+    sub.add_argument(
+        "model",
+        nargs="?",
+        default="digits",
+        help="folder of a pipeline, model or layer, safetensors file, Hub id, or name of a bundled checkpoint",
+    )
+    sub.add_argument("--labels", action="store_true", help="print the class ids and their names instead")
 
     sub = command(pack, "Save a pipeline with its ternary weights in two bits each.")
     sub.add_argument("model", help="pipeline folder or Hub id")
     sub.add_argument("output", help="folder to write")
+
+    sub = command(push, "Upload a pipeline folder to the Hub. The token is that of `hf auth login`, or HF_TOKEN.")
+    sub.add_argument("model", help="pipeline folder, or name of a bundled checkpoint")
+    sub.add_argument("repo_id", help="such as user/name; made if it does not exist")
+    sub.add_argument("--private", action="store_true", help="make a new repository private")
+    sub.add_argument("--revision", help="branch, made if it does not exist; default main")
+    sub.add_argument("--commit_message", help='default "Upload" and the class')
+    sub.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
+    sub.add_argument("--license", help="for the card, an identifier as on the Hub, such as apache-2.0")
+    sub.add_argument("--base_model", help="for the card, Hub id of what this was made from")
+    sub.add_argument(
+        "--images", nargs="+", default=[], help="pictures for the card; the names of the files are captions"
+    )
     return parser
 
 
@@ -220,7 +471,13 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, OSError) as error:
+    except KeyboardInterrupt:
+        print("terdit: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `terdit info | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, ImportError) as error:
         print(f"terdit: {error}", file=sys.stderr)
         return 1
     return 0
