@@ -1,5 +1,4 @@
 import copy
-import io
 import math
 import pickle
 import shutil
@@ -12,18 +11,9 @@ from torch import nn
 
 from diffusers_terdit import TerDiTTransformer2DModel, TernaryLinear
 from diffusers_terdit.models.transformer_terdit import TerDiTAttnProcessor, sincos_2d
-from diffusers_terdit.ops import has_integer_kernel
 
-
-pytestmark = [
-    # Inductor imports a module of torch that defines a deprecated TorchScript method.
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
-]
 
 VARIANTS = {"float": {}, "packed": {"weight_format": "packed"}, "dense": {"ternary": False}}
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="inductor needs a C++ compiler"
-)
 SHARDED, BIN = {"max_shard_size": "20KB"}, {"safe_serialization": False}
 
 
@@ -803,66 +793,6 @@ class TestAttention:
         assert torch.equal(predict(model, tiny_inputs()), expected)
         model.unfuse_qkv_projections()
         assert equal_state(model, before)
-
-
-class TestCompiling:
-    @pytest.fixture(autouse=True)
-    def _fresh_compiler(self):
-        torch.compiler.reset()
-        yield
-        torch.compiler.reset()
-
-    def test_whole_model_is_one_graph(self, model, tiny_inputs):
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(predict(compiled, tiny_inputs()), predict(model, tiny_inputs()))
-
-    @pytest.mark.parametrize("bits", ["auto", 8, None])
-    def test_integer_activations_compile(self, tiny_model, tiny_inputs, bits):
-        if bits == 8 and not has_integer_kernel("cpu"):
-            pytest.skip("no AVX2 or no numba")
-        model, inputs = tiny_model("packed").to(torch.bfloat16), tiny_inputs(dtype=torch.bfloat16)
-        model.set_activation_bits(bits)
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        assert torch.equal(predict(compiled, inputs), predict(model, inputs))
-
-    def test_blocks_compile_once_for_all(self, model, tiny_inputs):
-        expected = predict(model, tiny_inputs())
-        torch._dynamo.utils.counters.clear()
-        model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(predict(model, tiny_inputs()), expected)
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-    def test_compiled_training_gives_the_same_gradients(self, tiny_model, tiny_inputs):
-        gradients = []
-        for compile in (False, True):
-            model = tiny_model().train()
-            run = torch.compile(model, fullgraph=True, backend="aot_eager") if compile else model
-            run(**tiny_inputs()).sample.square().mean().backward()
-            gradients.append([parameter.grad for parameter in model.parameters()])
-        for eager, compiled in zip(*gradients, strict=True):
-            torch.testing.assert_close(compiled, eager)
-
-    @needs_compiler
-    def test_inductor_fuses_around_the_ternary_op(self, tiny_model):
-        feed_forward, hidden_states = tiny_model("packed").transformer_blocks[0].ff, torch.randn(2, 5, 32)
-        with torch.no_grad():
-            compiled = torch.compile(feed_forward, fullgraph=True)(hidden_states)
-            torch.testing.assert_close(compiled, feed_forward(hidden_states), rtol=1e-5, atol=1e-6)
-
-    @needs_compiler
-    @pytest.mark.slow
-    def test_inductor_agrees_with_eager(self, model, tiny_inputs):
-        expected = predict(model, tiny_inputs())
-        model.compile_repeated_blocks(fullgraph=True)
-        torch.testing.assert_close(predict(model, tiny_inputs()), expected, rtol=1e-4, atol=1e-5)
-
-    def test_exported_packed_model_computes_the_same_after_a_round_trip(self, tiny_model, tiny_inputs):
-        model, inputs = tiny_model("packed"), tiny_inputs()
-        file = io.BytesIO()
-        torch.export.save(torch.export.export(model, (), inputs | {"return_dict": False}), file)
-        file.seek(0)
-        (sample,) = torch.export.load(file).module()(**inputs, return_dict=False)
-        assert torch.equal(sample, predict(model, inputs))
 
 
 class TestHostFeatures:

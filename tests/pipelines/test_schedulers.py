@@ -1,0 +1,97 @@
+"""Every scheduler of docs/schedulers.md on the bundled checkpoints; what the page says about each comes true."""
+
+import re
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+from diffusers_terdit import TerDiTPipeline
+
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "schedulers.md"
+
+pytest.importorskip("sklearn")
+sys.path.insert(0, str(ROOT / "examples"))
+import schedulers  # noqa: E402
+
+
+DIGITS = [i % 10 for i in range(20)]
+FACES = [3, 40]
+REFUSED = [name for name, reason in schedulers.OTHERS.items() if reason.startswith("refused")]
+
+
+@pytest.fixture(scope="module")
+def digits() -> TerDiTPipeline:
+    return schedulers.pipeline("digits")
+
+
+@pytest.fixture(scope="module")
+def emoji() -> TerDiTPipeline:
+    return schedulers.pipeline("emoji")
+
+
+@pytest.fixture(scope="module")
+def solution(emoji) -> torch.Tensor:
+    return schedulers.draw(emoji, "FlowMatchEulerDiscreteScheduler", {}, FACES, 20)
+
+
+@pytest.mark.parametrize("name", schedulers.NOISE)
+def test_it_draws_digits(digits, name):
+    images = schedulers.draw(digits, name, {}, DIGITS, 10)
+    assert schedulers.recognised(images, DIGITS) >= 0.85
+    assert schedulers.recognised(images.flip(-2), DIGITS) < 0.6  # the classifier can say no
+
+
+@pytest.mark.parametrize("name", schedulers.FLOW)
+def test_it_draws_faces(emoji, solution, name):
+    images = schedulers.draw(emoji, name, schedulers.FLOW[name], FACES, 8)
+    assert schedulers.nearest_is_own(images, solution) == 1
+    assert max(schedulers.root_mean_square(images, solution)) < 40  # another face is 70 to 110 away
+
+
+@pytest.mark.parametrize("name", [*REFUSED, *(name for name, changes in schedulers.FLOW.items() if not changes)])
+def test_a_model_of_noise_refuses_it(digits, name):
+    with pytest.raises(ValueError, match=rf"{name} has other steps.*schedulers\.md"):
+        schedulers.draw(digits, name, {}, [3], 4)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(schedulers.OTHERS) - set(REFUSED) - {"DPMSolverMultistepInverseScheduler"})
+)
+def test_it_does_not_run_in_silence(digits, name):
+    with pytest.raises((TypeError, ValueError, ImportError, RuntimeError, AttributeError, LookupError)):
+        schedulers.draw(digits, name, {}, [3], 4)
+
+
+def test_parallel_ddpm_is_ddpm(digits):
+    images = [schedulers.draw(digits, name, {}, [3, 4], 10) for name in ("DDPMScheduler", "DDPMParallelScheduler")]
+    torch.testing.assert_close(*images)
+
+
+def test_flow_schedulers_stay_open_to_models_without_a_variance(tiny_pipeline):
+    pipe = tiny_pipeline(learn_sigma=False, scheduler=diffusers.FlowMatchEulerDiscreteScheduler())
+    assert pipe([1], num_inference_steps=2, output_type="pt").images.isfinite().all()
+
+
+def test_the_page_names_every_scheduler_of_diffusers_once():
+    assert not set(schedulers.NOISE) & set(schedulers.OTHERS)
+    assert not set(schedulers.FLOW) & set(schedulers.OTHERS)
+    named = {*schedulers.NOISE, *schedulers.FLOW, *schedulers.OTHERS}
+    assert set(re.findall(r"^\| `(\w+)`", PAGE.read_text(encoding="utf-8"), re.MULTILINE)) == named
+    if diffusers.__version__ == "0.42.1":
+        assert set(schedulers.scheduler_names()) == named
+
+
+def test_the_page_is_what_the_script_writes(monkeypatch, capsys):
+    lines = {"noise_lines": r"^\| `.*[0-9] \|.*$", "flow_lines": r"^\| `.*\(\d.*$"}
+    text = PAGE.read_text(encoding="utf-8")
+    noise, flow = text.split("## A model that predicts a velocity")
+    monkeypatch.setattr(schedulers, "noise_lines", lambda count: re.findall(lines["noise_lines"], noise, re.MULTILINE))
+    monkeypatch.setattr(schedulers, "flow_lines", lambda faces: re.findall(lines["flow_lines"], flow, re.MULTILINE))
+    assert schedulers.page().replace(diffusers.__version__, "0.42.1") == text
+    schedulers.main([])
+    assert capsys.readouterr().out == schedulers.page() + "\n"
