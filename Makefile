@@ -5,11 +5,12 @@
 #                One part fits in minutes: python examples/experiments/adaln_norm.py --list
 # make format    let ruff rewrite what `make quality` would refuse
 #
-# PYTHON=python3.12 picks the interpreter, TORCH=torch another torch than the tested one. Triton comes with CUDA builds
-# only; beside the CPU build it is there for the tests, which run the GPU's kernel in its interpreter.
+# PYTHON=python3.12 picks the interpreter, TORCH=torch another torch than the tested one.
 
 PYTHON ?= python3
-TORCH ?= torch==2.13.0 "triton==3.6.0; sys_platform == 'linux' and platform_machine == 'x86_64'"
+TORCH ?= torch==2.13.0
+# Comes with PyTorch's CUDA builds; beside the CPU build the tests run the GPU's kernel in its interpreter.
+TRITON := "triton==3.6.0; sys_platform == 'linux' and platform_machine == 'x86_64'"
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 
@@ -19,14 +20,14 @@ demo: .venv/.ready
 	$(BIN)/terdit generate digits --num_images_per_label 8 --guidance_scale 2 --output demo.png
 
 # One thread: the models of the tests are tiny, and some tests start several processes.
-test: .venv/.ready
+test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-slow: .venv/.ready
+slow: .venv/.dev
 	$(BIN)/python -m pytest -m slow
 
 # One thread, as the committed figures: the models are small, and a run is the same whatever else the machine does.
-results: .venv/.ready
+results: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py deployment --output_dir outputs/results
 	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py kernels --output_dir outputs/results
 	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py step --output_dir outputs/results
@@ -35,13 +36,13 @@ results: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python examples/experiments/adaln_norm.py --records outputs/results
 	OMP_NUM_THREADS=1 $(BIN)/python examples/experiments/worth_it.py --records outputs/results
 
-quality: .venv/.ready
+quality: .venv/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: .venv/.ready
+format: .venv/.dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
@@ -50,6 +51,12 @@ format: .venv/.ready
 	@echo "Making the environment in .venv (torch, diffusers, ...); this takes a few minutes the first time."
 	$(PYTHON) -m venv .venv
 	$(PIP) $(TORCH)
+	$(PIP) --constraint requirements.lock --editable '.[train,cpu]'
+	@touch $@
+
+.venv/.dev: .venv/.ready
+	@echo "Adding what tests and checks need."
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) $(TRITON)
 	$(PIP) --constraint requirements.lock --editable '.[dev]'
 	@touch $@
 
