@@ -1,0 +1,299 @@
+"""Teach a trained TerDiT new classes, or its old ones a new look, by a LoRA adapter beside the packed weights.
+
+    OMP_NUM_THREADS=1 python examples/train_lora.py --demo --output_dir outputs/lora   # a minute on one CPU core
+    python examples/train_lora.py --model me/my-terdit --train_data_dir pictures --output_dir outputs/lora
+    python examples/train_lora.py --memory                                             # packed beside other weights
+
+`--train_data_dir` holds class folders of images. A folder whose name the model knows trains that label; another name
+becomes a new class, with a row of its own in the label table. The ternary weights stay packed and are never written.
+`--output_dir` gets the adapter, a `README.md` with the lines that load it, and pictures: `before.png`, `after.png`.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from peft import LoraConfig
+from PIL import Image
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, losses, pack_ternary, training
+from diffusers_terdit.metrics.digits import digits_classifier
+from evaluate import model_folder
+
+
+# Every ternary layer; the dense layers around them stay as they are.
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "gate_proj", "up_proj", "down_proj", "adaln.linear"]
+NEW_CLASS = "mirrored three"
+COLUMNS = 10
+MEMORY = ["packed float32", "packed bfloat16", "float float32", "dense float32", "dense bfloat16"]
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--demo", action="store_true", help=f"the bundled digits learn a new class, {NEW_CLASS!r}")
+    add("--train_data_dir", help="folder of class folders of images")
+    add("--memory", nargs="*", metavar="WEIGHTS", help=f"peak memory of a training step with {', '.join(MEMORY)}")
+    add("--model", default="digits", help="folder, Hub id, or the name of a bundled checkpoint")
+    add("--output_dir", type=Path, default=Path("terdit-lora"))
+    add("--rehearsal", type=int, default=16, help="--demo: pictures of each old class in the training set; 0 forgets")
+    add("--rank", type=int, default=8)
+    add("--learning_rate", type=float, default=2e-3)
+    add("--max_train_steps", type=int, default=600)
+    add("--train_batch_size", type=int, default=64)
+    add("--class_dropout_prob", type=float, default=0.1)
+    add("--gradient_checkpointing", action="store_true")
+    add("--seed", type=int, default=0)
+    add("--guidance_scale", type=float, default=1.5)
+    add("--num_inference_steps", type=int, default=50)
+    add("--preset", default="terdit-600m-256", help="--memory: the model's size")
+    args = parser.parse_args(argv)
+    if sum(bool(given) for given in (args.demo, args.train_data_dir, args.memory is not None)) != 1:
+        parser.error("pass one of --demo, --train_data_dir, --memory")
+    if unknown := set(args.memory or []) - set(MEMORY):
+        parser.error(f"--memory knows {MEMORY}, got {sorted(unknown)}")
+    return args
+
+
+class MirroredThrees:
+    """The training digits' threes in the mirror, as class 10, and the first `rehearsal` pictures of each digit."""
+
+    flip = False
+
+    def __init__(self, rehearsal: int):
+        digits = training.Digits(train=True)
+        labels = torch.tensor(digits.labels)
+        rows = [torch.nonzero(labels == digit)[:rehearsal, 0] for digit in range(10)]
+        threes = digits.images[labels == 3].flip(-1)
+        self.images = torch.cat([digits.images[torch.cat(rows)], threes])
+        self.labels = [*labels[torch.cat(rows)].tolist(), *[10] * len(threes)]
+        self.id2label = {**digits.id2label, 10: NEW_CLASS}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.images[index], self.labels[index]
+
+
+def open_samples(args: argparse.Namespace, pipe: TerDiTPipeline):
+    """Training samples whose labels are the model's ids; the names of new classes get the ids after the last."""
+    if args.demo:
+        return MirroredThrees(args.rehearsal)
+    config = pipe.transformer.config
+    resolution = config.sample_size * pipe.vae_scale_factor
+    channels = config.in_channels if pipe.vae is None else 3
+    samples = training.ImageSamples.from_folder(args.train_data_dir, resolution=resolution, channels=channels)
+    known, ids = pipe.labels, {}
+    for name in samples.id2label.values():
+        ids[name] = known[name] if name in known else config.num_classes + len(set(ids) - set(known))
+    samples.labels = [ids[samples.id2label[label]] for label in samples.labels]
+    samples.id2label = {number: name for name, number in ids.items()}
+    return samples
+
+
+def add_classes(pipe: TerDiTPipeline, names: list[str]) -> None:
+    """Rows for new labels in the model's table, and their names."""
+    first = pipe.transformer.config.num_classes
+    pipe.transformer.add_classes(len(names))
+    new = {str(first + i): name for i, name in enumerate(names)}
+    pipe.register_to_config(id2label={**(pipe.config.id2label or {}), **new})
+
+
+def lora_config(rank: int, rows: list[int] | None = None) -> LoraConfig:
+    """LoRA on every ternary layer; and `rows` of the label table, whole."""
+    tokens = {"class_embed": rows} if rows else None
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, trainable_token_indices=tokens)
+
+
+def train(pipe: TerDiTPipeline, samples, args: argparse.Namespace) -> float:
+    """Train the active adapter; the mean loss of the last tenth of the steps."""
+    transformer = pipe.transformer.train()
+    config, device = transformer.config, transformer.device
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    codec = training.LatentCodec(pipe.vae)
+    flow = isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
+    scheduler = training.training_scheduler(config.learn_sigma, flow)
+    latent_shape = (config.in_channels, config.sample_size, config.sample_size)
+    dropout = (config.num_classes, args.class_dropout_prob)
+    examples = training.Examples(samples, args.seed, latent_shape, *dropout, continuous_time=flow)
+    weights = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
+    positions = training.run_positions(0, args.max_train_steps, args.train_batch_size, 1, 0, 1)
+    recent, tenth = [], max(1, args.max_train_steps // 10)
+    for step, batch in enumerate(tqdm(DataLoader(examples, batch_sampler=positions), total=args.max_train_steps)):
+        batch = codec.encode({key: value.to(device) for key, value in batch.items()})
+        clean, noise, when, labels = (batch[key] for key in ("samples", "noise", "time", "class_labels"))
+        if flow:
+            noisy, target, when = losses.flow_matching_inputs(clean, noise, when)
+            output = transformer(noisy.to(transformer.dtype), when, labels).sample.float()
+            loss = losses.mean_squared_error(output, target)
+        else:
+            noisy = scheduler.add_noise(clean, noise, when)
+            output = transformer(noisy.to(transformer.dtype), when, labels).sample.float()
+            loss = losses.diffusion_loss(output, clean, noise, when, scheduler.alphas_cumprod.to(device))
+        loss = loss.mean()
+        if not loss.isfinite():
+            raise FloatingPointError(f"The loss is {loss.item()} at step {step}. Lower --learning_rate.")
+        loss.backward()
+        factor = training.learning_rate_factor(
+            step, "wsd", args.max_train_steps, min(20, tenth), args.max_train_steps // 3
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * factor
+        optimizer.step()
+        optimizer.zero_grad()
+        recent = [*recent, loss.item()][-tenth:]
+    transformer.eval()
+    return sum(recent) / len(recent)
+
+
+def pictures(pipe: TerDiTPipeline, labels: list[int], args: argparse.Namespace) -> Image.Image:
+    """A row of each label, from the same start noise whatever the model has learned."""
+    rows = [label for label in labels for _ in range(COLUMNS)]
+    generators = [torch.Generator().manual_seed(args.seed + i) for i in range(len(rows))]
+    options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    return training.image_grid(pipe(rows, generator=generators, **options).images, COLUMNS)
+
+
+def recognised(pipe: TerDiTPipeline, args: argparse.Namespace, count: int = 200) -> dict[str, float]:
+    """Shares that the package's digits classifier reads as meant: the old classes, and the new one in the mirror."""
+    classifier, shares = digits_classifier(), {}
+    for name, labels in (("old", [i % 10 for i in range(count)]), ("new", [10] * count)):
+        options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+        generator = torch.Generator().manual_seed(args.seed)
+        images = pipe(labels, generator=generator, output_type="pt", **options).images
+        meant = torch.tensor(labels) if name == "old" else torch.full((count,), 3)
+        images = images if name == "old" else images.flip(-1)
+        shares[name] = (classifier(images)["logits"].argmax(1) == meant).float().mean().item()
+    return shares
+
+
+CARD = """# LoRA adapter for {model}
+
+{numbers} trained weights, rank {rank}, {steps} steps.
+
+```python
+import torch
+from diffusers_terdit import TerDiTPipeline
+from diffusers_terdit.checkpoints import bundled
+
+pipe = TerDiTPipeline.from_pretrained({source})
+{classes}pipe.transformer.load_lora_adapter({folder!r})
+images = pipe({label!r}, guidance_scale={guidance}, generator=torch.Generator().manual_seed(0)).images
+```
+"""
+
+CLASSES = """pipe.transformer.add_classes({count})
+pipe.register_to_config(id2label=pipe.config.id2label | {names!r})
+"""
+
+
+def card(pipe: TerDiTPipeline, args: argparse.Namespace, new: dict[str, str], label: str) -> str:
+    trained = sum(parameter.numel() for parameter in pipe.transformer.parameters() if parameter.requires_grad)
+    return CARD.format(
+        model=args.model,
+        numbers=f"{trained:,}",
+        rank=args.rank,
+        steps=args.max_train_steps,
+        source=repr(args.model) if model_folder(args.model) == args.model else f"bundled({args.model!r})",
+        classes=CLASSES.format(count=len(new), names=new) if new else "",
+        folder=str(args.output_dir),
+        label=label,
+        guidance=args.guidance_scale,
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)  # of the adapter's first matrices
+    pipe = TerDiTPipeline.from_pretrained(model_folder(args.model))
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
+    samples, first = open_samples(args, pipe), pipe.transformer.config.num_classes
+    new = {number: name for number, name in sorted(samples.id2label.items()) if number >= first}
+    if new:
+        add_classes(pipe, list(new.values()))
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    shown = [*new, *(label for label in sorted(set(samples.labels)) if label < first)][:4]
+    if args.demo:
+        shown = [10, 3, 8, 2]
+    pictures(pipe, shown, args).save(args.output_dir / "before.png")
+    report = {"before": recognised(pipe, args)} if args.demo else {}
+
+    pipe.transformer.add_adapter(lora_config(args.rank, list(new)))
+    started = time.perf_counter()
+    report["loss"] = train(pipe, samples, args)
+    report["seconds"] = round(time.perf_counter() - started, 1)
+    pipe.transformer.save_lora_adapter(args.output_dir)
+
+    pictures(pipe, shown, args).save(args.output_dir / "after.png")
+    if args.demo:
+        report["after"] = recognised(pipe, args)
+        pipe.transformer.disable_adapters()
+        report["after, adapter disabled"] = recognised(pipe, args)
+        pipe.transformer.enable_adapters()
+    new_names = {str(number): name for number, name in new.items()}
+    label = samples.id2label[shown[0]]
+    (args.output_dir / "README.md").write_text(card(pipe, args, new_names, label), encoding="utf-8")
+    (args.output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(report, indent=2))
+
+
+def step_memory(weights: str, preset: str) -> float:
+    """Peak of this process, GiB: build a model, add an adapter, two training steps of one image."""
+    import resource  # not on Windows
+
+    kind, dtype = weights.split()
+    options = {"ternary": False} if kind == "dense" else {"weight_format": kind}
+    torch.set_default_dtype(getattr(torch, dtype))
+    transformer = TerDiTTransformer2DModel.from_preset(preset, **options)
+    torch.set_default_dtype(torch.float32)
+    if kind == "packed":
+        for layer in transformer.ternary_layers().values():
+            ternary = torch.randint(-1, 2, (layer.out_features, layer.in_features), dtype=torch.int8)
+            layer.weight_packed.copy_(pack_ternary(ternary))
+    transformer.add_adapter(lora_config(8))
+    transformer.train().enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW([weight for weight in transformer.parameters() if weight.requires_grad])
+    side = transformer.config.sample_size
+    for _ in range(2):
+        latents = torch.randn(1, 4, side, side, dtype=transformer.dtype)
+        output = transformer(latents, torch.tensor([500]), torch.tensor([1])).sample.float()
+        losses.mean_squared_error(output[:, :4], latents).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def memory_table(preset: str) -> str:
+    """Each row in a process of its own; what the imports take stands in the first."""
+    script = [sys.executable, str(Path(__file__).resolve()), "--preset", preset]
+    nothing = "import resource, train_lora; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)"
+    lines = ["| frozen weights | peak, GiB |", "| --- | --- |"]
+    commands = {"none: the imports alone": [sys.executable, "-c", nothing]}
+    commands |= {weights: [*script, "--memory", weights] for weights in MEMORY}
+    for name, command in commands.items():
+        printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent).stdout
+        lines.append(f"| {name} | {float(printed.split()[-1]):.2f} |")
+    return "\n".join(lines)
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    if args.memory is None:
+        run(args)
+    elif args.memory:
+        print(step_memory(args.memory[0], args.preset))
+    else:
+        print(memory_table(args.preset))
+
+
+if __name__ == "__main__":
+    main()

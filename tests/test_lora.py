@@ -1,0 +1,476 @@
+"""LoRA on ternary models through PEFT: frozen packed or float weights, adapters beside them."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from huggingface_hub import create_repo, upload_folder
+from safetensors.torch import load_file, save_file
+
+from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel
+from tiny import randomize
+
+
+pytest.importorskip("peft")
+from peft import LoHaConfig, LoraConfig
+
+from diffusers_terdit.host import TernaryLoraLinear
+
+
+FILE = "pytorch_lora_weights.safetensors"
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "gate_proj", "up_proj", "down_proj", "adaln.linear"]
+FORMATS = ["float", "packed"]
+both_formats = pytest.mark.parametrize("weight_format", FORMATS)
+
+
+def config(**kwargs):
+    return LoraConfig(**{"r": 3, "lora_alpha": 6, "target_modules": TARGETS, **kwargs})
+
+
+def adapted(model, seed=0, name="default", **kwargs):
+    """The model with an adapter that changes its output."""
+    torch.manual_seed(seed)
+    model.add_adapter(config(**kwargs), name)
+    for key, parameter in model.named_parameters():
+        if ".lora_" in key and f".{name}." in key:
+            randomize(torch.nn.ParameterList([parameter]), seed)
+    return model
+
+
+@torch.no_grad()
+def predict(model, inputs):
+    return model(**inputs).sample
+
+
+def trainable(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def frozen_state(model):
+    return {n.replace(".base_layer", ""): t.clone() for n, t in model.state_dict().items() if ".lora_" not in n}
+
+
+class TestTraining:
+    @both_formats
+    def test_only_the_adapter_trains_and_the_base_keeps_its_bits(self, tiny_model, tiny_inputs, weight_format):
+        model, inputs = tiny_model(weight_format), tiny_inputs()
+        before, expected = frozen_state(model), predict(model, inputs)
+        model.add_adapter(config())
+        assert torch.equal(predict(model, inputs), expected)  # a fresh adapter adds zero
+        assert {name.split(".")[-3] for name in trainable(model)} == {"lora_A", "lora_B"}
+        assert len(trainable(model)) == 2 * 8 * 2  # matrices, layers in a block, blocks
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+        losses = []
+        for _ in range(20):
+            loss = (model(**inputs).sample[:, :4] - inputs["hidden_states"]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.8 * losses[0]
+        after = frozen_state(model)
+        assert before.keys() == after.keys()
+        assert all(
+            torch.equal(tensor, after[name]) and tensor.dtype == after[name].dtype for name, tensor in before.items()
+        )
+
+    @both_formats
+    def test_gradient_is_that_of_the_dense_twin(self, tiny_model, tiny_inputs, weight_format):
+        gradients = []
+        for model in (tiny_model(weight_format), tiny_model(weight_format).dequantize()):
+            adapted(model)(**tiny_inputs()).sample.square().mean().backward()
+            gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        ternary, dense = gradients
+        assert ternary.keys() == dense.keys()
+        for name, gradient in dense.items():
+            torch.testing.assert_close(ternary[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+    def test_gradient_checkpointing_changes_no_gradient(self, tiny_model, tiny_inputs):
+        gradients = []
+        for checkpointing in (False, True):
+            model = adapted(tiny_model("packed")).train()
+            if checkpointing:
+                model.enable_gradient_checkpointing()
+            model(**tiny_inputs()).sample.square().mean().backward()
+            gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b)
+
+    def test_bfloat16_base_takes_a_float32_adapter(self, tiny_model, tiny_inputs):
+        model = adapted(tiny_model("packed").to(torch.bfloat16))
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        expected = predict(adapted(tiny_model("packed")), tiny_inputs())
+        sample = model(**tiny_inputs(dtype=torch.bfloat16)).sample
+        assert sample.dtype == torch.bfloat16
+        torch.testing.assert_close(sample.float(), expected, rtol=0, atol=0.1)
+        sample.float().square().mean().backward()
+        assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+    def test_autocast_trains_the_adapter(self, tiny_model, tiny_inputs):
+        model = adapted(tiny_model("packed"))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**tiny_inputs()).sample.float().square().mean()
+        loss.backward()
+        assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+    def test_dense_layers_and_the_label_table_take_part_when_asked(self, tiny_model, tiny_inputs, tmp_path):
+        model = tiny_model("packed")
+        base = predict(model, tiny_inputs())
+        adapted(model, target_modules=["to_q", "proj_out", "class_embed"])
+        assert {name.split(".lora_")[0] for name in trainable(model)} >= {"proj_out", "class_embed"}
+        expected = predict(model, tiny_inputs())
+        model.save_lora_adapter(tmp_path)
+        again = tiny_model("packed")
+        again.load_lora_adapter(tmp_path)
+        assert torch.equal(predict(again, tiny_inputs()), expected)
+        again.unload_lora()
+        assert torch.equal(predict(again, tiny_inputs()), base)
+
+
+class TestManaging:
+    @both_formats
+    def test_saved_adapter_computes_the_same_again(self, tiny_model, tiny_inputs, tmp_path, weight_format):
+        model = adapted(tiny_model(weight_format))
+        model.save_lora_adapter(tmp_path)
+        assert {name.split(".lora_")[1] for name in load_file(tmp_path / FILE)} == {"A.weight", "B.weight"}
+        for again in (tiny_model(weight_format), tiny_model("packed")):
+            again.load_lora_adapter(tmp_path, adapter_name="style")
+            assert list(again.peft_config) == ["style"]
+            assert torch.equal(predict(again, tiny_inputs()), predict(model, tiny_inputs()))
+
+    def test_adapter_comes_from_the_hub(self, tiny_model, tiny_inputs, tmp_path, fake_hub):
+        model = adapted(tiny_model("packed"))
+        model.save_lora_adapter(tmp_path)
+        create_repo("user/style", token=fake_hub.token)
+        upload_folder(repo_id="user/style", folder_path=tmp_path, token=fake_hub.token)
+        again = tiny_model("packed")
+        again.load_lora_adapter("user/style")
+        assert torch.equal(predict(again, tiny_inputs()), predict(model, tiny_inputs()))
+
+    def test_adapter_as_tensors_and_under_a_prefix(self, tiny_model, tiny_inputs, tmp_path):
+        model = adapted(tiny_model("packed"), lora_alpha=3)  # without metadata the host takes alpha = rank
+        model.save_lora_adapter(tmp_path)
+        tensors = load_file(tmp_path / FILE)
+        for prefix in (None, "transformer"):
+            again = tiny_model("packed")
+            named = {f"{prefix}.{name}" if prefix else name: tensor for name, tensor in tensors.items()}
+            again.load_lora_adapter(named, prefix=prefix)
+            assert torch.equal(predict(again, tiny_inputs()), predict(model, tiny_inputs()))
+
+    @pytest.mark.filterwarnings("ignore:Adapter one was active which is now deleted:UserWarning")
+    @both_formats
+    def test_disable_enable_set_scale_delete_unload(self, tiny_model, tiny_inputs, weight_format):
+        model, inputs = tiny_model(weight_format), tiny_inputs()
+        base = predict(model, inputs)
+        one = predict(adapted(model, 1, "one"), inputs)
+        two = predict(adapted(model, 2, "two"), inputs)
+        assert model.active_adapters() == ["two"]
+        assert len({t.sum().item() for t in (base, one, two)}) == 3
+        model.set_adapter("one")
+        assert torch.equal(predict(model, inputs), one)
+        model.disable_adapters()
+        assert torch.equal(predict(model, inputs), base)
+        model.enable_adapters()
+        assert torch.equal(predict(model, inputs), one)
+        model.set_adapters(["one", "two"], [0.5, 0.0])
+        half = predict(model, inputs)
+        assert not torch.equal(half, one)
+        model.set_adapters("one", 0.0)
+        torch.testing.assert_close(predict(model, inputs), base)
+        model.set_adapters("one", 0.5)
+        torch.testing.assert_close(predict(model, inputs), half)
+        model.delete_adapters("one")
+        assert list(model.peft_config) == ["two"]
+        model.set_adapters("two", 1.0)
+        assert torch.equal(predict(model, inputs), two)
+        model.delete_adapters("two")
+        assert torch.equal(predict(model, inputs), base)
+        adapted(model, 1, "one")
+        model.unload_lora()
+        assert not any(isinstance(module, TernaryLoraLinear) for module in model.modules())
+        assert torch.equal(predict(model, inputs), base)
+        assert torch.equal(predict(adapted(model, 1, "one"), inputs), one)
+
+    def test_copies_and_pickles_keep_the_adapter(self, tiny_model, tiny_inputs):
+        model = adapted(tiny_model("packed"))
+        expected = predict(model, tiny_inputs())
+        assert torch.equal(predict(copy.deepcopy(model), tiny_inputs()), expected)
+        assert torch.equal(predict(pickle.loads(pickle.dumps(model)), tiny_inputs()), expected)
+
+    def test_packing_a_float_model_keeps_its_adapter(self, tiny_model, tiny_inputs):
+        model = adapted(tiny_model())
+        expected = predict(model, tiny_inputs())
+        assert torch.equal(predict(model.pack(), tiny_inputs()), expected)
+        assert torch.equal(predict(model.unpack(), tiny_inputs()), expected)
+
+    def test_hotswap_puts_one_adapter_in_the_place_of_another(self, tiny_model, tiny_inputs, tmp_path):
+        expected = {}
+        for seed in (1, 2):
+            model = adapted(tiny_model("packed"), seed)
+            expected[seed] = predict(model, tiny_inputs())
+            model.save_lora_adapter(tmp_path / str(seed))
+        model = tiny_model("packed")
+        model.load_lora_adapter(tmp_path / "1", adapter_name="style")
+        assert torch.equal(predict(model, tiny_inputs()), expected[1])
+        model.load_lora_adapter(tmp_path / "2", adapter_name="style", hotswap=True)
+        assert torch.equal(predict(model, tiny_inputs()), expected[2])
+
+    def test_integer_activations_are_set_as_without_an_adapter(self, tiny_model):
+        plain, model = tiny_model("packed"), adapted(tiny_model("packed"))
+        for one in (plain, model):
+            try:
+                one.set_activation_bits(8)
+            except ImportError:
+                pytest.skip("no numba")
+        bits = {
+            name.replace(".base_layer", ""): layer._requested_bits for name, layer in model.ternary_layers().items()
+        }
+        assert bits == {name: layer._requested_bits for name, layer in plain.ternary_layers().items()}
+        assert set(bits.values()) == {8, 16}
+
+    def test_pipeline_samples_with_the_adapter(self, tiny_pipeline):
+        pipe = tiny_pipeline(weight_format="packed")
+        options = {"num_inference_steps": 3, "output_type": "latent"}
+
+        def sample():
+            return pipe([1, 2], generator=torch.Generator().manual_seed(0), **options).images
+
+        plain = sample()
+        adapted(pipe.transformer)
+        with_adapter = sample()
+        assert not torch.allclose(with_adapter, plain)
+        pipe.enable_model_cpu_offload(device="cpu")
+        torch.testing.assert_close(sample(), with_adapter, rtol=1e-5, atol=1e-5)
+        pipe.transformer.disable_adapters()
+        torch.testing.assert_close(sample(), plain, rtol=1e-5, atol=1e-5)
+
+    def test_group_offloading_takes_an_adapter(self, tiny_model, tiny_inputs, tmp_path):
+        expected = adapted(tiny_model("packed"))
+        expected.save_lora_adapter(tmp_path)
+        model = tiny_model("packed")
+        model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), "leaf_level")
+        model.load_lora_adapter(tmp_path)
+        for _ in range(2):
+            assert torch.equal(predict(model, tiny_inputs()), predict(expected, tiny_inputs()))
+
+    @pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.bfloat16], ids=str)
+    def test_layerwise_casting_leaves_the_adapter_alone(self, tiny_model, tiny_inputs, storage):
+        model = adapted(tiny_model("packed"))
+        expected = predict(model, tiny_inputs())
+        model.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
+        assert {p.dtype for n, p in model.named_parameters() if ".lora_" in n} == {torch.float32}
+        torch.testing.assert_close(predict(model, tiny_inputs()), expected, rtol=0, atol=0.2)
+
+
+class TestNewClasses:
+    def test_old_labels_and_the_null_label_keep_their_outputs(self, tiny_model, tiny_inputs):
+        model, inputs = tiny_model("packed"), tiny_inputs(11)
+        inputs["class_labels"] = torch.arange(11)
+        before = predict(model, inputs)
+        assert model.add_classes(2) is model
+        assert model.config.num_classes == 12
+        assert model.class_embed.weight.requires_grad
+        inputs["class_labels"][10] = 12
+        assert torch.equal(predict(model, inputs), before)
+        for new in (10, 11):
+            inputs["class_labels"][10] = new
+            assert torch.equal(predict(model, inputs), before)
+
+    def test_saved_model_has_the_new_rows(self, tiny_model, tmp_path):
+        tiny_model("packed").add_classes(3).save_pretrained(tmp_path)
+        loaded = TerDiTTransformer2DModel.from_pretrained(tmp_path)
+        assert (loaded.config.num_classes, loaded.class_embed.num_embeddings) == (13, 14)
+
+    def test_a_new_row_trains_alone_and_travels_with_the_adapter(self, tiny_model, tiny_inputs, tmp_path):
+        model = tiny_model("packed").add_classes(1)
+        adapted(model, trainable_token_indices={"class_embed": [10]})
+        assert [name for name in trainable(model) if "class_embed" in name] == [
+            "class_embed.token_adapter.trainable_tokens_delta.default"
+        ]
+        with torch.no_grad():
+            model.class_embed.token_adapter.trainable_tokens_delta["default"].add_(1.0)
+        inputs = tiny_inputs(3) | {"class_labels": torch.tensor([10, 3, 11])}
+        expected = predict(model, inputs)
+        model.save_lora_adapter(tmp_path)
+        again = tiny_model("packed").add_classes(1)
+        base = predict(again, inputs)
+        again.load_lora_adapter(tmp_path)
+        assert torch.equal(predict(again, inputs), expected)
+        again.disable_adapters()
+        assert torch.equal(predict(again, inputs), base)
+        again.enable_adapters()
+        again.unload_lora()
+        assert torch.equal(predict(again, inputs), base)
+        assert again.state_dict().keys() == tiny_model("packed").state_dict().keys()
+        again.load_lora_adapter(tmp_path, adapter_name="second")
+        assert torch.equal(predict(again, inputs), expected)
+        again.delete_adapters("second")
+        assert torch.equal(predict(again, inputs), base)
+
+    def test_an_adapter_for_a_new_class_is_refused_where_its_row_is_the_null_label(self, tiny_model, tmp_path):
+        model = tiny_model("packed").add_classes(1)
+        adapted(model, trainable_token_indices={"class_embed": [10]}).save_lora_adapter(tmp_path)
+        with pytest.raises(ValueError, match=r"rows \[10\].*row 10 is the null label.*add_classes"):
+            tiny_model("packed").load_lora_adapter(tmp_path)
+
+    @pytest.mark.parametrize("count", [0, -1, 1.0, True, "1"])
+    def test_wrong_counts_are_refused(self, tiny_model, count):
+        with pytest.raises(ValueError, match=f"positive int, got {count!r}"):
+            tiny_model().add_classes(count)
+
+    def test_classes_come_before_adapters_of_the_table(self, tiny_model):
+        model = adapted(tiny_model("packed"), trainable_token_indices={"class_embed": [1]})
+        with pytest.raises(ValueError, match="add classes before adapters"):
+            model.add_classes(1)
+
+
+class TestFusing:
+    @both_formats
+    @pytest.mark.parametrize("safe", [False, True])
+    def test_fusing_into_ternary_weights_is_refused_and_changes_nothing(
+        self, tiny_model, tiny_inputs, weight_format, safe
+    ):
+        model = adapted(tiny_model(weight_format), target_modules=[*TARGETS, "proj_in"])
+        expected = predict(model, tiny_inputs())
+        with pytest.raises(ValueError, match=r"no longer ternary.*model\.dequantize\(\)"):
+            model.fuse_lora(safe_fusing=safe)
+        layer = next(module for module in model.modules() if isinstance(module, TernaryLoraLinear))
+        with pytest.raises(ValueError, match="no longer ternary"):
+            layer.merge(safe_merge=safe)
+        assert torch.equal(predict(model, tiny_inputs()), expected)
+
+    def test_the_way_out_is_a_dense_copy(self, tiny_model, tiny_inputs, tmp_path):
+        model = adapted(tiny_model("packed"))
+        model.save_lora_adapter(tmp_path / "adapter")
+        expected = predict(model, tiny_inputs())
+        with pytest.raises(ValueError, match=r"carries adapters, \['default'\].*unload_lora"):
+            model.dequantize()
+        model.unload_lora()
+        dense = model.dequantize()
+        dense.load_lora_adapter(tmp_path / "adapter")
+        torch.testing.assert_close(predict(dense, tiny_inputs()), expected, rtol=1e-4, atol=1e-5)
+        dense.fuse_lora()
+        dense.unload_lora()
+        dense.save_pretrained(tmp_path / "dense")
+        fused = TerDiTTransformer2DModel.from_pretrained(tmp_path / "dense")
+        assert not any(".lora_" in name for name in fused.state_dict())
+        torch.testing.assert_close(predict(fused, tiny_inputs()), expected, rtol=1e-4, atol=1e-5)
+
+    def test_dense_model_fuses_and_unfuses_as_ever(self, tiny_model, tiny_inputs):
+        model = adapted(tiny_model(ternary=False))
+        expected = predict(model, tiny_inputs())
+        model.fuse_lora()
+        torch.testing.assert_close(predict(model, tiny_inputs()), expected, rtol=1e-4, atol=1e-5)
+        model.unfuse_lora()
+        torch.testing.assert_close(predict(model, tiny_inputs()), expected, rtol=1e-4, atol=1e-5)
+
+    def test_a_model_with_adapters_is_not_saved(self, tiny_model, tiny_pipeline, tmp_path):
+        with pytest.raises(ValueError, match=r"\['default'\].*save_lora_adapter.*unload_lora"):
+            adapted(tiny_model("packed")).save_pretrained(tmp_path)
+        pipe = tiny_pipeline(weight_format="packed")
+        adapted(pipe.transformer)
+        with pytest.raises(ValueError, match="save_lora_adapter"):
+            pipe.save_pretrained(tmp_path)
+        pipe.transformer.unload_lora()
+        pipe.save_pretrained(tmp_path)
+        TerDiTPipeline.from_pretrained(tmp_path)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("options", [{"modules_to_save": ["class_embed"]}, {"bias": "all"}], ids=str)
+    def test_what_cannot_be_switched_off_is_refused(self, tiny_model, options):
+        (name,) = options
+        with pytest.raises(ValueError, match=rf"{name}=.*cannot switch off.*trainable_token_indices"):
+            tiny_model("packed").add_adapter(config(**options))
+
+    @both_formats
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"use_dora": True}, r"use_dora: reads a dense weight.*plain LoRA.*dequantize"),
+            ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa': reads a dense weight"),
+            ({"init_lora_weights": "olora"}, r"init_lora_weights='olora': reads a dense weight"),
+        ],
+        ids=str,
+    )
+    def test_what_reads_the_dense_weight_is_refused(self, tiny_model, tiny_inputs, weight_format, options, message):
+        model = tiny_model(weight_format)
+        expected = predict(model, tiny_inputs())
+        with pytest.raises(ValueError, match=message):
+            model.add_adapter(config(**options))
+        assert torch.equal(
+            predict(adapted(model), tiny_inputs()), predict(adapted(tiny_model(weight_format)), tiny_inputs())
+        )
+        model.unload_lora()
+        assert torch.equal(predict(model, tiny_inputs()), expected)
+
+    def test_dense_model_takes_dora(self, tiny_model, tiny_inputs, tmp_path):
+        model = adapted(tiny_model(ternary=False), use_dora=True)
+        assert predict(model, tiny_inputs()).isfinite().all()
+        model.save_lora_adapter(tmp_path)
+        with pytest.raises(ValueError, match="use_dora: reads a dense weight"):
+            tiny_model("packed").load_lora_adapter(tmp_path)
+
+    def test_other_methods_are_refused_by_name(self, tiny_model):
+        with pytest.raises(ValueError, match=r"take LoRA adapters, got LoHaConfig.*LoraConfig"):
+            tiny_model("packed").add_adapter(LoHaConfig(r=2, target_modules=["to_q"]))
+
+    def test_adapter_of_a_deeper_model_is_refused_by_layer(self, tiny_model, tiny_inputs, tmp_path):
+        adapted(tiny_model("packed", num_layers=3)).save_lora_adapter(tmp_path)
+        model = tiny_model("packed")
+        expected = predict(model, tiny_inputs())
+        with pytest.raises(ValueError, match=r"`transformer_blocks\.2\..*does not have"):
+            model.load_lora_adapter(tmp_path)
+        assert torch.equal(predict(model, tiny_inputs()), expected)
+
+    def test_adapter_of_a_wider_model_is_refused_by_shape(self, tiny_model, tmp_path):
+        adapted(tiny_model("packed", ffn_dim=128)).save_lora_adapter(tmp_path)
+        with pytest.raises(ValueError, match=r"lora_A\.weight` has shape \[3, 128\], the layer's `in_features` is 64"):
+            tiny_model("packed").load_lora_adapter(tmp_path)
+
+    def test_wrong_prefix_is_an_error(self, tiny_model, tmp_path):
+        adapted(tiny_model("packed")).save_lora_adapter(tmp_path)
+        with pytest.raises(ValueError, match=r"start with 'unet'.*prefix=None"):
+            tiny_model("packed").load_lora_adapter(tmp_path, prefix="unet")
+
+    @pytest.mark.parametrize("damage", ["missing", "truncated"])
+    def test_unreadable_file_is_an_os_error(self, tiny_model, tmp_path, damage):
+        if damage == "truncated":
+            adapted(tiny_model("packed")).save_lora_adapter(tmp_path)
+            (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:500])
+        with pytest.raises(OSError, match=str(tmp_path)):
+            tiny_model("packed").load_lora_adapter(tmp_path)
+
+    def test_a_name_is_used_once(self, tiny_model, tmp_path):
+        model = adapted(tiny_model("packed"))
+        model.save_lora_adapter(tmp_path)
+        with pytest.raises(ValueError, match="already"):
+            model.add_adapter(config())
+        with pytest.raises(ValueError, match="already"):
+            model.load_lora_adapter(tmp_path, adapter_name="default")
+
+    def test_missing_tensor_of_a_pair_is_refused(self, tiny_model, tmp_path):
+        adapted(tiny_model("packed")).save_lora_adapter(tmp_path)
+        tensors = load_file(tmp_path / FILE)
+        name = next(name for name in tensors if name.endswith("lora_B.weight"))
+        save_file({key: tensor for key, tensor in tensors.items() if key != name}, tmp_path / FILE)
+        with pytest.raises(ValueError, match=r"has `.*lora_A\.weight`, but no `.*lora_B\.weight`"):
+            tiny_model("packed").load_lora_adapter(tmp_path)
+
+
+class TestContactWithTheHost:
+    @pytest.mark.parametrize("call", [lambda m: m.add_adapter(config()), lambda m: m.load_lora_adapter({"a": 1})])
+    def test_without_peft_an_error_says_what_to_install(self, tiny_model, monkeypatch, call):
+        monkeypatch.setattr("diffusers_terdit.host.is_peft_available", lambda: False)
+        with pytest.raises(ImportError, match=r"diffusers-terdit\[lora\]"):
+            call(tiny_model("packed"))
+
+    def test_host_builds_its_config_through_the_function_that_is_wrapped(self):
+        from diffusers.loaders import peft as peft_loader
+
+        assert callable(peft_loader._create_lora_config)
+        assert peft_loader._create_lora_config.__module__ == "diffusers.utils.peft_utils"  # no wrapper is left behind
+
+    def test_peft_takes_custom_layers(self):
+        assert callable(LoraConfig(target_modules=["x"])._register_custom_module)
