@@ -6,6 +6,7 @@ python examples/benchmark.py deployment
 python examples/benchmark.py kernels
 python examples/benchmark.py step
 python examples/benchmark.py gpu
+python examples/benchmark.py flux2
 
 `memory` saves a packed model of a preset's size with random codes, then, in a new process, loads it, runs one guided
 forward pass (two rows), and prints that process's peak resident memory.
@@ -22,6 +23,9 @@ same weights, and measures their errors. `--kernel module:function` checks and t
 
 `gpu` does it on a CUDA device: layers and whole steps beside dense ones and other libraries that are installed, and
 what fits on cards of 2, 4 and 8 GB. It writes gpu.json and gpu.md.
+
+`flux2` imports a model of FLUX.2-klein's shape with random ternary weights and measures folder, memory and time beside
+the dense one. It writes flux2.json and flux2.md.
 """
 
 import argparse
@@ -48,6 +52,7 @@ from diffusers import AutoModel, DDPMScheduler, DiTTransformer2DModel
 
 import deployment_page
 import diffusers_terdit
+import flux2_page
 import gpu_benchmark
 import kernel_benchmark
 import kernel_page
@@ -499,6 +504,7 @@ def main() -> None:
     sub.add_argument("--measure", help=argparse.SUPPRESS)
     kernel_benchmark.add_arguments(commands)
     gpu_benchmark.add_arguments(commands)
+    flux2_page.add_arguments(commands)
     args = parser.parse_args()
     if args.command == "deployment" and args.measure:
         serve_steps(args.measure, getattr(torch, args.dtypes[0]), args.device)
@@ -508,6 +514,8 @@ def main() -> None:
         kernel_benchmark.run(args, machine(), command_line())
     elif args.command == "gpu":
         gpu_benchmark.run(args, machine(), command_line())
+    elif args.command == "flux2":
+        flux2_page.run(args, machine(), command_line(), peak_memory)
     elif args.command == "training":
         training(args)
     elif args.measure:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -86,8 +87,8 @@ def cut_log(path: str | os.PathLike, step: int) -> None:
 
 def save_checkpoint(
     folder: str | os.PathLike,
-    model: TerDiTTransformer2DModel,
-    ema_model: TerDiTTransformer2DModel,
+    model: ModelMixin,
+    ema_model: ModelMixin,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     is_main_process: bool = True,
@@ -101,8 +102,8 @@ def save_checkpoint(
 
     Args:
         folder (`str` or `os.PathLike`): `checkpoint-N`; written beside it first, then renamed.
-        model ([`TerDiTTransformer2DModel`]): Not wrapped by DDP; its parameters may be sharded by `fully_shard`.
-        ema_model ([`TerDiTTransformer2DModel`]): Its average.
+        model ([`~diffusers.ModelMixin`]): Not wrapped by DDP; its parameters may be sharded by `fully_shard`.
+        ema_model ([`~diffusers.ModelMixin`]): Its average.
         optimizer (`torch.optim.Optimizer`): Over `model`'s parameters.
         state (`dict`): What else to keep, as JSON: the step, the batch size.
         is_main_process (`bool`): Whether this process writes.

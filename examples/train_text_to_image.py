@@ -1,0 +1,461 @@
+"""Train a text-to-image diffusion transformer of diffusers (PixArt), or make a trained one ternary and train on.
+
+    python examples/train_text_to_image.py --demo --output_dir outputs/dense
+    python examples/train_text_to_image.py --demo --pretrained_model_name_or_path outputs/dense --ternary \\
+        --teacher outputs/dense --output_dir outputs/ternary
+
+`--demo` draws scikit-learn's 8x8 digits from captions such as "a bold three slanted left". Text encoder and VAE stay
+frozen. `--output_dir` becomes a folder for `PixArtAlphaPipeline.from_pretrained`, after `import diffusers_terdit`,
+with the average of the weights, packed where they are ternary. Each `checkpoint-N/` in it holds float weights and
+optimizer; `--resume_from_checkpoint latest` goes on in the same bits as a run that never stopped.
+"""
+
+import argparse
+import copy
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from diffusers_terdit import TernaryConfig, losses, training
+
+
+MODEL = {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 32, "cross_attention_dim": 128}
+VAE_STEPS = 1500
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("data, one of the first two").add_argument
+    add("--demo", action="store_true", help="captioned 8x8 digits; without a pretrained model one of 950,000 weights")
+    add("--train_data_dir", type=Path, help="folder of images and a metadata.jsonl: file_name and text of each")
+    add("--resolution", type=int, default=8, help="pixels")
+    add("--dataloader_num_workers", type=int, default=0)
+    add("--caption_dropout_prob", type=float, default=0.1, help="share of captions that are empty, for guidance")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", help="PixArt-alpha pipeline to start from: folder or Hub id")
+    add("--pretrained_vae_model_name_or_path", help="--demo: an AutoencoderKL of a finished run, not to train one")
+    add("--ternary", action="store_true", help="make the linear layers of the blocks ternary, then train")
+    add("--granularity", default="tensor", help='what one ternary scale covers: "tensor", "row", or inputs per group')
+    add("--teacher", help="pipeline whose noise prediction is learned, too: the model before it became ternary")
+    add(
+        "--distillation_weight", type=float, default=1.0, help="of the teacher's; the data's is 1 minus it, at least 0"
+    )
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--seed", type=int, default=0)
+    add("--max_train_steps", type=int, default=2000)
+    add("--train_batch_size", type=int, default=64, help="per process")
+    add("--learning_rate", type=float, default=2e-3)
+    add("--lr_scheduler", default="wsd", choices=["constant", "cosine", "wsd"])
+    add("--lr_warmup_steps", type=int, default=50)
+    add("--adam_weight_decay", type=float, default=0.0)
+    add("--max_grad_norm", type=float, default=2.0)
+    add("--ema_decay", type=float, default=0.99)
+    add("--mixed_precision", choices=["no", "bf16"], help="default: accelerate's; weights, average, loss stay float32")
+    add("--gradient_checkpointing", action="store_true")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", type=Path, default=Path("text-to-image-model"))
+    add("--checkpointing_steps", type=int, default=500)
+    add("--checkpoints_total_limit", type=int, default=2)
+    add("--resume_from_checkpoint", help='a folder, or "latest"')
+    add("--logging_steps", type=int, default=50, help="log.jsonl")
+    add("--num_validation_images", type=int, default=16)
+    add("--num_inference_steps", type=int, default=20)
+    add("--guidance_scale", type=float, default=1.5)
+
+    args = parser.parse_args(argv)
+    if args.demo == bool(args.train_data_dir):
+        parser.error("pass one of --demo, --train_data_dir")
+    if not (args.demo or args.pretrained_model_name_or_path):
+        parser.error(
+            "--train_data_dir goes with --pretrained_model_name_or_path: text encoder and VAE are not trained"
+        )
+    if args.granularity.isdigit():
+        args.granularity = int(args.granularity)
+    return args
+
+
+# --- data ---
+
+
+def ink(images: Tensor) -> Tensor:
+    """Mean brightness: (B, 1, 8, 8) in [0, 1] -> (B,)."""
+    return images.flatten(1).mean(1)
+
+
+def slant(images: Tensor) -> Tensor:
+    """Columns to the right per row upwards, by second moments: (B, 1, 8, 8) in [0, 1] -> (B,); 0 is upright."""
+    images, place = images[:, 0], torch.arange(8.0) - 3.5
+    total = images.sum((1, 2)).clamp_min(1e-6)
+    right = place - ((images.sum(1) * place).sum(1) / total)[:, None]  # (B, 8)
+    down = place - ((images.sum(2) * place).sum(1) / total)[:, None]
+    covariance = torch.einsum("bij,bi,bj->b", images, down, right) / total
+    variance = torch.einsum("bij,bi->b", images, down.square()) / total
+    return -covariance / variance.clamp_min(1e-6)
+
+
+WORDS = {"ink": (ink, ("thin ", "", "bold ")), "slant": (slant, (" slanted left", "", " slanted right"))}
+
+
+class CaptionedDigits(Dataset):
+    """scikit-learn's digits with a caption each: its name, and words for its ink and slant among those of its class.
+
+    The lowest and the highest third of the training digits of a class get a word, the middle third none.
+    """
+
+    flip = False
+
+    def __init__(self, train: bool):
+        digits = training.Digits(train)
+        self.images, self.digits, self.names = (
+            digits.images,
+            torch.tensor(digits.labels),
+            list(digits.id2label.values()),
+        )
+        reference = training.Digits(train=True)
+        classes = torch.tensor(reference.labels)
+        thirds = torch.tensor([1 / 3, 2 / 3])
+        self.limits = {}  # property -> (10, 2)
+        for name, (measure, _) in WORDS.items():
+            values = measure((reference.images + 1) / 2)
+            self.limits[name] = torch.stack([values[classes == digit].quantile(thirds) for digit in range(10)])
+        self.properties = self.measure((self.images + 1) / 2, self.digits)
+        numbers = [self.caption(i) for i in range(len(self.digits))]
+        self.captions = sorted(
+            f"a {bold}{name}{slanted}"
+            for name in self.names
+            for bold in WORDS["ink"][1]
+            for slanted in WORDS["slant"][1]
+        )
+        self.labels = [self.captions.index(caption) for caption in numbers]
+
+    def measure(self, images: Tensor, digits: Tensor) -> dict[str, Tensor]:
+        """Low (0), middle (1) or high (2) among a digit's: images (B, 1, 8, 8) in [0, 1], digits (B,) -> (B,) each."""
+        return {
+            name: (measure(images)[:, None] > self.limits[name][digits]).sum(1) for name, (measure, _) in WORDS.items()
+        }
+
+    def caption(self, index: int) -> str:
+        """Of one digit."""
+        bold, slanted = (words[int(self.properties[name][index])] for name, (_, words) in WORDS.items())
+        return f"a {bold}{self.names[int(self.digits[index])]}{slanted}"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], self.labels[index]
+
+
+def open_images(folder: Path, resolution: int, channels: int) -> training.ImageSamples:
+    """Images of a folder with the captions of its metadata.jsonl; `captions` by the label that stands for each."""
+    path = folder / "metadata.jsonl"
+    if not path.is_file():
+        raise SystemExit(f'{folder} has no metadata.jsonl; each of its lines is {{"file_name": ..., "text": ...}}.')
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for number, row in enumerate(rows, start=1):
+        if not {"file_name", "text"} <= row.keys():
+            raise SystemExit(f"{path}, line {number} has no file_name or no text: {row}.")
+    captions = sorted({row["text"] for row in rows})
+    numbers = {caption: i for i, caption in enumerate(captions)}
+    paths, labels = [folder / row["file_name"] for row in rows], [numbers[row["text"]] for row in rows]
+    samples = training.ImageSamples(paths, labels, dict(enumerate(captions)), resolution, channels)
+    samples.captions = captions
+    return samples
+
+
+# --- the demo's model ---
+
+
+def word_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
+    """One token per word of the captions."""
+    words = sorted({word for caption in captions for word in caption.split()})
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    longest = max(len(caption.split()) for caption in captions) + 1
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=longest, **special)
+
+
+def train_vae(images: Tensor, steps: int = VAE_STEPS) -> AutoencoderKL:
+    """An AutoencoderKL for 8x8 pixels, (4, 4, 4) latents, trained on images (N, 1, 8, 8) in [-1, 1]."""
+    vae = AutoencoderKL(
+        in_channels=1, out_channels=1, latent_channels=4, block_out_channels=(16, 32), norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, sample_size=8,
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=0.0)
+    for step in tqdm(range(steps), desc="VAE"):
+        order = training.sample_order(len(images), 0, step * 64 // len(images))
+        rows = torch.from_numpy(order[step * 64 % len(images) :][:64])
+        distribution = vae.encode(images[rows]).latent_dist
+        noise = training.normal(0, "posterior", range(step * 64, step * 64 + len(rows)), (4, 4, 4))
+        decoded = vae.decode(distribution.mean + distribution.std * noise).sample
+        loss = (decoded - images[rows]).square().mean() + 1e-5 * distribution.kl().mean()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * training.learning_rate_factor(step, "cosine", steps, warmup_steps=20)
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        deviation = vae.encode(images).latent_dist.mean.std().item()
+    vae.register_to_config(scaling_factor=1 / deviation)
+    return vae.eval().requires_grad_(False)
+
+
+def new_transformer(latents: tuple[int, int, int], caption_channels: int) -> PixArtTransformer2DModel:
+    """A fresh PixArt whose output begins at zero, as DiT's does."""
+    transformer = PixArtTransformer2DModel(
+        **MODEL, in_channels=latents[0], out_channels=latents[0], sample_size=latents[1], patch_size=1,
+        caption_channels=caption_channels, use_additional_conditions=False,
+    )  # fmt: skip
+    for layer in (transformer.proj_out, transformer.adaln_single.linear):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return transformer
+
+
+def demo_pipeline(vae: AutoencoderKL, captions: list[str]) -> PixArtAlphaPipeline:
+    """A pipeline around a fresh transformer; its T5 stays as random as it is, so that words are fixed vectors."""
+    tokenizer = word_tokenizer(captions)
+    config = T5Config(vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+    return PixArtAlphaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=T5EncoderModel(config).eval(),
+        vae=vae,
+        transformer=new_transformer((4, 4, 4), config.d_model),
+        scheduler=DPMSolverMultistepScheduler(beta_schedule="linear"),
+    )
+
+
+def open_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> PixArtAlphaPipeline:
+    """What training starts from."""
+    if args.pretrained_model_name_or_path:
+        pipe = PixArtAlphaPipeline.from_pretrained(args.pretrained_model_name_or_path)
+    else:
+        digits = CaptionedDigits(train=True)
+        saved = Path(args.pretrained_vae_model_name_or_path or args.output_dir / "vae")
+        set_seed(0)  # of the frozen parts, which every run shares
+        with accelerator.main_process_first():
+            if args.pretrained_vae_model_name_or_path or saved.is_dir():
+                vae = AutoencoderKL.from_pretrained(saved)
+            else:
+                vae = train_vae(digits.images)
+                with training.new_folder(saved) as partial_folder:
+                    vae.save_pretrained(partial_folder)
+        set_seed(0)
+        pipe = demo_pipeline(vae, digits.captions)
+        set_seed(args.seed)
+        pipe.transformer = new_transformer((4, 4, 4), pipe.text_encoder.config.d_model)
+    config = pipe.transformer.config
+    if config.use_additional_conditions:
+        raise SystemExit("This PixArt is told size and aspect ratio, which this script has not; take one of 512 px.")
+    if pipe.scheduler.config.prediction_type != "epsilon":
+        raise SystemExit(f"This script trains the prediction of noise, not {pipe.scheduler.config.prediction_type!r}.")
+    for part in (pipe.vae, pipe.text_encoder):
+        part.requires_grad_(False).to(accelerator.device)
+    return pipe
+
+
+# --- training ---
+
+
+def sequence_length(pipe: PixArtAlphaPipeline) -> int:
+    return min(pipe.tokenizer.model_max_length, 120)  # 120: PixArt's
+
+
+@torch.no_grad()
+def encode(pipe: PixArtAlphaPipeline, captions: list[str], device: torch.device) -> dict[str, Tensor]:
+    """Captions to what the transformer takes."""
+    options = {"device": device, "max_sequence_length": sequence_length(pipe)}
+    embeds, mask, _, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, **options)
+    return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+
+
+def predict(model: nn.Module, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor]) -> Tensor:
+    conditions = {"resolution": None, "aspect_ratio": None}
+    return model(noisy, timestep=timesteps, added_cond_kwargs=conditions, return_dict=False, **text)[0].float()
+
+
+def compute_loss(model, scheduler, args, batch: dict[str, Tensor], text: dict[str, Tensor], teacher=None) -> Tensor:
+    """Mean loss of a batch of latents."""
+    clean, noise, when = batch["samples"], batch["noise"], batch["time"]
+    noisy = scheduler.add_noise(clean, noise, when)
+    output = predict(model, noisy, when, text)
+    loss = losses.diffusion_loss(output, clean, noise, when, scheduler.alphas_cumprod)
+    if teacher is not None:
+        with torch.no_grad():
+            wanted = predict(teacher, noisy, when, text)
+        loss = loss + args.distillation_weight * losses.mean_squared_error(output, wanted)
+    return loss.mean()
+
+
+def sample_images(pipe: PixArtAlphaPipeline, captions: list[str], seeds: list[int], args, output_type: str = "pt"):
+    """One image per caption, each from its own seed."""
+    side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    return pipe(
+        captions,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        height=side,
+        width=side,
+        output_type=output_type,
+        max_sequence_length=sequence_length(pipe),
+        use_resolution_binning=False,
+        clean_caption=False,
+    ).images
+
+
+def finished(model: PixArtTransformer2DModel, args: argparse.Namespace) -> PixArtTransformer2DModel:
+    """A copy of the average, packed where it is ternary."""
+    model = copy.deepcopy(model).cpu()
+    if args.ternary:
+        model.dequantize()  # its weights are scale * T, which `exact` takes over as they are
+        TernaryConfig(granularity=args.granularity, exact=True).quantize(model)
+    return model.eval()
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    device, main_process = accelerator.device, accelerator.is_main_process
+    batch_size = args.train_batch_size * accelerator.num_processes
+    if main_process:
+        print(f"{accelerator.num_processes} process(es), {accelerator.distributed_type.value}, {device}")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    found = training.checkpoints(args.output_dir)
+    if found and not args.resume_from_checkpoint:
+        raise SystemExit(
+            f"{args.output_dir} holds {found[-1].name}. Pass --resume_from_checkpoint latest to go on, or another"
+            " --output_dir."
+        )
+
+    # 1. Model, average, optimizer
+    pipe = open_pipeline(args, accelerator)
+    pipe.set_progress_bar_config(disable=True)
+    transformer = pipe.transformer.train()
+    if args.ternary:
+        TernaryConfig(granularity=args.granularity, weight_format="float").quantize(transformer)
+    transformer.to(device)
+    teacher = None
+    if args.teacher:
+        teacher = PixArtTransformer2DModel.from_pretrained(args.teacher, subfolder="transformer")
+        teacher.eval().requires_grad_(False).to(device)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    ema_model = copy.deepcopy(transformer).requires_grad_(False).eval()
+    optimizer = torch.optim.AdamW(training.parameter_groups(transformer, args.adam_weight_decay))
+    model = accelerator.prepare(transformer)
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+
+    # 2. Data
+    channels = pipe.vae.config.in_channels
+    if args.demo and channels != 1:
+        raise SystemExit(f"--demo has pictures of 1 channel, this VAE takes {channels}; pass --train_data_dir.")
+    samples = CaptionedDigits(train=True) if args.demo else open_images(args.train_data_dir, args.resolution, channels)
+    codec = training.LatentCodec(pipe.vae)
+    latent_shape = codec.latent_shape(args.resolution, channels)
+    captions = [*samples.captions, ""]  # the last: dropped
+    dropout = (len(samples.captions), args.caption_dropout_prob)
+    examples = training.Examples(samples, args.seed, latent_shape, *dropout)
+
+    # 3. Resume
+    step, log_path = 0, args.output_dir / "log.jsonl"
+    folder = args.resume_from_checkpoint and Path(args.resume_from_checkpoint)
+    if args.resume_from_checkpoint == "latest":
+        folder = found[-1] if found else None
+    if folder:
+        state = training.load_checkpoint(folder, transformer, ema_model, optimizer)
+        step = state["step"]
+        if (state["batch_size"], state["seed"]) != (batch_size, args.seed):
+            raise SystemExit(
+                f"{folder} was trained with {state['batch_size']} samples per step and seed {state['seed']}, this run"
+                f" has {batch_size} and {args.seed}."
+            )
+    if main_process:
+        training.cut_log(log_path, step)
+
+    # 4. Train
+    positions = training.run_positions(
+        step, args.max_train_steps, args.train_batch_size, 1, accelerator.process_index, accelerator.num_processes
+    )
+    batches = iter(DataLoader(examples, batch_sampler=positions, num_workers=args.dataloader_num_workers))
+    progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_local_main_process)
+    window, started = [], time.perf_counter()
+    while step < args.max_train_steps:
+        factor = training.learning_rate_factor(
+            step, args.lr_scheduler, args.max_train_steps, args.lr_warmup_steps, args.max_train_steps // 5
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * factor * group["lr_factor"]
+        batch = codec.encode({key: value.to(device) for key, value in next(batches).items()})
+        text = encode(pipe, [captions[label] for label in batch["class_labels"].tolist()], device)
+        with accelerator.autocast():
+            loss = compute_loss(model, scheduler, args, batch, text, teacher)
+        accelerator.backward(loss)
+        grad_norm = training.clip_grad_norm(transformer, args.max_grad_norm)
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(
+                f"The gradient is {grad_norm} at step {step}, loss {loss.item()}. Lower --learning_rate or raise"
+                " --lr_warmup_steps."
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        training.update_ema(ema_model, transformer, training.ema_decay(step, args.ema_decay))
+        step += 1
+        window.append(accelerator.reduce(loss.detach(), reduction="mean").item())
+        progress.update()
+        progress.set_postfix(loss=f"{window[-1]:.4f}")
+        done = step == args.max_train_steps
+        if main_process and (step % args.logging_steps == 0 or done):
+            rate = len(window) * batch_size / (time.perf_counter() - started)
+            record = {"step": step, "loss": sum(window) / len(window), "lr": args.learning_rate * factor}
+            with log_path.open("a") as file:
+                file.write(json.dumps({**record, "grad_norm": grad_norm, "images_per_second": rate}) + "\n")
+            window, started = [], time.perf_counter()
+        if step % args.checkpointing_steps == 0 or done:
+            state = {"step": step, "batch_size": batch_size, "seed": args.seed}
+            checkpoint = args.output_dir / f"checkpoint-{step}"
+            training.save_checkpoint(checkpoint, transformer, ema_model, optimizer, state, main_process)
+            if main_process:
+                training.rotate_checkpoints(args.output_dir, args.checkpoints_total_limit)
+            accelerator.wait_for_everyone()
+    progress.close()
+
+    # 5. Export
+    if main_process:
+        pipe = pipe.to("cpu")
+        pipe.transformer = finished(ema_model, args)
+        training.save_pipeline(pipe, args.output_dir)
+        shown = [samples.captions[samples.labels[i % len(samples)]] for i in range(args.num_validation_images)]
+        images = sample_images(pipe, shown, list(range(len(shown))), args, "pil")
+        (args.output_dir / "samples").mkdir(exist_ok=True)
+        training.image_grid(images, labels=shown, min_side=128).save(args.output_dir / "samples" / f"step-{step}.png")
+        print(f"{args.output_dir} is a pipeline: PixArtAlphaPipeline.from_pretrained({str(args.output_dir)!r})")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
