@@ -200,8 +200,24 @@ WQ = "layers.0.attention.wq.weight"
         (put("layers.0.ffn_norm.weight", torch.zeros(7)), r"\(7,\)"),
         (put(WQ, torch.full((32, 128), 0b11_00_00_00, dtype=torch.uint8)), "ternary codes"),
         (put("layers.0.ffn_norm.weight", torch.zeros(128, dtype=torch.uint8)), "ternary codes"),
+        (put("layers.0.ffn_norm.weight", torch.full((128,), float("nan"))), "`layers.0.ffn_norm.weight` holds NaN"),
+        (put("layers.0.attention.wq.alphas", torch.full((1,), float("inf"))), "wq.alphas` holds NaN or infinity"),
+        (put("layers.0.ffn_norm.weight", torch.zeros(128, dtype=torch.int32)), "torch.int32, expected floats"),
+        (put("layers.0.ffn_norm.weight", torch.zeros(128, dtype=torch.complex64)), "torch.complex64"),
+        (put("layers.0.ffn_norm.weight", torch.zeros(128).to_sparse()), "torch.sparse_coo"),
+        (put("layers.0.ffn_norm.weight", torch.zeros(128, device="meta")), "on meta"),
+        (put("layers.0.ffn_norm.weight", torch.zeros(()).expand(2**50)), "memory for fewer numbers"),
+        (put(f"layers.{10**15}.attention.wq.alphas", torch.ones(1)), "tensors do not fit"),
+        (put("layers.x.attention.wq.alphas", torch.ones(1)), "does not belong to a TerDiT"),
+        (put(3, torch.ones(1)), "does not hold a dict of tensors"),
+        (put("x_embedder.weight", torch.ones(3)), r"has shape \[3\], expected a matrix"),
+        (put("layers.0.attention.wk.weight", torch.zeros(1, 128)), "heads"),
     ],
-    ids=["missing", "missing-in-block", "missing-input", "unknown", "misshapen", "code-3", "uint8-norm"],
+    ids=[
+        *("missing", "missing-in-block", "missing-input", "unknown", "misshapen", "code-3", "uint8-norm"),
+        *("nan-norm", "infinite-scale", "int", "complex", "sparse", "meta", "petabyte", "far-block", "no-block"),
+        *("no-name", "vector", "heads"),
+    ],
 )
 def test_damaged_state_dict_is_a_value_error_that_names_file_and_tensor(tmp_path, change, message):
     folder = copy_of(PACKED, tmp_path)
@@ -209,6 +225,37 @@ def test_damaged_state_dict_is_a_value_error_that_names_file_and_tensor(tmp_path
     with pytest.raises(ValueError, match=message) as caught:
         convert_original_checkpoint(folder)
     assert "consolidated_ema_ternary" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_size": 10**30}, "image_size="),
+        ({"image_size": "256"}, "image_size='256'"),
+        ({"image_size": [256]}, "image_size="),
+        ({"model": "DiT_Llama_patch0"}, "patches of 0"),
+        ({"model": "DiT_Llama_patch99999999999999999999"}, "patches of 9999"),
+    ],
+    ids=str,
+)
+def test_arguments_of_another_type_or_size_are_a_value_error(tmp_path, change, message):
+    folder = copy_of(PACKED, tmp_path)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        args = vars(torch.load(folder / "model_args.pth", weights_only=True))
+    torch.save(argparse.Namespace(**{**args, **change}), folder / "model_args.pth")
+    with pytest.raises(ValueError, match=message) as caught:
+        convert_original_checkpoint(folder)
+    assert "consolidated_ema_ternary" in str(caught.value)
+
+
+def test_flipped_bit_is_found_by_the_archive(tmp_path):
+    folder = copy_of(PACKED, tmp_path)
+    path = folder / WEIGHTS_NAMES[0]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(OSError, match=r"consolidated_ema_ternary.*does not have its checksum"):
+        convert_original_checkpoint(folder)
 
 
 def test_options_that_cannot_be_honoured_are_refused(tmp_path):

@@ -5,10 +5,12 @@ import os
 import pickle
 import random
 import re
+import resource
 import shutil
 import struct
 import subprocess
 import sys
+import zipfile
 
 import diffusers
 import pytest
@@ -22,6 +24,7 @@ from safetensors.torch import save_file
 
 import diffusers_terdit
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryLinear, host
+from diffusers_terdit.inspection import inspect_weights
 from diffusers_terdit.models.transformer_terdit import TerDiTBlock
 
 
@@ -712,3 +715,203 @@ print(json.dumps({"new": sorted(roots), "all": sorted({n.split(".")[0] for n in 
         optional = {"peft", "datasets", "sklearn", "matplotlib", "torchvision", "pandas", "onnxruntime", "gradio"}
         assert optional & set(modules["new"]) == set()
         assert {"datasets", "sklearn", "matplotlib"} & set(modules["all"]) == set()
+
+
+FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e5m2]
+
+
+class TestHostileFiles:
+    """What stress_files.py found: each is an error that names the file."""
+
+    @pytest.mark.parametrize("dtype", [*FLOATS, torch.float8_e4m3fn], ids=str)
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    def test_number_that_is_not_finite_is_an_error_that_names_the_tensor(self, tmp_path, dtype, value):
+        layer = TernaryLinear(8, 8).pack()
+        layer.save_pretrained(tmp_path)
+        bias = torch.arange(8.0)
+        bias[3] = float("nan") if dtype is torch.float8_e4m3fn else value  # that type has no infinity
+        rewrite(tmp_path / FILE, lambda t: t.update(bias=bias.to(dtype)))
+        with pytest.raises(ValueError, match="tensor `bias` holds NaN or infinity") as error:
+            TernaryLinear.from_pretrained(tmp_path)
+        assert FILE in str(error.value)
+        with pytest.raises(ValueError, match="tensor `bias` holds NaN or infinity"):
+            inspect_weights(tmp_path)
+
+    @pytest.mark.parametrize("dtype", [*FLOATS, torch.float8_e4m3fn], ids=str)
+    def test_largest_and_smallest_numbers_of_a_dtype_load(self, tmp_path, dtype):
+        TernaryLinear(8, 8).pack().save_pretrained(tmp_path)
+        info = torch.finfo(dtype)
+        bias = torch.tensor([info.max, info.min, info.tiny, -0.0, 0, 1, -1, info.smallest_normal]).to(dtype)
+        if dtype is torch.float64:
+            bias = bias.clamp(-1e38, 1e38)  # float32 is the layer's
+        rewrite(tmp_path / FILE, lambda t: t.update(bias=bias))
+        assert torch.equal(TernaryLinear.from_pretrained(tmp_path).bias, bias.float())
+
+    @pytest.mark.parametrize("save", [{}, SHARDED], ids=["single", "sharded"])
+    def test_nan_in_a_norm_of_a_pickle_is_an_error(self, tiny_model, tmp_path, save):
+        model = tiny_model("packed")
+        model.transformer_blocks[1].norm1.weight.data[2] = float("nan")
+        model.save_pretrained(tmp_path, safe_serialization=False, **save)
+        with pytest.raises(ValueError, match=r"tensor `transformer_blocks.1.norm1.weight` holds NaN or infinity"):
+            load(tmp_path, use_safetensors=False)
+
+    @both_memory_modes
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"ffn_dim": 10**15},
+            {"ffn_dim": 2**31 - 4},
+            {"num_classes": 2**31 - 1, "attention_head_dim": 2**30},
+            {"num_layers": 10**9},
+            {"num_layers": 1001},
+            {"num_layers": 10**400},
+            {"in_channels": 2**62},
+            {"sample_size": 2**63},
+            {"num_attention_heads": 2**24},
+        ],
+        ids=lambda change: ",".join(f"{key}=2**{value.bit_length()}" for key, value in change.items()),
+    )
+    def test_config_of_a_petabyte_is_refused_before_anything_is_allocated(
+        self, tiny_model, tmp_path, change, low_cpu_mem_usage
+    ):
+        tiny_model("packed").save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+            load(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KB
+        assert torch.empty(1).device.type == "cpu"
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"num_layers": "2"}, "num_layers='2', expected a positive int"),
+            ({"num_layers": True}, "num_layers=True"),
+            ({"num_attention_heads": 0}, "num_attention_heads=0"),
+            ({"patch_size": -1}, "patch_size=-1"),
+            ({"in_channels": None}, "in_channels=None"),
+            ({"norm_eps": float("nan")}, "norm_eps=nan"),
+            ({"qk_norm": 1}, "qk_norm=1, expected bool"),
+            ({"weight_format": []}, "weight_format="),
+            ({"_class_name": 3}, "_class_name"),
+        ],
+        ids=str,
+    )
+    def test_value_of_another_type_in_a_config_is_an_error_that_names_it(self, tiny_model, tmp_path, change, message):
+        tiny_model("packed").save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
+            load(tmp_path)
+        assert str(tmp_path) in str(error.value)
+
+    @pytest.mark.parametrize(
+        "text", ["[" * 100_000, '{"a":' * 100_000, "[]", "null", "{", '{"num_layers": 1' + "0" * 5000 + "}"]
+    )
+    def test_config_that_is_no_object_is_an_error_that_names_it(self, tiny_model, tmp_path, text):
+        tiny_model().save_pretrained(tmp_path)
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises((ValueError, OSError), match=re.escape(str(tmp_path / "config.json"))):
+            load(tmp_path)
+        with pytest.raises((ValueError, OSError), match=re.escape(str(tmp_path / "config.json"))):
+            inspect_weights(tmp_path)
+
+    @pytest.mark.parametrize("name", ["../{}", "{folder}/../outside/{}", "sub/{}", "..", "", "..\\{}", "{}\0"])
+    def test_index_that_leads_outside_its_folder_is_an_error(self, tiny_model, tmp_path, name):
+        inside, outside = tmp_path / "inside", tmp_path / "outside"
+        tiny_model("packed").save_pretrained(inside, **SHARDED)
+        shutil.copytree(inside, outside)
+        index = json.loads((inside / INDEX).read_text())
+        first = sorted(index["weight_map"].values())[0]
+        changed = {
+            key: name.format(first, folder=inside) if value == first else value
+            for key, value in index["weight_map"].items()
+        }
+        (inside / INDEX).write_text(json.dumps({**index, "weight_map": changed}))
+        for read_it in (load, inspect_weights):
+            with pytest.raises(ValueError, match=re.escape(f"{inside / INDEX} names")):
+                read_it(inside)
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"weight_map": None}, {"weight_map": {"a": 3}}, {"metadata": None}, {"weight_map": []}, {"weight_map": {}}],
+        ids=str,
+    )
+    def test_index_of_another_form_is_an_error(self, tiny_model, tmp_path, change):
+        tiny_model("packed").save_pretrained(tmp_path, **SHARDED)
+        index = json.loads((tmp_path / INDEX).read_text())
+        (tmp_path / INDEX).write_text(json.dumps(index | change))
+        for read_it in (load, inspect_weights):
+            with pytest.raises(ValueError, match=re.escape(str(tmp_path / INDEX))):
+                read_it(tmp_path)
+
+    def test_tensor_that_says_more_numbers_than_its_pickle_holds_is_an_error(self, tiny_model, tmp_path):
+        tiny_model("packed").save_pretrained(tmp_path, safe_serialization=False)
+        rewrite(tmp_path / BIN, lambda t: t.update({PLAIN: torch.zeros(()).expand(2**40, 2**5)}))
+        with pytest.raises(OSError, match=f"`{PLAIN}` has shape .* memory for fewer numbers") as error:
+            load(tmp_path, use_safetensors=False)
+        assert BIN in str(error.value)
+
+    @pytest.mark.parametrize("kind", ["compressed", "flipped"])
+    def test_pickle_whose_archive_is_compressed_or_damaged_is_an_error(self, tmp_path, kind):
+        layer = TernaryLinear(64, 64).pack()
+        layer.save_pretrained(tmp_path, safe_serialization=False)
+        data = (tmp_path / BIN).read_bytes()
+        if kind == "flipped":  # one code to another, of the three
+            place = data.index(layer.weight_packed.numpy().tobytes())
+            byte = data[place]
+            (tmp_path / BIN).write_bytes(
+                data[:place] + bytes([byte & 0xFC | ((byte & 3) + 1) % 3]) + data[place + 1 :]
+            )
+        else:
+            with zipfile.ZipFile(tmp_path / BIN) as old, zipfile.ZipFile(tmp_path / "new", "w", 8) as new:
+                for record in old.infolist():
+                    new.writestr(record.filename, old.read(record))
+            (tmp_path / "new").rename(tmp_path / BIN)
+        with pytest.raises(OSError, match=re.escape(str(tmp_path))):
+            TernaryLinear.from_pretrained(tmp_path, use_safetensors=False)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"transformer": ["diffusers", "UNet2DModel"]}, "`transformer` is"),
+            ({"transformer": ["os", "system"]}, "`transformer` is"),
+            ({"transformer": [3, None]}, "`transformer` is"),
+            ({"scheduler": ["subprocess", "Popen"]}, "`scheduler` is"),
+            ({"scheduler": {}}, "`scheduler` is"),
+            ({"vae": 3}, "`vae` is"),
+            ({"id2label": {"0": 3}}, "`id2label` is"),
+            ({"_class_name": 3}, "`_class_name` is"),
+        ],
+        ids=str,
+    )
+    def test_model_index_with_other_parts_is_an_error(self, tiny_pipeline, tmp_path, change, message):
+        tiny_pipeline().save_pretrained(tmp_path)
+        index = json.loads((tmp_path / "model_index.json").read_text())
+        (tmp_path / "model_index.json").write_text(json.dumps(index | change))
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
+            TerDiTPipeline.from_pretrained(tmp_path)
+        assert str(tmp_path / "model_index.json") in str(error.value)
+
+    @pytest.mark.parametrize("steps", [10**15, 10**7, 0, "1000", None, 2**40])
+    def test_scheduler_of_a_petabyte_is_refused(self, tiny_pipeline, tmp_path, steps):
+        tiny_pipeline().save_pretrained(tmp_path)
+        path = tmp_path / "scheduler" / "scheduler_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"num_train_timesteps": steps}))
+        with pytest.raises(ValueError, match="num_train_timesteps") as error:
+            TerDiTPipeline.from_pretrained(tmp_path)
+        assert str(path) in str(error.value)
+
+    def test_scheduler_setting_that_diffusers_has_not_is_a_value_error(self, tiny_pipeline, tmp_path):
+        tiny_pipeline().save_pretrained(tmp_path)
+        path = tmp_path / "scheduler" / "scheduler_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_schedule": "l,near"}))
+        with pytest.raises(ValueError, match="l,near") as error:
+            TerDiTPipeline.from_pretrained(tmp_path)
+        assert str(tmp_path) in str(error.value)
+
+    def test_scale_of_no_ternary_layer_is_an_error_of_inspect_weights(self, tmp_path):
+        save_file({"a.weight": torch.ones(4), "a.weight_scale": torch.ones(1)}, tmp_path / FILE)
+        with pytest.raises(ValueError, match=f"{FILE}: `a.weight` has shape"):
+            inspect_weights(tmp_path)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 import warnings
 
@@ -25,7 +26,7 @@ from diffusers_terdit import TerDiTTransformer2DModel, TernaryConfig, TernaryLin
 from diffusers_terdit.cli import main
 from diffusers_terdit.conversion import convert_dense_checkpoint, swap_bitnet_order
 from diffusers_terdit.ops import dequantize, pack_ternary, reference, unpack_ternary
-from diffusers_terdit.quantization import exact_codes, find_granularity, least_squares_scale
+from diffusers_terdit.quantization import exact_codes, find_granularity, least_squares_scale, pack
 from tiny_flux2 import tiny_flux2_pipeline
 
 
@@ -72,6 +73,7 @@ LAYERS = {"DiT": 2 * 9, "PixArt": 2 * 10, "SD3": 14 + 11, "Flux2": 12 + 2 * 2}  
 
 
 TO_Q = "transformer_blocks.0.attn.to_q"
+DIT_Q = "transformer_blocks.0.attn1.to_q"
 
 
 def new(name, seed=0):
@@ -173,6 +175,10 @@ class TestEveryModel:
         again = type(model).from_pretrained(tmp_path / "float")
         assert torch.equal(run(again), trained)
         assert all(layer.weight_format == "float" for layer in ternary_layers(again).values())
+        pack(again).save_pretrained(tmp_path / "packed")
+        packed = type(model).from_pretrained(tmp_path / "packed")
+        assert all(layer.weight_format == "packed" for layer in ternary_layers(packed).values())
+        torch.testing.assert_close(run(packed), trained)
 
 
 class TestLoading:
@@ -302,6 +308,37 @@ class TestLoading:
         assert ternary_layers(pipe.transformer)
         assert not ternary_layers(pipe.text_encoder)
 
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            (lambda t: t[f"{DIT_Q}.weight_scale"].fill_(float("nan")), f"`{DIT_Q}.weight_scale` holds NaN"),
+            (lambda t: t["pos_embed.proj.bias"].fill_(float("inf")), "`pos_embed.proj.bias` holds NaN or infinity"),
+            (lambda t: t.update({f"{DIT_Q}.weight_packed": t[f"{DIT_Q}.weight_packed"].bool()}), "torch.bool"),
+            (lambda t: t.update({"proj_out_2.bias": t["proj_out_2.bias"].long()}), "proj_out_2.bias is torch.int64"),
+            (lambda t: t.pop("proj_out_2.bias"), "has no proj_out_2.bias"),
+        ],
+    )
+    def test_what_a_model_cannot_hold_is_an_error_that_names_the_file(self, tmp_path, damage, message):
+        TernaryConfig().quantize(dit()[0]).save_pretrained(tmp_path)
+        file = tmp_path / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(file)
+        damage(tensors)
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message) as error:
+            DiTTransformer2DModel.from_pretrained(tmp_path)
+        assert str(file) in str(error.value)
+
+    @pytest.mark.parametrize(
+        "change", [{"include": 3}, {"exclude": 0.5}, {"exact": "a"}, {"granularity": []}, {"version": "2"}]
+    )
+    def test_settings_of_other_types_are_an_error_that_says_where_they_stand(self, tmp_path, change):
+        TernaryConfig().quantize(dit()[0]).save_pretrained(tmp_path)
+        path = tmp_path / "config.json"
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps(config | {"quantization_config": config["quantization_config"] | change}))
+        with pytest.raises(ValueError, match=r"The `quantization_config` in config\.json: "):
+            DiTTransformer2DModel.from_pretrained(tmp_path)
+
 
 class TestChoice:
     def test_patterns(self):
@@ -370,6 +407,16 @@ class TestChoice:
         TernaryConfig().quantize(model)
         with pytest.raises(ValueError, match=r"is quantized already \(ternary\)"):
             TernaryConfig().quantize(model)
+
+    def test_packing_what_cannot_be_packed(self):
+        model, _ = new("DiT")
+        with pytest.raises(ValueError, match="was not quantized with a TernaryConfig"):
+            pack(model)
+        model.transformer_blocks[0].ff.net[2] = nn.Linear(128, 30)
+        TernaryConfig(weight_format="float").quantize(model)
+        with pytest.raises(ValueError, match=r"transformer_blocks.0.ff.net.2: .*multiple of 4"):
+            pack(model)
+        assert all(layer.weight_format == "float" for layer in ternary_layers(model).values())
 
     def test_a_terdit_needs_none(self, tmp_path, tiny_model):
         model = tiny_model("packed")
@@ -549,7 +596,7 @@ class TestConvertDense:
                 OSError,
                 "is not a readable safetensors file",
             ),
-            (lambda folder: next(folder.glob("*.safetensors")).unlink(), OSError, "does not exist"),
+            (lambda folder: next(folder.glob("*.safetensors")).unlink(), OSError, "which is not there"),
         ],
     )
     def test_folders_that_cannot_be_read(self, published, tmp_path, break_it, error, message):
@@ -564,6 +611,64 @@ class TestConvertDense:
         with pytest.raises(FileExistsError, match="is not an empty folder"):
             convert_dense_checkpoint(published, tmp_path / "packed")
         assert (tmp_path / "packed" / "thesis.txt").read_text() == "years of work"
+
+    def test_numbers_that_are_not_finite_are_refused(self, published, tmp_path):
+        for file in sorted((published / "transformer").glob("*.safetensors")):
+            tensors = load_file(file)
+            name = sorted(tensors)[0]
+            tensors[name].view(-1)[1] = float("nan")
+            save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match="holds NaN or infinity") as error:
+            convert_dense_checkpoint(published, tmp_path / "packed")
+        assert "diffusion_pytorch_model-00001" in str(error.value)
+
+    def test_a_digest_is_checked(self, tmp_path):
+        dit()[0].save_pretrained(tmp_path / "dense")
+        file = tmp_path / "dense" / "diffusion_pytorch_model.safetensors"
+        save_file(load_file(file), file, metadata={"format": "pt", "terdit.sha256": "0" * 64})
+        with pytest.raises(ValueError, match=r"diffusion_pytorch_model.safetensors: .* do not match the digest"):
+            convert_dense_checkpoint(tmp_path / "dense", tmp_path / "packed")
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (
+                lambda t: t.update({"pos_embed.proj.bias": torch.ones(3)}),
+                "`pos_embed.proj.bias` is .3., torch.float32",
+            ),
+            (lambda t: t.update({"pos_embed.proj.bias": t["pos_embed.proj.bias"].long()}), "torch.int64"),
+            (lambda t: t.pop("pos_embed.proj.bias"), "has no pos_embed.proj.bias"),
+            (lambda t: t.update({"a.weight_packed": torch.zeros(1)}), "holds ternary layers already"),
+        ],
+    )
+    def test_tensors_that_do_not_fit_the_config_are_refused(self, tmp_path, change, message):
+        TernaryConfig().quantize(dit()[0]).dequantize().save_pretrained(tmp_path / "dense")
+        file = tmp_path / "dense" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message) as error:
+            convert_dense_checkpoint(tmp_path / "dense", tmp_path / "packed")
+        assert str(tmp_path) in str(error.value)
+        assert not (tmp_path / "packed").exists()
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"num_layers": 10**9},
+            {"attention_head_dim": 2**40},
+            {"sample_size": 2**30},
+            {"num_layers": "a"},
+            {"num_layers": None},
+        ],
+        ids=str,
+    )
+    def test_a_config_of_a_petabyte_or_other_types_is_refused_before_anything_is_allocated(self, tmp_path, change):
+        dit()[0].save_pretrained(tmp_path / "dense")
+        path = tmp_path / "dense" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path / "dense"))):
+            convert_dense_checkpoint(tmp_path / "dense", tmp_path / "packed")
 
 
 class TestBitNet:

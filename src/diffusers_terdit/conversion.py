@@ -26,7 +26,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .host import ORIGINAL, PACKING, SCALE_SUFFIX, VERSION, hub_errors, load_pickle
+from .host import (
+    MAX_BLOCKS,
+    ORIGINAL,
+    PACKED_SUFFIX,
+    PACKING,
+    SCALE_SUFFIX,
+    VERSION,
+    check_config,
+    check_file,
+    check_tensors,
+    hub_errors,
+    is_finite,
+    load_pickle,
+    read_index,
+    read_json,
+)
 from .models.transformer_terdit import TerDiTTransformer2DModel
 from .ops import pack_ternary, reference, ternarize
 from .pipelines.pipeline_terdit import TerDiTPipeline, default_scheduler
@@ -118,20 +133,35 @@ def infer_config(state_dict: dict[str, Tensor], args: dict[str, Any], num_attent
         if name not in state_dict:
             raise ValueError(f"tensor `{name}` is missing, so this is not a TerDiT")
         weight = state_dict[name]
+        if weight.dim() != 2 or weight.numel() == 0:
+            raise ValueError(f"tensor `{name}` has shape {list(weight.shape)}, expected a matrix")
         return weight.shape[0] * (reference.CODES_PER_BYTE if weight.dtype == torch.uint8 else 1)
 
     dim = rows("x_embedder.weight")
     if dim % num_attention_heads:
         raise ValueError(f"width {dim} does not divide into {num_attention_heads} heads; pass `num_attention_heads`")
     found = re.search(r"patch(\d+)", str(args.get("model", "")))
-    patch_size = int(found[1]) if found else 2
-    in_channels = state_dict["x_embedder.weight"].shape[1] // patch_size**2
-    num_layers = 1 + max((int(n.split(".")[1]) for n in state_dict if n.startswith("layers.")), default=-1)
+    patch_size = int(found[1][:4]) if found else 2
+    in_channels = state_dict["x_embedder.weight"].shape[1] // max(patch_size, 1) ** 2
+    if patch_size < 1 or in_channels < 1:
+        raise ValueError(f"its arguments say patches of {patch_size}, which do not fit `x_embedder.weight`")
+    image_size = args.get("image_size", 256)
+    if isinstance(image_size, bool) or not isinstance(image_size, int) or not VAE_FACTOR <= image_size <= 2**20:
+        raise ValueError(f"its arguments say image_size={image_size!r:.80}, expected pixels")
+    blocks = {found[1] for found in (re.match(r"layers\.(\d+)\.", name) for name in state_dict) if found}
+    num_layers = len(blocks)  # a gap in the numbers shows as tensors that do not fit
+    if num_layers > MAX_BLOCKS:
+        raise ValueError(f"it has {num_layers} layers, more than {MAX_BLOCKS}")
     head_dim = dim // num_attention_heads
     ffn_dim = rows("layers.0.feed_forward.w1.weight")
     kv_heads = rows("layers.0.attention.wk.weight") // head_dim
+    rows("layers.0.attention.wq.weight")
+    if kv_heads < 1 or num_attention_heads % kv_heads:
+        raise ValueError(
+            f"{num_attention_heads} heads do not divide into {kv_heads} of keys; pass `num_attention_heads`"
+        )
     return {
-        "sample_size": int(args.get("image_size", 256)) // VAE_FACTOR,
+        "sample_size": -(-image_size // VAE_FACTOR // patch_size) * patch_size,
         "patch_size": patch_size,
         "in_channels": in_channels,
         "num_layers": num_layers,
@@ -159,11 +189,16 @@ def convert_state_dict(state_dict: dict[str, Tensor], pack: bool = False) -> dic
             memory-mapped file of 17 GB is not read into memory.
 
     Raises:
-        ValueError: An unknown tensor, or a packed one with a code that is not ternary.
+        ValueError: An unknown tensor, one of another dtype, a packed one with a code that is not ternary, or NaN or
+            infinity.
     """
     converted = {}
     for name, tensor in state_dict.items():
         new_name = convert_name(name)
+        if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
+            raise ValueError(f"tensor `{name}` is {tensor.dtype}, expected floats or packed codes")
+        if not is_finite(tensor):
+            raise ValueError(f"tensor `{name}` holds NaN or infinity")
         is_ternary = f"{name.rpartition('.')[0]}.alphas" in state_dict and name.endswith(".weight")
         if tensor.dtype == torch.uint8:
             if not is_ternary or reference.has_invalid_code(tensor):
@@ -262,8 +297,7 @@ def convert_original_checkpoint(
     args = vars(namespace) if isinstance(namespace, argparse.Namespace) else namespace
     if not isinstance(args, dict):
         raise ValueError(f"{arguments} holds {type(args).__name__}, expected the arguments of a training run.")
-    if not isinstance(state_dict, dict) or not all(isinstance(tensor, Tensor) for tensor in state_dict.values()):
-        raise ValueError(f"{weights} does not hold a dict of tensors.")
+    check_tensors(weights, state_dict)
     transformer = _with_file_name(
         weights, lambda: _convert_transformer(state_dict, args, weight_format, num_attention_heads)
     )
@@ -377,7 +411,8 @@ def convert_dense_checkpoint(
         if is_pipeline:
             # files that are links, as in the Hub's cache, are followed
             shutil.copytree(source, partial, ignore=lambda here, names: {component} if Path(here) == source else set())
-        _pack_model(folder, partial / component if is_pipeline else partial, granularity, max_shard_size, patterns)
+        with hub_errors(folder):
+            _pack_model(folder, partial / component if is_pipeline else partial, granularity, max_shard_size, patterns)
         if output.exists():
             output.rmdir()
         partial.rename(output)
@@ -390,15 +425,19 @@ def _pack_model(
     source: Path, output: Path, granularity: str | int | None, max_shard_size: int, patterns: dict[str, Any]
 ) -> None:
     """`convert_dense_checkpoint` for one model's folder."""
-    raw = json.loads((source / "config.json").read_text("utf-8"))
+    raw = read_json(source / "config.json")
+    check_config(source / "config.json", raw)
     cls: Any = getattr(diffusers, str(raw.get("_class_name")), None)
     if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
         raise ValueError(f"{source}/config.json names the class {raw.get('_class_name')!r}, which diffusers has not.")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method")
-        raise ValueError(f"{source} is quantized already ({method}); convert the repository of dense weights.")
-    with init_empty_weights():
-        model = cls.from_config(raw)  # type: ignore[attr-defined]
+    if settings := raw.get("quantization_config"):
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
+        raise ValueError(f"{source} is quantized already ({method!s:.80}); convert the repository of dense weights.")
+    try:
+        with init_empty_weights(), torch.device("meta"):  # also what a class computes for itself
+            model = cls.from_config(raw)  # type: ignore[attr-defined]
+    except RuntimeError as error:
+        raise ValueError(f"{source}/config.json does not build: {str(error).splitlines()[0]}") from error
     tensors = dict(_dense_tensors(source))
     _refuse_other_layouts(source, tensors)
     linears = select_layers(model, TernaryConfig(granularity="tensor", **patterns))
@@ -406,9 +445,19 @@ def _pack_model(
     if missing:
         raise ValueError(f"{source} has no {missing[0]}.weight ({len(missing)} dense weights are missing).")
 
+    expected = dict(model.named_parameters())
+    if absent := sorted(expected.keys() - tensors.keys()):
+        raise ValueError(f"{source} has no {absent[0]} ({len(absent)} weights are missing).")
+
     def read(name: str) -> Tensor:
         with safe_open(tensors[name], framework="pt") as file:
-            return file.get_tensor(name)
+            tensor = file.get_tensor(name)
+        if name in expected and (tensor.shape != expected[name].shape or not tensor.is_floating_point()):
+            raise ValueError(
+                f"{tensors[name]}: tensor `{name}` is {list(tensor.shape)}, {tensor.dtype}; the config asks for floats"
+                f" of shape {list(expected[name].shape)}."
+            )
+        return tensor
 
     if granularity is None:
         granularity = find_granularity(read(f"{next(iter(linears))}.weight"), next(iter(linears)))
@@ -460,13 +509,11 @@ def _dense_tensors(folder: Path) -> Iterator[tuple[str, Path]]:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     files = [folder / SAFETENSORS_WEIGHTS_NAME]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        if any(Path(name).name != name for name in names):
-            raise ValueError(f"{index} names files outside its folder.")
-        files = [folder / name for name in names]
+        files = read_index(index)
     for file in files:
         if not file.is_file():
             raise OSError(f"{file} does not exist; only safetensors files are converted.")
+        check_file(file, packed=False)
         try:
             with safe_open(file, framework="pt") as opened:
                 names = list(opened.keys())
@@ -482,6 +529,8 @@ def _refuse_other_layouts(folder: Path, names: Iterable[str]) -> None:
             f"{folder} is quantized for Apple's MLX (tensors `scales`, `biases`): `scale * code + bias` in MLX's own"
             " order of bits. Convert the repository of dense weights, often called `-unpacked`."
         )
+    if PACKED_SUFFIX in leaves:
+        raise ValueError(f"{folder} holds ternary layers already (tensors `{PACKED_SUFFIX}`); it needs no conversion.")
     if "W_q" in leaves:
         raise ValueError(
             f"{folder} is packed for gemlite (tensors `W_q`), in an order of bits that is gemlite's own and not"

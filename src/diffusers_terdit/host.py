@@ -10,23 +10,29 @@ Weights are written with this safetensors metadata, and checked against it where
     terdit.version  "1"
     terdit.packing  "row-chunk-2bit", when the file belongs to a packed model (the bytes: ops/reference.py)
     terdit.sha256   digest of the file's tensors, see `digest`
+    terdit.model    of a shard: sha256 of all shards' digests, so that shards of two models do not mix
 """
 
 import hashlib
 import json
+import math
 import os
 import pickle
+import re
 import struct
+import time
+import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import Enum
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
-from zipfile import is_zipfile
+from typing import Any, get_args, get_type_hints
+from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
 
 import diffusers
 import numpy as np
@@ -87,6 +93,22 @@ _DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 _FLOAT_NAMES = {name for dtype, name in _DTYPE_NAMES.items() if dtype.is_floating_point}
+# As an unsigned integer without its sign, a float is NaN or infinite from this value on; E4M3 has no infinity.
+_NOT_FINITE = {
+    "F64": ("<u8", 0x7FF0000000000000),
+    "F32": ("<u4", 0x7F800000),
+    "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+    "F8_E4M3": ("u1", 0x7F),
+    "F8_E5M2": ("u1", 0x7C),
+}
+MAX_BLOCKS = 1000  # of a config: modules are built before the weights are read, at a millisecond each
+_MAX_INT = 2**31 - 1
+_MAX_TIMESTEPS = 10**6  # a scheduler allocates several numbers for each
+# What loading code raises on files that are not what they should be, beside ValueError and OSError.
+_BROKEN = (LookupError, TypeError, AttributeError, NameError, ArithmeticError, RecursionError, SafetensorError)
+
+_loading: ContextVar[bool] = ContextVar("loading", default=False)
 
 
 def register(package: str, classes: Iterable[type], blocks: Iterable[type]) -> None:
@@ -126,6 +148,98 @@ def digest(tensors: Iterable[tuple[str, str, tuple[int, ...], Iterable[bytes | m
     return sha.hexdigest()
 
 
+def _is_running(process: str) -> bool:
+    """Whether a process of this machine, by number, still runs."""
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except OSError:  # of another user
+        return True
+    return True
+
+
+@contextmanager
+def replacing(folder: Path, marker_name: str) -> Iterator[tuple[Callable[[str], Path], set[Path]]]:
+    """Write files of a folder so that it holds the old ones, the new ones, or a marker that says it holds neither.
+
+    Gives a function from a file's name to the path to write it at, and a set of old files to remove. All is written
+    beside the old files first; then, within moments, a marker is set, the files are renamed and the marker goes. A
+    process that is killed before leaves the old files; one that is killed in those moments leaves the marker, which
+    `refuse_interrupted` looks for. An error, such as a full disk, leaves the old files.
+    """
+    process = str(os.getpid())
+    written: dict[str, Path] = {}
+    stale: set[Path] = set()
+    marker = folder / marker_name
+
+    def new(name: str) -> Path:
+        written[name] = folder / f"{name}.{process}.partial"
+        return written[name]
+
+    for left in folder.glob("*.*.partial"):  # of a process that was killed
+        if not _is_running(left.name.split(".")[-2]):
+            left.unlink(missing_ok=True)
+    try:
+        yield new, stale
+        _take(marker, process)
+        for name, partial in written.items():
+            os.replace(partial, folder / name)
+        for path in stale - {folder / name for name in written}:
+            path.unlink(missing_ok=True)
+        marker.unlink()
+    finally:
+        for partial in written.values():
+            partial.unlink(missing_ok=True)
+
+
+def _take(marker: Path, process: str, seconds: float = 10.0) -> None:
+    """Make a marker; wait for a process that has it, take over from one that was killed."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            with open(marker, "x", encoding="ascii") as file:
+                file.write(process)
+            return
+        except FileExistsError:
+            try:
+                owner, age = marker.read_text("ascii"), time.time() - marker.stat().st_mtime
+            except FileNotFoundError:
+                continue
+        empty = not owner and age > 1  # its process was killed between two system calls
+        if empty or (owner and not _is_running(owner)):
+            marker.write_text(process, encoding="ascii")
+            return
+        if time.monotonic() > end:
+            raise OSError(
+                f"Process {owner or 'unknown'} is saving into {marker.parent}. Save elsewhere, or try again."
+            )
+        time.sleep(0.05)
+
+
+@contextmanager
+def marked(folder: Path, marker_name: str) -> Iterator[None]:
+    """Set a marker in a folder while files around it are replaced; it stays when that fails or is killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    marker = folder / marker_name
+    _take(marker, str(os.getpid()))
+    try:
+        yield
+    except BaseException:
+        marker.write_text("failed", encoding="ascii")  # no process's number: the next save takes over
+        raise
+    marker.unlink(missing_ok=True)
+
+
+def refuse_interrupted(folder: Path) -> None:
+    """Raise an `OSError` if a save into a folder was killed half-way, or is under way."""
+    for marker in folder.glob("*.saving"):
+        raise OSError(
+            f"A save into {folder} was interrupted, or is under way: it may hold files of two models. Save the"
+            f" {marker.stem.split('_')[-1]} there again, or take another copy. ({marker.name})"
+        )
+
+
 def _state_dict_digest(state_dict: dict[str, torch.Tensor]) -> str:
     def entry(name: str):
         tensor = state_dict[name].detach().cpu().contiguous()
@@ -133,6 +247,106 @@ def _state_dict_digest(state_dict: dict[str, torch.Tensor]) -> str:
         return name, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), [data.data]
 
     return digest(entry(name) for name in sorted(state_dict))
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """A JSON object from a file; a `ValueError` that names the file where it holds anything else."""
+    try:
+        found = json.loads(Path(path).read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}. Download or save it again.") from error
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {type(found).__name__}, expected an object.")
+    return found
+
+
+def read_index(path: str | os.PathLike) -> list[Path]:
+    """The weights files that an index names, which lie beside it.
+
+    Raises:
+        ValueError: It is no index, or leads outside its folder.
+        OSError: A file is missing.
+    """
+    index = read_json(path)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
+        raise ValueError(f"{path} has no `weight_map` from tensors to files. Download or save it again.")
+    if not isinstance(index.get("metadata"), dict):
+        raise ValueError(f"{path} has no `metadata`. Download or save it again.")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if name in ("", ".", "..") or set(name) & set("/\\\0"):
+            raise ValueError(f"{path} names {name!r}; a shard is a plain file name, in the folder of the index.")
+        if not (Path(path).parent / name).is_file():
+            raise OSError(f"{path} names {name}, which is not there. Download or save the model again.")
+    return [Path(path).parent / name for name in names]
+
+
+def check_config(where: str | os.PathLike, config: Any, cls: type | None = None) -> None:
+    """Raise a `ValueError` where a config asks for what cannot be, before anything is built from it.
+
+    Args:
+        where: The file or folder, for the error.
+        config: As read from JSON.
+        cls (`type`, *optional*): Class to build, whose annotations the values must fit; integers are sizes.
+    """
+    if not isinstance(config, dict):
+        raise ValueError(f"{where}: the config is {type(config).__name__}, expected an object.")
+    for key, value in config.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            continue
+        limit = MAX_BLOCKS if re.search(r"layers|blocks|depth", key) else _MAX_INT
+        if abs(value) > limit:
+            shown = value if abs(value) < 10**20 else f"a number of {value.bit_length()} bits"
+            raise ValueError(f"{where}: the config asks for {key}={shown}, more than {limit}; nothing was allocated.")
+    hints = {} if cls is None else get_type_hints(cls.__init__)  # type: ignore[misc]
+    for key, hint in hints.items():
+        if key in config and not any(_fits(config[key], kind) for kind in get_args(hint) or [hint]):
+            names = " or ".join(
+                "a positive int" if kind is int else kind.__name__ for kind in get_args(hint) or [hint]
+            )
+            raise ValueError(f"{where}: the config has {key}={config[key]!r:.80}, expected {names}.")
+
+
+def _fits(value: Any, kind: type) -> bool:
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind)
+
+
+def _check_pipeline_config(where: str, config: dict[str, Any]) -> None:
+    """The same for a model_index.json of `TerDiTPipeline`, and for the sizes in the scheduler's config."""
+    for key, value in config.items():
+        if isinstance(value, list) and key != "_class_name":
+            named = len(value) == 2 and all(isinstance(part, str) and part for part in value)
+            if not named and not (key == "vae" and value == [None, None]):
+                raise ValueError(f"{where}: `{key}` is {value!r:.80}, expected the names of a library and a class.")
+    name = config.get("_class_name", "")
+    if not isinstance(name, str) and not (isinstance(name, list) and all(isinstance(part, str) for part in name)):
+        raise ValueError(f"{where}: `_class_name` is {name!r:.80}, expected the name of a class.")
+    for key, expected in (("transformer", "TerDiTTransformer2DModel"), ("scheduler", "")):
+        component = config.get(key)
+        known = isinstance(component, list) and (component[1] == expected if expected else component[0] == "diffusers")
+        if not known:
+            kind = f"a {expected}" if expected else "a scheduler of diffusers"
+            raise ValueError(f"{where}: `{key}` is {component!r:.80}, expected {kind}.")
+    vae = config.get("vae")
+    if vae is not None and not isinstance(vae, list):
+        raise ValueError(f"{where}: `vae` is {vae!r:.80}, expected the names of a library and a class.")
+    labels = config.get("id2label")
+    if labels is not None and not (isinstance(labels, dict) and all(isinstance(v, str) for v in labels.values())):
+        raise ValueError(f"{where}: `id2label` is {labels!r:.80}, expected names by class id.")
+    scheduler = Path(where).parent / "scheduler" / "scheduler_config.json"
+    if scheduler.is_file():
+        settings = read_json(scheduler)
+        check_config(scheduler, settings)
+        steps = settings.get("num_train_timesteps", 1000)
+        if not _fits(steps, int) or steps > _MAX_TIMESTEPS:
+            raise ValueError(f"{scheduler}: num_train_timesteps={steps!r:.80}, expected 1 to {_MAX_TIMESTEPS}.")
 
 
 class _WeightsFile:
@@ -149,7 +363,7 @@ class _WeightsFile:
             with open(path, "rb") as file:
                 (length,) = struct.unpack("<Q", file.read(8))
                 header = json.loads(file.read(length))
-        except (SafetensorError, OSError, ValueError, struct.error) as error:
+        except (SafetensorError, OSError, ValueError, RecursionError, struct.error) as error:
             raise OSError(
                 f"{path} is not a readable safetensors file ({error}). Download or save it again."
             ) from error
@@ -168,13 +382,18 @@ class _WeightsFile:
                 yield file.read(min(size, end - position))
 
     def checked_chunks(self, name: str) -> Iterator[bytes]:
-        """The chunks of a tensor; raises when it is packed and holds a code that is not ternary."""
+        """The chunks of a tensor; raises at a code that is not ternary, and at NaN and infinity."""
         packed = name.split(".")[-1] == PACKED_SUFFIX
+        unsigned, limit = _NOT_FINITE.get(self.tensors[name][0], (None, 0))
         for chunk in self.chunks(name):
             if packed:
                 codes = np.frombuffer(chunk, np.uint8)
                 if (codes & codes >> 1 & reference.ZERO_BYTE).any():
                     raise ValueError(f"{self.path}: tensor `{name}` holds code 3, which is not a ternary value.")
+            elif unsigned is not None:
+                numbers = np.frombuffer(chunk, unsigned)
+                if ((numbers & (1 << 8 * numbers.itemsize - 1) - 1) >= limit).any():
+                    raise ValueError(not_finite(self.path, name))
             yield chunk
 
     def check_contents(self) -> None:
@@ -204,6 +423,7 @@ def load_pickle(path: str | os.PathLike, *allowed: type) -> Any:
     try:
         with torch.serialization.safe_globals(list(allowed)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle's protocol
+            _check_archive(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0]
@@ -213,8 +433,61 @@ def load_pickle(path: str | os.PathLike, *allowed: type) -> Any:
         ) from error
     except FileNotFoundError:
         raise
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        AssertionError,
+        BadZipFile,
+        MemoryError,
+        struct.error,
+        *_BROKEN,
+    ) as error:
         raise OSError(f"{path} is not a readable PyTorch file: truncated or damaged? ({error})") from error
+
+
+def _check_archive(path: str | os.PathLike) -> None:
+    """Raise unless every record of a PyTorch file has its checksum, which torch does not look at, and is as it is.
+
+    Compressed records would let a small file fill the memory; torch writes none.
+    """
+    if not is_zipfile(path):
+        return
+    with ZipFile(path) as archive:
+        if any(record.compress_type != ZIP_STORED for record in archive.infolist()):
+            raise OSError("a record is compressed")
+        if damaged := archive.testzip():
+            raise OSError(f"the record {damaged} does not have its checksum")
+
+
+def check_tensors(path: str | os.PathLike, state_dict: Any) -> None:
+    """Raise a `ValueError` unless a pickle held a dict of ordinary tensors, by name, each with the memory it says."""
+    if not isinstance(state_dict, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state_dict.items()
+    ):
+        raise ValueError(f"{path} does not hold a dict of tensors.")
+    for name, tensor in state_dict.items():
+        plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.dtype in _DTYPE_NAMES
+        if not plain:
+            raise ValueError(f"{path}: tensor `{name}` is {tensor.layout}, {tensor.dtype}, on {tensor.device.type}.")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(
+                f"{path}: tensor `{name}` has shape {list(tensor.shape)}, and memory for fewer numbers in the file."
+            )
+
+
+def not_finite(path: str | os.PathLike, name: str) -> str:
+    """What is said of a tensor with NaN or infinity, from which every picture would be black."""
+    return f"{path}: tensor `{name}` holds NaN or infinity. The file is damaged, or its training had diverged."
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity; a few rows at a time in memory."""
+    if not tensor.is_floating_point():
+        return True
+    blocks = tensor.reshape(-1).split(2**20)
+    return all(bool((block.float() if block.element_size() == 1 else block).isfinite().all()) for block in blocks)
 
 
 class _PickleFile:
@@ -223,13 +496,16 @@ class _PickleFile:
     def __init__(self, path: str | os.PathLike, state_dict: dict[str, torch.Tensor] | None):
         self.path = Path(path)
         self.metadata: dict[str, str] = {}
-        if state_dict is None:  # a shard, which diffusers has not read yet
-            try:
+        try:
+            if state_dict is None:  # a shard, which diffusers has not read yet
                 state_dict = load_pickle(path)
-            except ValueError as error:  # as diffusers does with a single file
-                raise OSError(str(error)) from error
-        if not isinstance(state_dict, dict) or not all(isinstance(t, torch.Tensor) for t in state_dict.values()):
-            raise OSError(f"{path} does not hold a dict of tensors.")
+            else:
+                _check_archive(path)
+            check_tensors(path, state_dict)
+        except (ValueError, BadZipFile, NotImplementedError) as error:  # as diffusers does with a single file
+            raise OSError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from error
+        except OSError as error:
+            raise OSError(f"{path} is damaged: {error}") from error
         self._state_dict = state_dict
         self.tensors = {n: (_DTYPE_NAMES.get(t.dtype, str(t.dtype)), tuple(t.shape)) for n, t in state_dict.items()}
 
@@ -237,6 +513,8 @@ class _PickleFile:
         for name, tensor in self._state_dict.items():
             if name.split(".")[-1] == PACKED_SUFFIX and reference.has_invalid_code(tensor):
                 raise ValueError(f"{self.path}: tensor `{name}` holds code 3, which is not a ternary value.")
+            if not is_finite(tensor):
+                raise ValueError(not_finite(self.path, name))
 
 
 def check_weights(
@@ -292,6 +570,11 @@ def check_weights(
         raise ValueError(f"{where}: {len(missing)} missing tensor(s) of {type(model).__name__}: {shown}.")
     for file in files:
         file.check_contents()
+    if len({file.metadata.get("terdit.model") for file in files} - {None}) > 1:
+        raise ValueError(
+            f"{files[0].path.parent} holds shards of several models. Download all of them again, or save the model"
+            " again."
+        )
 
 
 @cache
@@ -344,9 +627,16 @@ def _check_metadata(path: Path, metadata: dict[str, str], packed_model: bool) ->
         )
 
 
-def check_metadata(path: str | os.PathLike, packed: bool) -> None:
-    """Raise a `ValueError` where a safetensors file says that it has another format, an `OSError` where it is none."""
-    _check_metadata(Path(path), _WeightsFile(path).metadata, packed)
+def check_file(path: str | os.PathLike, packed: bool) -> None:
+    """Check one safetensors file by itself.
+
+    Raises:
+        ValueError: It says that it has another format, holds NaN, infinity or code 3, or does not match its digest.
+        OSError: It cannot be read.
+    """
+    file = _WeightsFile(path)
+    _check_metadata(file.path, file.metadata, packed)
+    file.check_contents()
 
 
 def _raise_format_mismatch(path: Path, name: str, packed_model: bool) -> None:
@@ -361,18 +651,36 @@ def _raise_format_mismatch(path: Path, name: str, packed_model: bool) -> None:
 def hub_errors(name: str | os.PathLike, revision: str | None = None, writing: bool = False) -> Iterator[None]:
     """Turn what goes wrong with a Hub repository into an `OSError` that names it and says what to do.
 
+    What a file's contents bring about while reading is a `ValueError` with the name, for a local folder too.
+
     Args:
-        name (`str` or `os.PathLike`): Repository; for a local folder nothing is changed.
+        name (`str` or `os.PathLike`): Repository or folder.
         revision (`str`, *optional*): Branch, tag or commit.
         writing (`bool`): Whether the token needs to write.
     """
     try:
         yield
+    except (ValueError, *_BROKEN) as error:
+        if writing or isinstance(error, OSError) or (isinstance(error, ValueError) and str(name) in str(error)):
+            raise
+        reason = str(error) if isinstance(error, ValueError) else f"a file is not what it should be ({error!r:.300})"
+        raise ValueError(f"{name}: {reason}") from error
     except (OSError, HfHubHTTPError, httpx.TransportError, RuntimeError) as error:  # the last from LFS uploads
         message = None if os.path.isdir(name) else _hub_message(str(name), revision, writing, error)
+        nameless = isinstance(error, OSError) and str(name) not in str(error)
+        if isinstance(error, NotImplementedError) and _passes(error, "configuration_utils.py", "from_config"):
+            raise ValueError(f"{name}: a config asks for what diffusers has not ({error}).") from error
+        if message is None and not writing and (nameless or _passes(error, "torch/serialization.py")):
+            message = f"{name}: a file cannot be read ({error})."
         if message is None:
             raise
         raise OSError(message) from error
+
+
+def _passes(error: BaseException, file: str, function: str = "") -> bool:
+    """Whether an error came through a function, or any function of a file."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(Path(frame.filename).as_posix().endswith(file) and function in (frame.name, "") for frame in frames)
 
 
 def _hub_message(name: str, revision: str | None, writing: bool, error: BaseException) -> str | None:
@@ -417,6 +725,20 @@ def _hub_message(name: str, revision: str | None, writing: bool, error: BaseExce
 
 class PortableConfigMixin(ConfigMixin):
     """`ConfigMixin` that saves no path of this machine, and that remote code leaves no trace in."""
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path=None, **kwargs):
+        name = str(pretrained_model_name_or_path)
+        where = os.path.join(name, kwargs.get("subfolder") or "", cls.config_name)
+        try:
+            output = super().load_config(pretrained_model_name_or_path, **kwargs)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where} cannot be read: {error}") from error
+        config = output[0] if isinstance(output, tuple) else output
+        check_config(where, config, cls if issubclass(cls, ModelMixin) else None)
+        if not issubclass(cls, ModelMixin):
+            _check_pipeline_config(where, config)
+        return output
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
@@ -560,12 +882,31 @@ class TernaryModelMixin(HubMixin, ModelMixin, PortableConfigMixin):
         return super().extract_init_dict(config, **kwargs)
 
     @classmethod
+    def from_config(cls, config=None, **kwargs):
+        if not _loading.get():
+            return super().from_config(config, **kwargs)
+        try:
+            with torch.device("meta"):  # what the config asks for is allocated once the files are found to hold it
+                return super().from_config(config, **kwargs)
+        except RuntimeError as error:
+            raise ValueError(f"the config asks for tensors that cannot be: {str(error).splitlines()[0]}") from error
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         default_dtype = torch.get_default_dtype()
+        refuse_interrupted(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        loading = _loading.set(True)
         try:
             with hub_errors(pretrained_model_name_or_path, kwargs.get("revision")):
+                stem, suffix = SAFE_WEIGHTS_INDEX_NAME.rsplit(".", 1)
+                variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
+                folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+                index = folder / f"{stem}{variant}.{suffix}"
+                if index.is_file() and kwargs.get("use_safetensors") is not False:
+                    read_index(index)
                 output = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         finally:
+            _loading.reset(loading)
             torch.set_default_dtype(default_dtype)  # the host forgets to when a config is refused
         model = output[0] if isinstance(output, tuple) else output
         if not model.__dict__.pop("_weights_checked", False):
@@ -580,6 +921,7 @@ class TernaryModelMixin(HubMixin, ModelMixin, PortableConfigMixin):
         cls, model, state_dict, resolved_model_file, name_or_path, loaded_keys, *args, **kwargs
     ):
         files = list(resolved_model_file)
+        refuse_interrupted(Path(files[0]).parent)
         single = state_dict if len(files) == 1 and not str(files[0]).endswith(".safetensors") else None
         check_weights(model, files, single, kwargs.get("ignore_mismatched_sizes", False))
         kwargs["keep_in_fp32_modules"] = [*(kwargs.get("keep_in_fp32_modules") or []), SCALE_SUFFIX]
@@ -588,6 +930,8 @@ class TernaryModelMixin(HubMixin, ModelMixin, PortableConfigMixin):
             raise ValueError(
                 f"{name_or_path}: the index and the files differ in {differing[:5]}. Save the model again."
             )
+        if not kwargs.get("low_cpu_mem_usage", True):
+            model.to_empty(device="cpu")
         output = super()._load_pretrained_model(
             model, state_dict, resolved_model_file, name_or_path, loaded_keys, *args, **kwargs
         )
@@ -641,13 +985,13 @@ class TernaryModelMixin(HubMixin, ModelMixin, PortableConfigMixin):
             )
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            self._save_safetensors(folder, variant, max_shard_size, clear=is_main_process)
-            if is_main_process:  # last: weights that could not be written leave the old config beside the old weights
-                self.save_config(folder)
+            self._save_safetensors(folder, variant, max_shard_size, is_main_process)
         if push_to_hub:
             self._push_folder(folder, variant=variant, **kwargs)
 
-    def _save_safetensors(self, folder: Path, variant: str | None, max_shard_size: int | str, clear: bool) -> None:
+    def _save_safetensors(
+        self, folder: Path, variant: str | None, max_shard_size: int | str, is_main_process: bool
+    ) -> None:
         def named(name: str) -> str:  # "a.safetensors" -> "a.<variant>.safetensors", as diffusers does
             stem, suffix = name.rsplit(".", 1)
             return f"{stem}.{variant}.{suffix}" if variant else name
@@ -658,27 +1002,27 @@ class TernaryModelMixin(HubMixin, ModelMixin, PortableConfigMixin):
         metadata = {"format": "pt", "terdit.version": VERSION}
         if self.config.get("weight_format") == "packed":
             metadata["terdit.packing"] = PACKING
-        for filename, names in split.filename_to_tensors.items():
-            shard = {name: state_dict[name].detach().contiguous() for name in names}
-            partial = folder / f"{filename}.partial"
-            try:
+        shards = split.filename_to_tensors
+        digests = {name: _state_dict_digest({n: state_dict[n] for n in names}) for name, names in shards.items()}
+        if split.is_sharded:
+            metadata["terdit.model"] = hashlib.sha256("".join(digests.values()).encode()).hexdigest()
+        index_name = named(SAFE_WEIGHTS_INDEX_NAME)
+        stem = pattern.replace("{suffix}.safetensors", "")
+        with replacing(folder, f"{stem}.saving") as (new, stale):
+            for filename, names in shards.items():
+                partial = new(filename)
                 partial.touch()
                 mode = partial.stat().st_mode  # safetensors would leave the file to its owner alone
-                save_file(shard, partial, metadata={**metadata, "terdit.sha256": _state_dict_digest(shard)})
+                shard = {name: state_dict[name].detach().contiguous() for name in names}
+                save_file(shard, partial, metadata={**metadata, "terdit.sha256": digests[filename]})
                 partial.chmod(mode)
-                os.replace(partial, folder / filename)
-            finally:
-                partial.unlink(missing_ok=True)
-        index_path = folder / named(SAFE_WEIGHTS_INDEX_NAME)
-        if split.is_sharded:
-            index = {"metadata": {**split.metadata, **metadata}, "weight_map": split.tensor_to_filename}
-            index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if clear:
-            stem = pattern.replace("{suffix}.safetensors", "")
-            stale = {*folder.glob(f"{stem}-?????-of-?????.safetensors"), folder / f"{stem}.safetensors"}
-            stale |= set() if split.is_sharded else {index_path}  # an index would win over the single file
-            for path in stale - {folder / filename for filename in split.filename_to_tensors}:
-                path.unlink(missing_ok=True)
+            if split.is_sharded:
+                index = {"metadata": {**split.metadata, **metadata}, "weight_map": split.tensor_to_filename}
+                new(index_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            if is_main_process:
+                self.to_json_file(new(self.config_name))
+                stale |= {*folder.glob(f"{stem}-?????-of-?????.safetensors"), folder / f"{stem}.safetensors"}
+                stale |= {folder / index_name}  # an index would win over the single file
 
 
 class TernaryLoraLinear(LoraLinear):

@@ -1,6 +1,5 @@
 """What weights files hold, read from the files: no model is built, and one tensor at a time is in memory."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
-from .host import PACKED_SUFFIX, SCALE_SUFFIX, _check_metadata, _WeightsFile
+from .host import PACKED_SUFFIX, SCALE_SUFFIX, _check_metadata, _WeightsFile, read_index, read_json
 from .ops import reference
 
 
@@ -97,7 +96,7 @@ def inspect_weights(path: str | Path) -> WeightsReport:
     """
     path = Path(path)
     paths = [path] if path.is_file() else _weights_files(path)
-    config = _read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     files = [_WeightsFile(p) for p in paths]
     shapes = {name: shape for file in files for name, (_, shape) in file.tensors.items()}
     groups: dict[str, Group] = {}
@@ -126,6 +125,11 @@ def inspect_weights(path: str | Path) -> WeightsReport:
                 scales.append(_tensor(file, name).float().flatten())
             if ternary:
                 scale = _tensor(by_name[scale_name], scale_name)
+                if len(shape) != 2 or not (scale.dim() == 1 or (scale.dim() == 2 and 1 <= scale.shape[1] <= shape[1])):
+                    raise ValueError(
+                        f"{file.path}: `{name}` has shape {list(shape)} and its scale {list(scale.shape)}, which is no"
+                        " ternary layer."
+                    )
                 granularity = reference.group_size(scale, shape[1])
                 granularities.add(granularity)
                 zeros, numel = _count_zeros(file, name, leaf, granularity)
@@ -153,23 +157,12 @@ def _weights_files(folder: Path) -> list[Path]:
     """The shards that the index names, or the one file: what `from_pretrained` would read."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file():
-        names = sorted(set(_read_json(index)["weight_map"].values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise OSError(f"{index} names {missing[0]}, which is not there. Download or save the model again.")
-        return [folder / name for name in names]
+        return read_index(index)
     if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         return [folder / SAFETENSORS_WEIGHTS_NAME]
     found = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".pt"))
     hint = f"It holds {', '.join(found[:4])}." if found else "It holds no weights."
     raise OSError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}. {hint}")
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def _role(name: str, leaf: str, ternary: bool) -> str:

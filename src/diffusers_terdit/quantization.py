@@ -2,12 +2,15 @@
 
     AnyModel.from_pretrained(..., quantization_config=TernaryConfig(...))      ternarize (or import) while loading
     model.save_pretrained(folder); AnyModel.from_pretrained(folder)            loads as it was saved
+    quantization.pack(model)                                                   after training in float format
     TernaryConfig(...).quantize(model); model.dequantize()                     a model in memory, and back
 
 `TernaryConfig(exact=True)` imports models that were published as dense tensors but are ternary: it finds the codes and
 scales without any loss, and refuses what is not `scale * {-1, 0, +1}`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,7 +28,8 @@ from .host import (
     VERSION,
     DiffusersQuantizer,
     QuantizationConfigMixin,
-    check_metadata,
+    check_file,
+    is_finite,
     refuse_adapters,
     register_quantizer,
     take_adapters,
@@ -76,6 +80,8 @@ class TernaryConfig(QuantizationConfigMixin):
                 f" {VERSION!r}. Update diffusers-terdit."
             )
         reference.check_scale_granularity(granularity)
+        if not isinstance(exact, bool):
+            raise ValueError(f"`exact` must be True or False, got {exact!r}.")
         if weight_format not in ("packed", "float"):
             raise ValueError(f'`weight_format` must be "packed" or "float", got {weight_format!r}.')
         if exact and weight_format == "float":
@@ -90,8 +96,18 @@ class TernaryConfig(QuantizationConfigMixin):
         self.exclude = [exclude] if isinstance(exclude, str) else exclude
         for name in ("include", "exclude"):
             patterns = getattr(self, name)
-            if patterns is not None and not all(isinstance(pattern, str) for pattern in patterns):
+            if patterns is None:
+                continue
+            if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
                 raise ValueError(f"`{name}` must be patterns of module names, got {patterns!r}.")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):
+        """From what stands in config.json."""
+        try:
+            return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"The `quantization_config` in config.json: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in config.json."""
@@ -137,6 +153,34 @@ class TernaryConfig(QuantizationConfigMixin):
         model.register_to_config(quantization_config=self)
         take_adapters(model, TernaryLinear)
         return model
+
+
+def pack(model: ModelMixin) -> ModelMixin:
+    """Pack the ternary layers of a model that was trained with `weight_format="float"`, in place.
+
+    Args:
+        model ([`~diffusers.ModelMixin`]): Quantized with a [`TernaryConfig`].
+
+    Returns:
+        [`~diffusers.ModelMixin`]: The same model; it computes and is saved with two bits per weight.
+
+    Raises:
+        ValueError: It is no such model, or a layer cannot be packed. The model is then as it was.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not isinstance(quantizer, TernaryQuantizer):
+        raise ValueError(f"This {type(model).__name__} was not quantized with a TernaryConfig.")
+    refuse_adapters(model, "packing it")
+    layers = {name: model.get_submodule(name) for name in quantizer.layers or {}}
+    for name, layer in layers.items():
+        try:
+            layer.check_packable()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    for layer in layers.values():
+        layer.pack()
+    quantizer.quantization_config.weight_format = "packed"
+    return model
 
 
 def select_layers(model: nn.Module, config: TernaryConfig) -> dict[str, nn.Linear]:
@@ -320,20 +364,25 @@ class TernaryQuantizer(DiffusersQuantizer):
         self.layers: dict[str, TernaryLinear] | None = None
         self._loaded_keys: list[str] = []
         self._kept_in_float32: list[str] = []
+        self._files = "the checkpoint"  # for errors
+        self._floats: set[str] = set()
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list) -> list[str]:
         """Keep the list: which of its names change is known when the model is there."""
         for file in checkpoint_files:
             if self.pre_quantized and isinstance(file, (str, Path)) and str(file).endswith(".safetensors"):
-                check_metadata(file, self.quantization_config.weight_format == "packed")
+                check_file(file, self.quantization_config.weight_format == "packed")
+        self._files = ", ".join(str(file) for file in checkpoint_files)
         self._loaded_keys = list(loaded_keys)
         return self._loaded_keys
 
     def _process_model_before_weight_loading(self, model, keep_in_fp32_modules=(), **kwargs):
-        linears = select_layers(model, self.quantization_config)
+        with self._naming_files():
+            linears = select_layers(model, self.quantization_config)
         self.layers = {name: new_layer(linear, self.quantization_config) for name, linear in linears.items()}
         for name, layer in self.layers.items():
             model.set_submodule(name, layer)
+        self._floats = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
         if isinstance(keep_in_fp32_modules, list):
             self._kept_in_float32 = keep_in_fp32_modules
             self._kept_in_float32.append(SCALE_SUFFIX)
@@ -341,11 +390,18 @@ class TernaryQuantizer(DiffusersQuantizer):
             dense = {f"{name}.weight": name for name in self.layers}
             missing = sorted(set(dense) - set(self._loaded_keys))
             if missing:
-                raise ValueError(f"The checkpoint has no {missing[0]} ({len(missing)} dense weights are missing).")
+                raise ValueError(f"{self._files} has no {missing[0]} ({len(missing)} dense weights are missing).")
             made = [PACKED_SUFFIX if self.quantization_config.weight_format == "packed" else "weight", SCALE_SUFFIX]
             kept = [key for key in self._loaded_keys if key not in dense]
             self._loaded_keys[:] = [*kept, *(f"{name}.{key}" for name in self.layers for key in made)]
         model.register_to_config(quantization_config=self.quantization_config)
+
+    @contextmanager
+    def _naming_files(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{self._files}: {error}") from error
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Dense weights of the chosen layers to ternary ones, tensor by tensor; saved ones are checked."""
@@ -353,7 +409,14 @@ class TernaryQuantizer(DiffusersQuantizer):
             raise ValueError(
                 "TernaryConfig works with `from_pretrained` only; save the single file as a folder first."
             )
-        for name, layer in self.layers.items():
+        with self._naming_files():
+            return self._updated(state_dict, self.layers)
+
+    def _updated(self, state_dict: dict[str, Any], layers: dict[str, TernaryLinear]) -> dict[str, Any]:
+        for name in self._floats & state_dict.keys():
+            if not state_dict[name].is_floating_point():
+                raise ValueError(f"{name} is {state_dict[name].dtype}, the model asks for floats.")
+        for name, layer in layers.items():
             if self.pre_quantized:
                 self._check(name, layer, state_dict)
             elif f"{name}.weight" in state_dict:
@@ -373,25 +436,25 @@ class TernaryQuantizer(DiffusersQuantizer):
             found = state_dict.get(f"{name}.{key}")
             if found is None:
                 continue  # in another shard; what is missing altogether is refused below
-            if (
-                tuple(found.shape) != tuple(expected.shape)
-                or found.is_floating_point() != expected.is_floating_point()
-            ):
+            fits = found.dtype == torch.uint8 if key == PACKED_SUFFIX else found.is_floating_point()
+            if tuple(found.shape) != tuple(expected.shape) or not fits:
                 raise ValueError(
                     f"{name}.{key} is {tuple(found.shape)}, {found.dtype}; the model asks for"
                     f" {tuple(expected.shape)}, {expected.dtype}."
                 )
             if key == PACKED_SUFFIX and reference.has_invalid_code(found):
                 raise ValueError(f"{name}.{key} holds code 3, which is not a ternary value: the file is damaged.")
+            if not is_finite(found):
+                raise ValueError(f"{name}.{key} holds NaN or infinity.")
 
     def update_missing_keys(self, model, missing_keys: list[str], prefix: str) -> list[str]:
-        """A ternary layer without its tensors would be none: an error, where diffusers would warn."""
+        """A saved model without some of its tensors would be none: an error, where diffusers would warn."""
         ours = {f"{name}.{key}" for name, layer in (self.layers or {}).items() for key in layer.state_dict()}
-        missing = sorted(ours & set(missing_keys))
+        missing = sorted(missing_keys if self.pre_quantized else ours & set(missing_keys))
         if missing:
             raise ValueError(
-                f"The checkpoint has no {missing[0]} ({len(missing)} tensors of ternary layers are missing). Was it"
-                " saved with other patterns or another weight_format?"
+                f"{self._files} has no {missing[0]} ({len(missing)} tensors are missing). Was it saved with other"
+                " patterns or another weight_format?"
             )
         return missing_keys
 
