@@ -18,7 +18,16 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..host import HubMixin, PortableConfigMixin, hub_errors, is_offloaded, reset_step_caches, scrub_paths
+from ..host import (
+    HubMixin,
+    PortableConfigMixin,
+    hub_errors,
+    is_offloaded,
+    marked,
+    refuse_adapters,
+    reset_step_caches,
+    scrub_paths,
+)
 from ..models.transformer_terdit import TerDiTTransformer2DModel
 
 
@@ -118,12 +127,21 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
             max_shard_size (`int` or `str`, *optional*): Of a weights file: bytes, or a string such as `"5GB"`.
             push_to_hub (`bool`): Upload the folder afterwards, to `repo_id` among `kwargs` (default its name).
             kwargs: The other arguments of `push_to_hub`.
+
+        Raises:
+            ValueError: `save_directory` is a file, or the transformer carries adapters.
+            OSError: It cannot be written. A folder in which a save stopped half-way does not load until one succeeds.
         """
         flashpack = kwargs.pop("use_flashpack", False)
-        super().save_pretrained(
-            save_directory, safe_serialization, variant, max_shard_size, push_to_hub=False, use_flashpack=flashpack
-        )
-        scrub_paths(save_directory)
+        if os.path.isfile(save_directory):
+            raise ValueError(f"`save_directory` must be a folder, {save_directory} is a file.")
+        refuse_adapters(self.transformer, "saving the pipeline")
+        # in the folder of the transformer, which every way to load the pipeline loads
+        with marked(Path(save_directory, "transformer"), "pipeline.saving"):
+            super().save_pretrained(
+                save_directory, safe_serialization, variant, max_shard_size, push_to_hub=False, use_flashpack=flashpack
+            )
+            scrub_paths(save_directory)
         if push_to_hub:
             self._push_folder(Path(save_directory), variant=variant, **kwargs)
 
@@ -421,7 +439,7 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
         # 4. Denoise, in float32 but for the model's own arithmetic
         channels = self.transformer.config.in_channels * (2 if self._uses_learned_variance() else 1)
         modulations = self._modulations(timesteps, class_ids, changes=callback_on_step_end is not None)
-        with self._noise_only_scheduler(), self.progress_bar(total=self._num_timesteps) as progress_bar:
+        with self._sampling(), self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
@@ -440,6 +458,8 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
                         return_dict=False,
                         **modulations(i, model_labels),
                     )[0].float()
+                if not model_output.isfinite().all():
+                    raise ValueError(self._where_not_finite(i, t, model_input, model_labels))
                 if guided:
                     model_output = self.guide(model_output)
                 latents = self.scheduler.step(model_output[:, :channels], t, latents, **extra_step_kwargs).prev_sample
@@ -452,8 +472,6 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
                     latents = callback_outputs.pop("latents", latents)
                 progress_bar.update()
 
-        self._current_timestep = None
-
         # 5. Latents to pixels
         if output_type == "latent":
             images = latents
@@ -461,6 +479,11 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
             if self.vae is not None:
                 latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
                 latents = self.vae.decode(latents, return_dict=False)[0].float()
+            if not latents.isfinite().all():
+                part = f"VAE in {str(self.vae.dtype).removeprefix('torch.')}" if self.vae is not None else "scheduler"
+                raise ValueError(
+                    f"The {part} gives NaN or infinity. Try `pipe.vae.to(torch.float32)`, or another scheduler."
+                )
             images = self.image_processor.postprocess(latents, output_type=output_type)
 
         self.maybe_free_model_hooks()
@@ -496,9 +519,41 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
 
         return modulations
 
+    def _where_not_finite(self, step: int, timestep: Tensor, model_input: Tensor, model_labels: Tensor) -> str:
+        """Words for the first layer of the transformer that gives NaN or infinity; the step is computed once more."""
+        place = f"Step {step + 1} of {self._num_timesteps} (timestep {float(timestep):g})"
+        dtype = str(self.transformer.dtype).removeprefix("torch.")
+        if not model_input.isfinite().all():
+            return (
+                f"{place} starts from latents with NaN or infinity: those passed in, a callback's or the scheduler's."
+            )
+        names = {module: name for name, module in self.transformer.named_modules() if name}
+        found: list[str] = []
+
+        def look(module, inputs, output) -> None:
+            outputs = output if isinstance(output, (tuple, list)) else [output]
+            if any(isinstance(o, Tensor) and o.is_floating_point() and not o.isfinite().all() for o in outputs):
+                found.append(names[module])
+
+        hooks = [module.register_forward_hook(look) for module in names]
+        reset_step_caches(self.transformer)
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                rows = model_input.to(self.transformer.dtype), timestep.expand(len(model_labels)), model_labels
+                self.transformer(*rows, return_dict=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        layer = f"layer {found[0]}" if found else "the transformer"
+        advice = {
+            "float32": "Its weights are damaged, or were never trained.",
+            "bfloat16": "Try float32; if it does the same there, its weights are damaged or were never trained.",
+        }.get(dtype, "Try bfloat16 or float32, which hold larger numbers.")
+        return f"{place}: {layer} gives NaN or infinity in {dtype}. {advice}"
+
     @contextmanager
-    def _noise_only_scheduler(self):
-        """A scheduler swapped in from DDPM's config keeps a `variance_type` that it cannot use; lift it for a while.
+    def _sampling(self):
+        """While it samples, lift a `variance_type` that a scheduler keeps from DDPM's config and cannot use.
 
         DPM-Solver would cut the noise to its first 3 channels.
         """
@@ -509,5 +564,6 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
         try:
             yield
         finally:
+            self._current_timestep = None
             if lift:
                 self.scheduler.register_to_config(variance_type=variance_type)
