@@ -157,7 +157,7 @@ class TernaryLinear(TernaryModelMixin):
         requested: int | str | None = self.config["activation_bits"] or self._requested_bits
         bits = requested if isinstance(requested, int) else None
         if requested == "auto":
-            autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+            autocast = device != "meta" and torch.is_autocast_enabled(device)
             dtype = torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
             bits = 16 if dtype == torch.bfloat16 and device == "cpu" else None
         if bits is None or self.weight_format != "packed":

@@ -186,7 +186,7 @@ def _checked_input(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
             f"`bias` must be floating point of shape ({out_features},), got {tuple(bias.shape)}, {bias.dtype}."
         )
     device_type = input.device.type
-    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
     return input.to(torch.get_autocast_dtype(device_type)) if autocast and input.dtype != torch.float64 else input
 
 
