@@ -3,6 +3,9 @@
 # make quality   style, types and the direction of imports
 # make results   what docs/results shows, again, into outputs/results: hours; a rerun goes on where it stopped.
 #                One part fits in minutes: python examples/experiments/adaln_norm.py --list
+# make docs      the pages as a site in outputs/docs; a warning is an error
+# make dist      wheel and sdist in outputs/dist, checked
+# make stress    100,000 damaged and hostile files: about 20 minutes, into outputs/results; goes on where it stopped
 # make format    let ruff rewrite what `make quality` would refuse
 #
 # PYTHON=python3.12 picks the interpreter, TORCH=torch another torch than the tested one.
@@ -14,7 +17,7 @@ TRITON := "triton==3.6.0; sys_platform == 'linux' and platform_machine == 'x86_6
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test slow results quality format clean
+.PHONY: demo test slow stress results quality docs dist format clean
 
 demo: .venv/.ready
 	$(BIN)/terdit generate digits --num_images_per_label 8 --guidance_scale 2 --output demo.png
@@ -26,6 +29,9 @@ test: .venv/.dev
 slow: .venv/.dev
 	$(BIN)/python -m pytest -m slow
 
+stress: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/stress_files.py --inputs 100000 --output_dir outputs/results
+
 # One thread, as the committed figures: the models are small, and a run is the same whatever else the machine does.
 results: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py deployment --output_dir outputs/results
@@ -35,12 +41,22 @@ results: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python examples/few_steps.py --model emoji --output_dir outputs/results
 	OMP_NUM_THREADS=1 $(BIN)/python examples/experiments/adaln_norm.py --records outputs/results
 	OMP_NUM_THREADS=1 $(BIN)/python examples/experiments/worth_it.py --records outputs/results
+	OMP_NUM_THREADS=1 $(BIN)/python examples/experiments/text_to_image.py --records outputs/results
+	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py flux2 --output_dir outputs/results
 
 quality: .venv/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs outputs/docs
+
+dist: .venv/.dev
+	rm -rf outputs/dist
+	$(BIN)/python -m hatchling build -d outputs/dist
+	$(BIN)/python -m twine check --strict outputs/dist/*
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix
