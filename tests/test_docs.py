@@ -157,7 +157,7 @@ def check_command(words: list[str]) -> str | None:
         program, rest = args.training_script, args.training_script_args
     elif program == "python":
         program, *rest = rest
-    if program.startswith(("examples/", "docs/")):
+    if program.startswith(("examples/", "docs/", "tests/")):
         script_parser(program)(rest)
     elif program == "terdit":
         cli.build_parser().parse_args(rest)

@@ -380,15 +380,22 @@ By hand:
 
 ```python
 from diffusers import PixArtTransformer2DModel
-from diffusers_terdit import TernaryConfig
+from diffusers_terdit import TernaryConfig, quantization
 
 model = PixArtTransformer2DModel(
-    num_layers=2, num_attention_heads=4, attention_head_dim=32, cross_attention_dim=128, in_channels=4, out_channels=4,
-    sample_size=4, patch_size=1, caption_channels=64, use_additional_conditions=False,
+    num_layers=2,
+    num_attention_heads=4,
+    attention_head_dim=32,
+    cross_attention_dim=128,
+    in_channels=4,
+    out_channels=4,
+    sample_size=4,
+    patch_size=1,
+    caption_channels=64,
+    use_additional_conditions=False,
 )
 TernaryConfig(weight_format="float").quantize(model)  # train it; then
-model.dequantize()  # its weights are scale * {{-1, 0, +1}} now,
-TernaryConfig(exact=True).quantize(model)  # which are packed as they are
+quantization.pack(model)
 model.save_pretrained("pixart-packed")
 ```
 
