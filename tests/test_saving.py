@@ -235,3 +235,20 @@ class TestPipeline:
         (tmp_path / "file").write_text("")
         with pytest.raises(ValueError, match="must be a folder"):
             tiny_pipeline().save_pretrained(tmp_path / "file")
+
+
+def test_a_rename_that_fails_is_noticed_and_the_next_save_mends_it(tmp_path, monkeypatch):
+    layer = TernaryLinear(8, 8)
+    layer.save_pretrained(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            host.os, "replace", lambda *args: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error"))
+        )
+        with pytest.raises(OSError, match="Input/output"):
+            layer.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="was interrupted"):
+        TernaryLinear.from_pretrained(tmp_path)
+    started = time.monotonic()
+    layer.save_pretrained(tmp_path)
+    assert time.monotonic() - started < 5  # this process does not wait for itself
+    assert torch.equal(TernaryLinear.from_pretrained(tmp_path).weight, layer.weight)

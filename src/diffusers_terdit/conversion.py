@@ -38,6 +38,7 @@ from .host import (
     check_tensors,
     hub_errors,
     is_finite,
+    is_running,
     load_pickle,
     read_index,
     read_json,
@@ -405,8 +406,10 @@ def convert_dense_checkpoint(
     folder = source / component if is_pipeline else source
     if not (folder / "config.json").is_file():
         raise OSError(f"{folder} has no config.json; `path` must be a diffusers pipeline or model, in folders.")
-    partial = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = output.with_name(f"{output.name}.{os.getpid()}.partial")
+    for left in output.parent.glob(f"{output.name}.*.partial"):  # of a process that was killed
+        if not is_running(left.name.split(".")[-2]):
+            shutil.rmtree(left, ignore_errors=True)
     try:
         if is_pipeline:
             # files that are links, as in the Hub's cache, are followed

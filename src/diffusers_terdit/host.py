@@ -148,11 +148,13 @@ def digest(tensors: Iterable[tuple[str, str, tuple[int, ...], Iterable[bytes | m
     return sha.hexdigest()
 
 
-def _is_running(process: str) -> bool:
+def is_running(process: str) -> bool:
     """Whether a process of this machine, by number, still runs."""
+    if os.name == "nt":
+        return process.isdigit()  # not known: there `os.kill(n, 0)` would interrupt the process
     try:
         os.kill(int(process), 0)
-    except (ProcessLookupError, ValueError):
+    except (ProcessLookupError, OverflowError, ValueError):
         return False
     except OSError:  # of another user
         return True
@@ -171,23 +173,21 @@ def replacing(folder: Path, marker_name: str) -> Iterator[tuple[Callable[[str], 
     process = str(os.getpid())
     written: dict[str, Path] = {}
     stale: set[Path] = set()
-    marker = folder / marker_name
 
     def new(name: str) -> Path:
         written[name] = folder / f"{name}.{process}.partial"
         return written[name]
 
     for left in folder.glob("*.*.partial"):  # of a process that was killed
-        if not _is_running(left.name.split(".")[-2]):
+        if not is_running(left.name.split(".")[-2]):
             left.unlink(missing_ok=True)
     try:
         yield new, stale
-        _take(marker, process)
-        for name, partial in written.items():
-            os.replace(partial, folder / name)
-        for path in stale - {folder / name for name in written}:
-            path.unlink(missing_ok=True)
-        marker.unlink()
+        with marked(folder, marker_name):
+            for name, partial in written.items():
+                os.replace(partial, folder / name)
+            for path in stale - {folder / name for name in written}:
+                path.unlink(missing_ok=True)
     finally:
         for partial in written.values():
             partial.unlink(missing_ok=True)
@@ -207,12 +207,13 @@ def _take(marker: Path, process: str, seconds: float = 10.0) -> None:
             except FileNotFoundError:
                 continue
         empty = not owner and age > 1  # its process was killed between two system calls
-        if empty or (owner and not _is_running(owner)):
+        if empty or (owner and not is_running(owner)):
             marker.write_text(process, encoding="ascii")
             return
         if time.monotonic() > end:
             raise OSError(
-                f"Process {owner or 'unknown'} is saving into {marker.parent}. Save elsewhere, or try again."
+                f"Process {owner or 'unknown'} is saving into {marker.parent}. Save elsewhere, or try again;"
+                f" if it is gone, delete {marker.name} there."
             )
         time.sleep(0.05)
 
