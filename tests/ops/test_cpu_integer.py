@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import numba
 import pytest
 import torch
+from llvmlite import ir
 from test_registration import K, N, fresh_compiler, leaf, new_layer  # noqa: F401
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -72,6 +74,40 @@ def test_the_sums_are_those_of_integers(bits, isa):
     output = cpu_integer.linear(codes.float(), pack_ternary(ternary), torch.ones(1), None, bits, isa)
     assert torch.equal(output, sums.float())
     assert sums.abs().max() == 300 * top
+
+
+def dot_written_out(module, lanes):
+    """What `vpdpbusd` does, in instructions that every processor has."""
+    ints, bytes_ = ir.VectorType(ir.IntType(32), lanes), ir.VectorType(ir.IntType(8), 4 * lanes)
+    name = f"dot_written_out_{lanes}"
+    if name in module.globals:
+        return module.globals[name]
+    function = ir.Function(module, ir.FunctionType(ints, [ints, ints, ints]), name)
+    function.linkage = "internal"
+    builder = ir.IRBuilder(function.append_basic_block())
+    total, unsigned, signed = function.args
+    wide = ir.VectorType(ir.IntType(32), 4 * lanes)
+    products = builder.mul(
+        builder.zext(builder.bitcast(unsigned, bytes_), wide), builder.sext(builder.bitcast(signed, bytes_), wide)
+    )
+    for place in range(4):
+        which = ir.Constant(ints, [4 * lane + place for lane in range(lanes)])
+        total = builder.add(total, builder.shuffle_vector(products, products, which))
+    builder.ret(total)
+    return function
+
+
+@pytest.mark.parametrize("isa", ["avx512_vnni", "avx_vnni"])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_loops_of_processors_that_this_one_is_not(isa, bits, monkeypatch):
+    """All but the one instruction: shapes, registers, order of the integers, what comes after the sums."""
+    monkeypatch.setattr(cpu_integer, "_dot", dot_written_out)
+    compile_once = cache(lambda isa, parts, half: cpu_integer._compile(isa, parts, half, cached=False))
+    monkeypatch.setattr(cpu_integer, "kernels", compile_once)
+    for shape in ((1, 4, 1), (17, 20, 33), (8, 196, 2050), (257, 772, 66), (40, 388, 1100)):
+        input, packed, scale, bias = new_case(*shape, torch.bfloat16 if shape[0] == 17 else torch.float32, "row")
+        expected = reference.integer_linear(input, packed, scale, bias, bits)
+        assert torch.equal(cpu_integer.linear(input, packed, scale, bias, bits, isa), expected)
 
 
 def test_the_sums_of_the_most_inputs_stay_in_int32():

@@ -4,7 +4,8 @@
 signed bytes, x = step * (256 high + low)), the products with the codes 0, 1, 2 are summed exactly in int32, and what
 the codes' offset of one added, the sum of the row's integers, is subtracted. It reads the packed weight as it is
 stored, so there is no second copy: 4 bytes (four inputs) of `PANEL` rows at a time are transposed into a scratch, the
-two bits of a quarter are cut out of a block of it, and all rows of the input pass by while it is in the cache.
+two bits of a quarter are cut out of a block of it, and all rows of the input pass by while it is in the cache. The
+rows' integers lie in the order in which they are read: the four inputs of each step, of all rows of a tile.
 
 One inner loop, `tile`, in the instructions the processor has:
 
@@ -40,15 +41,16 @@ class Shape(NamedTuple):
     vectors: int
     lanes: int  # outputs per vector
     steps: int
+    strip: int  # rows of integers that pass by a block of the weight: they stay in the second cache
 
 
 SHAPES = {
-    "avx512_vnni": Shape(rows=8, vectors=3, lanes=16, steps=256),
-    "avx_vnni": Shape(rows=6, vectors=2, lanes=8, steps=256),
-    "avx2": Shape(rows=6, vectors=2, lanes=8, steps=256),
+    "avx512_vnni": Shape(rows=8, vectors=3, lanes=16, steps=256, strip=256),
+    "avx_vnni": Shape(rows=6, vectors=2, lanes=8, steps=256, strip=126),
+    "avx2": Shape(rows=6, vectors=2, lanes=8, steps=256, strip=126),
 }
 AVX2_STEPS = 64
-ROWS = 256  # integer rows that pass by a block of the weight; their sums stay in the second cache
+UNROLL = 2  # steps per turn of the inner loop
 
 
 @cache
@@ -63,14 +65,24 @@ def instruction_sets() -> tuple[str, ...]:
     return tuple(name for name in SHAPES if has[name])
 
 
+def _dot(module: ir.Module, lanes: int) -> ir.Function:
+    """`vpdpbusd`: (sums, unsigned bytes, signed bytes) -> sums, a product of four bytes in each lane of 32 bits."""
+    ints = ir.VectorType(ir.IntType(32), lanes)
+    name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
+    return module.declare_intrinsic(name, (), ir.FunctionType(ints, [ints, ints, ints]))
+
+
 @intrinsic(prefer_literal=True)
-def _tile(typing_context, name, x, x_stride, codes, steps, sums):
-    """`sums` (rows, PANEL) int32 += `codes` (steps, PANEL, 4) uint8 . `x` (rows, 4 * steps) int8; addresses."""
+def _tile(typing_context, name, x, codes, steps, sums):
+    """`sums` (rows, PANEL) int32 += `codes` (steps, PANEL, 4) uint8 . `x` (steps, rows, 4) int8; addresses.
+
+    The steps are rounded up to a multiple of `UNROLL`: there `x` is zero.
+    """
     isa = name.literal_value
-    rows, vectors, lanes, _ = SHAPES[isa]
+    rows, vectors, lanes = SHAPES[isa][:3]
 
     def codegen(context, builder, signature, args):
-        _, x, x_stride, codes, steps, sums = args
+        _, x, codes, steps, sums = args
         i8, i16, i32, i64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
         ints = ir.VectorType(i32, lanes)
         module = builder.module
@@ -86,36 +98,35 @@ def _tile(typing_context, name, x, x_stride, codes, steps, sums):
             ones = ir.Constant(total, [1] * 2 * lanes)
         else:
             total = operand = ints
-            dot = instruction(f"llvm.x86.avx512.vpdpbusd.{32 * lanes}", ints, ints, ints, ints)
+            dot = _dot(module, lanes)
 
-        def load(address, type_):
-            value = builder.load(builder.inttoptr(address, type_.as_pointer()))
-            value.align = 1
-            return value
+        def load(address, offset, type_):
+            return builder.load(builder.inttoptr(builder.add(address, i64(offset)), type_.as_pointer()), align=1)
 
         start, loop, end = builder.block, builder.append_basic_block(), builder.append_basic_block()
         grid = [(row, vector) for row in range(rows) for vector in range(vectors)]
-        row_starts = [builder.add(x, builder.mul(x_stride, i64(row))) for row in range(rows)]
         builder.branch(loop)
         builder.position_at_end(loop)
         step = builder.phi(i64)
         step.add_incoming(i64(0), start)
         before = {cell: builder.phi(total) for cell in grid}
-        inputs, base = builder.shl(step, i64(2)), builder.add(codes, builder.mul(step, i64(4 * vectors * lanes)))
-        weights = [load(builder.add(base, i64(4 * lanes * vector)), operand) for vector in range(vectors)]
-        after = {}
-        for row in range(rows):
-            undefined = ir.Constant(ints, ir.Undefined)
-            four = builder.insert_element(undefined, load(builder.add(row_starts[row], inputs), i32), i32(0))
-            four = builder.shuffle_vector(four, undefined, ir.Constant(ints, [0] * lanes))  # in every lane
-            for vector in range(vectors):
-                cell = row, vector
-                if isa == "avx2":
-                    products = multiply(weights[vector], builder.bitcast(four, operand))
-                    after[cell] = builder.add(before[cell], products)
-                else:
-                    after[cell] = dot(before[cell], weights[vector], four)
-        next_step = builder.add(step, i64(1))
+        after = dict(before)
+        inputs = builder.add(x, builder.mul(step, i64(4 * rows)))
+        base = builder.add(codes, builder.mul(step, i64(4 * vectors * lanes)))
+        for turn in range(UNROLL):
+            weights = [load(base, 4 * lanes * (turn * vectors + vector), operand) for vector in range(vectors)]
+            for row in range(rows):
+                undefined = ir.Constant(ints, ir.Undefined)
+                four = builder.insert_element(undefined, load(inputs, 4 * (turn * rows + row), i32), i32(0))
+                four = builder.shuffle_vector(four, undefined, ir.Constant(ints, [0] * lanes))  # in every lane
+                for vector in range(vectors):
+                    cell = row, vector
+                    if isa == "avx2":
+                        products = multiply(weights[vector], builder.bitcast(four, operand))
+                        after[cell] = builder.add(after[cell], products)
+                    else:
+                        after[cell] = builder.call(dot, [after[cell], weights[vector], four])
+        next_step = builder.add(step, i64(UNROLL))
         step.add_incoming(next_step, loop)
         for cell in grid:
             before[cell].add_incoming(ir.Constant(total, [0] * total.count), start)
@@ -123,15 +134,13 @@ def _tile(typing_context, name, x, x_stride, codes, steps, sums):
         builder.cbranch(builder.icmp_signed("<", next_step, steps), loop, end)
         builder.position_at_end(end)
         for row, vector in grid:
-            address = builder.add(sums, i64(4 * lanes * (row * vectors + vector)))
+            offset = 4 * lanes * (row * vectors + vector)
             result = widen(after[row, vector], ones) if isa == "avx2" else after[row, vector]
-            stored = builder.store(
-                builder.add(load(address, ints), result), builder.inttoptr(address, ints.as_pointer())
-            )
-            stored.align = 1
+            address = builder.inttoptr(builder.add(sums, i64(offset)), ints.as_pointer())
+            builder.store(builder.add(builder.load(address, align=1), result), address, align=1)
         return context.get_dummy_value()
 
-    return types.void(name, types.uintp, types.intp, types.uintp, types.intp, types.uintp), codegen
+    return types.void(name, types.uintp, types.uintp, types.intp, types.uintp), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -187,20 +196,63 @@ def _cut(typing_context, lanes, words, bits, target, count):
     return types.void(lanes, types.uintp, types.intp, types.uintp, types.intp), codegen
 
 
+@intrinsic(prefer_literal=True)
+def _finish(typing_context, name, parts, half, high, low, high_offset, low_offset, step, scales, shifts, output):
+    """A row of a panel: output = sum * scale * step + shift, sum = 256 (high - its offset) + low - its offset.
+
+    All but offsets and step are addresses. With one part `high` is all there is; with `half` 1 the output is bfloat16,
+    rounded half to even, else float32.
+    """
+    shape, two, to_half = SHAPES[name.literal_value], parts.literal_value == 2, half.literal_value
+    lanes = shape.lanes
+
+    def codegen(context, builder, signature, args):
+        high, low, high_offset, low_offset, step, scales, shifts, output = args[3:]
+        i32, i64 = ir.IntType(32), ir.IntType(64)
+        ints, floats, shorts = (ir.VectorType(type_, lanes) for type_ in (i32, ir.FloatType(), ir.IntType(16)))
+
+        def everywhere(value, type_):
+            undefined = ir.Constant(type_, ir.Undefined)
+            filled = builder.insert_element(undefined, value, i32(0))
+            return builder.shuffle_vector(filled, undefined, ir.Constant(ints, [0] * lanes))
+
+        def constant(value):
+            return ir.Constant(ints, [value] * lanes)
+
+        def place(address, offset, type_):
+            return builder.inttoptr(builder.add(address, i64(offset)), type_.as_pointer())
+
+        high_offset, low_offset = everywhere(high_offset, ints), everywhere(low_offset, ints)
+        step = everywhere(step, floats)
+        for offset in range(0, 4 * lanes * shape.vectors, 4 * lanes):
+            total = builder.sub(builder.load(place(high, offset, ints), align=1), high_offset)
+            if two:
+                rest = builder.sub(builder.load(place(low, offset, ints), align=1), low_offset)
+                total = builder.add(builder.shl(total, constant(8)), rest)
+            value = builder.fmul(builder.sitofp(total, floats), builder.load(place(scales, offset, floats), align=1))
+            value = builder.fadd(builder.fmul(value, step), builder.load(place(shifts, offset, floats), align=1))
+            if to_half:
+                word = builder.bitcast(value, ints)
+                odd = builder.and_(builder.lshr(word, constant(16)), constant(1))
+                rounded = builder.add(word, builder.add(odd, constant(0x7FFF)))
+                word = builder.select(builder.fcmp_ordered("==", value, value), rounded, word)
+                word = builder.trunc(builder.lshr(word, constant(16)), shorts)
+                builder.store(word, place(output, offset // 2, shorts), align=1)
+            else:
+                builder.store(value, place(output, offset, floats), align=1)
+        return context.get_dummy_value()
+
+    address, integer = types.uintp, types.int32
+    numbers = address, address, integer, integer, types.float32, address, address, address
+    return types.void(name, parts, half, *numbers), codegen
+
+
 @intrinsic
 def _as_float(typing_context, bits):
     def codegen(context, builder, signature, args):
         return builder.bitcast(args[0], ir.FloatType())
 
     return types.float32(types.uint32), codegen
-
-
-@intrinsic
-def _as_bits(typing_context, value):
-    def codegen(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.uint32(types.float32), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -228,13 +280,6 @@ def _take(typing_context, address):
 f32, i32, u32 = numba.float32, numba.int32, numba.uint32
 
 
-@numba.njit
-def _to_bfloat16(value):
-    word = _as_bits(value)
-    rounded = numba.uint32(word + numba.uint32(0x7FFF + ((word >> 16) & 1)))  # half to even
-    return (rounded if value == value else word) >> 16
-
-
 class Kernels(NamedTuple):
     """Two C functions of one argument, the address of a `Job`. Any number of threads run one at a time."""
 
@@ -252,81 +297,95 @@ class Job(NamedTuple):
     rows: int  # M
     inputs: int  # K
     words: int  # K / 4, rounded up
+    code_steps: int  # the same, rounded up to whole turns of the inner loop
     quarter: int  # N / 4
-    padded: int  # rows of `codes`, a multiple of the inner loop's
+    tiles: int  # of rows: M * parts / rows of a tile, rounded up
     input: int  # (M, K) float32 or bfloat16
-    codes: int  # (padded, 4 * words) int8
+    codes: int  # (tiles, code_steps, rows of a tile, 4) int8; zero beyond K
     steps: int  # (M,) float32
     sums: int  # (parts * M,) int32, of the rows of `codes`
     packed: int  # (quarter, words) uint32
     scale: int  # (N,) float32
     bias: int  # (N,) float32
     output: int  # (M, N), as `input`
-    scratch: int  # (threads, `scratch_words(isa, words)`) uint32
+    scratch: int  # (threads, own) uint32
+    own: int  # `scratch_words(isa, words)`
 
 
 JOB = Job(*range(len(Job._fields)))
 
 
 def scratch_words(isa: str, words: int) -> int:
-    """Words of 32 bits that each thread needs: a transposed panel, a block of codes, its sums, a row of results."""
+    """Words of 32 bits that each thread needs.
+
+    A transposed panel, a block of codes, its sums, a row of results, scales and shifts; or, earlier, a row's integers.
+    """
     shape = SHAPES[isa]
-    return (words + shape.steps + ROWS + 1) * shape.vectors * shape.lanes
+    return (words + shape.steps + shape.strip + 3) * shape.vectors * shape.lanes
 
 
 def _compile(isa: str, parts: int, half: bool, cached: bool) -> Kernels:
-    rows, vectors, lanes, block = SHAPES[isa]
+    rows, vectors, lanes, block, strip = SHAPES[isa]
     panel = vectors * lanes
-    block_rows = ROWS // rows * rows
     tile_steps = AVX2_STEPS if isa == "avx2" else block
     rounding, largest_code, none = reference.ROUNDING, reference.LARGEST_CODE[8 * parts], 1e-12
     nan, infinity, magnitude = 0x7FC00000, 0x7F800000, 0x7FFFFFFF
     field, fields = JOB, len(JOB)
-    number, shift = ("uint16", 16) if half else ("uint32", 0)
+    number, size, shift, to_half = ("uint16", 2, 16, 1) if half else ("uint32", 4, 0, 0)
     options = {"nogil": True, "cache": cached}
 
     @numba.cfunc(types.void(types.intp), **options)
     def quantize(address):
-        """A unit is a row."""
+        """A unit is the rows of a tile."""
         job = numba.carray(_pointer(address, "int64"), fields)
-        inputs, stride = job[field.inputs], 4 * job[field.words]
+        inputs, words, code_steps = job[field.inputs], job[field.words], job[field.code_steps]
         input = numba.carray(_pointer(job[field.input], number), (job[field.rows], inputs))
-        codes = numba.carray(_pointer(job[field.codes], "int8"), (job[field.padded], stride))
+        codes = numba.carray(_pointer(job[field.codes], "uint32"), (job[field.tiles], code_steps, rows))
         steps = numba.carray(_pointer(job[field.steps], "float32"), job[field.rows])
         sums = numba.carray(_pointer(job[field.sums], "int32"), (job[field.rows], parts))
+        own = job[field.scratch] + 4 * job[field.own] * _take(address + 8 * field.thread)
+        own_codes = numba.carray(_pointer(own, "int8"), (parts, 4 * words))
+        own_words = numba.carray(_pointer(own, "uint32"), (parts, words))
+        high_codes, low_codes = own_codes[0], own_codes[parts - 1]
+        high_codes[inputs:] = 0
+        low_codes[inputs:] = 0
         while True:
-            m = _take(address + 8 * field.unit)
-            if m >= job[field.units]:
+            tile = _take(address + 8 * field.unit)
+            if tile >= job[field.units]:
                 return
-            row = input[m]
-            largest = u32(0)  # magnitude, as bits: they are ordered as the numbers are
-            for k in range(inputs):
-                largest = max(largest, u32(u32(u32(row[k]) << shift) & u32(magnitude)))
-            finite = largest < u32(infinity)
-            step = max(_as_float(largest), f32(none)) / f32(largest_code)
-            steps[m] = step if finite else _as_float(u32(nan))
-            high_codes, low_codes = codes[parts * m], codes[parts * m + parts - 1]
-            high_sum, low_sum = i32(0), i32(0)
-            for k in range(inputs):
-                code = i32((_as_float(u32(u32(row[k]) << shift)) / step + f32(rounding)) - f32(rounding))
-                code = code if finite else i32(0)
-                if parts == 2:
-                    high = i32((code + i32(128)) >> i32(8))
-                    high_codes[k] = high
-                    high_sum += high
-                    code = i32(code - (high << i32(8)))
-                low_codes[k] = code
-                low_sum += code
-            high_codes[inputs:] = 0
-            low_codes[inputs:] = 0
-            sums[m, 0] = high_sum
-            sums[m, parts - 1] = low_sum
+            for m in range(tile * rows // parts, min((tile + 1) * rows // parts, job[field.rows])):
+                row = input[m]
+                largest = u32(0)  # magnitude, as bits: they are ordered as the numbers are
+                for k in range(inputs):
+                    largest = max(largest, u32(u32(u32(row[k]) << shift) & u32(magnitude)))
+                finite = largest < u32(infinity)
+                step = max(_as_float(largest), f32(none)) / f32(largest_code)
+                steps[m] = step if finite else _as_float(u32(nan))
+                high_sum, low_sum = i32(0), i32(0)
+                for k in range(inputs):
+                    code = i32((_as_float(u32(u32(row[k]) << shift)) / step + f32(rounding)) - f32(rounding))
+                    code = code if finite else i32(0)
+                    if parts == 2:
+                        high = i32((code + i32(128)) >> i32(8))
+                        high_codes[k] = high
+                        high_sum += high
+                        code = i32(code - (high << i32(8)))
+                    low_codes[k] = code
+                    low_sum += code
+                sums[m, 0] = high_sum
+                sums[m, parts - 1] = low_sum
+                for part in range(parts):
+                    place = m * parts + part - tile * rows
+                    for k in range(words):
+                        codes[tile, k, place] = own_words[part, k]
+                    for k in range(words, code_steps):
+                        codes[tile, k, place] = 0
 
     @numba.cfunc(types.void(types.intp), **options)
     def multiply(address):
         """A unit is `panel` rows of the packed weight, or one quarter of them: `panel` outputs each."""
         job = numba.carray(_pointer(address, "int64"), fields)
-        count, quarter_rows, stride = job[field.words], job[field.quarter], 4 * job[field.words]
+        count, code_steps, quarter_rows = job[field.words], job[field.code_steps], job[field.quarter]
         steps = numba.carray(_pointer(job[field.steps], "float32"), job[field.rows])
         offsets = numba.carray(_pointer(job[field.sums], "int32"), (job[field.rows], parts))
         packed = numba.carray(_pointer(job[field.packed], "uint32"), (quarter_rows, count))
@@ -334,11 +393,14 @@ def _compile(isa: str, parts: int, half: bool, cached: bool) -> Kernels:
         bias = numba.carray(_pointer(job[field.bias], "float32"), 4 * quarter_rows)
         output = numba.carray(_pointer(job[field.output], number), (job[field.rows], 4 * quarter_rows))
 
-        own = job[field.scratch] + 4 * panel * (count + block + block_rows + 1) * _take(address + 8 * field.thread)
+        own = job[field.scratch] + 4 * job[field.own] * _take(address + 8 * field.thread)
         words = numba.carray(_pointer(own, "uint32"), (count, panel))
         block_codes = own + 4 * panel * count
-        sums = numba.carray(_pointer(block_codes + 4 * panel * block, "int32"), (block_rows, panel))
-        values = numba.carray(_pointer(block_codes + 4 * panel * (block + block_rows), "float32"), panel)
+        sums = numba.carray(_pointer(block_codes + 4 * panel * block, "int32"), (strip, panel))
+        rest = block_codes + 4 * panel * (block + strip)
+        values = numba.carray(_pointer(rest, number), panel)
+        scales = numba.carray(_pointer(rest + 4 * panel, "float32"), panel)
+        shifts = numba.carray(_pointer(rest + 8 * panel, "float32"), panel)
         loaded = -1
         while True:
             unit = _take(address + 8 * field.unit)
@@ -358,10 +420,10 @@ def _compile(isa: str, parts: int, half: bool, cached: bool) -> Kernels:
                 for r in range(width):
                     for k in range(whole if r < whole_width else 0, count):
                         words[k, r] = packed[first + r, k]
-            for block_unit in range(-(-job[field.padded] // block_rows) * quarters):
+            for block_unit in range(-(-job[field.tiles] * rows // strip) * quarters):
                 # the same rows of the input for all quarters, while they are in the cache
-                top, quarter = block_unit // quarters * block_rows, first_quarter + block_unit % quarters
-                bottom = min(top + block_rows, job[field.padded])
+                top, quarter = block_unit // quarters * strip, first_quarter + block_unit % quarters
+                bottom = min(top + strip, job[field.tiles] * rows)
                 sums[: bottom - top] = 0
                 for k in range(0, count, block):
                     last = min(k + block, count)
@@ -369,23 +431,26 @@ def _compile(isa: str, parts: int, half: bool, cached: bool) -> Kernels:
                     _cut(lanes, source, 6 - 2 * quarter, block_codes, (last - k) * vectors)
                     for m in range(top, bottom, rows):
                         for j in range(k, last, tile_steps):
-                            x = job[field.codes] + m * stride + 4 * j
+                            x = job[field.codes] + 4 * (m * code_steps + j * rows)
                             weights = block_codes + 4 * panel * (j - k)
                             total = sums.ctypes.data + 4 * panel * (m - top)
-                            _tile(isa, x, stride, weights, min(tile_steps, last - j), total)
+                            _tile(isa, x, weights, min(tile_steps, last - j), total)
                 column = quarter * quarter_rows + first
-                scales, shifts = scale[column : column + width], bias[column : column + width]
+                for r in range(width):
+                    scales[r] = scale[column + r]
+                    shifts[r] = bias[column + r]
                 for m in range(top // parts, min(bottom // parts, job[field.rows])):
-                    step, high_offset, low_offset = steps[m], offsets[m, 0], offsets[m, parts - 1]
-                    high, low = sums[m * parts - top], sums[m * parts - top + parts - 1]
-                    for r in range(width):
-                        total = i32(high[r] - high_offset)
-                        if parts == 2:
-                            total = i32(i32(total << 8) + i32(low[r] - low_offset))
-                        values[r] = f32(total) * scales[r] * step + shifts[r]
-                    result = output[m, column : column + width]
-                    for r in range(width):
-                        result[r] = _to_bfloat16(values[r]) if half else _as_bits(values[r])
+                    high = sums.ctypes.data + 4 * panel * (m * parts - top)
+                    low = high + 4 * panel * (parts - 1)
+                    ends = offsets[m, 0], offsets[m, parts - 1], steps[m]
+                    target = output.ctypes.data + size * (m * 4 * quarter_rows + column)
+                    if width < panel:
+                        target = values.ctypes.data
+                    factors = scales.ctypes.data, shifts.ctypes.data
+                    _finish(isa, parts, to_half, high, low, ends[0], ends[1], ends[2], factors[0], factors[1], target)
+                    if width < panel:
+                        for r in range(width):
+                            output[m, column + r] = values[r]
 
     return Kernels(quantize, multiply)
 
@@ -449,7 +514,7 @@ def linear(
     flat = input.reshape(-1, in_features)
     flat = (flat if half else flat.float()).contiguous()
     rows, words = len(flat), -(-in_features // 4)
-    padded = -(-rows * parts // shape.rows) * shape.rows
+    tiles, code_steps = -(-rows * parts // shape.rows), -(-words // UNROLL) * UNROLL
     threads = torch.get_num_threads() if rows * weight_packed.numel() > 2**16 else 1
 
     packed = weight_packed.contiguous()
@@ -457,20 +522,20 @@ def linear(
         packed = torch.nn.functional.pad(packed, (0, 4 * words - in_features))
     elif packed.data_ptr() % 4:
         packed = packed.clone()
-    codes = cpu.scratch("integers", padded * 4 * words, torch.int8).view(padded, 4 * words)
-    codes[rows * parts :].zero_()
+    codes = cpu.scratch("integers", tiles * code_steps * shape.rows * 4, torch.int8)
     steps, sums = torch.empty(rows), torch.empty(rows * parts, dtype=torch.int32)
     scale = weight_scale.float().reshape(-1).expand(out_features).contiguous()
     shift = torch.zeros(out_features) if bias is None else bias.float().contiguous()
     output = flat.new_empty(rows, out_features)
     buffers = cpu.scratch("panels", threads * scratch_words(isa, words), torch.int32)
-    sizes = (rows, in_features, words, len(weight_packed), padded)
+    sizes = (rows, in_features, words, code_steps, len(weight_packed), tiles)
     arrays = (flat, codes, steps, sums, packed, scale, shift, output, buffers)
     groups = -(-len(weight_packed) // (shape.vectors * shape.lanes))
     quarters = 4 if groups >= 4 * threads else 1  # enough units for all threads
-    job = torch.tensor([0, 0, 0, quarters, *sizes, *[array.data_ptr() for array in arrays]])
+    own = scratch_words(isa, words)
+    job = torch.tensor([0, 0, 0, quarters, *sizes, *[array.data_ptr() for array in arrays], own])
 
     quantize, multiply = kernels(isa, parts, half)
-    _run(quantize, job, rows, threads)
+    _run(quantize, job, tiles, threads)
     _run(multiply, job, groups * 4 // quarters, threads)
     return output.to(input.dtype).reshape(*input.shape[:-1], out_features)
