@@ -144,6 +144,8 @@ def heading(place: dict) -> str:
         lines.append(f"The libraries were limited by `{limits}`.\n")
     if place["left_out"]:
         lines.append(left_out(place["left_out"]))
+    if place.get("note"):  # written into the JSON by hand: what has changed since
+        lines.append(f"{place['note']}\n")
     return "\n".join(lines)
 
 

@@ -796,7 +796,8 @@ class TestSpeedPages:
 
     def test_the_steps_figures_follow_from_the_json(self, scripts):
         records = [step_record("int16", "bfloat16", 4, 2.5), step_record("dense", "float32", 12, 1.0)]
-        page = scripts["kernel_page"].step_page({"places": [place(records, forced=True, limits={"A": "b"})]})
+        data = {"places": [place(records, forced=True, limits={"A": "b"}, note="Older kernels.")]}
+        page = scripts["kernel_page"].step_page(data)
         speeds = ["2.50 (1.00 to 9.00)"] * 2 + ["3.00 (2.00 to 4.00)"] * 2
         assert f"| int16 bfloat16 | {' | '.join(speeds)} | 1.0e-03 |" in page
         assert "| int16 bfloat16 | 4.000 | 0.125 | 4.000 | 1,000 | 80 |" in page
@@ -804,6 +805,7 @@ class TestSpeedPages:
         assert "by processor time: int16 bfloat16 3.00.\n" in page
         assert "held to AVX2" in page
         assert "The libraries were limited by `A=b`" in page
+        assert "\nOlder kernels.\n" in page
 
     def test_several_places_and_unknown_kernels_are_drawn(self, scripts, tmp_path):
         records = [layer_record("int16", "bfloat16", 2.0), layer_record("mine:linear", "float32", 1.0)]
