@@ -193,6 +193,22 @@ def test_several_python_threads_at_once():
             assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_default_dtype_changes_nothing(bits, bias):
+    """A load in another thread sets it for the whole process; buffers of two bytes would be written past their end."""
+    input, packed, scale, shift = new_case(300, 64, 40)
+    shift = shift if bias else None
+    expected = reference.integer_linear(input, packed, scale, shift, bits)
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            assert torch.equal(integer_linear(input, packed, scale, shift, bits), expected)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _in_a_fork(case, threads, queue):
     torch.use_deterministic_algorithms(False)  # it fills memory with all threads of OpenMP, which a fork has lost
     torch.set_num_threads(threads)

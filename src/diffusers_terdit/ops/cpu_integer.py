@@ -523,9 +523,10 @@ def linear(
     elif packed.data_ptr() % 4:
         packed = packed.clone()
     codes = cpu.scratch("integers", tiles * code_steps * shape.rows * 4, torch.int8)
-    steps, sums = torch.empty(rows), torch.empty(rows * parts, dtype=torch.int32)
+    steps = torch.empty(rows, dtype=torch.float32)  # not the default dtype, which a load in another thread may change
+    sums = torch.empty(rows * parts, dtype=torch.int32)
     scale = weight_scale.float().reshape(-1).expand(out_features).contiguous()
-    shift = torch.zeros(out_features) if bias is None else bias.float().contiguous()
+    shift = torch.zeros(out_features, dtype=torch.float32) if bias is None else bias.float().contiguous()
     output = flat.new_empty(rows, out_features)
     buffers = cpu.scratch("panels", threads * scratch_words(isa, words), torch.int32)
     sizes = (rows, in_features, words, code_steps, len(weight_packed), tiles)

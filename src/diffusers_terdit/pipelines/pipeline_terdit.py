@@ -1,10 +1,12 @@
 """Sampling from a class-conditional ternary diffusion transformer."""
 
 import difflib
+import functools
 import inspect
 import math
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from torch import Tensor
 from ..host import (
     HubMixin,
     PortableConfigMixin,
+    has_hooks,
     hub_errors,
     is_offloaded,
     marked,
@@ -34,6 +37,54 @@ from ..models.transformer_terdit import TerDiTTransformer2DModel
 MODULATION_BYTES = 32 * 2**20  # of adaLN outputs that are computed ahead
 
 ClassLabels = int | str | Sequence[Any] | Tensor | np.ndarray
+
+# What running calls change, by id, and the threads they run in. Not in the objects: copies and pickles are free.
+_in_use: dict[int, threading.Thread] = {}
+_in_use_lock = threading.Lock()
+
+
+@contextmanager
+def _using(parts: list[tuple[Any, str, str]]) -> Iterator[None]:
+    """Refuse where a call that is running changes one of `parts`, too: the object, its name, what to do instead."""
+    me, mine = threading.current_thread(), []
+    try:
+        with _in_use_lock:
+            for part, name, instead in parts:
+                owner = _in_use.get(id(part))
+                if owner is not None and owner.is_alive():  # a fork does not take the other threads along
+                    where = "in this thread" if owner is me else f"in thread {owner.name!r}"
+                    raise RuntimeError(
+                        f"{name} is in use by another call that is still running, {where}. Both would draw wrong"
+                        f" pictures. {instead}"
+                    )
+            mine = [id(part) for part, _, _ in parts]
+            _in_use.update(dict.fromkeys(mine, me))
+        yield
+    finally:
+        with _in_use_lock:
+            for key in mine:
+                _in_use.pop(key, None)
+
+
+def _one_at_a_time(call: Callable) -> Callable:
+    """For `__call__`: the pipeline's settings, its scheduler, and hooks of its models serve one call at a time."""
+
+    @functools.wraps(call)
+    def guarded(self, *args: Any, **kwargs: Any) -> Any:
+        own = (
+            "Sample with a pipeline and a scheduler of its own, which share the weights: `other = copy.copy(pipe);"
+            " other.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)`."
+        )
+        parts = [(self, "This pipeline", own), (self.scheduler, "The scheduler of this pipeline", own)]
+        for name in ("transformer", "vae"):
+            model = getattr(self, name)
+            if model is not None and has_hooks(model):
+                again = f"Offloading and step caches tie a model to one call: load the {name} once more, or wait."
+                parts.append((model, f"The {name} of this pipeline", again))
+        with _using(parts):
+            return call(self, *args, **kwargs)
+
+    return guarded
 
 
 def default_scheduler() -> DDPMScheduler:
@@ -349,6 +400,7 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
         return self._interrupt
 
     @torch.no_grad()
+    @_one_at_a_time
     def __call__(
         self,
         class_labels: ClassLabels,
@@ -394,6 +446,7 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
 
         Raises:
             ValueError: An unknown label or a setting that does not fit, with what was given and what is possible.
+            RuntimeError: The pipeline, its scheduler, or a model with hooks is in use by a call that is still running.
 
         Examples:
         ```py

@@ -1,0 +1,259 @@
+"""Threads: a model under many pipelines gives the bits that it gives alone; a pipeline serves one call at a time."""
+
+import copy
+import multiprocessing
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, FirstBlockCacheConfig
+
+from diffusers_terdit import TerDiTPipeline
+from diffusers_terdit.ops import cpu
+from diffusers_terdit.pipelines import pipeline_terdit
+
+
+IN_USE = "is in use by another call that is still running"
+SECONDS = 60  # after which a test fails instead of waiting
+
+
+def sample(pipe, seed=0, labels=(1, 2), **kwargs):
+    arguments = {"num_inference_steps": 4, "output_type": "pt", "generator": torch.Generator().manual_seed(seed)}
+    return pipe(list(labels), **arguments | kwargs).images
+
+
+def beside(pipe):
+    """What the message of the refusal says."""
+    other = copy.copy(pipe)
+    other.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    return other
+
+
+def at_once(*functions):
+    """Results, or the exceptions, of functions that start together in a thread each."""
+    barrier = threading.Barrier(len(functions))
+
+    def run(function):
+        barrier.wait(SECONDS)
+        try:
+            return function()
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(len(functions)) as pool:
+        return list(pool.map(run, functions, timeout=SECONDS))
+
+
+class Running:
+    """A call of `pipe` in another thread that has stopped after its first step, until the block ends."""
+
+    def __init__(self, pipe, **kwargs):
+        self.reached, self.go_on, self.images = threading.Event(), threading.Event(), None
+
+        def wait(pipe, step, timestep, tensors):
+            self.reached.set()
+            assert self.go_on.wait(SECONDS)
+            return tensors
+
+        def run():
+            self.images = sample(pipe, callback_on_step_end=wait, **kwargs)
+
+        self.thread = threading.Thread(target=run, name="the other one")
+
+    def __enter__(self):
+        self.thread.start()
+        assert self.reached.wait(SECONDS)
+        return self
+
+    def __exit__(self, *args):
+        self.go_on.set()
+        self.thread.join(SECONDS)
+        assert not self.thread.is_alive()
+
+
+MODES = [(torch.float32, None), (torch.float32, 16), (torch.float32, 8), (torch.bfloat16, 16), (torch.float16, None)]
+
+
+@pytest.mark.parametrize(("dtype", "bits"), MODES, ids=str)
+def test_one_model_under_a_pipeline_per_thread_gives_the_bits_that_each_gives_alone(tiny_pipeline, dtype, bits):
+    if bits is not None and cpu.integer_kernels() is None:
+        pytest.skip("needs integer kernels")
+    pipe = tiny_pipeline(True, weight_format="packed").to(dtype)
+    pipe.transformer.set_activation_bits(bits)
+    works = [
+        {"seed": 0},
+        {"seed": 1, "labels": range(10), "guidance_scale": 1.0},
+        {"seed": 2, "height": 32, "width": 16, "num_inference_steps": 7},
+        {"seed": 3, "labels": [3], "num_images_per_prompt": 3, "guidance_scale": 2.0},
+    ]
+    pipes = [pipe, beside(pipe), beside(pipe), beside(pipe)]
+    pipes[3].scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    alone = [sample(p, **work) for p, work in zip(pipes, works, strict=True)]
+    if bits is not None:
+        cpu.integer_kernels().kernels.cache_clear()  # all load them at once
+    for _ in range(3):
+        functions = [lambda p=p, work=work: sample(p, **work) for p, work in zip(pipes, works, strict=True)]
+        together = at_once(*functions)
+        assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_a_second_call_of_a_pipeline_is_refused_and_the_first_one_right(tiny_pipeline):
+    pipe = tiny_pipeline()
+    expected, other = sample(pipe, callback_on_step_end=lambda *args: args[3]), sample(beside(pipe), seed=1)
+    with Running(pipe) as running:
+        with pytest.raises(RuntimeError, match=rf"This pipeline {IN_USE}, in thread 'the other one'.*copy\.copy"):
+            sample(pipe, num_inference_steps=2, guidance_scale=1.0)
+        assert torch.equal(sample(beside(pipe), seed=1), other)
+    assert torch.equal(running.images, expected)
+    assert torch.equal(sample(pipe, seed=1), other)
+
+
+def test_two_pipelines_with_one_scheduler_are_refused(tiny_pipeline):
+    pipe = tiny_pipeline()
+    other = TerDiTPipeline(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    with Running(pipe), pytest.raises(RuntimeError, match=f"The scheduler of this pipeline {IN_USE}"):
+        sample(other)
+    assert torch.equal(sample(other), sample(pipe))
+
+
+def test_calls_without_an_order_are_right_or_refused(tiny_pipeline):
+    pipe = tiny_pipeline()
+    expected = [sample(pipe, seed=seed, guidance_scale=1.0 + seed) for seed in range(4)]
+    results = [[] for _ in range(4)]
+
+    def work(seed):
+        for _ in range(10):
+            try:
+                results[seed].append(sample(pipe, seed=seed, guidance_scale=1.0 + seed))
+            except RuntimeError as error:
+                results[seed].append(str(error))
+
+    at_once(*[lambda seed=seed: work(seed) for seed in range(4)])
+    pictures = 0
+    for seed, result in enumerate(results):
+        assert len(result) == 10
+        for item in result:
+            if isinstance(item, str):
+                assert IN_USE in item
+            else:
+                assert torch.equal(item, expected[seed])
+                pictures += 1
+    assert pictures >= 4
+
+
+def test_a_callback_that_calls_its_own_pipeline_is_refused(tiny_pipeline):
+    pipe = tiny_pipeline()
+    refused = []
+
+    def callback(pipe, step, timestep, tensors):
+        with pytest.raises(RuntimeError, match=f"This pipeline {IN_USE}, in this thread"):
+            sample(pipe)
+        refused.append(step)
+        assert sample(beside(pipe)).isfinite().all()
+        return tensors
+
+    images = sample(pipe, callback_on_step_end=callback)
+    assert refused == [0, 1, 2, 3]
+    assert torch.equal(images, sample(pipe, callback_on_step_end=lambda *args: args[3]))
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("place", ["callback", "transformer", "scheduler", "vae"])
+def test_a_call_that_ends_in_an_error_leaves_the_pipeline_free(tiny_pipeline, monkeypatch, error, place):
+    pipe = tiny_pipeline(vae=True)
+    expected = sample(pipe)
+
+    def fail(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch:
+        if place == "callback":
+            with pytest.raises(error):
+                sample(pipe, callback_on_step_end=fail)
+        else:
+            name = {"transformer": "forward", "scheduler": "step", "vae": "decode"}[place]
+            patch.setattr(getattr(pipe, place), name, fail)
+            with pytest.raises(error):
+                sample(pipe)
+    assert pipeline_terdit._in_use == {}
+    assert torch.equal(sample(pipe), expected)
+
+
+def test_a_refused_input_leaves_the_pipeline_free(tiny_pipeline):
+    pipe = tiny_pipeline()
+    for labels, settings in (([99], {}), ([1], {"num_inference_steps": 0})):
+        with pytest.raises(ValueError, match=r"out of range|positive int"):
+            sample(pipe, labels=labels, **settings)
+    assert pipeline_terdit._in_use == {}
+
+
+@pytest.mark.parametrize(
+    "make", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))], ids=["copy", "pickle"]
+)
+def test_copies_are_free_also_those_made_during_a_call(tiny_pipeline, make):
+    pipe = tiny_pipeline(weight_format="packed")
+    made = []
+
+    def callback(pipe, step, timestep, tensors):
+        made.append(make(pipe))
+        assert torch.equal(sample(made[-1]), made_before)
+        return tensors
+
+    made_before = sample(make(pipe))
+    sample(pipe, num_inference_steps=2, callback_on_step_end=callback)
+    assert torch.equal(sample(made[0]), sample(pipe))
+
+
+def test_saving_and_from_pipe_work_during_a_call(tiny_pipeline, tmp_path):
+    pipe = tiny_pipeline(weight_format="packed")
+    with Running(pipe):
+        pipe.save_pretrained(tmp_path)
+        other = TerDiTPipeline.from_pipe(pipe)
+        with pytest.raises(RuntimeError, match="The scheduler of this pipeline"):
+            sample(other)
+        loaded = TerDiTPipeline.from_pretrained(tmp_path)
+        loaded.set_progress_bar_config(disable=True)
+        images = sample(loaded)
+    assert torch.equal(sample(pipe), images)
+
+
+@pytest.mark.parametrize("hook", ["step cache", "offloading", "vae"])
+def test_a_model_whose_hooks_keep_state_serves_one_call(tiny_pipeline, hook):
+    pipe = tiny_pipeline(vae=True, num_layers=3)
+    if hook == "step cache":
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    else:
+        model = pipe.vae if hook == "vae" else pipe.transformer
+        model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), "leaf_level")
+    other = beside(pipe)
+    expected = sample(other)
+    with Running(pipe), pytest.raises(RuntimeError, match=f"{IN_USE}.*load the (transformer|vae) once more"):
+        sample(other)
+    assert torch.equal(sample(other), expected)
+
+
+def _sample_in_a_fork(pipe, queue):
+    torch.set_num_threads(1)
+    queue.put(sample(pipe).tolist())
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_fork_does_not_wait_for_a_thread_that_it_does_not_have(tiny_pipeline):
+    pipe = tiny_pipeline()
+    expected = sample(pipe).tolist()
+    context = multiprocessing.get_context("fork")
+    with Running(pipe):
+        queue = context.SimpleQueue()
+        child = context.Process(target=_sample_in_a_fork, args=(pipe, queue))
+        child.start()
+        child.join(SECONDS)
+        assert child.exitcode == 0
+        assert queue.get() == expected
