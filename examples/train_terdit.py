@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import pkgutil
 import signal
 import time
@@ -272,6 +273,12 @@ def facts(args: argparse.Namespace, step: int, batch_size: int, num_samples: int
     }
 
 
+def tracked(args: argparse.Namespace) -> dict[str, str]:
+    """The settings for trackers, whose files may be pushed with the model: no token, and of local paths the name."""
+    settings = {key: str(value) for key, value in vars(args).items() if key != "hub_token"}
+    return {k: Path(v).name if os.path.isabs(v) or os.path.exists(v) else v for k, v in settings.items()}
+
+
 def main(argv=None) -> None:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -369,8 +376,7 @@ def main(argv=None) -> None:
     if main_process:
         training.cut_log(log_path, step)  # a killed run writes on after its last checkpoint
     if args.report_to:
-        settings = {key: str(value) for key, value in vars(args).items() if key != "hub_token"}
-        accelerator.init_trackers("train_terdit", config=settings)
+        accelerator.init_trackers("train_terdit", config=tracked(args))
 
     def log(**record) -> None:
         if main_process:

@@ -1189,7 +1189,7 @@ def markdown(report: dict) -> str:
         [
             "# Hostile and broken files: the figures",
             "",
-            "What they mean, and what loading a stranger's file can do: [security](../security.md).",
+            "What they mean, and what loading a stranger's file can do: [security](../SECURITY.md).",
             "",
             "```bash",
             f"OMP_NUM_THREADS=1 python tests/stress_files.py --inputs {report['next']} --seed {report['seed']}",

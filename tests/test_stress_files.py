@@ -98,7 +98,7 @@ def test_the_committed_figures_are_of_100_000_inputs_without_a_failure():
 
 
 def test_the_page_says_the_limits_that_hold():
-    page = (RESULTS.parent / "security.md").read_text("utf-8")
+    page = (RESULTS.parent / "SECURITY.md").read_text("utf-8")
     assert f"more than {MAX_BLOCKS:,} blocks" in page
     assert "above 2^31 - 1" in page
     assert host._MAX_INT == 2**31 - 1

@@ -215,13 +215,29 @@ class TestDemo:
         assert len(distances) == 2
         assert all(0 < distance < 100 for distance in distances)
 
-    def test_push_sends_the_pipeline_and_the_card_but_no_checkpoints(self, run, fake_hub):
-        run("--demo", "--push_to_hub", "--hub_model_id", "someone/digits", "--hub_token", fake_hub.token)
+    def test_push_sends_the_pipeline_and_the_card_but_no_checkpoints(self, run, fake_hub, caplog, capfd, tmp_path):
+        caplog.set_level("DEBUG")
+        folder = run("--demo", "--push_to_hub", "--hub_model_id", "someone/digits", "--hub_token", fake_hub.token)
         files = fake_hub.repos["someone/digits"].files()
         assert {"README.md", "model_index.json", "transformer/config.json"} <= set(files)
         assert not [name for name in files if "checkpoint" in name]
         assert b'from_pretrained("someone/digits")' in files["README.md"]
-        assert not [name for name, data in files.items() if fake_hub.token.encode() in data]
+        printed = caplog.text + "".join(capfd.readouterr())
+        assert "pushed to someone/digits" in printed
+        assert fake_hub.token not in printed
+        kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert len(kept) > len(files)
+        for name, data in (files | kept).items():
+            assert fake_hub.token.encode() not in data, name
+            assert str(tmp_path).encode() not in data, name
+
+    def test_trackers_get_no_token_and_no_path(self, examples, tmp_path):
+        flags = ["--train_data_dir", str(tmp_path), "--hub_token", "hf_secret", "--init_from", "someone/model"]
+        args = examples["train"].parse_args([*flags, "--output_dir", str(tmp_path / "later")])
+        settings = examples["train"].tracked(args)
+        assert (settings["train_data_dir"], settings["output_dir"]) == (tmp_path.name, "later")
+        assert (settings["init_from"], settings["learning_rate"]) == ("someone/model", "0.0005")
+        assert not [value for value in settings.values() if "hf_secret" in value or str(tmp_path) in value]
 
 
 class TestActivations:

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,24 @@ def prepare_image(image: Image.Image, resolution: int, channels: int = 3) -> Ten
     return torch.from_numpy(pixels.reshape(resolution, resolution, channels) / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 
+@contextmanager
+def _train_extra() -> Iterator[None]:
+    """Say what to install where an optional dependency is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        name = str(error.name).partition(".")[0]
+        raise ImportError(f"This needs {name}: pip install 'diffusers-terdit[train]'") from error
+
+
 class Digits(Dataset):
     """scikit-learn's 8x8 digits, (1, 8, 8) float32 in [-1, 1]: the last 300 of 1797 are held out from training."""
 
     flip = False
 
     def __init__(self, train: bool):
-        from sklearn.datasets import load_digits
+        with _train_extra():
+            from sklearn.datasets import load_digits
 
         digits, part = load_digits(), slice(0, -300) if train else slice(-300, None)
         self.images = torch.from_numpy(digits.images[part]).float()[:, None] / 8 - 1  # (N, 1, 8, 8)
@@ -331,7 +343,8 @@ def open_dataset(name: str, config_name: str | None = None, split: str = "train"
     Raises:
         ValueError: There is no such data set or split.
     """
-    from datasets import load_dataset
+    with _train_extra():
+        from datasets import load_dataset
 
     path, files = ("parquet", name) if name.endswith(".parquet") else (name, None)
     try:
