@@ -516,6 +516,19 @@ class TestIntegerActivations:
         before = layer(x)
         assert torch.equal(layer.pack()(x), before)
 
+    @pytest.mark.parametrize("autocast", [False, True])
+    @pytest.mark.parametrize("granularity", ["tensor", "row", 8])
+    def test_float16_does_not_overflow_before_the_step_is_applied(self, granularity, autocast):
+        # A sum of codes is 127 * 1024 here; the largest float16 is 65504.
+        layer = TernaryLinear(1024, 8, activation_bits=8, scale_granularity=granularity)
+        nn.init.ones_(layer.weight)
+        nn.init.ones_(layer.weight_scale)
+        for value in (1e-3, 1.0, 60.0):
+            x = torch.full((2, 1024), value)
+            with torch.autocast("cpu", torch.float16, enabled=autocast):
+                output = layer(x if autocast else x.half())
+            torch.testing.assert_close(output.float(), torch.full((2, 8), 1024 * value), rtol=2e-3, atol=0)
+
     def test_gradients_pass_straight_through_the_rounding(self):
         layer, x = self.make(), torch.randn(5, 24, requires_grad=True)
         grad = torch.randn(5, 16)

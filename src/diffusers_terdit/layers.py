@@ -119,6 +119,10 @@ class TernaryLinear(TernaryModelMixin):
         if self.config["activation_bits"] is None:
             return self._linear(hidden_states, self.bias)
         codes, step = quantize_activations(hidden_states, self.config["activation_bits"])  # (..., K), (..., 1)
+        if self._computing_dtype(hidden_states) == torch.float16:
+            # Sums of codes would overflow before the step is applied: its power of two goes before the matmul.
+            power = torch.exp2(step.log2().floor().clamp(-14, 9))  # normal numbers, also times a code
+            codes, step = codes * power.to(codes.dtype), step / power
         output = self._linear(codes, None) * step  # float32
         output = output if self.bias is None else output + self.bias
         return output.to(hidden_states.dtype)
@@ -157,9 +161,7 @@ class TernaryLinear(TernaryModelMixin):
         requested: int | str | None = self.config["activation_bits"] or self._requested_bits
         bits = requested if isinstance(requested, int) else None
         if requested == "auto":
-            autocast = device != "meta" and torch.is_autocast_enabled(device)
-            dtype = torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
-            bits = 16 if dtype == torch.bfloat16 and device == "cpu" else None
+            bits = 16 if self._computing_dtype(hidden_states) == torch.bfloat16 and device == "cpu" else None
         if bits is None or self.weight_format != "packed":
             return None
         if not reference.takes_integers(self.weight_scale, self.in_features, bits):
@@ -169,6 +171,13 @@ class TernaryLinear(TernaryModelMixin):
         if self._requested_bits == "auto" and device == "cpu":
             warn_no_integer_kernel(device)
         return None
+
+    @staticmethod
+    def _computing_dtype(hidden_states: Tensor) -> torch.dtype:
+        """Of the matmul: autocast's, or the input's."""
+        device = hidden_states.device.type
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
 
     def _linear(self, hidden_states: Tensor, bias: Tensor | None) -> Tensor:
         if self.weight_format == "packed":

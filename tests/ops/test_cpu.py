@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from diffusers_terdit.ops import cpu, float_linear, pack_ternary, reference, ternarize, ternary_linear
+from diffusers_terdit.ops import cpu, float_linear, gpu, pack_ternary, reference, ternarize, ternary_linear
 
 
 SHAPES = [(1, 4, 1), (3, 8, 5), (7, 20, 33), (64, 12, 129), (5, 260, 64), (130, 100, 31)]  # (M, N, K)
@@ -212,6 +212,24 @@ def test_other_dtypes_agree_with_float32_to_their_precision(scale_granularity, d
     precision = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     error = (ternary_linear(input, packed, scale, bias).float() - expected).abs().max()
     assert error <= 4 * precision * expected.abs().max()
+
+
+@pytest.mark.parametrize("scale_granularity", GRANULARITIES)
+def test_float64_is_not_rounded_on_the_way(scale_granularity):
+    input, packed, scale, bias, weight = new_case(7, 20, 33, scale_granularity, dtype=torch.float64)
+    input, scale = input + torch.rand_like(input), 1.1 * scale  # which float32 does not hold
+    dense = reference.dequantize(reference.unpack_ternary(packed), scale).double()
+    expected = input @ dense.T + bias
+    for output in (
+        ternary_linear(input, packed, scale, bias),
+        float_linear(input, weight, scale, bias),
+        reference.ternary_linear(input, packed, scale, bias),
+        gpu.linear(input, packed, scale, bias),
+    ):
+        torch.testing.assert_close(output, expected, rtol=1e-13, atol=1e-13)
+    grad = torch.randn(7, 20, dtype=torch.float64)
+    found, *_ = cpu.linear_backward(grad, None, packed, scale, True)
+    torch.testing.assert_close(found, grad @ dense, rtol=1e-13, atol=1e-13)
 
 
 def test_an_empty_batch_gives_an_empty_output():

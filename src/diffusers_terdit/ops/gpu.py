@@ -72,7 +72,7 @@ def linear(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | N
     _, outer = reference.split_scale(weight_scale, input.dtype)
     if bias is not None:
         return reference.scale_and_shift(output, outer, bias).to(input.dtype)
-    # one kernel, which reads and writes `input`'s dtype and multiplies in float32
+    # one kernel, which reads and writes `input`'s dtype and multiplies in float32, or float64
     return output if outer is None else output.mul_(outer.float().reshape(-1))
 
 

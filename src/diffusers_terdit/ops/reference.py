@@ -258,7 +258,7 @@ def quantize_activations(input: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
 
 
 def scaled_linear(input: Tensor, ternary: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """`input @ (scale * ternary)^T + bias`, the scale and bias in float32. Not for autograd: works in place.
+    """`input @ (scale * ternary)^T + bias`, scale and bias in float32 or float64. Not for autograd: works in place.
 
     Args:
         input (`torch.Tensor`): (..., K), float.
@@ -289,9 +289,14 @@ def split_scale(weight_scale: Tensor, dtype: torch.dtype) -> tuple[Tensor | None
     return power, weight_scale / power
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Float64 as it is, everything else in float32."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def scale_and_shift(output: Tensor, weight_scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """`output * scale + bias` in float32, in place where `output` is; `None`: the scale is in the weight already."""
-    output = output.float()
+    """`output * scale + bias` in float32 or float64, in place where `output` is; `None`: the weight has the scale."""
+    output = at_least_float32(output)
     if weight_scale is not None and not is_grouped(weight_scale):
         output.mul_(weight_scale.reshape(-1))  # (..., N) * (1,) or (N,)
     return output if bias is None else output.add_(bias)
@@ -301,7 +306,7 @@ def scaled_linear_input_grad(grad: Tensor, ternary: Tensor, weight_scale: Tensor
     """Gradient of `scaled_linear` to its input: (..., N) -> (..., K), `grad`'s dtype."""
     if is_grouped(weight_scale):
         return grad @ dequantize(ternary, weight_scale).to(grad.dtype)
-    return (grad.float() * weight_scale.reshape(-1)).to(grad.dtype) @ ternary
+    return (at_least_float32(grad) * weight_scale.reshape(-1)).to(grad.dtype) @ ternary
 
 
 def scaled_linear_weight_grads(
@@ -355,7 +360,7 @@ def integer_linear(
         `torch.Tensor`: (..., N), `input`'s dtype.
     """
     codes, step = quantize_activations(input.float(), bits)
-    sums = F.linear(codes.double(), unpack_ternary(weight_packed, torch.float64))
+    sums = F.linear(codes.double(), unpack_ternary(weight_packed, torch.float64)).float()
     output = scale_and_shift(sums, weight_scale, None) * step
     return (output if bias is None else output + bias.float()).to(input.dtype)
 
