@@ -29,7 +29,7 @@ def _resolve(model: str) -> str:
     if Path(model).is_dir():
         return model
     if model.startswith(("/", ".", "~")) or model.count("/") > 1:
-        raise FileNotFoundError(f"{model} is not a folder.")
+        raise FileNotFoundError(f"{model} is not a folder. Pass that of a saved pipeline, or a Hub id.")
     return model if "/" in model else str(bundled(model))
 
 
@@ -119,17 +119,27 @@ def _check_picture(output: Path) -> None:
         raise IsADirectoryError(f"{output} is a folder; name a picture in it.")
     place = output if output.exists() else next(p for p in output.absolute().parents if p.exists())
     if not place.is_dir() and place != output:
-        raise NotADirectoryError(f"{output} cannot be written: {place} is a file.")
+        raise NotADirectoryError(f"{output} cannot be written: {place} is a file. Choose another --output.")
     if not os.access(place, os.W_OK):
-        raise PermissionError(f"{output} cannot be written: no permission to write to {place}.")
+        raise PermissionError(
+            f"{output} cannot be written: no permission to write to {place}. Choose another --output."
+        )
 
 
 def _seeds(seeds: list[int], labels: int, per_label: int) -> list[list[int]]:
     """The seeds of each label's images: counted up from one seed, or the given ones for every label."""
+    for seed in seeds:
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"--seed must be from -2**63 to 2**63 - 1, got {seed}.")
+    if per_label < 1:
+        raise ValueError(f"--num_images_per_label must be 1 or more, got {per_label}.")
     if len(seeds) == 1:
         return [[seeds[0] + i * per_label + j for j in range(per_label)] for i in range(labels)]
     if per_label not in (1, len(seeds)):
-        raise ValueError(f"{len(seeds)} seeds make {len(seeds)} images per label, but {per_label} were asked for.")
+        raise ValueError(
+            f"{len(seeds)} seeds make {len(seeds)} images per label, but {per_label} were asked for. Leave out"
+            " --num_images_per_label, or all seeds but the first."
+        )
     return [seeds] * labels
 
 
@@ -195,6 +205,7 @@ def convert(args: argparse.Namespace) -> None:
         if unused:
             raise ValueError(
                 f"{args.path} is a diffusers model: --{', --'.join(unused)} is for the files of TerDiT's authors."
+                " Leave it out."
             )
         groups = args.granularity
         granularity = int(groups) if groups and groups.isdigit() else groups
@@ -209,7 +220,9 @@ def convert(args: argparse.Namespace) -> None:
         )
         return
     if args.granularity:
-        raise ValueError(f"--granularity is for diffusers models with dense weights; {args.path} is none.")
+        raise ValueError(
+            f"--granularity is for diffusers models with dense weights; {args.path} is none. Leave it out."
+        )
     pipe = convert_original_checkpoint(
         args.path,
         vae=args.vae,
@@ -230,7 +243,7 @@ def info(args: argparse.Namespace) -> None:
     if args.labels:
         id2label = _model_index(path).get("id2label") or {}
         if not id2label:
-            raise ValueError(f"{args.model} names no labels; its classes are numbers.")
+            raise ValueError(f"{args.model} names no labels; its classes are numbers. Leave out --labels.")
         print("\n".join(f"{key:>5}  {id2label[key]}" for key in sorted(id2label, key=int)))
     else:
         _print_info(path)
@@ -238,8 +251,10 @@ def info(args: argparse.Namespace) -> None:
 
 def _model_index(path: Path) -> dict[str, Any]:
     """The `model_index.json` of a pipeline folder; empty where it is another."""
+    from .host import read_json
+
     index = path / "model_index.json"
-    return json.loads(index.read_text("utf-8")) if index.is_file() else {}
+    return read_json(index) if index.is_file() else {}
 
 
 def _download_weights(repo_id: str) -> Path:
@@ -261,7 +276,9 @@ def _print_info(path: Path) -> None:
 
     index = _model_index(path)
     if index and "TerDiTPipeline" not in str(index.get("_class_name")):  # in a remote-code revision it is a list
-        raise ValueError(f"{path} holds a {index.get('_class_name')}, not a TerDiTPipeline.")
+        raise ValueError(
+            f"{path} holds a {index.get('_class_name')}, not a TerDiTPipeline. Pass the folder of a model in it."
+        )
     id2label = index.get("id2label") or {}
     report = inspect_weights(path / "transformer" if index else path)
     config, total, ternary, scales = (

@@ -22,7 +22,7 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, ModelMixin
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, logging
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -111,7 +111,7 @@ def convert_name(name: str) -> str:
         return f"transformer_blocks.{block[1]}.{_BLOCK[block[2]]}.{leaf}"
     if module in _TOP:
         return f"{_TOP[module]}.{leaf}"
-    raise ValueError(f"tensor `{name}` does not belong to a TerDiT")
+    raise ValueError(f"tensor `{name}` does not belong to a TerDiT; only files of its authors are converted")
 
 
 def infer_config(state_dict: dict[str, Tensor], args: dict[str, Any], num_attention_heads: int = 32) -> dict[str, Any]:
@@ -128,31 +128,44 @@ def infer_config(state_dict: dict[str, Tensor], args: dict[str, Any], num_attent
     """
     for option in ("rope_scaling_factor", "ntk_factor"):
         if args.get(option) not in (None, 1, 1.0):
-            raise ValueError(f"it was trained with {option}={args[option]}, which this package does not implement")
+            raise ValueError(
+                f"it was trained with {option}={args[option]}, which this package does not implement; take another"
+                " file"
+            )
 
     def rows(name: str) -> int:
         if name not in state_dict:
-            raise ValueError(f"tensor `{name}` is missing, so this is not a TerDiT")
+            raise ValueError(f"tensor `{name}` is missing, so this is not a TerDiT; download the file again")
         weight = state_dict[name]
         if weight.dim() != 2 or weight.numel() == 0:
-            raise ValueError(f"tensor `{name}` has shape {list(weight.shape)}, expected a matrix")
+            raise ValueError(
+                f"tensor `{name}` has shape {list(weight.shape)}, expected a matrix; download the file again"
+            )
         return weight.shape[0] * (reference.CODES_PER_BYTE if weight.dtype == torch.uint8 else 1)
 
     dim = rows("x_embedder.weight")
+    if isinstance(num_attention_heads, bool) or not isinstance(num_attention_heads, int) or num_attention_heads < 1:
+        raise ValueError(f"`num_attention_heads` must be a positive int, got {num_attention_heads!r}")
     if dim % num_attention_heads:
         raise ValueError(f"width {dim} does not divide into {num_attention_heads} heads; pass `num_attention_heads`")
     found = re.search(r"patch(\d+)", str(args.get("model", "")))
     patch_size = int(found[1][:4]) if found else 2
     in_channels = state_dict["x_embedder.weight"].shape[1] // max(patch_size, 1) ** 2
     if patch_size < 1 or in_channels < 1:
-        raise ValueError(f"its arguments say patches of {patch_size}, which do not fit `x_embedder.weight`")
+        raise ValueError(
+            f"its arguments say patches of {patch_size}, which do not fit `x_embedder.weight`; take the {ARGS_NAME}"
+            " that belongs to it"
+        )
     image_size = args.get("image_size", 256)
     if isinstance(image_size, bool) or not isinstance(image_size, int) or not VAE_FACTOR <= image_size <= 2**20:
-        raise ValueError(f"its arguments say image_size={image_size!r:.80}, expected pixels")
+        raise ValueError(
+            f"its arguments say image_size={image_size!r:.80}, expected pixels; take the {ARGS_NAME} that belongs to"
+            " it"
+        )
     blocks = {found[1] for found in (re.match(r"layers\.(\d+)\.", name) for name in state_dict) if found}
     num_layers = len(blocks)  # a gap in the numbers shows as tensors that do not fit
     if num_layers > MAX_BLOCKS:
-        raise ValueError(f"it has {num_layers} layers, more than {MAX_BLOCKS}")
+        raise ValueError(f"it has {num_layers} layers, more than {MAX_BLOCKS}; download the file again")
     head_dim = dim // num_attention_heads
     ffn_dim = rows("layers.0.feed_forward.w1.weight")
     kv_heads = rows("layers.0.attention.wk.weight") // head_dim
@@ -197,13 +210,17 @@ def convert_state_dict(state_dict: dict[str, Tensor], pack: bool = False) -> dic
     for name, tensor in state_dict.items():
         new_name = convert_name(name)
         if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
-            raise ValueError(f"tensor `{name}` is {tensor.dtype}, expected floats or packed codes")
+            raise ValueError(
+                f"tensor `{name}` is {tensor.dtype}, expected floats or packed codes; download the file again"
+            )
         if not is_finite(tensor):
-            raise ValueError(f"tensor `{name}` holds NaN or infinity")
+            raise ValueError(f"tensor `{name}` holds NaN or infinity; download the file again")
         is_ternary = f"{name.rpartition('.')[0]}.alphas" in state_dict and name.endswith(".weight")
         if tensor.dtype == torch.uint8:
             if not is_ternary or reference.has_invalid_code(tensor):
-                raise ValueError(f"tensor `{name}` is uint8 but does not hold packed ternary codes")
+                raise ValueError(
+                    f"tensor `{name}` is uint8 but does not hold packed ternary codes; download the file again"
+                )
             converted[f"{new_name}_packed"] = tensor.clone()
         elif is_ternary and pack:
             converted[f"{new_name}_packed"] = pack_ternary(ternarize(tensor.float()))
@@ -227,7 +244,9 @@ def _local_files(path: Path, weights_name: str | None) -> tuple[Path, Path]:
     split = (
         f" It holds {', '.join(parts)}; model-parallel checkpoints of several parts cannot be read." if parts else ""
     )
-    raise FileNotFoundError(f"{path} holds none of {', '.join(names)}.{split}")
+    raise FileNotFoundError(
+        f"{path} holds none of {', '.join(names)}.{split} Pass the folder that holds one, or its `weights_name`."
+    )
 
 
 def _hub_files(repo_id: str, subfolder: str | None, weights_name: str | None, **hub: Any) -> tuple[Path, Path]:
@@ -292,12 +311,14 @@ def convert_original_checkpoint(
         with hub_errors(path, revision):
             weights, arguments = _hub_files(str(path), subfolder, weights_name, revision=revision, token=token)
     else:
-        raise FileNotFoundError(f"{folder} is not a folder.")
+        raise FileNotFoundError(f"{folder} is not a folder. Pass that of a checkpoint, or a Hub id.")
 
     namespace, state_dict = load_pickle(arguments, argparse.Namespace), load_pickle(weights)
     args = vars(namespace) if isinstance(namespace, argparse.Namespace) else namespace
     if not isinstance(args, dict):
-        raise ValueError(f"{arguments} holds {type(args).__name__}, expected the arguments of a training run.")
+        raise ValueError(
+            f"{arguments} holds {type(args).__name__}, expected the arguments of a training run. Download it again."
+        )
     check_tensors(weights, state_dict)
     transformer = _with_file_name(
         weights, lambda: _convert_transformer(state_dict, args, weight_format, num_attention_heads)
@@ -342,7 +363,8 @@ def _convert_transformer(
         name = wrong[0]
         raise ValueError(
             f"{len(wrong)} tensors do not fit a TerDiT of these sizes, first `{name}`: found"
-            f" {shapes.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
+            f" {shapes.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}; download the file again, or"
+            " pass `num_attention_heads`"
         )
     model.load_state_dict(converted, assign=True)
     if weight_format == "float":
@@ -399,6 +421,8 @@ def convert_dense_checkpoint(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not an empty folder; choose another, or remove it.")
     source = Path(path)
+    if not source.is_dir() and (source.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path))):
+        raise FileNotFoundError(f"{path} is not a folder. Pass that of a diffusers pipeline or model, or a Hub id.")
     if not source.is_dir():
         with hub_errors(path, revision):
             source = Path(snapshot_download(str(path), revision=revision))
@@ -432,7 +456,10 @@ def _pack_model(
     check_config(source / "config.json", raw)
     cls: Any = getattr(diffusers, str(raw.get("_class_name")), None)
     if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
-        raise ValueError(f"{source}/config.json names the class {raw.get('_class_name')!r}, which diffusers has not.")
+        raise ValueError(
+            f"{source}/config.json names the class {raw.get('_class_name')!r}, which diffusers has not. Pass a model"
+            " of diffusers, or update it."
+        )
     if settings := raw.get("quantization_config"):
         method = settings.get("quant_method") if isinstance(settings, dict) else settings
         raise ValueError(f"{source} is quantized already ({method!s:.80}); convert the repository of dense weights.")
@@ -440,17 +467,21 @@ def _pack_model(
         with init_empty_weights(), torch.device("meta"):  # also what a class computes for itself
             model = cls.from_config(raw)  # type: ignore[attr-defined]
     except RuntimeError as error:
-        raise ValueError(f"{source}/config.json does not build: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"{source}/config.json does not build: {str(error).splitlines()[0]} Download it again."
+        ) from error
     tensors = dict(_dense_tensors(source))
     _refuse_other_layouts(source, tensors)
     linears = select_layers(model, TernaryConfig(granularity="tensor", **patterns))
     missing = [name for name in linears if f"{name}.weight" not in tensors]
     if missing:
-        raise ValueError(f"{source} has no {missing[0]}.weight ({len(missing)} dense weights are missing).")
+        raise ValueError(
+            f"{source} has no {missing[0]}.weight ({len(missing)} dense weights are missing). Download it again."
+        )
 
     expected = dict(model.named_parameters())
     if absent := sorted(expected.keys() - tensors.keys()):
-        raise ValueError(f"{source} has no {absent[0]} ({len(absent)} weights are missing).")
+        raise ValueError(f"{source} has no {absent[0]} ({len(absent)} weights are missing). Download it again.")
 
     def read(name: str) -> Tensor:
         with safe_open(tensors[name], framework="pt") as file:
@@ -458,7 +489,7 @@ def _pack_model(
         if name in expected and (tensor.shape != expected[name].shape or not tensor.is_floating_point()):
             raise ValueError(
                 f"{tensors[name]}: tensor `{name}` is {list(tensor.shape)}, {tensor.dtype}; the config asks for floats"
-                f" of shape {list(expected[name].shape)}."
+                f" of shape {list(expected[name].shape)}. Download both again."
             )
         return tensor
 
@@ -515,13 +546,10 @@ def _dense_tensors(folder: Path) -> Iterator[tuple[str, Path]]:
         files = read_index(index)
     for file in files:
         if not file.is_file():
-            raise OSError(f"{file} does not exist; only safetensors files are converted.")
+            raise OSError(f"{file} does not exist; only safetensors files are converted. Save the model as such.")
         check_file(file, packed=False)
-        try:
-            with safe_open(file, framework="pt") as opened:
-                names = list(opened.keys())
-        except SafetensorError as error:
-            raise OSError(f"{file} is not a readable safetensors file ({error}). Download it again.") from error
+        with safe_open(file, framework="pt") as opened:
+            names = list(opened.keys())
         yield from ((name, file) for name in names)
 
 
@@ -557,11 +585,9 @@ def swap_bitnet_order(weight_packed: Tensor) -> Tensor:
     Raises:
         ValueError: Not a uint8 matrix, or a code that is not ternary.
     """
-    if weight_packed.dtype != torch.uint8 or weight_packed.dim() != 2:
-        raise ValueError(
-            f"Packed BitNet weights are a uint8 matrix, got {tuple(weight_packed.shape)}, {weight_packed.dtype}."
-        )
+    if not isinstance(weight_packed, Tensor) or weight_packed.dtype != torch.uint8 or weight_packed.dim() != 2:
+        raise ValueError(f"Packed BitNet weights are a uint8 matrix, got {reference.describe(weight_packed)}.")
     if reference.has_invalid_code(weight_packed):
-        raise ValueError("The weight holds code 3, which is not a ternary value.")
+        raise ValueError("The weight holds code 3, which is not a ternary value. Load it from an undamaged file.")
     w = weight_packed
     return w >> 6 | (w >> 2) & 0b1100 | (w << 2) & 0b110000 | w << 6

@@ -102,6 +102,9 @@ _NOT_FINITE = {
     "F8_E4M3": ("u1", 0x7F),
     "F8_E5M2": ("u1", 0x7C),
 }
+_TOGETHER = "Download or save config.json and weights again, together."
+_DAMAGED = "which is not a ternary value. Download or save it again."
+_ITS_MODEL = "Load it into the model that it was trained on."
 MAX_BLOCKS = 1000  # of a config: modules are built before the weights are read, at a millisecond each
 _MAX_INT = 2**31 - 1
 _MAX_TIMESTEPS = 10**6  # a scheduler allocates several numbers for each
@@ -257,9 +260,9 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}. Download or save it again.") from error
     except OSError as error:
-        raise OSError(f"{path} cannot be read: {error}") from error
+        raise OSError(f"{path} cannot be read: {error}. Download or save it again.") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {type(found).__name__}, expected an object.")
+        raise ValueError(f"{path} holds {type(found).__name__}, expected an object. Download or save it again.")
     return found
 
 
@@ -390,7 +393,7 @@ class _WeightsFile:
             if packed:
                 codes = np.frombuffer(chunk, np.uint8)
                 if (codes & codes >> 1 & reference.ZERO_BYTE).any():
-                    raise ValueError(f"{self.path}: tensor `{name}` holds code 3, which is not a ternary value.")
+                    raise ValueError(f"{self.path}: tensor `{name}` holds code 3, {_DAMAGED}")
             elif unsigned is not None:
                 numbers = np.frombuffer(chunk, unsigned)
                 if ((numbers & (1 << 8 * numbers.itemsize - 1) - 1) >= limit).any():
@@ -445,7 +448,9 @@ def load_pickle(path: str | os.PathLike, *allowed: type) -> Any:
         struct.error,
         *_BROKEN,
     ) as error:
-        raise OSError(f"{path} is not a readable PyTorch file: truncated or damaged? ({error})") from error
+        raise OSError(
+            f"{path} is not a readable PyTorch file: truncated or damaged? ({error}) Download it again."
+        ) from error
 
 
 def _check_archive(path: str | os.PathLike) -> None:
@@ -467,20 +472,27 @@ def check_tensors(path: str | os.PathLike, state_dict: Any) -> None:
     if not isinstance(state_dict, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state_dict.items()
     ):
-        raise ValueError(f"{path} does not hold a dict of tensors.")
+        raise ValueError(f"{path} does not hold a dict of tensors, by name. Download or save it again.")
     for name, tensor in state_dict.items():
         plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.dtype in _DTYPE_NAMES
         if not plain:
-            raise ValueError(f"{path}: tensor `{name}` is {tensor.layout}, {tensor.dtype}, on {tensor.device.type}.")
+            raise ValueError(
+                f"{path}: tensor `{name}` is {tensor.layout}, {tensor.dtype}, on {tensor.device.type}, expected a"
+                " dense one on the CPU. Save it again."
+            )
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(
                 f"{path}: tensor `{name}` has shape {list(tensor.shape)}, and memory for fewer numbers in the file."
+                " Download or save it again."
             )
 
 
 def not_finite(path: str | os.PathLike, name: str) -> str:
     """What is said of a tensor with NaN or infinity, from which every picture would be black."""
-    return f"{path}: tensor `{name}` holds NaN or infinity. The file is damaged, or its training had diverged."
+    return (
+        f"{path}: tensor `{name}` holds NaN or infinity. The file is damaged, or its training had diverged: download"
+        " it again, or take an earlier one."
+    )
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -506,14 +518,14 @@ class _PickleFile:
         except (ValueError, BadZipFile, NotImplementedError) as error:  # as diffusers does with a single file
             raise OSError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from error
         except OSError as error:
-            raise OSError(f"{path} is damaged: {error}") from error
+            raise OSError(f"{path} is damaged: {error}. Download or save it again.") from error
         self._state_dict = state_dict
         self.tensors = {n: (_DTYPE_NAMES.get(t.dtype, str(t.dtype)), tuple(t.shape)) for n, t in state_dict.items()}
 
     def check_contents(self) -> None:
         for name, tensor in self._state_dict.items():
             if name.split(".")[-1] == PACKED_SUFFIX and reference.has_invalid_code(tensor):
-                raise ValueError(f"{self.path}: tensor `{name}` holds code 3, which is not a ternary value.")
+                raise ValueError(f"{self.path}: tensor `{name}` holds code 3, {_DAMAGED}")
             if not is_finite(tensor):
                 raise ValueError(not_finite(self.path, name))
 
@@ -547,28 +559,28 @@ def check_weights(
         _check_metadata(file.path, file.metadata, packed_model)
         for name, (dtype, shape) in file.tensors.items():
             if name in seen:
-                raise ValueError(f"Tensor `{name}` stands in both {seen[name]} and {file.path}.")
+                raise ValueError(f"Tensor `{name}` stands in both {seen[name]} and {file.path}. Save the model again.")
             seen[name] = file.path
             if name not in expected:
                 _raise_format_mismatch(file.path, name, packed_model)
                 raise ValueError(
-                    f"{file.path}: unexpected tensor `{name}`; {type(model).__name__} has no such weight."
+                    f"{file.path}: unexpected tensor `{name}`; {type(model).__name__} has no such weight. {_TOGETHER}"
                 )
             expected_dtype, expected_shape = expected[name]
             if shape != expected_shape and not ignore_mismatched_sizes:
                 raise ValueError(
                     f"{file.path}: tensor `{name}` has shape {list(shape)}, the config asks for"
-                    f" {list(expected_shape)}."
+                    f" {list(expected_shape)}. {_TOGETHER}"
                 )
             fits = dtype in _FLOAT_NAMES if expected_dtype.is_floating_point else dtype == _DTYPE_NAMES[expected_dtype]
             if not fits:
                 kind = "floating point" if expected_dtype.is_floating_point else _DTYPE_NAMES[expected_dtype]
-                raise ValueError(f"{file.path}: tensor `{name}` is stored as {dtype}, expected {kind}.")
+                raise ValueError(f"{file.path}: tensor `{name}` is stored as {dtype}, expected {kind}. {_TOGETHER}")
     missing = sorted(set(expected) - set(seen))
     if missing:
         where = ", ".join(str(file.path) for file in files)
         shown = ", ".join(f"`{name}`" for name in missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise ValueError(f"{where}: {len(missing)} missing tensor(s) of {type(model).__name__}: {shown}.")
+        raise ValueError(f"{where}: {len(missing)} missing tensor(s) of {type(model).__name__}: {shown}. {_TOGETHER}")
     for file in files:
         file.check_contents()
     if len({file.metadata.get("terdit.model") for file in files} - {None}) > 1:
@@ -628,7 +640,7 @@ def _check_metadata(path: Path, metadata: dict[str, str], packed_model: bool) ->
             f"{path} is of format version {version!r}; this release reads version {VERSION}. Update diffusers-terdit."
         )
     if packing not in (None, PACKING):
-        raise ValueError(f"{path} is packed as {packing!r}; this release reads {PACKING!r}.")
+        raise ValueError(f"{path} is packed as {packing!r}; this release reads {PACKING!r}. Update diffusers-terdit.")
     if version is not None and packed_model != (packing is not None):
         inside, asked = ("packed", "float") if packing else ("float", "packed")
         raise ValueError(
@@ -673,15 +685,21 @@ def hub_errors(name: str | os.PathLike, revision: str | None = None, writing: bo
     except (ValueError, *_BROKEN) as error:
         if writing or isinstance(error, OSError) or (isinstance(error, ValueError) and str(name) in str(error)):
             raise
-        reason = str(error) if isinstance(error, ValueError) else f"a file is not what it should be ({error!r:.300})"
+        reason = (
+            str(error)
+            if isinstance(error, ValueError)
+            else f"a file is not what it should be ({error!r:.300}). Save it again."
+        )
         raise ValueError(f"{name}: {reason}") from error
     except (OSError, HfHubHTTPError, httpx.TransportError, RuntimeError) as error:  # the last from LFS uploads
         message = None if os.path.isdir(name) else _hub_message(str(name), revision, writing, error)
         nameless = isinstance(error, OSError) and str(name) not in str(error)
         if isinstance(error, NotImplementedError) and _passes(error, "configuration_utils.py", "from_config"):
-            raise ValueError(f"{name}: a config asks for what diffusers has not ({error}).") from error
+            raise ValueError(
+                f"{name}: a config asks for what diffusers has not ({error}). Save it again, or update diffusers."
+            ) from error
         if message is None and not writing and (nameless or _passes(error, "torch/serialization.py")):
-            message = f"{name}: a file cannot be read ({error})."
+            message = f"{name}: a file cannot be read ({error}). Download or save it again."
         if message is None:
             raise
         raise OSError(message) from error
@@ -743,7 +761,7 @@ class PortableConfigMixin(ConfigMixin):
         try:
             output = super().load_config(pretrained_model_name_or_path, **kwargs)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} cannot be read: {error}") from error
+            raise ValueError(f"{where} cannot be read: {error} Download or save it again.") from error
         config = output[0] if isinstance(output, tuple) else output
         check_config(where, config, cls if issubclass(cls, ModelMixin) else None)
         if not issubclass(cls, ModelMixin):
@@ -899,7 +917,9 @@ class TernaryModelMixin(HubMixin, ModelMixin, PortableConfigMixin):
             with torch.device("meta"):  # what the config asks for is allocated once the files are found to hold it
                 return super().from_config(config, **kwargs)
         except RuntimeError as error:
-            raise ValueError(f"the config asks for tensors that cannot be: {str(error).splitlines()[0]}") from error
+            raise ValueError(
+                f"the config asks for tensors that cannot be: {str(error).splitlines()[0]} {_TOGETHER}"
+            ) from error
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -1175,17 +1195,18 @@ class TernaryAdapterMixin(PeftAdapterMixin):
             if part and name not in modules:
                 raise ValueError(
                     f"The adapter's tensor `{key}` is for a layer that {type(self).__name__} does not have."
+                    f" {_ITS_MODEL}"
                 )
             if part in sizes:
                 other = f"{name}.lora_{'B' if part[0] == 'A' else 'A'}.weight"
                 if other not in state_dict:
-                    raise ValueError(f"The adapter has `{key}`, but no `{other}`.")
+                    raise ValueError(f"The adapter has `{key}`, but no `{other}`. Save it again.")
                 attribute, dim = sizes[part]
                 size = getattr(modules[name], attribute, tensor.shape[dim])
                 if tensor.shape[dim] != size:
                     raise ValueError(
                         f"The adapter's tensor `{key}` has shape {list(tensor.shape)}, the layer's `{attribute}` is"
-                        f" {size}."
+                        f" {size}. {_ITS_MODEL}"
                     )
 
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:

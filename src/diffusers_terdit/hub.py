@@ -23,6 +23,10 @@ from .pipelines.pipeline_terdit import TerDiTPipeline
 
 
 PACKAGE = "diffusers_terdit"
+_NO_CODE = (
+    "which this package does not have the code of. Pass the folder of a TerDiTPipeline, TerDiTTransformer2DModel or"
+    " TernaryLinear."
+)
 OPTIONAL = ("numba", "triton")  # what the kernels that stay in the package need
 
 _HEADER = """\
@@ -113,11 +117,11 @@ def export_remote_code(folder: str | os.PathLike) -> list[Path]:
 
 
 def _export_pipeline(folder: Path, index: Path) -> list[Path]:
-    config = json.loads(index.read_text("utf-8"))
+    config = host.read_json(index)
     name = config.get("_class_name")
     transformer = config.get("transformer") or [None, None]
     if "TerDiTPipeline" not in (name, *(name if isinstance(name, list) else [])):
-        raise ValueError(f"{index} is that of a {name}, which this package does not have the code of.")
+        raise ValueError(f"{index} is that of a {name}, {_NO_CODE}")
     if transformer[1] != TerDiTTransformer2DModel.__name__:
         raise ValueError(f"{index} says `transformer` is a {transformer[1]}, expected a TerDiTTransformer2DModel.")
     component = _export_model(folder / "transformer" / "config.json")
@@ -135,7 +139,7 @@ def _export_pipeline(folder: Path, index: Path) -> list[Path]:
 
 
 def _export_model(path: Path) -> Path:
-    config = json.loads(path.read_text("utf-8"))
+    config = host.read_json(path)
     name = config.get("_class_name")
     if name == TerDiTTransformer2DModel.__name__:
         # FirstBlockCache and MagCache of diffusers know a block by its class.
@@ -145,7 +149,7 @@ def _export_model(path: Path) -> Path:
     elif name == TernaryLinear.__name__:
         code, file = _join("layers", [name]), "ternary_linear"
     else:
-        raise ValueError(f"{path} is that of a {name}, which this package does not have the code of.")
+        raise ValueError(f"{path} is that of a {name}, {_NO_CODE}")
     written = _write_code(path.parent, file, code)
     _write_json(path, {**config, "auto_map": {"AutoModel": f"{written.stem}.{name}"}})
     return written

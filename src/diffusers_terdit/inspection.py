@@ -128,7 +128,7 @@ def inspect_weights(path: str | Path) -> WeightsReport:
                 if len(shape) != 2 or not (scale.dim() == 1 or (scale.dim() == 2 and 1 <= scale.shape[1] <= shape[1])):
                     raise ValueError(
                         f"{file.path}: `{name}` has shape {list(shape)} and its scale {list(scale.shape)}, which is no"
-                        " ternary layer."
+                        " ternary layer. Save it again."
                     )
                 granularity = reference.group_size(scale, shape[1])
                 granularities.add(granularity)
@@ -162,7 +162,7 @@ def _weights_files(folder: Path) -> list[Path]:
         return [folder / SAFETENSORS_WEIGHTS_NAME]
     found = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".pt"))
     hint = f"It holds {', '.join(found[:4])}." if found else "It holds no weights."
-    raise OSError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}. {hint}")
+    raise OSError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}. {hint} Pass the folder of a pipeline, model or layer.")
 
 
 def _role(name: str, leaf: str, ternary: bool) -> str:

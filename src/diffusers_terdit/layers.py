@@ -2,6 +2,7 @@
 
 import math
 from importlib.util import find_spec
+from numbers import Integral
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -74,8 +75,11 @@ class TernaryLinear(TernaryModelMixin):
             raise ValueError(f"`activation_bits` must be None or 8, got {activation_bits!r}.")
         if weight_format not in ("float", "packed"):
             raise ValueError(f'`weight_format` must be "float" or "packed", got {weight_format!r}.')
-        if in_features < 1 or out_features < 1:
-            raise ValueError(f"A layer needs at least one input and output, got {in_features=}, {out_features=}.")
+        sizes = (in_features, out_features)
+        if not all(isinstance(size, Integral) and not isinstance(size, bool) and size >= 1 for size in sizes):
+            raise ValueError(
+                f"A layer needs at least one input and output, as ints, got {in_features=}, {out_features=}."
+            )
         self.in_features = in_features
         self.out_features = out_features
         self._requested_bits: int | str | None = "auto"
@@ -147,11 +151,12 @@ class TernaryLinear(TernaryModelMixin):
         trained = self.config["activation_bits"]
         if trained is not None and bits not in (trained, "auto"):
             raise ValueError(
-                f"This layer was trained with {trained}-bit inputs; it has no other meaning, got {bits!r}."
+                f'This layer was trained with {trained}-bit inputs; it has no other meaning: pass {trained} or "auto",'
+                f" got {bits!r}."
             )
         if bits in (8, 16) and not has_integer_kernel(self.weight_scale.device.type):
             if self.weight_scale.device.type == "cpu" and find_spec("numba") is None:
-                raise ImportError(f"Integer activations on a CPU need numba: {INSTALL_NUMBA}")
+                raise ImportError(f"Integer activations of {bits} bits on a CPU need numba: {INSTALL_NUMBA}")
             warn_no_integer_kernel(self.weight_scale.device.type)
         self._requested_bits = bits
 
@@ -233,7 +238,10 @@ class TernaryLinear(TernaryModelMixin):
                 f" {self.out_features}. Keep this layer in float format, or pad its outputs."
             )
         if "weight" in self._parameters and not self.weight.isfinite().all():
-            raise ValueError("The weight holds NaN or infinity, which round to none of {-1, 0, +1}.")
+            raise ValueError(
+                "The weight holds NaN or infinity, which round to none of {-1, 0, +1}. Take one from before training"
+                " diverged."
+            )
 
     def _apply(self, fn, recurse=True):
         """Move or cast, but keep the scale in float32 and the codes in uint8."""

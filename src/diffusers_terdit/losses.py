@@ -202,7 +202,7 @@ def _discretized_nll(samples: Tensor, deviation: Tensor, log_variance: Tensor) -
 
 
 def _check_samples(**samples: Tensor) -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in samples.items()}
+    shapes = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in samples.items()}
     if len(set(shapes.values())) > 1 or any(len(shape) < 2 for shape in shapes.values()):
         got = ", ".join(f"`{name}` {shape}" for name, shape in shapes.items())
         raise ValueError(f"Expected tensors of one shape (B, C, ...), got {got}.")

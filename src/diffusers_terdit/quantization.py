@@ -73,7 +73,10 @@ class TernaryConfig(QuantizationConfigMixin):
     ):
         unknown = set(kwargs) - {"quant_method", "version"}
         if unknown:
-            raise ValueError(f"TernaryConfig has no {', '.join(sorted(unknown))}; see its documentation.")
+            raise ValueError(
+                f"TernaryConfig has no {', '.join(sorted(unknown))}; it has granularity, weight_format, exact, include"
+                " and exclude."
+            )
         if kwargs.get("version", VERSION) != VERSION:
             raise ValueError(
                 f"This model's ternary layers are of format version {kwargs['version']!r}; this release reads"
@@ -99,7 +102,9 @@ class TernaryConfig(QuantizationConfigMixin):
             if patterns is None:
                 continue
             if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
-                raise ValueError(f"`{name}` must be patterns of module names, got {patterns!r}.")
+                raise ValueError(
+                    f'`{name}` must be patterns of module names, such as ["transformer_blocks.*"], got {patterns!r}.'
+                )
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):
@@ -132,6 +137,8 @@ class TernaryConfig(QuantizationConfigMixin):
             ValueError: A layer cannot be ternary, is none of `scale * {-1, 0, +1}` with `exact`, the patterns match
                 nothing, or the model is quantized already. The model is then as it was.
         """
+        if not isinstance(model, ModelMixin):
+            raise ValueError(f"`model` must be a model of diffusers, got {type(model).__name__}.")
         if getattr(model, "hf_quantizer", None) is not None:
             method = model.hf_quantizer.quantization_config.quant_method.value
             raise ValueError(
@@ -169,7 +176,10 @@ def pack(model: ModelMixin) -> ModelMixin:
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, TernaryQuantizer):
-        raise ValueError(f"This {type(model).__name__} was not quantized with a TernaryConfig.")
+        raise ValueError(
+            f"This {type(model).__name__} was not quantized with a TernaryConfig. Call"
+            " `TernaryConfig().quantize(model)`."
+        )
     refuse_adapters(model, "packing it")
     layers = {name: model.get_submodule(name) for name in quantizer.layers or {}}
     for name, layer in layers.items():
@@ -267,7 +277,9 @@ def ternary_tensors(weight: Tensor, config: TernaryConfig, name: str) -> dict[st
         ternary, scale = exact_codes(weight, config.granularity, name)
         return {PACKED_SUFFIX: pack_ternary(ternary), SCALE_SUFFIX: scale}
     if not weight.isfinite().all():
-        raise ValueError(f"{name}.weight holds NaN or infinity, which round to none of {{-1, 0, +1}}.")
+        raise ValueError(
+            f"{name}.weight holds NaN or infinity, which round to none of {{-1, 0, +1}}. Take an undamaged one."
+        )
     ternary = reference.round_to_ternary(weight, config.granularity)  # (N, K) float32
     scale = least_squares_scale(weight, ternary, config.granularity)
     if config.weight_format == "float":
@@ -390,7 +402,10 @@ class TernaryQuantizer(DiffusersQuantizer):
             dense = {f"{name}.weight": name for name in self.layers}
             missing = sorted(set(dense) - set(self._loaded_keys))
             if missing:
-                raise ValueError(f"{self._files} has no {missing[0]} ({len(missing)} dense weights are missing).")
+                raise ValueError(
+                    f"{self._files} has no {missing[0]} ({len(missing)} dense weights are missing). Download or save"
+                    " it again."
+                )
             made = [PACKED_SUFFIX if self.quantization_config.weight_format == "packed" else "weight", SCALE_SUFFIX]
             kept = [key for key in self._loaded_keys if key not in dense]
             self._loaded_keys[:] = [*kept, *(f"{name}.{key}" for name in self.layers for key in made)]
@@ -415,7 +430,9 @@ class TernaryQuantizer(DiffusersQuantizer):
     def _updated(self, state_dict: dict[str, Any], layers: dict[str, TernaryLinear]) -> dict[str, Any]:
         for name in self._floats & state_dict.keys():
             if not state_dict[name].is_floating_point():
-                raise ValueError(f"{name} is {state_dict[name].dtype}, the model asks for floats.")
+                raise ValueError(
+                    f"{name} is {state_dict[name].dtype}, the model asks for floats. Download or save the file again."
+                )
         for name, layer in layers.items():
             if self.pre_quantized:
                 self._check(name, layer, state_dict)
@@ -424,7 +441,7 @@ class TernaryQuantizer(DiffusersQuantizer):
                 if tuple(weight.shape) != (layer.out_features, layer.in_features):
                     raise ValueError(
                         f"{name}.weight has shape {tuple(weight.shape)}, the model asks for"
-                        f" {(layer.out_features, layer.in_features)}."
+                        f" {(layer.out_features, layer.in_features)}. Download or save file and config.json again."
                     )
                 for key, value in ternary_tensors(weight, self.quantization_config, name).items():
                     state_dict[f"{name}.{key}"] = value
@@ -440,12 +457,14 @@ class TernaryQuantizer(DiffusersQuantizer):
             if tuple(found.shape) != tuple(expected.shape) or not fits:
                 raise ValueError(
                     f"{name}.{key} is {tuple(found.shape)}, {found.dtype}; the model asks for"
-                    f" {tuple(expected.shape)}, {expected.dtype}."
+                    f" {tuple(expected.shape)}, {expected.dtype}. Download or save file and config.json again."
                 )
             if key == PACKED_SUFFIX and reference.has_invalid_code(found):
-                raise ValueError(f"{name}.{key} holds code 3, which is not a ternary value: the file is damaged.")
+                raise ValueError(
+                    f"{name}.{key} holds code 3, which is not a ternary value: the file is damaged. Download it again."
+                )
             if not is_finite(found):
-                raise ValueError(f"{name}.{key} holds NaN or infinity.")
+                raise ValueError(f"{name}.{key} holds NaN or infinity. Download or save the file again.")
 
     def update_missing_keys(self, model, missing_keys: list[str], prefix: str) -> list[str]:
         """A saved model without some of its tensors would be none: an error, where diffusers would warn."""

@@ -44,9 +44,15 @@ class GaussianStatistics:
                 f"{tuple(covariance.shape)}."
             )
         if not (mean.isfinite().all() and covariance.isfinite().all()):
-            raise ValueError("The mean or the covariance holds NaN or infinity.")
+            raise ValueError(
+                "The mean or the covariance holds NaN or infinity. Compute them again from finite features."
+            )
         if not torch.allclose(covariance, covariance.T, atol=1e-6 * float(covariance.abs().max())):
-            raise ValueError("The covariance is not symmetric.")
+            difference = float((covariance - covariance.T).abs().max())
+            raise ValueError(
+                f"The covariance is not symmetric: it and its transpose differ by up to {difference:.3g}. Compute it"
+                " again from the features."
+            )
         statistics = cls.__new__(cls)
         statistics.width, statistics.count = len(mean), count
         statistics._mean = mean.detach().to("cpu", torch.float64)
@@ -60,7 +66,10 @@ class GaussianStatistics:
         Raises: ValueError for another width, or naming the rows that hold NaN or infinity.
         """
         if self._known_covariance is not None:
-            raise ValueError("These statistics were read, not counted: they take no more rows.")
+            raise ValueError(
+                f"These statistics of {self.count} rows were read, not counted: they take no more rows. Count all rows"
+                " with new ones."
+            )
         if features.ndim != 2 or features.shape[1] != self.width:
             raise ValueError(f"Features must be (N, {self.width}), got {tuple(features.shape)}.")
         rows = features.cpu().double()  # in this order: MPS has no float64
@@ -119,19 +128,27 @@ def frechet_distance(features: Tensor | GaussianStatistics, other: Tensor | Gaus
     return float(means + covariances[0].trace() + covariances[1].trace() - 2 * cross)
 
 
+def shown(given: object) -> str:
+    """Shape of a tensor, type of anything else: for errors."""
+    return str(tuple(given.shape)) if isinstance(given, Tensor) else type(given).__name__
+
+
 def check_finite(rows: Tensor, what: str, first: int = 0) -> None:
     """Raise ValueError naming the rows of (N, ...) that hold NaN or infinity, counted from `first`."""
     bad = (~rows.isfinite()).flatten(1).any(1).nonzero().flatten() + first
     if len(bad):
         names = ", ".join(str(int(row)) for row in bad[:5]) + (", ..." if len(bad) > 5 else "")
-        raise ValueError(f"{what} of {len(bad)} rows hold NaN or infinity: rows {names}, counted from 0.")
+        raise ValueError(
+            f"{what} of {len(bad)} rows hold NaN or infinity: rows {names}, counted from 0. Leave them out, or look at"
+            " what made them."
+        )
 
 
 def _statistics(features: Tensor | GaussianStatistics) -> GaussianStatistics:
     if isinstance(features, GaussianStatistics):
         return features
-    if features.ndim != 2:
-        raise ValueError(f"Features must be (N, D), got {tuple(features.shape)}.")
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        raise ValueError(f"Features must be a tensor (N, D), got {shown(features)}.")
     statistics = GaussianStatistics(features.shape[1])
     statistics.update(features)
     return statistics
@@ -141,6 +158,9 @@ def _root(covariance: Tensor) -> Tensor:
     """R (r, D) with R^T R = covariance, without the directions that have no variance."""
     eigenvalues, vectors = torch.linalg.eigh(covariance)
     if eigenvalues[0] < -1e-6 * eigenvalues[-1].abs():
-        raise ValueError(f"This is no covariance: it has a variance of {float(eigenvalues[0]):.3g}.")
+        raise ValueError(
+            f"This is no covariance: it has a variance of {float(eigenvalues[0]):.3g}. Compute it again from the"
+            " features."
+        )
     positive = eigenvalues > 0
     return (vectors[:, positive] * eigenvalues[positive].sqrt()).T

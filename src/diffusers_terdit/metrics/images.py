@@ -87,7 +87,7 @@ class ImageStatistics:
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"There is no file {path}.")
+            raise FileNotFoundError(f"There is no file {path}. `ImageStatistics.save` writes one.")
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
@@ -95,10 +95,14 @@ class ImageStatistics:
         except SafetensorError as error:
             raise OSError(f"{path} is no readable safetensors file ({error}). Remove it and make it again.") from error
         if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} holds no image statistics: its format is {metadata.get('format')!r}.")
+            raise ValueError(
+                f"{path} holds no image statistics: its format is {metadata.get('format')!r}. Pass a file that"
+                " `ImageStatistics.save` wrote."
+            )
         if metadata.get("version") != "1":
             raise ValueError(
-                f"{path} is in version {metadata.get('version')!r} of its format, this package reads '1'."
+                f"{path} is in version {metadata.get('version')!r} of its format, this package reads '1'. Make it"
+                " again."
             )
         if metadata.pop("sha256", None) != _file_digest(tensors, metadata):
             raise ValueError(f"{path} was changed after it was written: its digest differs. Make it again.")
@@ -137,7 +141,7 @@ class ImageStatistics:
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"There is no file {path}.")
+            raise FileNotFoundError(f"There is no file {path}. Download the reference file, or correct the path.")
         if device is None:
             device = next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
         features, spatial, has_images = _adm_moments(path)
@@ -157,14 +161,16 @@ class ImageStatistics:
                 continue
             if gaussian.width != own.width:
                 raise ValueError(
-                    f"`{name}` of {path} has {gaussian.width} numbers, {found.network} gives {own.width}."
+                    f"`{name}` of {path} has {gaussian.width} numbers, {found.network} gives {own.width}. Pass the"
+                    " network that made it."
                 )
             # The mean of n images strays from the mean of all by trace / n on average.
             distance, spread = float((gaussian.mean - own.mean).square().sum()), float(gaussian.covariance.trace())
             if distance > (0.05 + 10 / own.count) * spread:
                 raise ValueError(
                     f"`{name}` of {path} was made by another network than {found.network}: the {own.count} images in "
-                    f"the file have a mean at a squared distance of {distance:.3g}, where all vary by {spread:.3g}."
+                    f"the file have a mean at a squared distance of {distance:.3g}, where all vary by {spread:.3g}. "
+                    "Pass the network that made it."
                 )
         return replace(found, count=0, features=features, spatial=spatial, fingerprint=digest)
 
@@ -202,10 +208,10 @@ def image_statistics(
         raise ValueError(f"`batch_size` must be at least 1, `max_vectors` 0, got {batch_size} and {max_vectors}.")
     count, channels = images.shape[0], images.shape[3]
     if count < 2:
-        raise ValueError("Statistics need at least 2 images, got 1.")
+        raise ValueError(f"Statistics need at least 2 images, got {count}.")
     wanted: Any = getattr(network, "channels", channels)
     if channels != wanted and (channels, wanted) != (1, 3):
-        raise ValueError(f"The network takes {wanted} channels, the images have {channels}.")
+        raise ValueError(f"The network takes {wanted} channels, the images have {channels}. Convert them.")
 
     sha = _image_hash(images)
     features = spatial = score = None
@@ -237,7 +243,8 @@ def image_statistics(
         for module, mode in modes:
             module.training = mode
     if features is None or features.count != count:
-        raise ValueError(f"`progress` must hand on all {len(starts)} batches.")
+        seen = 0 if features is None else features.count
+        raise ValueError(f"`progress` must hand on all {len(starts)} batches; {seen} of {count} images arrived.")
     return ImageStatistics(
         count=count,
         features=features,

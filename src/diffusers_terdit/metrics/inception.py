@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 SIZE = 299
 KNOWN_SHA256 = "6726825d"  # of the published file, first digits
+PUBLISHED = "FID's weights are `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity's release v0.2.0."
 
 Kernel = int | tuple[int, int]
 Convolutions = tuple[str, int, Kernel] | tuple[str, int, Kernel, int]  # name, channels, kernel, stride
@@ -253,19 +254,25 @@ def resize(images: Tensor, size: int) -> Tensor:
 def _read_weights(path: Path, expected: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """State dict in float32, and the digest of the file."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"There is no file {path}. FID's weights are `weights-inception-2015-12-05-6726825d.pth` of "
-            "torch-fidelity's release v0.2.0."
-        )
+        raise FileNotFoundError(f"There is no file {path}. {PUBLISHED}")
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:  # torch raises them all on files of something else
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise OSError(f"{path} is no readable file of tensors ({reason}).") from error
+        raise OSError(f"{path} is no readable file of tensors ({reason}). {PUBLISHED}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no state dict, but a {type(state).__name__}.")
+        raise ValueError(f"{path} holds no state dict, but a {type(state).__name__}. {PUBLISHED}")
     # Counters of training steps, which the published file does not have.
     counters = {name: torch.tensor(0) for name in expected if name.endswith("num_batches_tracked")}
     state = {name: value.float() for name, value in state.items() if name not in counters}
@@ -278,5 +285,5 @@ def _read_weights(path: Path, expected: dict[str, Tensor]) -> tuple[dict[str, Te
     ]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(f"{path} does not hold FID's Inception: {'; '.join(wrong[:5])}{more}.")
+        raise ValueError(f"{path} does not hold FID's Inception: {'; '.join(wrong[:5])}{more}. {PUBLISHED}")
     return state | counters, digest

@@ -24,7 +24,7 @@ def open_samples(path: str | Path) -> np.ndarray:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
+        raise FileNotFoundError(f"There is no file {path}. Write it with `numpy.save` or `numpy.savez`.")
     try:
         with open(path, "rb") as file:
             magic = file.read(4)
@@ -34,7 +34,10 @@ def open_samples(path: str | Path) -> np.ndarray:
                 return _open_npz(path, file)
     except (EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
         raise OSError(f"{path} is damaged or cut short ({error}). Write or download it again.") from error
-    raise ValueError(f"{path} is neither a .npz nor a .npy file: it begins with {magic!r}.")
+    raise ValueError(
+        f"{path} is neither a .npz nor a .npy file: it begins with {magic!r}. Write it with `numpy.save` or"
+        " `numpy.savez`."
+    )
 
 
 def check_images(images: np.ndarray | _Described, name: str = "`images`") -> None:
@@ -53,7 +56,10 @@ def check_images(images: np.ndarray | _Described, name: str = "`images`") -> Non
 def _open_npz(path: Path, file: BinaryIO) -> np.ndarray:
     with zipfile.ZipFile(file) as archive:
         if "arr_0.npy" not in archive.namelist():
-            raise ValueError(f"{path} has no `arr_0`, only {', '.join(archive.namelist()) or 'nothing'}.")
+            raise ValueError(
+                f"{path} has no `arr_0`, only {', '.join(archive.namelist()) or 'nothing'}. Write it with"
+                " `numpy.savez(path, images)`."
+            )
         member = archive.getinfo("arr_0.npy")
         if member.compress_type != zipfile.ZIP_STORED:
             with archive.open(member) as stream:

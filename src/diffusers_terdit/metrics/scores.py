@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .gaussian import check_finite
+from .gaussian import check_finite, shown
 
 
 class InceptionScore:
@@ -30,9 +30,10 @@ class InceptionScore:
     @torch.no_grad()
     def update(self, probabilities: Tensor) -> None:
         """Add rows (N, K) that are at least 0 and sum to 1. Raises: ValueError naming rows that are not."""
-        if probabilities.ndim != 2 or (self._sum is not None and probabilities.shape[1] != len(self._sum)):
+        is_matrix = isinstance(probabilities, Tensor) and probabilities.ndim == 2
+        if not is_matrix or (self._sum is not None and probabilities.shape[1] != len(self._sum)):
             width = "K" if self._sum is None else len(self._sum)
-            raise ValueError(f"Probabilities must be (N, {width}), got {tuple(probabilities.shape)}.")
+            raise ValueError(f"Probabilities must be (N, {width}), got {shown(probabilities)}.")
         rows = probabilities.cpu().double()
         check_finite(rows, "Probabilities", self.count)
         bad = ((rows < 0).any(1) | ((rows.sum(1) - 1).abs() > 1e-2)).nonzero().flatten() + self.count
@@ -63,7 +64,7 @@ class InceptionScore:
     def value(self) -> float:
         """The score so far. Raises: ValueError if there are no rows."""
         if not self.count:
-            raise ValueError("There is no Inception Score of no images.")
+            raise ValueError("There is no Inception Score of no images: call `update` first.")
         scores = [*self._scores, self._score()] if self._rows else self._scores
         return sum(scores) / len(scores)
 
@@ -99,8 +100,9 @@ def precision_and_recall(
     """
     if neighbours < 1 or chunk < 1:
         raise ValueError(f"`neighbours` and `chunk` must be at least 1, got {neighbours} and {chunk}.")
-    if samples.ndim != 2 or reference.ndim != 2 or samples.shape[1] != reference.shape[1]:
-        got = f"{tuple(samples.shape)} and {tuple(reference.shape)}"
+    matrices = all(isinstance(features, Tensor) and features.ndim == 2 for features in (samples, reference))
+    if not matrices or samples.shape[1] != reference.shape[1]:
+        got = f"{shown(samples)} and {shown(reference)}"
         raise ValueError(f"Precision and recall take features (N, D) and (M, D), got {got}.")
     for name, features in (("samples", samples), ("reference", reference)):
         if len(features) <= neighbours:

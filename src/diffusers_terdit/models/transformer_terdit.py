@@ -13,8 +13,9 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps, apply_rota
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from ..host import TernaryAdapterMixin, TernaryModelMixin, refuse_adapters
+from ..host import TernaryAdapterMixin, TernaryModelMixin, check_config, refuse_adapters
 from ..layers import TernaryLinear
+from ..ops import reference
 
 
 # Source: the released checkpoints. 600M: 16 layers, width 1536; 4.2B: 32 layers, width 3072; 32 heads each.
@@ -222,6 +223,7 @@ class TerDiTTransformer2DModel(TernaryModelMixin, TernaryAdapterMixin, CacheMixi
         initialization: str = "small_gain",
     ):
         super().__init__()
+        check_config(type(self).__name__, dict(self.config), TerDiTTransformer2DModel)
         kv_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
         dim = num_attention_heads * attention_head_dim
         if attention_head_dim % 2:
@@ -391,7 +393,10 @@ class TerDiTTransformer2DModel(TernaryModelMixin, TernaryAdapterMixin, CacheMixi
             ImportError: 8 or 16 on a CPU without numba.
         """
         if not self.config.ternary:
-            raise ValueError("This model is full precision (ternary=False); it has no ternary layers to speed up.")
+            raise ValueError(
+                f"This model is full precision (ternary=False); it has no ternary layers that {bits=} could speed up."
+                " Leave the call out."
+            )
         trained = self.config.activation_bits is not None
         for name, layer in self.ternary_layers().items():
             gated = "down_proj" in name and not trained  # with an adapter "down_proj.base_layer"
@@ -399,13 +404,18 @@ class TerDiTTransformer2DModel(TernaryModelMixin, TernaryAdapterMixin, CacheMixi
 
     def _layers_to_convert(self) -> dict[str, TernaryLinear]:
         if not self.config.ternary:
-            raise ValueError("This model is full precision (ternary=False); it has no ternary weights to pack.")
+            raise ValueError(
+                "This model is full precision (ternary=False); it has no ternary weights to pack. Save it as it is."
+            )
         return self.ternary_layers()
 
     def dequantize(self) -> "TerDiTTransformer2DModel":
         """A new full-precision model (`ternary=False`) with the dense weights `scale * T`; this one stays as it is."""
         if self.config.activation_bits is not None:
-            raise ValueError("This model computes with 8-bit activations, which a dense model does not do.")
+            raise ValueError(
+                f"This model computes with {self.config.activation_bits}-bit activations, which a dense model does not"
+                " do. Use it as it is."
+            )
         refuse_adapters(self, "dequantizing it")
         dense = type(self).from_config(self.config, weight_format="float", ternary=False).to(self.device)
         state_dict = {k: v for k, v in self.state_dict().items() if not k.rsplit(".", 1)[-1].startswith("weight_")}
@@ -436,11 +446,12 @@ class TerDiTTransformer2DModel(TernaryModelMixin, TernaryAdapterMixin, CacheMixi
             w), in the dtype of `hidden_states`: the noise, then, with `learn_sigma`, the variance.
 
         Raises:
-            ValueError: `hidden_states` is not of this model's shape.
+            ValueError: `hidden_states` is not of this model's shape, or the others are not of its batch size.
         """
         config = self.config
         patch = config.patch_size
         batch, channels, height, width = self._check_shape(hidden_states)
+        self._check_condition(timestep, class_labels, batch)
         rows, columns = height // patch, width // patch
 
         # 1. Input: patches, positions, condition
@@ -493,13 +504,29 @@ class TerDiTTransformer2DModel(TernaryModelMixin, TernaryAdapterMixin, CacheMixi
 
     def _check_shape(self, hidden_states: Tensor) -> tuple[int, int, int, int]:
         channels, patch = self.config.in_channels, self.config.patch_size
-        shape = tuple(hidden_states.shape)
-        if len(shape) != 4 or shape[1] != channels or shape[2] % patch or shape[3] % patch or not all(shape[2:]):
+        is_float = isinstance(hidden_states, Tensor) and hidden_states.is_floating_point()
+        shape = tuple(hidden_states.shape) if is_float else ()
+        if len(shape) != 4 or shape[1] != channels or shape[2] % patch or shape[3] % patch or not all(shape):
+            given = shape if is_float else reference.describe(hidden_states)
             raise ValueError(
-                f"`hidden_states` must be (batch, {channels}, height, width) with sides that divide by {patch}, got"
-                f" {shape}."
+                f"`hidden_states` must be (batch, {channels}, height, width) with sides that divide by {patch}, in the"
+                f" model's dtype, got {given}."
             )
         return shape
+
+    @staticmethod
+    def _check_condition(timestep: Tensor, class_labels: Tensor, batch: int) -> None:
+        # Not whether a label is in range: that would wait for a GPU at every step. The pipeline looks at labels.
+        if not isinstance(timestep, Tensor) or timestep.numel() not in (1, batch):
+            raise ValueError(
+                f"`timestep` must be a tensor of shape ({batch},) or a scalar, got {reference.describe(timestep)}."
+            )
+        whole = isinstance(class_labels, Tensor) and class_labels.dtype in (torch.int64, torch.int32)
+        if not whole or class_labels.dim() > 1 or class_labels.numel() not in (1, batch):
+            raise ValueError(
+                f"`class_labels` must be an int64 or int32 tensor of shape ({batch},), got"
+                f" {reference.describe(class_labels)}."
+            )
 
 
 def sincos_2d(rows: int, columns: int, dim: int, like: Tensor) -> Tensor:

@@ -206,7 +206,7 @@ def ternary_linear(input: Tensor, weight_packed: Tensor, weight_scale: Tensor, b
         ValueError: A shape or dtype does not fit.
     """
     if weight_packed.dtype != torch.uint8:
-        raise ValueError(f"`weight_packed` must be uint8, got {weight_packed.dtype}.")
+        raise ValueError(f"`weight_packed` must be uint8, as `pack_ternary` gives it, got {weight_packed.dtype}.")
     input = _checked_input(input, weight_packed, weight_scale, bias)
     if _is_fused(input) and not (torch.is_grad_enabled() and weight_scale.requires_grad):
         _, outer = reference.split_scale(weight_scale, input.dtype)
@@ -232,7 +232,7 @@ def float_linear(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tens
         ValueError: A shape or dtype does not fit.
     """
     if not weight.is_floating_point():
-        raise ValueError(f"`weight` must be floating point, got {weight.dtype}.")
+        raise ValueError(f"`weight` must be floating point, got {weight.dtype}; `ternary_linear` takes packed codes.")
     input = _checked_input(input, weight, weight_scale, bias)
     return _linear(input, weight, weight_scale, bias)
 
@@ -260,7 +260,7 @@ def integer_linear(
         ValueError: A shape, dtype or number of bits does not fit.
     """
     if weight_packed.dtype != torch.uint8:
-        raise ValueError(f"`weight_packed` must be uint8, got {weight_packed.dtype}.")
+        raise ValueError(f"`weight_packed` must be uint8, as `pack_ternary` gives it, got {weight_packed.dtype}.")
     input = _checked_input(input, weight_packed, weight_scale, bias)
     if not reference.takes_integers(weight_scale, input.shape[-1], bits):
         raise ValueError(

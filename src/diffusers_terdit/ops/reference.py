@@ -34,6 +34,11 @@ LARGEST_CODE = {8: 127, 16: 127 * 256 + 127}
 MOST_INPUTS = {8: 2**23, 16: 2**16}  # whose products' sum stays in int32, whatever the codes
 
 
+def describe(given: object) -> str:
+    """Words for an argument that is not what it should be: shape and dtype of a tensor, the type of anything else."""
+    return f"shape {tuple(given.shape)}, {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
+
+
 def check_scale_granularity(scale_granularity: str | int) -> None:
     """Raise a `ValueError` unless the granularity is "tensor", "row" or a positive int."""
     is_group = isinstance(scale_granularity, int) and not isinstance(scale_granularity, bool) and scale_granularity > 0
@@ -137,10 +142,9 @@ def ternarize(weight: Tensor, scale_granularity: str | int = "tensor") -> Tensor
 
     Source: TerDiT section 3.1 (https://arxiv.org/abs/2405.14854).
     """
-    if weight.dim() != 2 or not weight.is_floating_point() or weight.numel() == 0:
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point() or weight.numel() == 0:
         raise ValueError(
-            f"`ternarize` takes a non-empty floating-point matrix (out_features, in_features), got shape"
-            f" {tuple(weight.shape)}, {weight.dtype}."
+            f"`ternarize` takes a non-empty floating-point matrix (out_features, in_features), got {describe(weight)}."
         )
     check_scale_granularity(scale_granularity)
     return _Ternarize.apply(weight, scale_granularity)
@@ -158,14 +162,18 @@ def pack_ternary(ternary: Tensor) -> Tensor:
     Raises:
         ValueError: Not a matrix, N not a multiple of 4, or a value that is not -1, 0 or +1 (NaN included).
     """
-    if ternary.dim() != 2 or ternary.shape[0] % CODES_PER_BYTE:
+    if not isinstance(ternary, Tensor) or ternary.dim() != 2 or ternary.shape[0] % CODES_PER_BYTE:
         raise ValueError(
-            f"Packing needs a matrix with `out_features` a multiple of {CODES_PER_BYTE}, got shape"
-            f" {tuple(ternary.shape)}. Keep this layer in float format, or pad its outputs."
+            f"Packing needs a matrix with `out_features` a multiple of {CODES_PER_BYTE}, got {describe(ternary)}."
+            " Keep this layer in float format, or pad its outputs."
         )
     codes = ternary.to(torch.int8) if ternary.is_floating_point() else ternary
-    if not ((codes == ternary) & (codes >= -1) & (codes <= 1)).all():
-        raise ValueError("`pack_ternary` takes values in {-1, 0, +1}; call `ternarize` on the weight first.")
+    fits = None if ternary.is_complex() else (codes == ternary) & (codes >= -1) & (codes <= 1)
+    if fits is None or not fits.all():
+        found = ternary.dtype if fits is None else f"{ternary[~fits][0].item():.6g}"
+        raise ValueError(
+            f"`pack_ternary` takes values in {{-1, 0, +1}}, got {found}; call `ternarize` on the weight first."
+        )
     quarters = (codes + 1).to(torch.uint8).chunk(CODES_PER_BYTE)  # 4 x (N/4, K)
     return quarters[0] << 6 | quarters[1] << 4 | quarters[2] << 2 | quarters[3]
 
@@ -184,10 +192,9 @@ def unpack_ternary(weight_packed: Tensor, dtype: torch.dtype = torch.float32) ->
     Raises:
         ValueError: `weight_packed` is not a uint8 matrix.
     """
-    if weight_packed.dtype != torch.uint8 or weight_packed.dim() != 2:
+    if not isinstance(weight_packed, Tensor) or weight_packed.dtype != torch.uint8 or weight_packed.dim() != 2:
         raise ValueError(
-            f"`unpack_ternary` takes a uint8 matrix (out_features / 4, in_features), got shape"
-            f" {tuple(weight_packed.shape)}, {weight_packed.dtype}."
+            f"`unpack_ternary` takes a uint8 matrix (out_features / 4, in_features), got {describe(weight_packed)}."
         )
     codes = torch.cat([weight_packed >> shift & 3 for shift in (6, 4, 2, 0)])  # (N, K)
     return codes.to(torch.int8).sub_(1).to(dtype)

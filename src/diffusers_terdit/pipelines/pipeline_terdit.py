@@ -130,6 +130,17 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
         guidance_channels: int | None = None,
     ):
         super().__init__()
+        if not isinstance(transformer, torch.nn.Module):
+            raise ValueError(
+                f"`transformer` must be a TerDiTTransformer2DModel, got {type(transformer).__name__}. To load a folder"
+                " or Hub repository, call `TerDiTPipeline.from_pretrained`."
+            )
+        if not hasattr(scheduler, "set_timesteps"):
+            raise ValueError(
+                f"`scheduler` must be a scheduler of diffusers, such as DDPMScheduler, got {type(scheduler).__name__}."
+            )
+        if vae is not None and not hasattr(vae, "decode"):
+            raise ValueError(f"`vae` must be an AutoencoderKL or None, got {type(vae).__name__}.")
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         channels = transformer.config.in_channels
         whole = isinstance(guidance_channels, int) and not isinstance(guidance_channels, bool)
@@ -138,10 +149,12 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
                 f"`guidance_channels` must be None (all) or an int from 1 to {channels}, got {guidance_channels!r}."
             )
         if id2label is not None:
+            if not isinstance(id2label, dict):
+                raise ValueError(f"`id2label` must be a dict of names by class id, got {type(id2label).__name__}.")
             id2label = {str(key): str(value) for key, value in id2label.items()}
             wrong = [key for key in id2label if not key.isdecimal()]
             if wrong:
-                raise ValueError(f"The keys of `id2label` must be class ids, got {wrong[:5]}.")
+                raise ValueError(f'The keys of `id2label` must be class ids, such as 0 or "0", got {wrong[:5]}.')
         self.register_to_config(id2label=id2label, guidance_channels=guidance_channels)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -156,7 +169,7 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
         """
         path = os.fspath(pretrained_model_name_or_path)
         if not os.path.isdir(path) and (os.path.isabs(path) or path.count("/") > 1 or path.startswith((".", "~"))):
-            raise FileNotFoundError(f"{path} is not a folder.")
+            raise FileNotFoundError(f"{path} is not a folder. Pass that of a saved pipeline, or a Hub id.")
         with hub_errors(path, kwargs.get("revision")):
             return super().from_pretrained(path, **kwargs)
 
@@ -225,7 +238,11 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
         for name, ids in names.items():
             any_case.setdefault(name.casefold(), []).extend(ids)
         class_ids: list[int] = []
-        for name in [label] if isinstance(label, str) else label:
+        for name in label if isinstance(label, (list, tuple)) else [label]:
+            if not isinstance(name, str):
+                raise ValueError(
+                    f"A label name is a string, got {name!r}. A class id needs no look-up: pass it as it is."
+                )
             ids = names.get(name.strip()) or any_case.get(name.strip().casefold(), [])
             ids = ids or [
                 class_id for label, class_id in self.labels.items() if label == name.strip()
@@ -316,6 +333,7 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
         if self.vae is not None and self.vae.config.latent_channels != config.in_channels:
             raise ValueError(
                 f"The VAE has {self.vae.config.latent_channels} latent channels, the transformer {config.in_channels}."
+                " Pass the VAE that the transformer was trained with."
             )
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
@@ -330,7 +348,8 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
             )
         if self._uses_learned_variance() and not config.learn_sigma:
             raise ValueError(
-                "The scheduler expects a learned variance, but this model predicts none (learn_sigma=False). Use"
+                f"This {type(self.scheduler).__name__} expects a learned variance, but this model predicts none"
+                " (learn_sigma=False). Use"
                 ' `DDPMScheduler.from_config(pipe.scheduler.config, variance_type="fixed_small")`.'
             )
 
@@ -467,6 +486,11 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
         width = default_size if width is None else width
 
         # 1. Check
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(
+                f"`callback_on_step_end` must be a function (pipe, step, timestep, kwargs) -> dict, got"
+                f" {callback_on_step_end!r:.80}."
+            )
         class_ids = self._class_ids(class_labels)
         self.check_inputs(
             class_ids, height, width, num_inference_steps, guidance_scale, num_images_per_prompt, generator, latents,
@@ -522,6 +546,11 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
                     for name in callback_inputs:
                         callback_kwargs[name] = locals()[name]
                     callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
+                    if not isinstance(callback_outputs, dict):
+                        raise ValueError(
+                            "`callback_on_step_end` must return a dict, such as the one it is called with, got"
+                            f" {callback_outputs!r:.80}."
+                        )
                     latents = callback_outputs.pop("latents", latents)
                 progress_bar.update()
 

@@ -128,7 +128,9 @@ def save_checkpoint(
                 try:
                     save_file(gathered, partial / f"{name}.safetensors")
                 except SafetensorError as error:
-                    raise OSError(f"Could not write {partial / name}.safetensors: {error}") from error
+                    raise OSError(
+                        f"Could not write {partial / name}.safetensors: {error}. Free some space, or save elsewhere."
+                    ) from error
         if partial is not None:
             model.save_config(partial)
             (partial / STATE_NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
@@ -147,7 +149,7 @@ def load_checkpoint(
     """
     folder = Path(folder)
     if not (folder / STATE_NAME).is_file():
-        raise OSError(f"{folder} is no checkpoint: it has no {STATE_NAME}.")
+        raise OSError(f"{folder} is no checkpoint: it has no {STATE_NAME}. Pass a `checkpoint-N` folder.")
     for name, module in (("model", model), ("ema", ema_model)):
         _restore(folder / f"{name}.safetensors", module.state_dict())
     names = _parameter_names(model, optimizer)
@@ -158,7 +160,10 @@ def load_checkpoint(
         for key in file.keys():  # noqa: SIM118
             name, _, kind = key.rpartition(".")
             if name not in indices:
-                raise ValueError(f"{folder}: `{name}` is no parameter of this optimizer.")
+                raise ValueError(
+                    f"{folder}: `{name}` is no parameter of this optimizer. Resume with the options it was trained"
+                    " with."
+                )
             tensor = file.get_tensor(key)
             values.setdefault(indices[name], {})[kind] = _part(tensor, parameters[name]) if tensor.ndim else tensor
     # The hyperparameters are the running optimizer's.
@@ -233,9 +238,15 @@ def _restore(path: Path, targets: dict[str, Tensor]) -> None:
     with safe_open(path, framework="pt") as file:
         if set(file.keys()) != set(targets):
             odd = sorted(set(file.keys()) ^ set(targets))
-            raise ValueError(f"{path} is not of this model: {len(odd)} tensors differ, such as `{odd[0]}`.")
+            raise ValueError(
+                f"{path} is not of this model: {len(odd)} tensors differ, such as `{odd[0]}`. Resume with the options"
+                " it was trained with."
+            )
         for name, target in targets.items():
             tensor = file.get_tensor(name)
             if tensor.shape != target.shape:
-                raise ValueError(f"{path}: `{name}` is {list(tensor.shape)}, the model's is {list(target.shape)}.")
+                raise ValueError(
+                    f"{path}: `{name}` is {list(tensor.shape)}, the model's is {list(target.shape)}. Resume with the"
+                    " options it was trained with."
+                )
             target.copy_(_part(tensor, target))

@@ -116,6 +116,10 @@ class ImageSamples(Dataset):
         check_columns(dataset.column_names, image_column, label_column)
         feature = dataset.features[label_column]
         labels = list(dataset[label_column])
+        if not labels:
+            raise ValueError(
+                f"The data set has the columns {', '.join(dataset.column_names)}, but no rows. Take another split."
+            )
         if isinstance(feature, ClassLabel):
             names = feature.names
         else:
@@ -164,18 +168,18 @@ class ImageSamples(Dataset):
             image = source if isinstance(source, Image.Image) else Image.open(source)
             return prepare_image(image, self.resolution, self.channels)
         except (OSError, ValueError, SyntaxError, TypeError) as error:  # Pillow raises all of these
-            raise OSError(f"image {index} ({source}) cannot be read: {error}") from error
+            raise OSError(f"image {index} ({source}) cannot be read: {error}. Repair or remove it.") from error
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if not 0 <= index < len(self):  # what ends a `for` over the samples
-            raise IndexError(f"There are {len(self)} images, no number {index}.")
+            raise IndexError(f"There are {len(self)} images, numbered from 0, no number {index}.")
         for offset in range(100):
             other = (index + offset) % len(self)
             try:
                 return self.read(other), self.labels[other]
             except OSError as error:
                 logger.warning(f"Skipped: {error}")
-        raise OSError(f"100 images in a row, from number {index}, cannot be read.")
+        raise OSError(f"100 images in a row, from number {index}, cannot be read. The log names each of them.")
 
 
 class LatentSamples(Dataset):
@@ -189,11 +193,11 @@ class LatentSamples(Dataset):
         self.folder = Path(folder)
         try:
             self.info = json.loads((self.folder / LATENTS_NAME).read_text(encoding="utf-8"))
-        except OSError as error:
+            self.id2label = {int(key): name for key, name in self.info["id2label"].items()}
+            self.flip = self.info["flip"]
+            self.ends = np.cumsum([shard["num_samples"] for shard in self.info["shards"]])
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise OSError(f"{folder} holds no whole latent cache: {error}. Run cache_latents.py (again).") from error
-        self.id2label = {int(key): name for key, name in self.info["id2label"].items()}
-        self.flip = self.info["flip"]
-        self.ends = np.cumsum([shard["num_samples"] for shard in self.info["shards"]])
         self._open: dict[int, Any] = {}
 
     def __len__(self) -> int:
@@ -237,6 +241,8 @@ class Examples(Dataset):
         class_dropout_prob: float = 0.1,
         continuous_time: bool = False,
     ):
+        if hasattr(samples, "__len__") and not len(samples):
+            raise ValueError(f"`samples` holds none, got {samples!r:.80}. Pass at least one.")
         self.samples, self.seed, self.latent_shape, self.num_classes = samples, seed, latent_shape, num_classes
         self.class_dropout_prob, self.continuous_time = class_dropout_prob, continuous_time
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
@@ -350,7 +356,9 @@ def open_dataset(name: str, config_name: str | None = None, split: str = "train"
     try:
         return load_dataset(path, config_name, data_files=files, split=split, streaming=streaming)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name!r} (config {config_name}, split {split!r}) cannot be loaded: {error}") from error
+        raise ValueError(
+            f"{name!r} (config {config_name}, split {split!r}) cannot be loaded: {error} Check name, config and split."
+        ) from error
 
 
 def check_columns(columns: Sequence[str], *wanted: str) -> None:
@@ -400,7 +408,9 @@ def stream_samples(
                     position = next(wanted, None)
             start += size
         if start == epoch_start:
-            raise ValueError("The stream holds no samples.")
+            raise ValueError(
+                f"The stream holds no samples in its {num_shards} shards. Take another data set or split."
+            )
 
 
 class ShardedStream:
@@ -426,7 +436,10 @@ class ShardedStream:
         check_columns(list(dataset.features), image_column, label_column)
         feature = dataset.features[label_column]
         if not isinstance(feature, ClassLabel):
-            raise ValueError(f"Streaming needs labels of type ClassLabel, column {label_column!r} is {feature}.")
+            raise ValueError(
+                f"Streaming needs labels of type ClassLabel, column {label_column!r} is {feature}. Load it without"
+                " --streaming."
+            )
         self.dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
         self.image_column, self.label_column, self.seed = image_column, label_column, seed
         self.id2label, self.flip, self.kwargs = dict(enumerate(feature.names)), kwargs["flip"], kwargs

@@ -37,7 +37,9 @@ def training_scheduler(
 def packed_model(model: TerDiTTransformer2DModel) -> TerDiTTransformer2DModel:
     """A packed copy of a float-format model, on the CPU, made without a second float copy of the ternary weights."""
     if not model.config.ternary:
-        raise ValueError("This model is full precision (ternary=False); it has no ternary weights to pack.")
+        raise ValueError(
+            "This model is full precision (ternary=False); it has no ternary weights to pack. Save it as it is."
+        )
     packed = TerDiTTransformer2DModel.from_config(model.config, weight_format="packed")
     codes = {f"{name}.weight_packed": tensor for name, tensor in packed_codes(model).items()}
     names = packed.state_dict().keys()
@@ -211,7 +213,7 @@ def image_grid(
         padding (`int`): Pixels between cells.
     """
     if not images:
-        raise ValueError("A grid needs at least one image.")
+        raise ValueError(f"A grid needs at least one image, got {images!r}.")
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     factor = math.ceil(min_side / min(images[0].size)) if min(images[0].size) < min_side else 1

@@ -60,7 +60,8 @@ def transfer_weights(source: TerDiTTransformer2DModel, target: TerDiTTransformer
             if name != "class_embed.weight":
                 found = list(weights[name].shape) if name in weights else "absent"
                 raise ValueError(
-                    f"`{name}` is {list(value.shape)} in the new model, {found} in the one to start from."
+                    f"`{name}` is {list(value.shape)} in the new model, {found} in the one to start from. Give the new"
+                    " one its sizes."
                 )
             fresh.append(name)
         else:
