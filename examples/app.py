@@ -236,6 +236,30 @@ def names_of(pipe: TerDiTPipeline) -> dict[int, str]:
     return {i: id2label.get(str(i), f"class {i}").split(",")[0] for i in range(pipe.transformer.config.num_classes)}
 
 
+def pictures(
+    sampler: Sampler,
+    names: dict[int, str],
+    label: int | None,
+    seed: float | None,
+    num_images: float,
+    steps: float,
+    guidance: float,
+    scheduler: str,
+    visitor: str | None = None,
+) -> Iterator[str]:
+    """What the page shows, from what its fields hold; an error is what it says instead."""
+    if label is None:
+        raise gr.Error("Choose a class: none is chosen.", print_exception=False)
+    if seed is None or seed != int(seed) or not 0 <= seed <= MAX_SEED:
+        raise gr.Error(f"The seed must be a whole number from 0 to {MAX_SEED}, got {seed}.", print_exception=False)
+    settings = Settings(label, int(seed), int(num_images), int(steps), guidance, scheduler)
+    try:
+        for update in sampler.sample(settings, visitor):
+            yield show(update, settings, names[label])
+    except ValueError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+
+
 def build(pipe: TerDiTPipeline, name: str, num_inference_steps: int = 50, guidance_scale: float = 4.0) -> gr.Blocks:
     """The page.
 
@@ -253,16 +277,9 @@ def build(pipe: TerDiTPipeline, name: str, num_inference_steps: int = 50, guidan
     def generate(
         label: int, seed: float, num_images: float, steps: float, guidance: float, scheduler: str, request: gr.Request
     ) -> Iterator[str]:
-        if label is None:
-            raise gr.Error("Choose a class.", print_exception=False)
-        if seed is None or seed != int(seed) or not 0 <= seed <= MAX_SEED:
-            raise gr.Error(f"The seed must be a whole number from 0 to {MAX_SEED}, got {seed}.", print_exception=False)
-        settings = Settings(label, int(seed), int(num_images), int(steps), guidance, scheduler)
-        try:
-            for update in sampler.sample(settings, request.session_hash):
-                yield show(update, settings, names[label])
-        except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+        yield from pictures(
+            sampler, names, label, seed, num_images, steps, guidance, scheduler, visitor=request.session_hash
+        )
 
     def stop(request: gr.Request) -> None:
         sampler.stop(request.session_hash)

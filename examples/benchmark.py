@@ -124,7 +124,7 @@ def measure_memory(folder: str, size: int, dtype: torch.dtype, bits: int | str |
         labels = torch.tensor([min(207, null - 1), null])
         output = model(sample, torch.tensor(500), labels).sample
     if not output.isfinite().all():
-        raise RuntimeError("The forward pass gave numbers that are not finite.")
+        raise RuntimeError(f"The forward pass in {dtype} gave numbers that are not finite. Try --dtype float32.")
     print(f"{imported:.2f} {loaded:.2f} {peak_memory():.2f} {time.perf_counter() - start:.1f}")
 
 
@@ -313,7 +313,7 @@ def serve_steps(folder: str, dtype: torch.dtype, device: str) -> None:
             latents = next(steps)
             answer = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - busy}
             if not latents.isfinite().all():
-                raise RuntimeError("The step gave numbers that are not finite.")
+                raise RuntimeError(f"The step in {dtype} gave numbers that are not finite. Try --dtypes float32.")
         else:
             answer = report | {"peak_bytes": round(peak_memory() * 2**30)}
             if device == "cuda":
@@ -417,10 +417,12 @@ def deployment(args: argparse.Namespace) -> None:
     if args.turns < 1:
         raise SystemExit(f"--turns must be 1 or more, got {args.turns}.")
     if args.device == "cuda" and not args.render and not torch.cuda.is_available():
-        raise SystemExit("This torch sees no GPU; leave out --device cuda.")
+        raise SystemExit(f"This torch sees no GPU; leave out --device {args.device}.")
     names = [name for name, _ in args.models]
     if len(set(names)) < len(names):
-        raise SystemExit(f"--models has a name twice: {', '.join(names)}.")
+        raise SystemExit(
+            f"--models has a name twice: {', '.join(names)}. Leave one out, or rename it with name=folder."
+        )
     data = json.loads(path.read_text()) if path.exists() else {"models": [], "turns": []}
     if not args.render:
         args.output_dir.mkdir(parents=True, exist_ok=True)

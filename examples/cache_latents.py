@@ -129,7 +129,9 @@ def main(argv=None) -> None:
                 flipped = encode(vae, images.flip(-1))
                 tensors["moments_flipped"].append(flipped.to(getattr(torch, args.dtype)).cpu())
         if not tensors["labels"]:
-            raise SystemExit(f"None of the images {indices.start} to {indices.stop - 1} can be read.")
+            raise SystemExit(
+                f"None of the images {indices.start} to {indices.stop - 1} can be read. The log above names them."
+            )
         whole = {name: torch.cat(parts).contiguous() for name, parts in tensors.items() if parts}
         partial = path.with_suffix(".partial")
         save_file(whole, partial, metadata=settings)

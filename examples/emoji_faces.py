@@ -73,7 +73,8 @@ def write_faces(package: Path, output_dir: Path, resolution: int = 32) -> list[s
     faces = sorted(filter(is_face, json.loads(index.read_text("utf-8"))), key=lambda emoji: emoji["sort_order"])
     if not faces:
         raise ValueError(
-            f'{index} lists no faces (subcategories face-*, cat-face, monkey-face of "Smileys & Emotion").'
+            f'{index} lists no faces (subcategories face-*, cat-face, monkey-face of "Smileys & Emotion"). Unpack it'
+            " again."
         )
     missing = [emoji["image"] for emoji in faces if not (pictures / emoji["image"]).is_file()]
     if missing:
@@ -84,7 +85,7 @@ def write_faces(package: Path, output_dir: Path, resolution: int = 32) -> list[s
     names = [name for text in labels for name in text.split(", ")]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"{index} gives two faces the name {twice[0]!r}; a label must mean one picture.")
+        raise ValueError(f"{index} gives two faces the name {twice[0]!r}; a label must mean one picture. Rename one.")
 
     for emoji, name in zip(faces, labels, strict=True):
         with Image.open(pictures / emoji["image"]) as image:

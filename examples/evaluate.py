@@ -73,7 +73,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--images_seen", type=int, help="in training, for the report; default what the model's folder says")
     args = parser.parse_args(argv)
     if min(args.num_images, args.batch_size, args.num_inference_steps, args.feature_batch_size) < 1:
-        parser.error("--num_images, --batch_size, --num_inference_steps and --feature_batch_size must be at least 1")
+        given = f"{args.num_images}, {args.batch_size}, {args.num_inference_steps}, {args.feature_batch_size}"
+        parser.error(
+            "--num_images, --batch_size, --num_inference_steps and --feature_batch_size must be at least 1, got "
+            + given
+        )
     if args.inception_weights and args.feature_network:
         parser.error("pass one of --inception_weights, --feature_network")
     return args
@@ -284,16 +288,21 @@ def reference_statistics(args, network: nn.Module, shape: tuple[int, ...], devic
         images = to_uint8(training.Digits(train=True).images)
     elif Path(name).is_dir():
         if height != width:
-            raise SystemExit(f"A folder of references is read as squares, but the samples are {height} x {width}.")
+            raise SystemExit(
+                f"A folder of references is read as squares, but the samples are {height} x {width}. Pass an .npz."
+            )
         images = FolderImages(name, height, channels)
     elif not Path(name).is_file():
-        raise SystemExit(f"--reference {name}: no such file or folder.")
+        raise SystemExit(f'--reference {name}: no such file or folder. Pass one, or "digits".')
     elif zipfile.is_zipfile(name) and "mu.npy" in zipfile.ZipFile(name).namelist():
         adm = True
     else:
         images = metrics.open_samples(name)
         if images.shape[1:] != shape[1:]:
-            raise SystemExit(f"The images of {name} are {images.shape[1:]}, the samples {shape[1:]} (H, W, C).")
+            raise SystemExit(
+                f"The images of {name} are {images.shape[1:]}, the samples {shape[1:]} (H, W, C). Pass others as"
+                " --reference."
+            )
 
     if adm:
         data = file_digest(name)
@@ -372,7 +381,9 @@ def main(argv=None) -> None:
         args.reference = "digits"
     network = feature_network(args, device) if accelerator.is_main_process else None
     if accelerator.is_main_process and args.reference and network is None:
-        raise SystemExit("--reference needs a network: pass --inception_weights or --feature_network.")
+        raise SystemExit(
+            f"--reference {args.reference} needs a network: pass --inception_weights or --feature_network."
+        )
     pipe = load_pipeline(args, device)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     settings = {

@@ -209,7 +209,7 @@ def mag_ratios(pipe: TerDiTPipeline, steps: int, call: dict[str, Any]) -> list[f
         pipe.transformer.disable_cache()
     found = re.search(r"^\[[-\d., e]+\]$", text.getvalue(), re.MULTILINE)
     if found is None:
-        raise RuntimeError("MagCache's calibration printed no list of ratios.")
+        raise RuntimeError(f"MagCache's calibration of {steps} steps printed no list of ratios. Update diffusers.")
     return json.loads(found.group())
 
 

@@ -101,7 +101,7 @@ def describe(module: nn.Module) -> str:
     if isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
         kind = "RMSNorm" if isinstance(module, nn.RMSNorm) else "LayerNorm"
         return f"{kind} {module.normalized_shape[0]:,}"
-    raise ValueError(f"No words for a {type(module).__name__}.")
+    raise ValueError(f"No words for a {type(module).__name__}. Add it to `describe`.")
 
 
 def modules_to_draw(model: TerDiTTransformer2DModel) -> Iterable[str]:
@@ -113,7 +113,9 @@ def modules_to_draw(model: TerDiTTransformer2DModel) -> Iterable[str]:
     first = [(name, describe(m)) for name, m in model.transformer_blocks[0].named_modules() if _counts(m)]
     for block in model.transformer_blocks:
         if [(name, describe(m)) for name, m in block.named_modules() if _counts(m)] != first:
-            raise ValueError("The blocks differ, so one cannot stand for all.")
+            raise ValueError(
+                f"The blocks differ, so one cannot stand for all {len(model.transformer_blocks)}. Draw another model."
+            )
     outside = [n for n, m in model.named_modules() if _counts(m) and not n.startswith("transformer_blocks.")]
     return [*outside, *(BLOCK + name for name, _ in first)]
 

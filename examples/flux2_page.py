@@ -210,7 +210,7 @@ def measure_forward(folder: Path, how: str, peak_memory: Callable[[], float]) ->
     with torch.inference_mode():
         output = model(**values, return_dict=False)[0]
     if not output.isfinite().all():
-        raise RuntimeError("The forward pass gave numbers that are not finite.")
+        raise RuntimeError(f"The forward pass in {how} gave numbers that are not finite. Try float32.")
     return {
         "imports_gib": imports,
         "loaded_gib": loaded,

@@ -72,7 +72,8 @@ def run(args: argparse.Namespace, machine: str, command: str) -> None:
     if args.device == "cuda" and not args.render and not torch.cuda.is_available():
         raise SystemExit("This torch sees no GPU. --device cpu tries the code, but what it prints is no measurement.")
     if min(args.turns, *args.rows, *args.batch_sizes) < 1:
-        raise SystemExit("--turns, --rows and --batch_sizes must be 1 or more.")
+        least = min(args.turns, *args.rows, *args.batch_sizes)
+        raise SystemExit(f"--turns, --rows and --batch_sizes must be 1 or more, got {least}.")
     data = json.loads(path.read_text()) if path.exists() else {}
     if not args.render:
         args.output_dir.mkdir(parents=True, exist_ok=True)

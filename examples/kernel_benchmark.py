@@ -99,12 +99,13 @@ def kernel_source(text: str) -> tuple[str, Linear]:
         found = importlib.import_module(module)
     except Exception as error:
         raise argparse.ArgumentTypeError(
-            f"module {module!r} of {text!r} cannot be imported: {type(error).__name__}: {error}"
+            f"module {module!r} of {text!r} cannot be imported: {type(error).__name__}: {error}. Put it here, or"
+            " install it."
         ) from error
     for part in name.split("."):
         found = getattr(found, part, None)
     if not callable(found):
-        raise argparse.ArgumentTypeError(f"module {module!r} has no function {name!r}")
+        raise argparse.ArgumentTypeError(f"module {module!r} has no function {name!r}; define it there")
     return text, found
 
 
@@ -367,13 +368,16 @@ def check_kernel(name: str, function: Linear, dtype: torch.dtype, tolerance: flo
             with garbage_in_new_memory():
                 output = function(*given)
         except Exception as error:
-            raise SystemExit(f"{name} fails at {case}: {type(error).__name__}: {error}") from error
+            raise SystemExit(
+                f"{name} fails at {case}: {type(error).__name__}: {error}. It must take (input, weight_packed,"
+                " weight_scale, bias)."
+            ) from error
         if not isinstance(output, Tensor) or output.shape != expected.shape or output.dtype != dtype:
             got = (tuple(output.shape), output.dtype) if isinstance(output, Tensor) else type(output).__name__
             raise SystemExit(f"{name} must return {tuple(expected.shape)}, {dtype} at {case}; it returned {got}.")
         for tensor, before in zip(given, (x, packed, scale, bias), strict=True):
             if before is not None and not torch.equal(tensor, before):
-                raise SystemExit(f"{name} changes what it is given, at {case}.")
+                raise SystemExit(f"{name} changes what it is given, at {case}. Write to a new tensor.")
         if not output.isfinite().all():
             raise SystemExit(f"{name} gives NaN or infinity at {case}; does it write every output?")
         difference = (output.double() - expected).abs().max().item()

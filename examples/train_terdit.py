@@ -305,7 +305,7 @@ def main(argv=None) -> None:
         if args.total_batch_size % per_pass:
             raise SystemExit(
                 f"--total_batch_size {args.total_batch_size} is no multiple of {accelerator.num_processes} process(es)"
-                f" x --train_batch_size {args.train_batch_size}."
+                f" x --train_batch_size {args.train_batch_size}. Change one of the two."
             )
         args.gradient_accumulation_steps = args.total_batch_size // per_pass
     batch_size = per_pass * args.gradient_accumulation_steps
@@ -336,7 +336,10 @@ def main(argv=None) -> None:
     transformer = build_transformer(args, latent_shape[1], latent_shape[0], num_classes).train().to(device)
     teacher = training.load_transformer(args.teacher).requires_grad_(False).to(device) if args.teacher else None
     if teacher is not None and teacher.config.num_classes != num_classes:
-        raise SystemExit(f"--teacher knows {teacher.config.num_classes} classes, the data has {num_classes}.")
+        raise SystemExit(
+            f"--teacher knows {teacher.config.num_classes} classes, the data has {num_classes}. Pass a teacher of"
+            " these."
+        )
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     ema_model = copy.deepcopy(transformer).requires_grad_(False).eval()

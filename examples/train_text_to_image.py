@@ -174,7 +174,7 @@ def open_images(folder: Path, resolution: int, channels: int) -> training.ImageS
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     for number, row in enumerate(rows, start=1):
         if not {"file_name", "text"} <= row.keys():
-            raise SystemExit(f"{path}, line {number} has no file_name or no text: {row}.")
+            raise SystemExit(f"{path}, line {number} has no file_name or no text: {row}. Add or remove it.")
     captions = sorted({row["text"] for row in rows})
     numbers = {caption: i for i, caption in enumerate(captions)}
     paths, labels = [folder / row["file_name"] for row in rows], [numbers[row["text"]] for row in rows]
@@ -269,9 +269,15 @@ def open_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> PixArtA
         pipe.transformer = new_transformer((4, 4, 4), pipe.text_encoder.config.d_model)
     config = pipe.transformer.config
     if config.use_additional_conditions:
-        raise SystemExit("This PixArt is told size and aspect ratio, which this script has not; take one of 512 px.")
+        raise SystemExit(
+            f"{args.pretrained_model_name_or_path} is told size and aspect ratio, which this script has not; take one"
+            " of 512 px."
+        )
     if pipe.scheduler.config.prediction_type != "epsilon":
-        raise SystemExit(f"This script trains the prediction of noise, not {pipe.scheduler.config.prediction_type!r}.")
+        raise SystemExit(
+            f"This script trains the prediction of noise, not {pipe.scheduler.config.prediction_type!r}. Pass another"
+            " --pretrained_model_name_or_path."
+        )
     for part in (pipe.vae, pipe.text_encoder):
         part.requires_grad_(False).to(accelerator.device)
     return pipe
@@ -391,7 +397,7 @@ def main(argv=None) -> None:
         if (state["batch_size"], state["seed"]) != (batch_size, args.seed):
             raise SystemExit(
                 f"{folder} was trained with {state['batch_size']} samples per step and seed {state['seed']}, this run"
-                f" has {batch_size} and {args.seed}."
+                f" has {batch_size} and {args.seed}. Pass the same, or another --output_dir."
             )
     if main_process:
         training.cut_log(log_path, step)
