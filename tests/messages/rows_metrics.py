@@ -1,0 +1,224 @@
+"""Metrics: statistics, scores, files of samples, references and networks."""
+
+import numpy as np
+import torch
+from message_table import REASON, Fixed, Row, edit_tensors
+from safetensors.torch import save_file
+from torch import nn
+
+from diffusers_terdit import metrics
+from diffusers_terdit.metrics import inception
+from diffusers_terdit.metrics.digits import digits_classifier
+
+
+IMAGES = np.arange(6 * 2 * 2, dtype=np.uint8).reshape(6, 2, 2, 1)
+PUBLISHED = "weights-inception-2015-12-05-6726825d.pth"
+AGAIN = "Write or download it again."
+INF = torch.tensor([[1.0, 2.0], [float("inf"), 0.0], [3.0, 1.0]])
+TWO = torch.tensor([[1.0, 2.0], [0.5, 0.0], [3.0, 1.0]])
+
+
+class Net(nn.Module):
+    """What `give` makes of the images."""
+
+    def __init__(self, give=lambda images: images.flatten(1), channels=1):
+        super().__init__()
+        self.give, self.channels = give, channels
+
+    def forward(self, images):
+        return self.give(images)
+
+
+def statistics(images=IMAGES, **options):
+    return metrics.image_statistics(images, options.pop("network", None) or Net(), **options)
+
+
+def counted(*rows):
+    found = metrics.GaussianStatistics(2)
+    for row in rows:
+        found.update(row)
+    return found
+
+
+def moments(mean, covariance):
+    return metrics.GaussianStatistics.from_moments(mean, covariance, 9)
+
+
+def saved(metadata=None, **changes):
+    """Load statistics, after a change of their file."""
+
+    def provoke(w):
+        statistics().save(w.tmp / "x.safetensors")
+        edit_tensors(w.tmp / "x.safetensors", metadata, **changes)
+        metrics.ImageStatistics.load(w.tmp / "x.safetensors")
+
+    return provoke
+
+
+def file_of(text, load):
+    def provoke(w):
+        (w.tmp / "x").write_bytes(text)
+        load(w.tmp / "x")
+
+    return provoke
+
+
+def foreign(w):
+    save_file({"a": torch.zeros(1)}, w.tmp / "x", {"format": "pt"})
+    metrics.ImageStatistics.load(w.tmp / "x")
+
+
+def adm(**arrays):
+    def provoke(w):
+        np.savez(w.tmp / "x.npz", **arrays)
+        metrics.ImageStatistics.from_adm(w.tmp / "x.npz", Net())
+
+    return provoke
+
+
+def pickled(thing):
+    def provoke(w):
+        torch.save(thing, w.tmp / "x.pth")
+        inception.InceptionV3(w.tmp / "x.pth")
+
+    return provoke
+
+
+def npz(damage, **arrays):
+    def provoke(w):
+        np.savez(w.tmp / "x.npz", **arrays)
+        data = (w.tmp / "x.npz").read_bytes()
+        (w.tmp / "x.npz").write_bytes(damage(data))
+        metrics.open_samples(w.tmp / "x.npz")
+
+    return provoke
+
+
+def npy(damage):
+    def provoke(w):
+        np.save(w.tmp / "x.npy", IMAGES)
+        data = (w.tmp / "x.npy").read_bytes()
+        (w.tmp / "x.npy").write_bytes(damage(data))
+        metrics.open_samples(w.tmp / "x.npy")
+
+    return provoke
+
+
+# fmt: off
+ROWS = [
+    # moments
+    Row("gaussian-width", lambda w: metrics.GaussianStatistics(0), ValueError, "got 0", "must be at least 1", REASON),
+    Row("moments-shape", lambda w: moments(torch.zeros(2), torch.eye(3)), ValueError,
+        "(2,) and (3, 3)", "are a mean (D,) and a covariance (D, D)", REASON),
+    Row("moments-nan", lambda w: moments(torch.tensor([0.0, float("nan")]), torch.eye(2)), ValueError,
+        Fixed("NaN or infinity"), "The mean or the covariance holds", "Compute them again from finite features."),
+    Row("moments-symmetry", lambda w: moments(torch.zeros(2), torch.tensor([[1.0, 0.5], [0.0, 1.0]])), ValueError,
+        "up to 0.5", "is not symmetric", "Compute it again from the features."),
+    Row("moments-read", lambda w: moments(torch.zeros(2), torch.eye(2)).update(TWO), ValueError,
+        "of 9 rows", "take no more rows", "Count all rows with new ones."),
+    Row("moments-width", lambda w: counted(TWO[:, :1]), ValueError, "(3, 1)", "must be (N, 2)", REASON),
+    Row("moments-rows", lambda w: counted(INF), ValueError,
+        "rows 1,", "hold NaN or infinity", "Leave them out, or look at what made them."),
+    Row("moments-mean", lambda w: counted().mean, ValueError,
+        Fixed("no features"), "There is no mean", "call `update` first"),
+    Row("moments-one", lambda w: counted(TWO[:1]).covariance, ValueError, "got 1", "needs at least 2 rows", REASON),
+    Row("frechet-width", lambda w: metrics.frechet_distance(TWO, TWO[:, :1]), ValueError,
+        "2 and 1", "takes features of one width", REASON),
+    Row("frechet-vector", lambda w: metrics.frechet_distance(TWO[0], TWO), ValueError,
+        "(2,)", "must be a tensor (N, D)", REASON),
+    Row("frechet-array", lambda w: metrics.frechet_distance(TWO.numpy(), TWO), ValueError,
+        "ndarray", "must be a tensor (N, D)", REASON),
+    Row("frechet-negative", lambda w: metrics.frechet_distance(TWO, moments(torch.zeros(2), -torch.eye(2))),
+        ValueError,
+        "variance of -1", "This is no covariance", "Compute it again from the features."),
+
+    # scores
+    Row("score-split", lambda w: metrics.InceptionScore(0), ValueError, "got 0", "must be at least 1", REASON),
+    Row("score-vector", lambda w: metrics.inception_score(torch.ones(5)), ValueError,
+        "(5,)", "must be (N, K)", REASON),
+    Row("score-none", lambda w: metrics.inception_score(None), ValueError, "NoneType", "must be (N, K)", REASON),
+    Row("score-sum", lambda w: metrics.inception_score(torch.full((2, 2), 0.9)), ValueError,
+        "it sums to 1.8", "is no set of probabilities", "Pass the softmax of logits."),
+    Row("score-empty", lambda w: metrics.InceptionScore().value, ValueError,
+        Fixed("no images"), "There is no Inception Score", "call `update` first"),
+    Row("precision-neighbours", lambda w: metrics.precision_and_recall(TWO, TWO, neighbours=0), ValueError,
+        "0 and 2048", "must be at least 1", REASON),
+    Row("precision-widths", lambda w: metrics.precision_and_recall(TWO, TWO[:, :1]), ValueError,
+        "(3, 2) and (3, 1)", "take features (N, D) and (M, D)", REASON),
+    Row("precision-none", lambda w: metrics.precision_and_recall(TWO, None), ValueError,
+        "(3, 2) and NoneType", "take features (N, D) and (M, D)", REASON),
+    Row("precision-few", lambda w: metrics.precision_and_recall(TWO, TWO), ValueError,
+        "got 3", "3 neighbours need at least 4 samples", REASON),
+
+    # images and networks
+    Row("digits-shape", lambda w: digits_classifier()(torch.ones(2, 3, 8, 8)), ValueError,
+        "(2, 3, 8, 8)", "takes images (B, 1, 8, 8)", REASON),
+    Row("images-none", lambda w: statistics(None), ValueError,
+        "NoneType", "must hold uint8 images (N, H, W, C)", REASON),
+    Row("images-floats", lambda w: statistics(IMAGES / 2), ValueError,
+        "float64 (6, 2, 2, 1)", "must hold uint8 images (N, H, W, C)", REASON),
+    Row("images-empty", lambda w: statistics(IMAGES[:0]), ValueError, "(0, 2, 2, 1)", "holds no images", REASON),
+    Row("images-channels", lambda w: statistics(np.zeros((2, 3, 8, 8), np.uint8)), ValueError,
+        "(2, 3, 8, 8)", "must have 1 to 4 channels in its last dimension", "transpose it with (0, 2, 3, 1)"),
+    Row("images-network", lambda w: metrics.image_statistics(IMAGES, print), ValueError,
+        "builtin_function_or_method", "`network` must be a torch.nn.Module", REASON),
+    Row("images-batch", lambda w: statistics(batch_size=0), ValueError,
+        "0 and 50000", "`batch_size` must be at least 1", REASON),
+    Row("images-one", lambda w: statistics(IMAGES[:1]), ValueError, "got 1", "need at least 2 images", REASON),
+    Row("images-wanted", lambda w: statistics(network=Net(channels=2)), ValueError,
+        "takes 2 channels", "the images have 1", "Convert them."),
+    Row("images-progress", lambda w: statistics(batch_size=3, progress=lambda starts, total: starts[:1]), ValueError,
+        "3 of 6 images arrived", "must hand on all 2 batches", REASON),
+    Row("images-compare", lambda w: metrics.compare(statistics(name="a"), statistics(name="b")), ValueError,
+        "a (sha256", "were seen by two networks", "make one of them again"),
+    Row("images-chunk", lambda w: metrics.fingerprint(IMAGES, 0), ValueError, "got 0", "must be at least 1", REASON),
+    Row("network-dict", lambda w: statistics(network=Net(lambda images: {"logits": images})), ValueError,
+        "a dict of logits", "must give a tensor or a dict with `features`", REASON),
+    Row("network-shape", lambda w: statistics(network=Net(lambda images: images)), ValueError,
+        "(6, 1, 2, 2)", "must be (6, D) for 6 images", REASON),
+
+    # files of statistics and references
+    Row("statistics-absent", lambda w: metrics.ImageStatistics.load(w.tmp / "x"), FileNotFoundError,
+        "TMP/x", "There is no file", "`ImageStatistics.save` writes one"),
+    Row("statistics-text", file_of(b"text", metrics.ImageStatistics.load), OSError,
+        "TMP/x", "is no readable safetensors file", "Remove it and make it again."),
+    Row("statistics-format", foreign, ValueError,
+        "its format is 'pt'", "TMP/x holds no image statistics", "Pass a file that `ImageStatistics.save` wrote."),
+    Row("statistics-version", saved({"version": "2"}), ValueError,
+        "version '2'", "this package reads '1'", "Make it again."),
+    Row("statistics-digest", saved(vectors=torch.zeros(6, 4)), ValueError,
+        "TMP/x.safetensors", "its digest differs", "Make it again."),
+    Row("adm-absent", lambda w: metrics.ImageStatistics.from_adm(w.tmp / "x", Net()), FileNotFoundError,
+        "TMP/x", "There is no file", "Download the reference file, or correct the path."),
+    Row("adm-half", adm(mu=np.zeros(4)), ValueError, "TMP/x.npz", "only one of `mu` and `sigma`", REASON),
+    Row("adm-text", file_of(b"text", lambda path: metrics.ImageStatistics.from_adm(path, Net())), OSError,
+        "TMP/x", "is no whole .npz file", "Download it again."),
+    Row("adm-nothing", adm(x=np.zeros(4)), ValueError, "TMP/x.npz", "neither `arr_0` nor `mu` and `sigma`", REASON),
+    Row("adm-width", adm(arr_0=IMAGES, mu=np.zeros(9), sigma=np.eye(9)), ValueError,
+        "TMP/x.npz has 9 numbers", "gives 4", "Pass the network that made it."),
+    Row("adm-network", adm(arr_0=IMAGES, mu=np.full(4, 99.0), sigma=np.eye(4)), ValueError,
+        "TMP/x.npz", "was made by another network", "Pass the network that made it."),
+    Row("inception-absent", lambda w: inception.InceptionV3(w.tmp / "x"), FileNotFoundError,
+        "TMP/x", "There is no file", PUBLISHED),
+    Row("inception-text", file_of(b"text", inception.InceptionV3), OSError,
+        "TMP/x", "is no readable file of tensors", PUBLISHED),
+    Row("inception-list", pickled([1]), ValueError, "a list", "TMP/x.pth holds no state dict", PUBLISHED),
+    Row("inception-other", pickled({"a": torch.zeros(1)}), ValueError,
+        "TMP/x.pth", "does not hold FID's Inception", PUBLISHED),
+    Row("inception-images", lambda w: inception.InceptionV3.forward(None, torch.ones(1, 1, 8, 8)), ValueError,
+        "(1, 1, 8, 8)", "takes images (B, 3, H, W)", REASON),
+
+    # files of samples
+    Row("samples-absent", lambda w: metrics.open_samples(w.tmp / "x"), FileNotFoundError,
+        "TMP/x", "There is no file", "Write it with `numpy.save` or `numpy.savez`."),
+    Row("samples-text", file_of(b"text", metrics.open_samples), ValueError,
+        "b'text'", "is neither a .npz nor a .npy file", "Write it with `numpy.save` or `numpy.savez`."),
+    Row("samples-member", npz(lambda data: data[:2] + b"xx" + data[4:], arr_0=IMAGES), OSError,
+        "TMP/x.npz", "no member at byte 0", AGAIN),
+    Row("samples-name", npz(lambda data: data, images=IMAGES), ValueError,
+        "only images.npy", "has no `arr_0`", "Write it with `numpy.savez(path, images)`."),
+    Row("samples-cut", npy(lambda data: data[:-1]), OSError,
+        "TMP/x.npy", "its images take 24 bytes, it holds 23", AGAIN),
+    Row("samples-header", npy(lambda data: data[:6] + b"\x09\x00" + data[8:]), OSError,
+        "TMP/x.npy", "its array has no readable header", AGAIN),
+]

@@ -1,0 +1,122 @@
+"""Training: checkpoints, data, recipes, what a run starts from."""
+
+import torch
+from message_table import REASON, Fixed, Row, edit_tensors
+from PIL import Image
+from safetensors import SafetensorError
+
+from diffusers_terdit import training
+from diffusers_terdit.training import checkpointing
+
+
+OPTIONS = "Resume with the options it was trained with."
+
+
+def resumed(file=None, **changes):
+    """Load a checkpoint, after a change of one of its files."""
+
+    def provoke(w):
+        model, ema = w.model(), w.model()
+        optimizer = torch.optim.AdamW(training.parameter_groups(model))
+        folder = w.tmp / "checkpoint-1"
+        training.save_checkpoint(folder, model, ema, optimizer, {"step": 1})
+        edit_tensors(folder / file, **changes)
+        training.load_checkpoint(folder, model, ema, optimizer)
+
+    return provoke
+
+
+def no_file(w):
+    def refuse(*arguments):
+        raise SafetensorError("I/O error")
+
+    w.monkeypatch.setattr(checkpointing, "save_file", refuse)
+    resumed("model.safetensors")(w)
+
+
+def no_images(w):
+    (w.tmp / "cat").mkdir()
+    training.ImageSamples.from_folder(w.tmp, resolution=8)
+
+
+def images(count):
+    return lambda w: training.ImageSamples([w.tmp / "1.png"] * count, [0] * count, {0: "cat"}, 8)
+
+
+def latents(text):
+    def provoke(w):
+        if text:
+            (w.tmp / "latents.json").write_text(text)
+        training.LatentSamples(w.tmp)
+
+    return provoke
+
+
+def rows(**columns):
+    """A data set of pictures, `labels` of them."""
+    from datasets import Dataset
+
+    return Dataset.from_dict({"image": [Image.new("L", (8, 8))] * len(columns["label"]), **columns})
+
+
+def stream(dataset):
+    return training.ShardedStream(dataset, "image", "label", 0, resolution=8, channels=1, flip=False)
+
+
+def untyped_stream():
+    from datasets import IterableDataset
+
+    return IterableDataset.from_generator(lambda: iter([{"image": None, "label": 0}]))
+
+
+def empty_stream(w):
+    list(training.stream_samples(3, lambda shard: [], [0], 0, {}))
+
+
+# fmt: off
+ROWS = [
+    Row("checkpoint-none", lambda w: training.load_checkpoint(w.tmp, None, None, None), OSError,
+        "TMP", "it has no training_state.json", "Pass a `checkpoint-N` folder."),
+    Row("checkpoint-optimizer", resumed("optimizer.safetensors", ghost__exp_avg=torch.zeros(3)), ValueError,
+        "`ghost`", "is no parameter of this optimizer", OPTIONS),
+    Row("checkpoint-model", resumed("model.safetensors", ghost=torch.zeros(3)), ValueError,
+        "`ghost`", "1 tensors differ", OPTIONS),
+    Row("checkpoint-shape", resumed("ema.safetensors", proj_in__bias=torch.zeros(3)), ValueError,
+        "is [3]", "the model's is [16]", OPTIONS),
+    Row("checkpoint-write", no_file, OSError,
+        "TMP/checkpoint-1.partial/model.safetensors", "Could not write", "Free some space, or save elsewhere."),
+    Row("images-folder", no_images, ValueError,
+        "TMP", "holds no images in folders named after their labels", "such as"),
+    Row("images-number", lambda w: images(3)(w)[5], IndexError,
+        "no number 5", "There are 3 images", "numbered from 0"),
+    Row("images-all", lambda w: images(100)(w)[7], OSError,
+        "from number 7", "100 images in a row", "The log names each of them."),
+    Row("images-read", lambda w: images(1)(w).read(0), OSError,
+        "image 0 (TMP/1.png)", "cannot be read", "Repair or remove it."),
+    Row("latents-none", latents(""), OSError, "TMP", "holds no whole latent cache", "Run cache_latents.py (again)."),
+    Row("latents-json", latents("{"), OSError, "TMP", "holds no whole latent cache", "Run cache_latents.py (again)."),
+    Row("latents-empty", latents("{}"), OSError, "TMP", "no whole latent cache: 'id2label'", "Run cache_latents.py"),
+    Row("dataset-absent", lambda w: training.open_dataset(f"{w.tmp}/x.parquet"), ValueError,
+        "TMP/x.parquet", "cannot be loaded", "Check name, config and split."),
+    Row("dataset-column", lambda w: training.ImageSamples.from_dataset(rows(label=[0]), "picture", resolution=8),
+        ValueError, "'picture'", "has no column", "its columns are image, label"),
+    Row("dataset-empty", lambda w: training.ImageSamples.from_dataset(rows(label=[]), resolution=8), ValueError,
+        "the columns image, label", "but no rows", "Take another split."),
+    Row("examples-empty", lambda w: training.Examples([], 0, (1, 8, 8), 10), ValueError,
+        "got []", "`samples` holds none", "Pass at least one."),
+    Row("stream-empty", empty_stream, ValueError,
+        "its 3 shards", "holds no samples", "Take another data set or split."),
+    Row("stream-types", lambda w: stream(untyped_stream()), ValueError,
+        Fixed("This stream"), "does not say its columns' types", "Load it without --streaming."),
+    Row("stream-labels", lambda w: stream(rows(label=["cat"]).to_iterable_dataset()), ValueError,
+        "column 'label' is Value(", "needs labels of type ClassLabel", "Load it without --streaming."),
+    Row("export-dense", lambda w: training.packed_model(w.model(ternary=False)), ValueError,
+        Fixed("ternary=False"), "no ternary weights to pack", "Save it as it is."),
+    Row("grid-empty", lambda w: training.image_grid([]), ValueError, "got []", "needs at least one image", REASON),
+    Row("schedule", lambda w: training.learning_rate_factor(0, "linear", 10), ValueError,
+        "'linear'", 'must be "constant", "cosine", "wsd" or "piecewise_constant"', REASON),
+    Row("schedule-rules", lambda w: training.learning_rate_factor(0, "piecewise_constant", 10, step_rules="1:x,0.2"),
+        ValueError, "'1:x,0.2'", 'must look like "1:1550000,0.2"', REASON),
+    Row("transfer", lambda w: training.transfer_weights(w.model(), w.model(ffn_dim=32)), ValueError,
+        "transformer_blocks.0.ff.gate_proj.weight", "in the one to start from", "Give the new one its sizes."),
+]
