@@ -53,6 +53,7 @@ results: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python examples/experiments/worth_it.py --records outputs/results
 	OMP_NUM_THREADS=1 $(BIN)/python examples/experiments/text_to_image.py --records outputs/results
 	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py flux2 --output_dir outputs/results
+	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py numerics --output_dir outputs/results
 
 quality: .venv/.dev
 	$(BIN)/ruff check

@@ -7,6 +7,7 @@ python examples/benchmark.py kernels
 python examples/benchmark.py step
 python examples/benchmark.py gpu
 python examples/benchmark.py flux2
+python examples/benchmark.py numerics
 
 `memory` saves a packed model of a preset's size with random codes, then, in a new process, loads it, runs one guided
 forward pass (two rows), and prints that process's peak resident memory.
@@ -26,6 +27,9 @@ what fits on cards of 2, 4 and 8 GB. It writes gpu.json and gpu.md.
 
 `flux2` imports a model of FLUX.2-klein's shape with random ternary weights and measures folder, memory and time beside
 the dense one. It writes flux2.json and flux2.md.
+
+`numerics` measures the error of every dtype and arithmetic against float64, of a layer, a forward pass and a picture.
+It writes numerics.json and numerics.md.
 """
 
 import argparse
@@ -56,6 +60,7 @@ import flux2_page
 import gpu_benchmark
 import kernel_benchmark
 import kernel_page
+import numerics_page
 from diffusers_terdit import TerDiTTransformer2DModel, losses, pack_ternary
 
 
@@ -507,6 +512,7 @@ def main() -> None:
     kernel_benchmark.add_arguments(commands)
     gpu_benchmark.add_arguments(commands)
     flux2_page.add_arguments(commands)
+    numerics_page.add_arguments(commands)
     args = parser.parse_args()
     if args.command == "deployment" and args.measure:
         serve_steps(args.measure, getattr(torch, args.dtypes[0]), args.device)
@@ -518,6 +524,8 @@ def main() -> None:
         gpu_benchmark.run(args, machine(), command_line())
     elif args.command == "flux2":
         flux2_page.run(args, machine(), command_line(), peak_memory)
+    elif args.command == "numerics":
+        numerics_page.run(args, machine(), command_line())
     elif args.command == "training":
         training(args)
     elif args.measure:
