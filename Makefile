@@ -5,7 +5,8 @@
 #                One part fits in minutes: python examples/experiments/adaln_norm.py --list
 # make docs      the pages as a site in outputs/docs; a warning is an error
 # make dist      wheel and sdist in outputs/dist, checked
-# make stress    100,000 damaged and hostile files, 1,000 loads and 10,000 images: about 40 minutes, into outputs/results
+# make stress    100,000 damaged and hostile files, 1,200 kills and full disks, 1,000 loads and 10,000 images: about an hour,
+#                into outputs/results; goes on where it stopped
 # make audit     known vulnerabilities of the locked versions, from the Python registry: needs a network, no part of CI
 # make format    let ruff rewrite what `make quality` would refuse
 #
@@ -32,6 +33,7 @@ slow: .venv/.dev
 
 stress: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/stress_files.py --inputs 100000 --output_dir outputs/results
+	OMP_NUM_THREADS=1 $(BIN)/python tests/stress_kills.py --kills 200 --output_dir outputs/results
 	OMP_NUM_THREADS=1 $(BIN)/python tests/stress_load.py --cycles 1000 --images 10000 --output_dir outputs/results
 
 # In an environment of its own: what it needs is not in the lock. torch is pinned here, and not there. Strict: what could

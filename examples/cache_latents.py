@@ -11,7 +11,6 @@ processes (`accelerate launch`) share the shards; one that is killed goes on wit
 import argparse
 import json
 import logging
-import os
 from pathlib import Path
 
 import torch
@@ -86,6 +85,12 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     accelerator = Accelerator()
+    with training.output_folder(args.output_dir, accelerator.is_main_process):
+        cache(args, accelerator)
+
+
+def cache(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Encode the shards that are missing, then write what makes them a cache."""
     options = {"resolution": args.resolution, "channels": 3}
     if args.train_data_dir:
         samples = training.ImageSamples.from_folder(args.train_data_dir, **options)
@@ -101,7 +106,6 @@ def main(argv=None) -> None:
         "dtype": args.dtype,
         "vae": args.pretrained_vae_model_name_or_path,
     }
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     shards = [
         (args.output_dir / f"latents-{i:05d}.safetensors", range(start, min(start + args.shard_size, len(samples))))
         for i, start in enumerate(range(0, len(samples), args.shard_size))
@@ -133,9 +137,8 @@ def main(argv=None) -> None:
                 f"None of the images {indices.start} to {indices.stop - 1} can be read. The log above names them."
             )
         whole = {name: torch.cat(parts).contiguous() for name, parts in tensors.items() if parts}
-        partial = path.with_suffix(".partial")
-        save_file(whole, partial, metadata=settings)
-        os.replace(partial, path)
+        with training.new_file(path) as partial:
+            save_file(whole, partial, metadata=settings)
     accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:
@@ -153,13 +156,15 @@ def main(argv=None) -> None:
                 count, channels, height, width = file.get_slice("moments").get_shape()
             info["latent_shape"] = [channels // 2, height, width]
             info["shards"].append({"name": path.name, "num_samples": count})
-        partial = args.output_dir / (training.LATENTS_NAME + ".partial")
-        partial.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, args.output_dir / training.LATENTS_NAME)
+        with training.new_file(args.output_dir / training.LATENTS_NAME) as partial:
+            partial.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
         size = sum(path.stat().st_size for path, _ in shards)
         total = sum(shard["num_samples"] for shard in info["shards"])
         logger.info(f"{args.output_dir} holds {total} latents of {len(samples)} images, {size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # a full disk, a folder that is read-only: one line
+        raise SystemExit(f"{Path(__file__).name}: {error}") from None

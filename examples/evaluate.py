@@ -11,11 +11,11 @@ A run that was killed goes on when it is started again.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
-import os
 import pkgutil
 import platform
 import re
@@ -174,12 +174,8 @@ def pending(parts: Path, num_images: int, batch_size: int) -> list[range]:
 
 def save_part(parts: Path, indices: range, images: np.ndarray) -> None:
     path = parts / f"{indices[0]:08}-{indices[-1]:08}.npy"
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
+    with training.new_file(path) as partial, partial.open("wb") as file:
         np.save(file, images)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def merge(parts: Path, num_images: int, path: Path) -> None:
@@ -190,12 +186,14 @@ def merge(parts: Path, num_images: int, path: Path) -> None:
     if len(sizes) != 1 or sum(map(len, arrays)) != num_images:
         raise SystemExit(f"{parts} holds {sum(map(len, arrays))} of {num_images} images, of sizes {sizes}. Delete it.")
     header = {"descr": "|u1", "fortran_order": False, "shape": (num_images, *sizes[0])}
-    partial = path.with_suffix(".partial")
-    with zipfile.ZipFile(partial, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+    with (
+        training.new_file(path) as partial,
+        zipfile.ZipFile(partial, "w") as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as file,
+    ):
         np.lib.format.write_array_header_1_0(file, header)
         for array in arrays:
             file.write(np.ascontiguousarray(array))
-    partial.replace(path)
 
 
 def sample_all(pipe: TerDiTPipeline, args: argparse.Namespace, accelerator: Accelerator, settings: dict) -> None:
@@ -213,9 +211,8 @@ def sample_all(pipe: TerDiTPipeline, args: argparse.Namespace, accelerator: Acce
     accelerator.wait_for_everyone()  # each has looked before one writes
     if accelerator.is_main_process and not path.exists():
         parts.mkdir(parents=True, exist_ok=True)
-        partial = settings_path.with_suffix(".partial")
-        partial.write_text(json.dumps(settings, indent=2))
-        partial.replace(settings_path)
+        with training.new_file(settings_path) as partial:
+            partial.write_text(json.dumps(settings, indent=2))
     accelerator.wait_for_everyone()
     if path.exists():
         logger.info(f"{path} is complete")
@@ -322,7 +319,8 @@ def reference_statistics(args, network: nn.Module, shape: tuple[int, ...], devic
     else:
         found = metrics.image_statistics(images, network, args.feature_batch_size, device, progress=bar("reference"))
     found = dataclasses.replace(found, fingerprint=data)
-    found.save(path)
+    with training.writing(path):
+        found.save(path)
     return found
 
 
@@ -335,7 +333,10 @@ def images_seen(folder: Path) -> int | None:
     """What training left in the model's folder: the last line of its log, or its card."""
     log, card = folder / "log.jsonl", folder / "README.md"
     if log.is_file():
-        seen = [json.loads(line).get("images_seen") for line in log.read_text().splitlines()]
+        seen = []
+        for line in log.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # of a run that was killed
+                seen.append(json.loads(line).get("images_seen"))
         return max((number for number in seen if number), default=None)
     found = re.search(r"([\d,]+) images seen", card.read_text("utf-8")) if card.is_file() else None
     return int(found[1].replace(",", "")) if found else None
@@ -344,7 +345,8 @@ def images_seen(folder: Path) -> int | None:
 def save_pngs(samples: np.ndarray, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for index, image in enumerate(tqdm(samples, desc="PNG", unit="image")):
-        to_pil(image).save(folder / f"{index:06}.png")
+        with training.new_file(folder / f"{index:06}.png") as partial:
+            to_pil(image).save(partial, format="PNG")
 
 
 def to_pil(image: np.ndarray) -> Image.Image:
@@ -376,6 +378,14 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     accelerator = Accelerator()
+    with training.output_folder(args.output_dir, accelerator.is_main_process):
+        evaluate(args, accelerator)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Sample, measure and report, or go on where a run was killed, in a folder that this run has for itself."""
     device = accelerator.device
     if args.model == "digits" and args.reference is None and not Path("digits").is_dir():
         args.reference = "digits"
@@ -385,7 +395,6 @@ def main(argv=None) -> None:
             f"--reference {args.reference} needs a network: pass --inception_weights or --feature_network."
         )
     pipe = load_pipeline(args, device)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     settings = {
         "model": args.model,
         "weights_sha256": training.weights_digest(pipe.transformer),
@@ -407,7 +416,8 @@ def main(argv=None) -> None:
         samples = metrics.open_samples(args.output_dir / "samples.npz")
         columns = min(pipe.transformer.config.num_classes, 10)
         grid = training.image_grid([to_pil(image) for image in samples[: 4 * columns]], columns)
-        grid.save(args.output_dir / "samples.png")
+        with training.new_file(args.output_dir / "samples.png") as partial:
+            grid.save(partial, format="PNG")
         if args.save_images:
             save_pngs(samples, args.output_dir / "images")
         del pipe
@@ -439,12 +449,14 @@ def main(argv=None) -> None:
             f" diffusers {diffusers.__version__}, Python {platform.python_version()}",
         }
         text = "\n".join(report_lines(report)) + "\n"
-        (args.output_dir / "report.json").write_text(json.dumps(report, indent=2))
-        (args.output_dir / "report.md").write_text(text, encoding="utf-8")
+        for name, contents in (("report.json", json.dumps(report, indent=2)), ("report.md", text)):
+            with training.new_file(args.output_dir / name) as partial:
+                partial.write_text(contents, encoding="utf-8")
         print(text)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # a full disk, a folder that is read-only: one line
+        raise SystemExit(f"{Path(__file__).name}: {error}") from None

@@ -309,7 +309,13 @@ def main(argv=None) -> None:
             )
         args.gradient_accumulation_steps = args.total_batch_size // per_pass
     batch_size = per_pass * args.gradient_accumulation_steps
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    with training.output_folder(args.output_dir, main_process):
+        train(args, accelerator, batch_size)
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator, batch_size: int) -> None:
+    """Train and export, or go on from a checkpoint, in a folder that this run has for itself."""
+    main_process, device = accelerator.is_main_process, accelerator.device
     found = training.checkpoints(args.output_dir)
     if found and not args.resume_from_checkpoint:
         raise SystemExit(
@@ -378,12 +384,13 @@ def main(argv=None) -> None:
         logger.info(f"resumed {folder} at step {step}")
     if main_process:
         training.cut_log(log_path, step)  # a killed run writes on after its last checkpoint
+        training.rotate_checkpoints(args.output_dir, args.checkpoints_total_limit)  # or ends before it removes one
     if args.report_to:
         accelerator.init_trackers("train_terdit", config=tracked(args))
 
     def log(**record) -> None:
         if main_process:
-            with log_path.open("a") as file:
+            with training.writing(log_path), log_path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
         accelerator.log({k: v for k, v in record.items() if isinstance(v, (int, float))}, step=record["step"])
 
@@ -413,11 +420,23 @@ def main(argv=None) -> None:
                 images = sample_images(pipe, args, [i % columns for i in indices], list(indices), "pil")
                 path = args.output_dir / "samples" / f"step-{step}.png"
                 path.parent.mkdir(exist_ok=True)
-                training.image_grid(images, columns).save(path)
+                with training.new_file(path) as partial_file:
+                    training.image_grid(images, columns).save(partial_file, format="PNG")
         if frechet_due:
             record["frechet_distance"] = frechet(pipe, args, accelerator, network, codec, examples)
         log(step=step, **record)
         accelerator.wait_for_everyone()
+
+    def due() -> tuple[bool, bool]:
+        """Whether a sample grid is due after this step, and a Frechet distance."""
+        grid = step % args.validation_steps == 0 or step == args.max_train_steps
+        return grid, bool(args.frechet_steps) and step % args.frechet_steps == 0
+
+    if folder and any(due()):  # a run that ended between saving and validating left no line without a loss
+        lines = log_path.read_text("utf-8").splitlines() if main_process and log_path.exists() else []
+        missing = main_process and not any(r["step"] == step and "loss" not in r for r in map(json.loads, lines))
+        if accelerator.reduce(torch.tensor(float(missing), device=device)).item():
+            validate(*due())
 
     # 4. Train
     stop_requested = False
@@ -506,10 +525,8 @@ def main(argv=None) -> None:
             logger.info("stopped by SIGTERM; go on with --resume_from_checkpoint latest")
             accelerator.end_training()
             return
-        grid = step % args.validation_steps == 0 or done
-        frechet_due = bool(args.frechet_steps) and step % args.frechet_steps == 0
-        if grid or frechet_due:
-            validate(grid, frechet_due)
+        if any(due()):
+            validate(*due())
     progress.close()
 
     # 5. Export
@@ -534,4 +551,7 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # a full disk, a folder that is read-only: one line
+        raise SystemExit(f"{Path(__file__).name}: {error}") from None

@@ -692,6 +692,15 @@ class TestBitNet:
             swap_bitnet_order(torch.full((2, 2), 3, dtype=torch.uint8))
 
 
+def test_a_pipeline_whose_export_was_interrupted_is_refused(tmp_path):
+    model, _ = new("SD3")
+    TernaryConfig(granularity="row").quantize(model)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "pipeline.saving").write_text("1")
+    with pytest.raises(OSError, match=r"was interrupted, or is under way.* Save the pipeline there again"):
+        type(model).from_pretrained(tmp_path)
+
+
 def test_a_single_file_is_refused(tmp_path):
     from diffusers_terdit.quantization import TernaryQuantizer
 

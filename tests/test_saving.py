@@ -189,17 +189,29 @@ def test_shards_of_two_models_do_not_mix(two_models, tmp_path):
         TerDiTTransformer2DModel.from_pretrained(folder / "one-shards")
 
 
-def test_a_marker_of_a_process_that_still_runs(tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_a_marker_of_a_process_that_still_runs_and_then_is_killed(tmp_path, monkeypatch):
     layer = TernaryLinear(8, 8)
     layer.save_pretrained(tmp_path)
-    (tmp_path / "diffusion_pytorch_model.saving").write_text(str(os.getppid()))
-    monkeypatch.setattr(host._take, "__defaults__", (0.1,))
-    with pytest.raises(OSError, match=f"Process {os.getppid()} is saving into {tmp_path}"):
-        layer.save_pretrained(tmp_path)
+    ready, taken = os.pipe()
+    child = os.fork()
+    if not child:
+        host._take(tmp_path / "diffusion_pytorch_model.saving")
+        os.write(taken, b"1")
+        time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    try:
+        monkeypatch.setattr(host._take, "__defaults__", (0.1,))
+        with pytest.raises(OSError, match=f"Process {child} is saving into {tmp_path}"):
+            layer.save_pretrained(tmp_path)
+        with pytest.raises(OSError, match="was interrupted, or is under way"):
+            TernaryLinear.from_pretrained(tmp_path)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     with pytest.raises(OSError, match="was interrupted, or is under way"):
         TernaryLinear.from_pretrained(tmp_path)
-    (tmp_path / "diffusion_pytorch_model.saving").write_text("")  # killed before it wrote its number
-    monkeypatch.setattr(host._take, "__defaults__", (5,))
     layer.save_pretrained(tmp_path)
     assert torch.equal(TernaryLinear.from_pretrained(tmp_path).weight, layer.weight)
     assert load_file(tmp_path / "diffusion_pytorch_model.safetensors").keys() == layer.state_dict().keys()
@@ -208,25 +220,34 @@ def test_a_marker_of_a_process_that_still_runs(tmp_path, monkeypatch):
 class TestPipeline:
     """A pipeline is several folders: it is the old one, the new one, or refused, whichever way it is loaded."""
 
-    def test_killed_between_the_components(self, tiny_pipeline, tmp_path, monkeypatch):
+    def test_killed_at_every_file(self, tiny_pipeline, tmp_path, monkeypatch):
         old, new = tiny_pipeline(norm_eps=1e-5), tiny_pipeline(norm_eps=1e-4)
         old.save_pretrained(tmp_path)
+        replace = os.replace
 
         class Killed(BaseException): ...
 
-        def kill(self, *args, **kwargs):
+        def kill(*args, **kwargs):
             raise Killed
 
-        for part in (type(new.scheduler), TerDiTTransformer2DModel):
+        def kill_at(place, target):
+            Path(target).parent.parent == tmp_path and kill()
+            replace(place, target)
+
+        for part in (type(new.scheduler), TerDiTTransformer2DModel):  # before the files are moved: the old pipeline
             with monkeypatch.context() as patch:
                 patch.setattr(part, "save_pretrained", kill)
                 with pytest.raises(Killed):
                     new.save_pretrained(tmp_path)
             for load in (TerDiTPipeline.from_pretrained, DiffusionPipeline.from_pretrained):
-                with pytest.raises(OSError, match=r"was interrupted, or is under way.* Save the pipeline there again"):
-                    load(tmp_path)
-            marker = tmp_path / "transformer" / "pipeline.saving"
-            marker.write_text("999999999")  # the process that is gone
+                assert load(tmp_path).transformer.config.norm_eps == 1e-5
+        with monkeypatch.context() as patch:
+            patch.setattr(host.os, "replace", kill_at)  # after model_index.json
+            with pytest.raises(Killed):
+                new.save_pretrained(tmp_path)
+        for load in (TerDiTPipeline.from_pretrained, DiffusionPipeline.from_pretrained):
+            with pytest.raises(OSError, match=r"was interrupted, or is under way.* Save the pipeline there again"):
+                load(tmp_path)
         new.save_pretrained(tmp_path)
         assert TerDiTPipeline.from_pretrained(tmp_path).transformer.config.norm_eps == 1e-4
         assert not list(tmp_path.rglob("*.saving"))
@@ -235,6 +256,44 @@ class TestPipeline:
         (tmp_path / "file").write_text("")
         with pytest.raises(ValueError, match="must be a folder"):
             tiny_pipeline().save_pretrained(tmp_path / "file")
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_weights_of_the_other_format_do_not_stay_beside_the_new_config(two_models, safe):
+    folder, known = two_models
+    model = TerDiTTransformer2DModel.from_pretrained(folder / "two")
+    TerDiTTransformer2DModel.from_pretrained(folder / "one").save_pretrained(folder / "x", safe_serialization=not safe)
+    (folder / "x" / "pytorch_lora_weights.safetensors").write_text("another's")
+    model.save_pretrained(folder / "x", variant="fp16", safe_serialization=safe)
+    assert len(list((folder / "x").glob("diffusion_pytorch_model*"))) == 2  # another variant is another model
+    model.save_pretrained(folder / "x", safe_serialization=safe)
+    loaded = TerDiTTransformer2DModel.from_pretrained(folder / "x")
+    assert loaded.config.norm_eps == 1e-4
+    assert torch.equal(weights(loaded), known[1e-4])
+    assert sorted(path.name for path in (folder / "x").iterdir()) == sorted(
+        [
+            "config.json",
+            f"diffusion_pytorch_model.{'safetensors' if safe else 'bin'}",
+            f"diffusion_pytorch_model.fp16.{'safetensors' if safe else 'bin'}",
+            "pytorch_lora_weights.safetensors",
+        ]
+    )
+
+
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_a_pickle_that_does_not_fit_is_an_error_and_the_old_model_stays(two_models):
+    folder, known = two_models
+    child = os.fork()
+    if not child:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        try:
+            model = TerDiTTransformer2DModel.from_pretrained(folder / "two")
+            model.save_pretrained(folder / "one", safe_serialization=False)
+        except OSError as error:
+            os._exit(3 if str(error).startswith(f"{folder / 'one'} cannot be written") else 4)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    assert is_one_of(folder / "one", known)
 
 
 def test_a_rename_that_fails_is_noticed_and_the_next_save_mends_it(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ the only one it may build.
 """
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -38,10 +39,12 @@ from .host import (
     check_tensors,
     hub_errors,
     is_finite,
-    is_running,
     load_pickle,
+    partial_path,
     read_index,
     read_json,
+    remove_partials,
+    writing,
 )
 from .models.transformer_terdit import TerDiTTransformer2DModel
 from .ops import pack_ternary, reference, ternarize
@@ -418,8 +421,9 @@ def convert_dense_checkpoint(
         OSError: A file or repository cannot be read, or `output` is not empty.
     """
     output = Path(output)
+    taken = FileExistsError(f"{output} exists and is not an empty folder; choose another, or remove it.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists and is not an empty folder; choose another, or remove it.")
+        raise taken
     source = Path(path)
     if not source.is_dir() and (source.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path))):
         raise FileNotFoundError(f"{path} is not a folder. Pass that of a diffusers pipeline or model, or a Hub id.")
@@ -430,21 +434,19 @@ def convert_dense_checkpoint(
     folder = source / component if is_pipeline else source
     if not (folder / "config.json").is_file():
         raise OSError(f"{folder} has no config.json; `path` must be a diffusers pipeline or model, in folders.")
-    partial = output.with_name(f"{output.name}.{os.getpid()}.partial")
-    for left in output.parent.glob(f"{output.name}.*.partial"):  # of a process that was killed
-        if not is_running(left.name.split(".")[-2]):
-            shutil.rmtree(left, ignore_errors=True)
-    try:
+    remove_partials(output.parent, output.name)
+    with writing(output), partial_path(output) as partial:
         if is_pipeline:
             # files that are links, as in the Hub's cache, are followed
             shutil.copytree(source, partial, ignore=lambda here, names: {component} if Path(here) == source else set())
-        with hub_errors(folder):
+        with hub_errors(folder), writing(output):
             _pack_model(folder, partial / component if is_pipeline else partial, granularity, max_shard_size, patterns)
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            if output.exists():
+                output.rmdir()
+            partial.rename(output)
+        except OSError as error:  # another process has written there meanwhile
+            raise taken if error.errno in (errno.ENOTEMPTY, errno.EEXIST) else error from error
     return output
 
 

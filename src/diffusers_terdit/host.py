@@ -13,18 +13,21 @@ Weights are written with this safetensors metadata, and checked against it where
     terdit.model    of a shard: sha256 of all shards' digests, so that shards of two models do not mix
 """
 
+import errno
 import hashlib
 import json
 import math
 import os
 import pickle
 import re
+import secrets
+import shutil
 import struct
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from enum import Enum
 from functools import cache
@@ -62,6 +65,11 @@ from safetensors.torch import save_file
 
 from .ops import reference
 
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 if is_peft_available():  # diffusers has imported it by now
     from peft.tuners.lora.layer import Linear as LoraLinear
@@ -164,55 +172,138 @@ def is_running(process: str) -> bool:
     return True
 
 
+# What a disk answers to writing, beside being full: what to do about it.
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room there, or choose another folder"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Allow writing there, or choose another folder"),
+    errno.EIO: "Look at the disk, or choose another folder",
+}
+
+
+class UnwritableError(OSError):
+    """A disk is full, read-only or broken; the message names the path and says what to do."""
+
+
 @contextmanager
-def replacing(folder: Path, marker_name: str) -> Iterator[tuple[Callable[[str], Path], set[Path]]]:
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Turn what a full, read-only or broken disk answers into an `UnwritableError` of `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        code = getattr(error, "errno", None)
+        if code is None and isinstance(error, (SafetensorError, shutil.Error)):
+            found = re.search(r"(?:os error|Errno) (\d+)", str(error))
+            code = found and int(found[1])
+        pickled = isinstance(error, RuntimeError) and re.search("inline_container|StreamWriter|iostream", str(error))
+        if pickled:  # torch does not say why
+            code = errno.ENOSPC
+        if code not in _ADVICE or not (pickled or isinstance(error, (OSError, SafetensorError))):
+            raise
+        reason = "the disk is full, or does not take the file" if pickled else os.strerror(code)
+        unwritable = UnwritableError(f"{path} cannot be written: {reason}. {_ADVICE[code]}, and try again.")
+        unwritable.errno = code
+        raise unwritable from error
+
+
+_partials: set[str] = set()  # of this process
+
+
+@contextmanager
+def partial_path(path: Path) -> Iterator[Path]:
+    """A path beside `path` that no other process or thread writes to; what is left there at the end is removed."""
+    name = f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial"
+    _partials.add(name)
+    try:
+        yield path.with_name(name)
+    finally:
+        remove(path.with_name(name))
+        _partials.discard(name)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, as far as possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def remove_partials(folder: Path, name: str = "*") -> None:
+    """Remove what processes that were killed have left half-written in a folder."""
+    for left in folder.glob(f"{name}.*.partial"):
+        found = re.search(r"\.(\d+)-[0-9a-f]{8}\.partial$", left.name)
+        if found and left.name not in _partials and (found[1] == str(os.getpid()) or not is_running(found[1])):
+            remove(left)
+
+
+_WEIGHTS = re.compile(
+    r"(?P<name>\w+?)(\.(?P<variant>[^.]+?))?(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index(\.(?P<listed>[^.]+))?\.json)?"
+)
+
+
+def _weights_of(file: Path) -> tuple[Path, str, str] | None:
+    """Folder, name and variant that weights files of one model share, in one file or in shards."""
+    found = _WEIGHTS.fullmatch(file.name)
+    return found and (file.parent, found["name"], found["variant"] or found["listed"] or "")
+
+
+@contextmanager
+def replacing(folder: Path, marker: Path, clear: bool = True) -> Iterator[Path]:
     """Write files of a folder so that it holds the old ones, the new ones, or a marker that says it holds neither.
 
-    Gives a function from a file's name to the path to write it at, and a set of old files to remove. All is written
-    beside the old files first; then, within moments, a marker is set, the files are renamed and the marker goes. A
-    process that is killed before leaves the old files; one that is killed in those moments leaves the marker, which
-    `refuse_interrupted` looks for. An error, such as a full disk, leaves the old files.
+    Gives an empty folder to write them into. Then, within moments, a marker is set, the files are moved to where they
+    belong, weights files that they replace are removed (`clear`), and the marker goes. A process that is killed before
+    leaves the old files; one that is killed in those moments leaves the marker, which `refuse_interrupted` looks for.
+    An error, such as a full disk, leaves the old files.
     """
-    process = str(os.getpid())
-    written: dict[str, Path] = {}
-    stale: set[Path] = set()
+    with writing(folder):
+        remove_partials(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with partial_path(folder / "new") as partial:
+            partial.mkdir()
+            yield partial
+            files = sorted(path.relative_to(partial) for path in partial.rglob("*") if path.is_file())
+            for parent in {folder / file.parent for file in files} | {marker.parent}:
+                parent.mkdir(exist_ok=True)
+            with marked(marker):
+                for file in files:
+                    os.replace(partial / file, folder / file)
+                models = {_weights_of(folder / file) for file in files if clear} - {None}
+                for parent in {model[0] for model in models if model}:
+                    for path in parent.iterdir():
+                        if _weights_of(path) in models and path.relative_to(folder) not in files:
+                            path.unlink(missing_ok=True)
 
-    def new(name: str) -> Path:
-        written[name] = folder / f"{name}.{process}.partial"
-        return written[name]
 
-    for left in folder.glob("*.*.partial"):  # of a process that was killed
-        if not is_running(left.name.split(".")[-2]):
-            left.unlink(missing_ok=True)
+def locked(descriptor: int) -> bool:
+    """Take the lock of an open file or folder, which ends with the process; False where another one has it."""
+    if fcntl is None:  # Windows
+        return True
     try:
-        yield new, stale
-        with marked(folder, marker_name):
-            for name, partial in written.items():
-                os.replace(partial, folder / name)
-            for path in stale - {folder / name for name in written}:
-                path.unlink(missing_ok=True)
-    finally:
-        for partial in written.values():
-            partial.unlink(missing_ok=True)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system that has no locks
+        return True
+    return True
 
 
-def _take(marker: Path, process: str, seconds: float = 10.0) -> None:
-    """Make a marker; wait for a process that has it, take over from one that was killed."""
+def _take(marker: Path, seconds: float = 10.0) -> int:
+    """Make a marker, open and locked; wait for a process that has it, take over from one that was killed."""
     end = time.monotonic() + seconds
     while True:
-        try:
-            with open(marker, "x", encoding="ascii") as file:
-                file.write(process)
-            return
-        except FileExistsError:
-            try:
-                owner, age = marker.read_text("ascii"), time.time() - marker.stat().st_mtime
-            except FileNotFoundError:
-                continue
-        empty = not owner and age > 1  # its process was killed between two system calls
-        if empty or (owner and not is_running(owner)):
-            marker.write_text(process, encoding="ascii")
-            return
+        descriptor = os.open(marker, os.O_RDWR | os.O_CREAT, 0o666)
+        owner = os.read(descriptor, 100).decode("ascii", "replace")
+        free = locked(descriptor) if fcntl is not None else not is_running(owner)
+        # Whoever had it may have removed it since it was opened.
+        if free and marker.exists() and os.path.samestat(os.fstat(descriptor), marker.stat()):
+            with suppress(OSError):  # the number is for people; a full disk does not take it
+                os.truncate(marker, 0)
+                os.lseek(descriptor, 0, os.SEEK_SET)
+                os.write(descriptor, str(os.getpid()).encode())
+            return descriptor
+        os.close(descriptor)
         if time.monotonic() > end:
             raise OSError(
                 f"Process {owner or 'unknown'} is saving into {marker.parent}. Save elsewhere, or try again;"
@@ -222,17 +313,21 @@ def _take(marker: Path, process: str, seconds: float = 10.0) -> None:
 
 
 @contextmanager
-def marked(folder: Path, marker_name: str) -> Iterator[None]:
+def marked(marker: Path) -> Iterator[None]:
     """Set a marker in a folder while files around it are replaced; it stays when that fails or is killed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    marker = folder / marker_name
-    _take(marker, str(os.getpid()))
+    descriptor = _take(marker)
     try:
         yield
+        if os.name != "nt":
+            marker.unlink(missing_ok=True)  # before it is let go: then nobody removes another's
     except BaseException:
-        marker.write_text("failed", encoding="ascii")  # no process's number: the next save takes over
+        with suppress(OSError):
+            os.truncate(descriptor, 0)  # no process's number: where there are no locks, the next save takes over
         raise
-    marker.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+    if os.name == "nt":
+        marker.unlink(missing_ok=True)
 
 
 def refuse_interrupted(folder: Path) -> None:
@@ -682,6 +777,8 @@ def hub_errors(name: str | os.PathLike, revision: str | None = None, writing: bo
     """
     try:
         yield
+    except UnwritableError:
+        raise
     except (ValueError, *_BROKEN) as error:
         if writing or isinstance(error, OSError) or (isinstance(error, ValueError) and str(name) in str(error)):
             raise
@@ -997,25 +1094,28 @@ class TernaryModelMixin(HubMixin, ModelMixin, PortableConfigMixin):
 
         Raises:
             ValueError: `save_directory` is a file, or the model carries adapters.
+            OSError: It cannot be written; what was there before is still there. Only where the last step, moving the
+                files, breaks off, the folder holds neither model, and says so when it is loaded.
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"`save_directory` must be a folder, {save_directory} is a file.")
         refuse_adapters(self, "saving the model")
         folder = Path(save_directory)
         flashpack = kwargs.pop("use_flashpack", False)
-        if not safe_serialization or flashpack:
-            super().save_pretrained(
-                save_directory,
-                is_main_process=is_main_process,
-                save_function=save_function,
-                safe_serialization=safe_serialization,
-                variant=variant,
-                max_shard_size=max_shard_size,
-                use_flashpack=flashpack,
-            )
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._save_safetensors(folder, variant, max_shard_size, is_main_process)
+        stem = ".".join(filter(None, (SAFETENSORS_WEIGHTS_NAME.split(".")[0], variant)))
+        with replacing(folder, folder / f"{stem}.saving", clear=is_main_process) as partial:
+            if not safe_serialization or flashpack:
+                super().save_pretrained(
+                    partial,
+                    is_main_process=is_main_process,
+                    save_function=save_function,
+                    safe_serialization=safe_serialization,
+                    variant=variant,
+                    max_shard_size=max_shard_size,
+                    use_flashpack=flashpack,
+                )
+            else:
+                self._save_safetensors(partial, variant, max_shard_size, is_main_process)
         if push_to_hub:
             self._push_folder(folder, variant=variant, **kwargs)
 
@@ -1036,23 +1136,19 @@ class TernaryModelMixin(HubMixin, ModelMixin, PortableConfigMixin):
         digests = {name: _state_dict_digest({n: state_dict[n] for n in names}) for name, names in shards.items()}
         if split.is_sharded:
             metadata["terdit.model"] = hashlib.sha256("".join(digests.values()).encode()).hexdigest()
-        index_name = named(SAFE_WEIGHTS_INDEX_NAME)
-        stem = pattern.replace("{suffix}.safetensors", "")
-        with replacing(folder, f"{stem}.saving") as (new, stale):
-            for filename, names in shards.items():
-                partial = new(filename)
-                partial.touch()
-                mode = partial.stat().st_mode  # safetensors would leave the file to its owner alone
-                shard = {name: state_dict[name].detach().contiguous() for name in names}
-                save_file(shard, partial, metadata={**metadata, "terdit.sha256": digests[filename]})
-                partial.chmod(mode)
-            if split.is_sharded:
-                index = {"metadata": {**split.metadata, **metadata}, "weight_map": split.tensor_to_filename}
-                new(index_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            if is_main_process:
-                self.to_json_file(new(self.config_name))
-                stale |= {*folder.glob(f"{stem}-?????-of-?????.safetensors"), folder / f"{stem}.safetensors"}
-                stale |= {folder / index_name}  # an index would win over the single file
+        for filename, names in shards.items():
+            path = folder / filename
+            path.touch()
+            mode = path.stat().st_mode  # safetensors would leave the file to its owner alone
+            shard = {name: state_dict[name].detach().contiguous() for name in names}
+            save_file(shard, path, metadata={**metadata, "terdit.sha256": digests[filename]})
+            path.chmod(mode)
+        if split.is_sharded:
+            index = {"metadata": {**split.metadata, **metadata}, "weight_map": split.tensor_to_filename}
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (folder / named(SAFE_WEIGHTS_INDEX_NAME)).write_text(text, encoding="utf-8")
+        if is_main_process:
+            self.to_json_file(folder / self.config_name)
 
 
 class TernaryLoraLinear(LoraLinear):

@@ -31,6 +31,7 @@ from .host import (
     check_file,
     is_finite,
     refuse_adapters,
+    refuse_interrupted,
     register_quantizer,
     take_adapters,
 )
@@ -382,6 +383,8 @@ class TernaryQuantizer(DiffusersQuantizer):
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list) -> list[str]:
         """Keep the list: which of its names change is known when the model is there."""
         for file in checkpoint_files:
+            if isinstance(file, (str, Path)):
+                refuse_interrupted(Path(file).parent)  # of `training.save_pipeline`
             if self.pre_quantized and isinstance(file, (str, Path)) and str(file).endswith(".safetensors"):
                 check_file(file, self.quantization_config.weight_format == "packed")
         self._files = ", ".join(str(file) for file in checkpoint_files)

@@ -209,6 +209,9 @@ class TestReport:
     def test_images_seen_come_from_a_training_log(self, script, tmp_path):
         (tmp_path / "log.jsonl").write_text('{"step": 1, "images_seen": 64}\n{"step": 1, "noise_error": 1.0}\n')
         assert script.images_seen(tmp_path) == 64
+        with (tmp_path / "log.jsonl").open("a") as file:
+            file.write('{"step": 2, "images_s')  # killed
+        assert script.images_seen(tmp_path) == 64
         assert script.images_seen(tmp_path / "none") is None
 
     def test_a_copy_of_the_reference_is_perfect_and_damage_shows(self, script):

@@ -1,5 +1,6 @@
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -203,9 +204,47 @@ class TestDemo:
             return save_file(*args, **kwargs)
 
         monkeypatch.setattr(training.checkpointing, "save_file", full_after_two_files)
-        with pytest.raises(OSError, match="No space left"):
-            run("--demo", "--checkpointing_steps", 1)
+        folder = tmp_path / "out"
+        flags = ["--checkpointing_steps", "1", "--max_train_steps", "4", "--output_dir", str(folder)]
+        monkeypatch.setattr(sys, "argv", ["train_terdit.py", "--demo", *TINY, *flags])
+        message = rf"^train_terdit.py: {folder / 'checkpoint-2'} cannot be written: No space left on device. Make room"
+        with pytest.raises(SystemExit, match=message):  # one line of the command
+            runpy.run_path(str(EXAMPLES / "train_terdit.py"), run_name="__main__")
         assert [path.name for path in sorted((tmp_path / "out").glob("checkpoint*"))] == ["checkpoint-1"]
+
+    def test_a_run_that_ends_between_saving_and_validating_validates_when_it_goes_on(self, run, tmp_path, monkeypatch):
+        class Killed(BaseException): ...
+
+        def kill(*args):
+            raise Killed
+
+        whole = run("--demo", output_dir="whole")
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "image_grid", kill)
+            with pytest.raises(Killed):
+                run("--demo", "--checkpointing_steps", 2)
+        assert not (tmp_path / "out" / "samples" / "step-4.png").exists()
+        folder = run("--demo", "--resume_from_checkpoint", "latest", "--checkpoints_total_limit", 1)
+        assert [path.name for path in training.checkpoints(folder)] == ["checkpoint-4"]
+        assert records(folder, "noise_error") == records(whole, "noise_error")
+        assert len(records(whole, "noise_error")) == 1
+        picture = Path("samples", "step-4.png")
+        assert (folder / picture).read_bytes() == (whole / picture).read_bytes()
+        run("--demo", "--resume_from_checkpoint", "latest")
+        assert len(records(folder, "noise_error")) == 1
+
+    @pytest.mark.slow
+    def test_a_folder_that_takes_no_file_ends_the_command_with_one_line(self, tmp_path):
+        """The real thing: the system refuses to write more than 1,000 bytes into a file."""
+        limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
+        program = f"{limit} sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
+        command = [sys.executable, "-c", program, EXAMPLES / "train_terdit.py", "--demo", *TINY]
+        command += ["--max_train_steps", 1, "--output_dir", tmp_path]
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        message = f"train_terdit.py: {tmp_path / 'checkpoint-1'} cannot be written: File too large. Make room there"
+        assert [line for line in done.stderr.splitlines() if line.startswith(message)]
 
     def test_a_feature_network_gives_a_frechet_distance(self, run, tmp_path, monkeypatch):
         (tmp_path / "my_features.py").write_text("import torch\n\n\ndef flat():\n    return torch.nn.Flatten()\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -68,7 +69,7 @@ class ImageStatistics:
         metadata = {"format": FORMAT, "version": "1", "fields": json.dumps(fields)}
         metadata["sha256"] = _file_digest(tensors, metadata)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
         try:
             partial.touch()
             mode = partial.stat().st_mode  # safetensors would leave the file to its owner alone

@@ -26,8 +26,9 @@ from ..host import (
     has_hooks,
     hub_errors,
     is_offloaded,
-    marked,
     refuse_adapters,
+    refuse_interrupted,
+    replacing,
     reset_step_caches,
     scrub_paths,
 )
@@ -170,6 +171,7 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
         path = os.fspath(pretrained_model_name_or_path)
         if not os.path.isdir(path) and (os.path.isabs(path) or path.count("/") > 1 or path.startswith((".", "~"))):
             raise FileNotFoundError(f"{path} is not a folder. Pass that of a saved pipeline, or a Hub id.")
+        refuse_interrupted(Path(path, "transformer"))
         with hub_errors(path, kwargs.get("revision")):
             return super().from_pretrained(path, **kwargs)
 
@@ -194,18 +196,20 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
 
         Raises:
             ValueError: `save_directory` is a file, or the transformer carries adapters.
-            OSError: It cannot be written. A folder in which a save stopped half-way does not load until one succeeds.
+            OSError: It cannot be written; what was there before is still there. Only where the last step, moving the
+                files, breaks off, the folder holds neither pipeline, and says so when it is loaded.
         """
         flashpack = kwargs.pop("use_flashpack", False)
         if os.path.isfile(save_directory):
             raise ValueError(f"`save_directory` must be a folder, {save_directory} is a file.")
         refuse_adapters(self.transformer, "saving the pipeline")
-        # in the folder of the transformer, which every way to load the pipeline loads
-        with marked(Path(save_directory, "transformer"), "pipeline.saving"):
+        folder = Path(save_directory)
+        # The marker is in the folder of the transformer, which every way to load the pipeline loads.
+        with replacing(folder, folder / "transformer" / "pipeline.saving") as partial:
             super().save_pretrained(
-                save_directory, safe_serialization, variant, max_shard_size, push_to_hub=False, use_flashpack=flashpack
+                partial, safe_serialization, variant, max_shard_size, push_to_hub=False, use_flashpack=flashpack
             )
-            scrub_paths(save_directory)
+            scrub_paths(partial)
         if push_to_hub:
             self._push_folder(Path(save_directory), variant=variant, **kwargs)
 

@@ -5,13 +5,16 @@ takes positions s*B to s*B + B - 1. Which sample stands at a position, its noise
 functions of (seed, position) alone, whatever the number of processes, loader workers or restarts.
 """
 
+from ..host import writing
 from ..metrics import frechet_distance
 from .checkpointing import (
     STATE_NAME,
     checkpoints,
     cut_log,
     load_checkpoint,
+    new_file,
     new_folder,
+    output_folder,
     rotate_checkpoints,
     save_checkpoint,
     shard_model,
@@ -73,9 +76,11 @@ __all__ = [
     "load_transformer",
     "microbatch_positions",
     "model_card",
+    "new_file",
     "new_folder",
     "normal",
     "open_dataset",
+    "output_folder",
     "packed_codes",
     "packed_model",
     "parameter_groups",
@@ -97,4 +102,5 @@ __all__ = [
     "update_ema",
     "weights_digest",
     "whole_model",
+    "writing",
 ]

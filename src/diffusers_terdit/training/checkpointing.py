@@ -4,17 +4,18 @@ import contextlib
 import json
 import os
 import re
-import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..host import locked, partial_path, remove_partials, writing
 from ..models.transformer_terdit import TerDiTTransformer2DModel
 
 
@@ -23,25 +24,80 @@ STATE_NAME = "training_state.json"
 
 
 @contextlib.contextmanager
-def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder that appears whole or not at all: yields `<path>.partial`, and renames it to `path` at the end.
+def output_folder(path: str | os.PathLike, is_main_process: bool = True, seconds: float = 10.0) -> Iterator[None]:
+    """Keep a folder for one run: make it, try to write there, and remove what killed runs left half-written.
 
-    A folder that was at `path` is replaced. On an error the partial folder is removed.
+    Another run that wants the folder meanwhile waits, and is refused in the end. The system ends this with the
+    process, however it ends; Windows, and file systems without locks, let both run.
+
+    Args:
+        path (`str` or `os.PathLike`): The folder.
+        is_main_process (`bool`): Of the processes of a run, one keeps the folder.
+        seconds (`float`): How long to wait for another run.
+
+    Raises:
+        OSError: Another run has the folder, or nothing can be written there.
     """
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    if not is_main_process or os.name == "nt":  # Windows opens no folders
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY)
     try:
+        end = time.monotonic() + seconds
+        while not locked(descriptor):
+            if time.monotonic() > end:
+                raise OSError(f"Another run is writing into {path}. Wait for its end, or choose another folder.")
+            time.sleep(0.1)
+        with writing(path), partial_path(path / "new") as partial:
+            partial.touch()
+        for folder in (path, *(found for found in path.iterdir() if found.is_dir())):
+            remove_partials(folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike) -> Iterator[Path]:
+    """A file that appears whole or not at all: yields a path beside it, which is renamed to `path` at the end.
+
+    Raises:
+        OSError: The disk is full or not writable; what was at `path` is still there.
+    """
+    path = Path(path)
+    with writing(path), partial_path(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode  # safetensors would leave the file to its owner alone
         yield partial
-        for file in partial.rglob("*"):
-            _sync(file)
-        shutil.rmtree(path, ignore_errors=True)
+        partial.chmod(mode)
+        _sync(partial)
         os.replace(partial, path)
-        _sync(path.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A folder that appears whole or not at all: yields a folder beside it, which is renamed to `path` at the end.
+
+    A folder that was at `path` is replaced. On an error the new folder is removed.
+
+    Raises:
+        OSError: The disk is full or not writable; what was at `path` is still there.
+    """
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial_path(path) as partial, partial_path(path) as old:
+            partial.mkdir()
+            yield partial
+            for file in [*partial.rglob("*"), partial]:
+                _sync(file)
+            if path.exists():
+                os.replace(path, old)  # in one step: a folder that is removed file by file may look whole
+            os.replace(partial, path)
+            _sync(path.parent)
 
 
 def _sync(path: Path) -> None:
@@ -66,9 +122,8 @@ def rotate_checkpoints(output_dir: str | os.PathLike, limit: int | None) -> None
     """Remove the oldest checkpoints beyond `limit`; `None` keeps all."""
     for path in checkpoints(output_dir)[: -limit if limit else None] if limit else []:
         # Renamed first, so that a kill in the middle leaves no half checkpoint.
-        doomed = path.with_name(path.name + ".partial")
-        os.replace(path, doomed)
-        shutil.rmtree(doomed)
+        with partial_path(path) as doomed:
+            os.replace(path, doomed)
 
 
 def cut_log(path: str | os.PathLike, step: int) -> None:
@@ -80,9 +135,8 @@ def cut_log(path: str | os.PathLike, step: int) -> None:
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             kept += [f"{line}\n"] if json.loads(line)["step"] <= step else []
-    partial_path = path.with_name(path.name + ".partial")
-    partial_path.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial_path, path)
+    with new_file(path) as partial:
+        partial.write_text("".join(kept), encoding="utf-8")
 
 
 def save_checkpoint(
@@ -125,12 +179,7 @@ def save_checkpoint(
                 if partial is not None:
                     gathered[key] = whole.cpu().contiguous()
             if partial is not None:
-                try:
-                    save_file(gathered, partial / f"{name}.safetensors")
-                except SafetensorError as error:
-                    raise OSError(
-                        f"Could not write {partial / name}.safetensors: {error}. Free some space, or save elsewhere."
-                    ) from error
+                save_file(gathered, partial / f"{name}.safetensors")
         if partial is not None:
             model.save_config(partial)
             (partial / STATE_NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 import math
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ from diffusers import AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from PIL import Image, ImageDraw, ImageFont
 
 from .. import card
+from ..host import replacing
 from ..models.transformer_terdit import TerDiTTransformer2DModel
 from ..pipelines.pipeline_terdit import TerDiTPipeline, default_scheduler
-from .checkpointing import _whole, new_folder
+from .checkpointing import _whole, new_file
 from .measures import packed_codes, ternary_statistics
 
 
@@ -80,18 +80,14 @@ def to_pipeline(
 
 
 def save_pipeline(pipe: TerDiTPipeline, save_directory: str | os.PathLike) -> None:
-    """Save a pipeline into a folder that may hold other things: its parts appear whole, `model_index.json` last."""
+    """Save a pipeline of any class into a folder that may hold other things, which stay.
+
+    Raises:
+        OSError: The disk is full or not writable; what was there before is still there.
+    """
     save_directory = Path(save_directory)
-    with new_folder(save_directory / ".export") as partial_folder:
-        pipe.save_pretrained(partial_folder)
-    # Without model_index.json the folder is no pipeline.
-    parts = sorted((save_directory / ".export").iterdir(), key=lambda part: part.name == "model_index.json")
-    for part in parts:
-        target = save_directory / part.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        os.replace(part, target)
-    (save_directory / ".export").rmdir()
+    with replacing(save_directory, save_directory / "transformer" / "pipeline.saving") as partial:
+        pipe.save_pretrained(partial)
 
 
 def export_pipeline(
@@ -150,7 +146,9 @@ def save_card(text: str, save_directory: str | os.PathLike, license: str | None 
     """
     path = Path(save_directory) / "README.md"
     existing = card.read_text(path) if path.exists() else None
-    path.write_bytes(card.merge_cards(text, existing, str(path), ["license"] if license else []).encode())
+    merged = card.merge_cards(text, existing, str(path), ["license"] if license else [])
+    with new_file(path) as partial:
+        partial.write_bytes(merged.encode())
 
 
 def push_pipeline(
