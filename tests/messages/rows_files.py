@@ -88,8 +88,11 @@ def interrupted(w):
 
 
 def busy(w):
-    (w.tmp / "x.saving").write_text(str(os.getppid()))
-    host._take(w.tmp / "x.saving", str(os.getpid()), seconds=0)
+    with (w.tmp / "x.saving").open("w") as file:
+        file.write(str(os.getppid()))
+        file.flush()
+        assert host.locked(file.fileno())
+        host._take(w.tmp / "x.saving", seconds=0)
 
 
 def deep(w):
