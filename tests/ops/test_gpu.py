@@ -136,6 +136,21 @@ class TestLinear:
         for scale in (torch.tensor([0.01]), torch.full((4, 1), 0.01)):
             assert torch.equal(gpu.linear(x, packed, scale.to(device), None).cpu(), torch.full((2, 4), -4096.0).half())
 
+    @pytest.mark.parametrize("granularity", ["tensor", "row", 8])
+    @pytest.mark.parametrize("factor", [1e-4, 1e2])
+    @pytest.mark.parametrize("outlier", [1, 1000])
+    def test_float16_is_finite_where_its_result_is(self, factor, outlier, granularity, device):
+        packed, scale, bias = new_weight(64, 256, granularity, device)
+        scale = factor * scale
+        x = torch.randn(5, 256, device=device).half()
+        x[:, ::64] *= outlier
+        expected = reference.ternary_linear(x.double(), packed, scale, bias)
+        fits = expected.abs() < 60000
+        output = gpu.linear(x, packed, scale, bias)
+        assert fits.any()
+        assert output[fits].isfinite().all()
+        assert relative_error(output[fits], expected[fits]) < 2e-3
+
     @pytest.mark.parametrize("value", [0.0, -0.7, 1e-30, 3e4, float("nan"), float("inf")])
     def test_any_scale_in_float16(self, value, device):
         packed, _, _ = new_weight(8, 16, device=device)
