@@ -6,7 +6,6 @@ the only one it may build.
 """
 
 import argparse
-import errno
 import hashlib
 import json
 import os
@@ -421,9 +420,7 @@ def convert_dense_checkpoint(
         OSError: A file or repository cannot be read, or `output` is not empty.
     """
     output = Path(output)
-    taken = FileExistsError(f"{output} exists and is not an empty folder; choose another, or remove it.")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise taken
+    _check_free(output)
     source = Path(path)
     if not source.is_dir() and (source.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path))):
         raise FileNotFoundError(f"{path} is not a folder. Pass that of a diffusers pipeline or model, or a Hub id.")
@@ -445,9 +442,15 @@ def convert_dense_checkpoint(
             if output.exists():
                 output.rmdir()
             partial.rename(output)
-        except OSError as error:  # another process has written there meanwhile
-            raise taken if error.errno in (errno.ENOTEMPTY, errno.EEXIST) else error from error
+        except OSError:
+            _check_free(output)  # another process may have written there meanwhile
+            raise
     return output
+
+
+def _check_free(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} exists and is not an empty folder; choose another, or remove it.")
 
 
 def _pack_model(

@@ -183,6 +183,10 @@ _ADVICE = {
 class UnwritableError(OSError):
     """A disk is full, read-only or broken; the message names the path and says what to do."""
 
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.errno = code
+
 
 @contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
@@ -200,9 +204,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         if code not in _ADVICE or not (pickled or isinstance(error, (OSError, SafetensorError))):
             raise
         reason = "the disk is full, or does not take the file" if pickled else os.strerror(code)
-        unwritable = UnwritableError(f"{path} cannot be written: {reason}. {_ADVICE[code]}, and try again.")
-        unwritable.errno = code
-        raise unwritable from error
+        raise UnwritableError(f"{path} cannot be written: {reason}. {_ADVICE[code]}, and try again.", code) from error
 
 
 _partials: set[str] = set()  # of this process

@@ -90,6 +90,11 @@ def no_safetensors(w):
     w.model().load_lora_adapter(w.tmp)
 
 
+def within_a_call(w):
+    pipe = w.pipe()
+    pipe(0, num_inference_steps=1, callback_on_step_end=lambda *arguments: pipe(0, num_inference_steps=1))
+
+
 def no_peft(w):
     w.monkeypatch.setattr(host, "is_peft_available", lambda: False)
     w.model().add_adapter(None)
@@ -322,6 +327,8 @@ ROWS = [
         "4 channels", "no VAE", 'Pass `vae=` when loading, or `output_type="latent"`.'),
     Row("call-vae", vae_of_another, ValueError,
         "4 latent channels, the transformer 3", "The VAE has", "Pass the VAE that the transformer was trained with."),
+    Row("call-within-a-call", within_a_call, RuntimeError,
+        "in this thread", "This pipeline is in use by another call", "Sample with a pipeline and a scheduler of its"),
     Row("call-callback", call(callback_on_step_end=3), ValueError,
         "got 3", "must be a function (pipe, step, timestep, kwargs) -> dict", REASON),
     Row("call-callback-result", call(callback_on_step_end=lambda *arguments: None), ValueError,

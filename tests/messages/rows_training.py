@@ -1,11 +1,13 @@
 """Training: checkpoints, data, recipes, what a run starts from."""
 
+import sys
+
 import torch
 from message_table import REASON, Fixed, Row, edit_tensors
 from PIL import Image
 from safetensors import SafetensorError
 
-from diffusers_terdit import training
+from diffusers_terdit import host, training
 from diffusers_terdit.training import checkpointing
 
 
@@ -28,10 +30,20 @@ def resumed(file=None, **changes):
 
 def no_file(w):
     def refuse(*arguments):
-        raise SafetensorError("I/O error")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     w.monkeypatch.setattr(checkpointing, "save_file", refuse)
     resumed("model.safetensors")(w)
+
+
+def no_extra(w):
+    w.monkeypatch.setitem(sys.modules, "datasets", None)
+    training.open_dataset("x")
+
+
+def second_run(w):
+    with training.output_folder(w.tmp / "run"), training.output_folder(w.tmp / "run", seconds=0):
+        pass
 
 
 def no_images(w):
@@ -83,8 +95,10 @@ ROWS = [
         "`ghost`", "1 tensors differ", OPTIONS),
     Row("checkpoint-shape", resumed("ema.safetensors", proj_in__bias=torch.zeros(3)), ValueError,
         "is [3]", "the model's is [16]", OPTIONS),
-    Row("checkpoint-write", no_file, OSError,
-        "TMP/checkpoint-1.partial/model.safetensors", "Could not write", "Free some space, or save elsewhere."),
+    Row("run-busy", second_run, OSError,
+        "TMP/run", "Another run is writing into", "Wait for its end, or choose another folder."),
+    Row("checkpoint-write", no_file, host.UnwritableError,
+        "TMP/checkpoint-1", "cannot be written: No space left on device", "Make room there, or choose another folder"),
     Row("images-folder", no_images, ValueError,
         "TMP", "holds no images in folders named after their labels", "such as"),
     Row("images-number", lambda w: images(3)(w)[5], IndexError,
@@ -96,6 +110,8 @@ ROWS = [
     Row("latents-none", latents(""), OSError, "TMP", "holds no whole latent cache", "Run cache_latents.py (again)."),
     Row("latents-json", latents("{"), OSError, "TMP", "holds no whole latent cache", "Run cache_latents.py (again)."),
     Row("latents-empty", latents("{}"), OSError, "TMP", "no whole latent cache: 'id2label'", "Run cache_latents.py"),
+    Row("dataset-extra", no_extra, ImportError,
+        Fixed("datasets"), "This needs datasets", "pip install 'diffusers-terdit[train]'"),
     Row("dataset-absent", lambda w: training.open_dataset(f"{w.tmp}/x.parquet"), ValueError,
         "TMP/x.parquet", "cannot be loaded", "Check name, config and split."),
     Row("dataset-column", lambda w: training.ImageSamples.from_dataset(rows(label=[0]), "picture", resolution=8),
