@@ -838,11 +838,13 @@ def run(kills: int, others: int, seed: int, names: list[str], progress: Path | N
         library.set_verbosity(60)
         library.disable_progress_bar()
     logging.disable(logging.WARNING)
-    report: dict = {"seed": seed, "wanted": [kills, others], "programs": {}}
+    report: dict = {"seed": seed, "wanted": [kills, others], "programs": {}, "retried": {}}
     if progress is not None and progress.exists():
         saved = json.loads(progress.read_text())
         if (saved["seed"], saved["wanted"]) == (seed, [kills, others]):
             report["programs"] = {n: found for n, found in saved["programs"].items() if not found["failures"]}
+            again = {n: len(found["failures"]) for n, found in saved["programs"].items() if found["failures"]}
+            report["retried"] = {**saved["retried"], **again}
     for name in names:
         if name in report["programs"]:
             continue
@@ -876,6 +878,7 @@ def markdown(report: dict) -> str:
 
     mounted = all(found["mounted"] for found in programs.values())
     how = "a tmpfs of a random size filled up" if mounted else "a random limit on the size of a file was met"
+    again = ", ".join(f"{name} ({count} failure{'s'[: count > 1]})" for name, count in report["retried"].items())
     minutes = sum(found["elapsed"] for found in programs.values()) / 60
     return "\n".join(
         [
@@ -885,7 +888,8 @@ def markdown(report: dict) -> str:
             f"OMP_NUM_THREADS=1 python tests/stress_kills.py --kills {kills} --others {others} --seed {seed}",
             "```",
             "",
-            f"Made on {report['machine']}, one core, {report['versions']}, in {minutes:.0f} minutes.",
+            f"Made on {report['machine']}, one worker, {report['versions']}, in {minutes:.0f} minutes,"
+            " with other programs beside it.",
             "",
             "## Killed",
             "",
@@ -903,13 +907,14 @@ def markdown(report: dict) -> str:
             "",
             "Every kill is a SIGKILL: at a moment spread over the time that the program takes, just before one of"
             " its file operations, or up to 3 ms after one. *While writing*: a half-written file or the marker of"
-            " a save was there afterwards. *Old*: what was in the folder before, every bit of it. *Part*:"
-            " checkpoints, shards or samples of the new run are there, each with the bytes of an undisturbed run,"
-            " and the last checkpoint loads. *New*: what an undisturbed run leaves. *Interrupted*: loading raises"
-            " an `OSError` that says so. *Ended exactly*: run again, after one to three kills, it left the same"
-            " files with the same bytes as an undisturbed run, and nothing half-written. (A training log says how"
-            " fast it was, and safetensors orders the metadata of a file anew each time: these two are left out of"
-            " the comparison.)",
+            " a save was there afterwards. *Old*: what was there before; a model or pipeline loads with the same"
+            " bits. *Part*: checkpoints, shards or samples of the new run are there, each with the bytes of an"
+            " undisturbed run, and the last checkpoint loads. *New*: the new model loads, with the bits of an"
+            " undisturbed run; the latents or the report are there. *Interrupted*: loading raises an `OSError`"
+            " that says so. *Ended exactly*: run again, after one to three kills, it left the same files with the"
+            " same bytes as an undisturbed run, and nothing half-written. (A training log says how fast it was,"
+            " and safetensors orders the metadata of a file anew each time: these two are left out of the"
+            " comparison.)",
             "",
             "## Disks",
             "",
@@ -937,9 +942,12 @@ def markdown(report: dict) -> str:
                 ],
             ),
             "",
-            "Two processes wrote into one folder at once, and in about every second trial one of them was killed. The"
-            " folder then held what one of them leaves, whole; and once the program ran again, what an undisturbed run"
-            " leaves. *One was refused*: with an `OSError` that names the folder.",
+            "Two processes wrote into one folder at once, and in about every second trial one of them was killed;"
+            " where it had ended before, the trial counts as *both succeeded*. The folder then held what one of"
+            " them leaves, whole, or, after a kill, one of the states above; and once the program ran again, what"
+            " an undisturbed run leaves. *One was refused*: with an `OSError` that names the folder.",
+            "",
+            f"Programs that failed, and were tried again as a whole after a correction: {again or 'none'}.",
             "",
             "## Programs",
             "",
