@@ -1039,9 +1039,9 @@ def worker(seed: int, folder: Path) -> None:
     diffusers.utils.logging.set_verbosity(60)
     diffusers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity(60)
-    from diffusers_terdit.host import _DTYPE_NAMES
+    from diffusers_terdit.files import DTYPE_NAMES
 
-    _NAMES.update(_DTYPE_NAMES)
+    _NAMES.update(DTYPE_NAMES)
     bases = {
         kind.name: {str(p.relative_to(kind)): p.read_bytes() for p in sorted(kind.rglob("*")) if p.is_file()}
         for kind in sorted((folder / "bases").iterdir())

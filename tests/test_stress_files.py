@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import stress_files
-from diffusers_terdit import TernaryLinear, host
-from diffusers_terdit.host import _DTYPE_NAMES, MAX_BLOCKS
+from diffusers_terdit import TernaryLinear, files
+from diffusers_terdit.files import DTYPE_NAMES, MAX_BLOCKS
 from stress_files import BAD, FAULTS, GOOD, WEIGHTS, judge, markdown, payloads, run, tensors_of, write
 
 
@@ -49,7 +49,7 @@ def test_every_payload_would_make_the_canary(tmp_path, number):
 
 @pytest.fixture
 def layer(tmp_path, monkeypatch):
-    monkeypatch.setattr(stress_files, "_NAMES", dict(_DTYPE_NAMES))
+    monkeypatch.setattr(stress_files, "_NAMES", dict(DTYPE_NAMES))
     torch.manual_seed(0)
     TernaryLinear(16, 8).pack().save_pretrained(tmp_path)
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -101,6 +101,6 @@ def test_the_page_says_the_limits_that_hold():
     page = (RESULTS.parent / "SECURITY.md").read_text("utf-8")
     assert f"more than {MAX_BLOCKS:,} blocks" in page
     assert "above 2^31 - 1" in page
-    assert host._MAX_INT == 2**31 - 1
+    assert files._MAX_INT == 2**31 - 1
     inputs = json.loads((RESULTS / "stress.json").read_text("utf-8"))["next"]
     assert f"{inputs:,} damaged and hostile files" in page

@@ -29,7 +29,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import yaml_dump
 from PIL import Image
 
-from .host import ORIGINAL, PACKED_SUFFIX, SCALE_SUFFIX, hub_errors
+from .files import ORIGINAL, PACKED_SUFFIX, SCALE_SUFFIX
+from .host import hub_errors
 
 
 logger = logging.get_logger(__name__)

@@ -251,7 +251,7 @@ def info(args: argparse.Namespace) -> None:
 
 def _model_index(path: Path) -> dict[str, Any]:
     """The `model_index.json` of a pipeline folder; empty where it is another."""
-    from .host import read_json
+    from .files import read_json
 
     index = path / "model_index.json"
     return read_json(index) if index.is_file() else {}

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .host import (
+from .files import (
     MAX_BLOCKS,
     ORIGINAL,
     PACKED_SUFFIX,
@@ -36,7 +36,6 @@ from .host import (
     check_config,
     check_file,
     check_tensors,
-    hub_errors,
     is_finite,
     load_pickle,
     partial_path,
@@ -45,6 +44,7 @@ from .host import (
     remove_partials,
     writing,
 )
+from .host import hub_errors
 from .models.transformer_terdit import TerDiTTransformer2DModel
 from .ops import pack_ternary, reference, ternarize
 from .pipelines.pipeline_terdit import TerDiTPipeline, default_scheduler

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from . import host
+from . import files, host
 from .layers import TernaryLinear
 from .models.transformer_terdit import TerDiTBlock, TerDiTTransformer2DModel
 from .pipelines.pipeline_terdit import TerDiTPipeline
@@ -117,7 +117,7 @@ def export_remote_code(folder: str | os.PathLike) -> list[Path]:
 
 
 def _export_pipeline(folder: Path, index: Path) -> list[Path]:
-    config = host.read_json(index)
+    config = files.read_json(index)
     name = config.get("_class_name")
     transformer = config.get("transformer") or [None, None]
     if "TerDiTPipeline" not in (name, *(name if isinstance(name, list) else [])):
@@ -139,7 +139,7 @@ def _export_pipeline(folder: Path, index: Path) -> list[Path]:
 
 
 def _export_model(path: Path) -> Path:
-    config = host.read_json(path)
+    config = files.read_json(path)
     name = config.get("_class_name")
     if name == TerDiTTransformer2DModel.__name__:
         # FirstBlockCache and MagCache of diffusers know a block by its class.

@@ -8,7 +8,7 @@ import torch
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
-from .host import PACKED_SUFFIX, SCALE_SUFFIX, _check_metadata, _WeightsFile, read_index, read_json
+from .files import PACKED_SUFFIX, SCALE_SUFFIX, WeightsFile, check_metadata, read_index, read_json
 from .ops import reference
 
 
@@ -97,7 +97,7 @@ def inspect_weights(path: str | Path) -> WeightsReport:
     path = Path(path)
     paths = [path] if path.is_file() else _weights_files(path)
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    files = [_WeightsFile(p) for p in paths]
+    files = [WeightsFile(p) for p in paths]
     shapes = {name: shape for file in files for name, (_, shape) in file.tensors.items()}
     groups: dict[str, Group] = {}
     dead: list[str] = []
@@ -105,7 +105,7 @@ def inspect_weights(path: str | Path) -> WeightsReport:
     granularities: set[str | int] = set()
     packed = any(name.split(".")[-1] == PACKED_SUFFIX for name in shapes)
     for file in files:
-        _check_metadata(file.path, file.metadata, packed)
+        check_metadata(file.path, file.metadata, packed)
         file.check_contents()
     by_name = {name: file for file in files for name in file.tensors}
     for file in files:
@@ -188,12 +188,12 @@ def _order(role: str) -> tuple[int, int]:
     )
 
 
-def _tensor(file: _WeightsFile, name: str) -> torch.Tensor:
+def _tensor(file: WeightsFile, name: str) -> torch.Tensor:
     with safe_open(file.path, framework="pt") as opened:
         return opened.get_tensor(name)
 
 
-def _count_zeros(file: _WeightsFile, name: str, leaf: str, granularity: str | int) -> tuple[int, int]:
+def _count_zeros(file: WeightsFile, name: str, leaf: str, granularity: str | int) -> tuple[int, int]:
     """How many weights of a ternary matrix are zero, and how many there are."""
     if leaf != PACKED_SUFFIX:
         weight = _tensor(file, name)

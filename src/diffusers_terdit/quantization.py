@@ -21,20 +21,8 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
-from .host import (
-    PACKED_SUFFIX,
-    PACKING,
-    SCALE_SUFFIX,
-    VERSION,
-    DiffusersQuantizer,
-    QuantizationConfigMixin,
-    check_file,
-    is_finite,
-    refuse_adapters,
-    refuse_interrupted,
-    register_quantizer,
-    take_adapters,
-)
+from .files import PACKED_SUFFIX, PACKING, SCALE_SUFFIX, VERSION, check_file, is_finite, refuse_interrupted
+from .host import DiffusersQuantizer, QuantizationConfigMixin, refuse_adapters, register_quantizer, take_adapters
 from .layers import TernaryLinear
 from .ops import pack_ternary, reference
 

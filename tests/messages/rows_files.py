@@ -19,7 +19,7 @@ from diffusers_terdit import (
     conversion,
     convert_original_checkpoint,
     export_remote_code,
-    host,
+    files,
     hub,
     inspection,
 )
@@ -70,7 +70,7 @@ def pipeline(file="model_index.json", **changes):
 
 def other_digest(w):
     path = w.saved("layer") / WEIGHTS
-    with host.safe_open(path, "pt") as file:
+    with files.safe_open(path, "pt") as file:
         metadata = file.metadata()
     save_file({**load_file(path), "bias": torch.ones(8)}, path, metadata)
     TernaryLinear.from_pretrained(path.parent)
@@ -91,8 +91,8 @@ def busy(w):
     with (w.tmp / "x.saving").open("w") as file:
         file.write(str(os.getppid()))
         file.flush()
-        assert host.locked(file.fileno())
-        host._take(w.tmp / "x.saving", seconds=0)
+        assert files.locked(file.fileno())
+        files._take(w.tmp / "x.saving", seconds=0)
 
 
 def deep(w):
@@ -338,7 +338,7 @@ ROWS = [
         "names x.safetensors", "which is not there", "Download or save the model again."),
     Row("index-differs", index_differs, ValueError,
         "['proj_in.bias']", "the index and the files differ", "Save the model again."),
-    Row("config-list", lambda w: host.check_config(w.tmp / "config.json", []), ValueError,
+    Row("config-list", lambda w: files.check_config(w.tmp / "config.json", []), ValueError,
         "config is list", "expected an object", REASON),
     Row("config-deep", deep, ValueError, "TMP/layer/config.json", "cannot be read: maximum recursion", AGAIN),
     Row("config-size", layer(config={"in_features": 0}), ValueError,

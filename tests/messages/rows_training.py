@@ -7,7 +7,7 @@ from message_table import REASON, Fixed, Row, edit_tensors
 from PIL import Image
 from safetensors import SafetensorError
 
-from diffusers_terdit import host, training
+from diffusers_terdit import files, training
 from diffusers_terdit.training import checkpointing
 
 
@@ -97,7 +97,7 @@ ROWS = [
         "is [3]", "the model's is [16]", OPTIONS),
     Row("run-busy", second_run, OSError,
         "TMP/run", "Another run is writing into", "Wait for its end, or choose another folder."),
-    Row("checkpoint-write", no_file, host.UnwritableError,
+    Row("checkpoint-write", no_file, files.UnwritableError,
         "TMP/checkpoint-1", "cannot be written: No space left on device", "Make room there, or choose another folder"),
     Row("images-folder", no_images, ValueError,
         "TMP", "holds no images in folders named after their labels", "such as"),

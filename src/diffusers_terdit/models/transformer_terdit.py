@@ -13,7 +13,8 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps, apply_rota
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from ..host import TernaryAdapterMixin, TernaryModelMixin, check_config, refuse_adapters
+from ..files import check_config
+from ..host import TernaryAdapterMixin, TernaryModelMixin, refuse_adapters
 from ..layers import TernaryLinear
 from ..ops import reference
 

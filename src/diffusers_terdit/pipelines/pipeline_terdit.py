@@ -20,6 +20,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..files import refuse_interrupted, replacing
 from ..host import (
     HubMixin,
     PortableConfigMixin,
@@ -27,8 +28,6 @@ from ..host import (
     hub_errors,
     is_offloaded,
     refuse_adapters,
-    refuse_interrupted,
-    replacing,
     reset_step_caches,
     scrub_paths,
 )

@@ -5,7 +5,7 @@ takes positions s*B to s*B + B - 1. Which sample stands at a position, its noise
 functions of (seed, position) alone, whatever the number of processes, loader workers or restarts.
 """
 
-from ..host import writing
+from ..files import writing
 from ..metrics import frechet_distance
 from .checkpointing import (
     STATE_NAME,

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..host import locked, partial_path, remove_partials, writing
+from ..files import locked, partial_path, remove_partials, writing
 from ..models.transformer_terdit import TerDiTTransformer2DModel
 
 

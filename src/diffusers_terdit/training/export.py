@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from PIL import Image, ImageDraw, ImageFont
 
 from .. import card
-from ..host import replacing
+from ..files import replacing
 from ..models.transformer_terdit import TerDiTTransformer2DModel
 from ..pipelines.pipeline_terdit import TerDiTPipeline, default_scheduler
 from .checkpointing import _whole, new_file

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..host import _state_dict_digest
+from ..files import state_dict_digest
 from ..layers import TernaryLinear
 from ..models.transformer_terdit import TerDiTTransformer2DModel
 from ..ops import pack_ternary, reference, unpack_ternary
@@ -12,7 +12,7 @@ from .checkpointing import _call_whole, _whole
 
 def weights_digest(model: torch.nn.Module) -> str:
     """sha256 over a model's tensors in the order of their names: names, dtypes, shapes and bytes."""
-    return _state_dict_digest(model.state_dict())
+    return state_dict_digest(model.state_dict())
 
 
 @torch.no_grad()
