@@ -24,9 +24,9 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 demo: .venv/.ready
 	$(BIN)/terdit generate digits --num_images_per_label 8 --guidance_scale 2 --output demo.png
 
-# One thread: the models of the tests are tiny, and some tests start several processes.
+# A process per core, at most four, each with one thread: the models of the tests are tiny. A file stays in one process.
 test: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 slow: .venv/.dev
 	$(BIN)/python -m pytest -m slow
