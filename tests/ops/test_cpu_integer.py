@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -350,23 +351,32 @@ def test_without_numba(monkeypatch):
         cpu.integer_kernels.cache_clear()
 
 
-def test_compiled_code_is_kept_between_runs(tmp_path):
-    def files():
-        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb*")}
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """A folder with compiled code, of a run that found none."""
+    folder = tmp_path_factory.mktemp("compiled")
+    assert run(SAME, NUMBA_CACHE_DIR=str(folder)).startswith("True")
+    return folder
 
-    assert run(SAME, NUMBA_CACHE_DIR=str(tmp_path)).startswith("True")
+
+def test_compiled_code_is_kept_between_runs(compiled):
+    def files():
+        return {path: path.stat().st_mtime_ns for path in compiled.rglob("*.nb*")}
+
     first = files()
     assert len(first) >= 4  # index and code of two functions
-    assert run(SAME, NUMBA_CACHE_DIR=str(tmp_path)).startswith("True")
+    assert run(SAME, NUMBA_CACHE_DIR=str(compiled)).startswith("True")
     assert files() == first
 
 
 @pytest.mark.parametrize("length", [0, 40])
-def test_damaged_compiled_code_is_compiled_again(tmp_path, length):
-    assert run(SAME, NUMBA_CACHE_DIR=str(tmp_path)).startswith("True")
-    for path in tmp_path.rglob("*.nb*"):
+def test_damaged_compiled_code_is_compiled_again(compiled, tmp_path, length):
+    shutil.copytree(compiled, tmp_path, dirs_exist_ok=True)
+    paths = [*tmp_path.rglob("*.nb*")]
+    for path in paths:
         path.write_bytes(path.read_bytes()[:length])
     assert run(SAME, NUMBA_CACHE_DIR=str(tmp_path)).startswith("True")
+    assert sum(path.stat().st_size > length for path in paths) >= 4, {p.name: p.stat().st_size for p in paths}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")

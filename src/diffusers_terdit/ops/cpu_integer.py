@@ -26,6 +26,7 @@ import numba
 import torch
 from llvmlite import ir
 from numba import types
+from numba.core.caching import FunctionCache
 from numba.core.cgutils import for_range
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
@@ -324,6 +325,25 @@ def scratch_words(isa: str, words: int) -> int:
     return (words + shape.steps + shape.strip + 3) * shape.vectors * shape.lanes
 
 
+def _function(cached: bool) -> Callable[[Callable], Any]:
+    """Compile a function of an address to a C function, from numba's cache on disk if wanted and there.
+
+    A damaged file there, which numba stops at, is written anew.
+    """
+
+    def compiled(function: Callable) -> Any:
+        decorate = numba.cfunc(types.void(types.intp), nogil=True, cache=cached)
+        try:
+            return decorate(function)
+        except Exception:
+            if not cached:
+                raise
+            FunctionCache(function).flush()
+            return decorate(function)
+
+    return compiled
+
+
 def _compile(isa: str, parts: int, half: bool, cached: bool) -> Kernels:
     rows, vectors, lanes, block, strip = SHAPES[isa]
     panel = vectors * lanes
@@ -332,9 +352,8 @@ def _compile(isa: str, parts: int, half: bool, cached: bool) -> Kernels:
     nan, infinity, magnitude = 0x7FC00000, 0x7F800000, 0x7FFFFFFF
     field, fields = JOB, len(JOB)
     number, size, shift, to_half = ("uint16", 2, 16, 1) if half else ("uint32", 4, 0, 0)
-    options = {"nogil": True, "cache": cached}
 
-    @numba.cfunc(types.void(types.intp), **options)
+    @_function(cached)
     def quantize(address):
         """A unit is the rows of a tile."""
         job = numba.carray(_pointer(address, "int64"), fields)
@@ -381,7 +400,7 @@ def _compile(isa: str, parts: int, half: bool, cached: bool) -> Kernels:
                     for k in range(words, code_steps):
                         codes[tile, k, place] = 0
 
-    @numba.cfunc(types.void(types.intp), **options)
+    @_function(cached)
     def multiply(address):
         """A unit is `panel` rows of the packed weight, or one quarter of them: `panel` outputs each."""
         job = numba.carray(_pointer(address, "int64"), fields)
@@ -460,7 +479,7 @@ def kernels(isa: str, parts: int, half: bool) -> Kernels:
     """The compiled functions, from numba's cache on disk where it has one."""
     try:
         return _compile(isa, parts, half, cached=True)
-    except Exception:  # no folder for the cache, a full disk, a damaged file: an error of ours comes again below
+    except Exception:  # no folder for the cache, a full disk: an error of ours comes again below
         return _compile(isa, parts, half, cached=False)
 
 
