@@ -246,6 +246,8 @@ ROWS = [
     Row("model-kv-heads", new(num_attention_heads=3, num_key_value_heads=2), ValueError,
         "num_attention_heads=3", "must be a multiple of num_key_value_heads=2", REASON),
     Row("model-size", new(sample_size=7), ValueError, "sample_size=7", "must be a multiple of patch_size=2", REASON),
+    Row("model-dropout", new(class_dropout_prob=-0.5), ValueError,
+        "got -0.5", "`class_dropout_prob` must be a probability, 0 to 1", REASON),
     Row("model-positions", new(pos_embed_type="learned"), ValueError,
         "'learned'", 'must be "rope" or "rope+sincos2d"', REASON),
     Row("model-width", new(pos_embed_type="rope+sincos2d", num_attention_heads=1, attention_head_dim=6), ValueError,

@@ -120,6 +120,8 @@ ROWS = [
         "the columns image, label", "but no rows", "Take another split."),
     Row("examples-empty", lambda w: training.Examples([], 0, (1, 8, 8), 10), ValueError,
         "got []", "`samples` holds none", "Pass at least one."),
+    Row("examples-dropout", lambda w: training.Examples([0], 0, (1, 8, 8), 10, class_dropout_prob=5), ValueError,
+        "got 5", "`class_dropout_prob` must be a probability, 0 to 1", REASON),
     Row("stream-empty", empty_stream, ValueError,
         "its 3 shards", "holds no samples", "Take another data set or split."),
     Row("stream-types", lambda w: stream(untyped_stream()), ValueError,

@@ -233,6 +233,8 @@ class TerDiTTransformer2DModel(TernaryModelMixin, TernaryAdapterMixin, CacheMixi
             raise ValueError(f"{num_attention_heads=} must be a multiple of {num_key_value_heads=}.")
         if sample_size % patch_size:
             raise ValueError(f"{sample_size=} must be a multiple of {patch_size=}.")
+        if not 0 <= class_dropout_prob <= 1:
+            raise ValueError(f"`class_dropout_prob` must be a probability, 0 to 1, got {class_dropout_prob}.")
         if pos_embed_type not in ("rope", "rope+sincos2d"):
             raise ValueError(f'`pos_embed_type` must be "rope" or "rope+sincos2d", got {pos_embed_type!r}.')
         if pos_embed_type == "rope+sincos2d" and dim % 4:

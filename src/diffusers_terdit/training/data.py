@@ -230,6 +230,9 @@ class Examples(Dataset):
         num_classes (`int`): The null label's number.
         class_dropout_prob (`float`): How often the null label replaces the sample's.
         continuous_time (`bool`): `time` is a float32 in [0, 1), for flow matching, instead of an int in [0, 1000).
+
+    Raises:
+        ValueError: There are no samples, or `class_dropout_prob` is not in [0, 1].
     """
 
     def __init__(
@@ -243,6 +246,8 @@ class Examples(Dataset):
     ):
         if hasattr(samples, "__len__") and not len(samples):
             raise ValueError(f"`samples` holds none, got {samples!r:.80}. Pass at least one.")
+        if not 0 <= class_dropout_prob <= 1:
+            raise ValueError(f"`class_dropout_prob` must be a probability, 0 to 1, got {class_dropout_prob}.")
         self.samples, self.seed, self.latent_shape, self.num_classes = samples, seed, latent_shape, num_classes
         self.class_dropout_prob, self.continuous_time = class_dropout_prob, continuous_time
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
