@@ -80,6 +80,7 @@ TOGETHER = "Download or save config.json and weights again, together."
 _DAMAGED = "which is not a ternary value. Download or save it again."
 MAX_BLOCKS = 1000  # of a config: modules are built before the weights are read, at a millisecond each
 _MAX_INT = 2**31 - 1
+_MAX_FLOAT = torch.finfo(torch.float32).max
 _MAX_TIMESTEPS = 10**6  # a scheduler allocates several numbers for each
 # What loading code raises on files that are not what they should be, beside ValueError and OSError.
 BROKEN = (LookupError, TypeError, AttributeError, NameError, ArithmeticError, RecursionError, SafetensorError)
@@ -336,6 +337,8 @@ def check_config(where: str | os.PathLike, config: Any, cls: type | None = None)
     if not isinstance(config, dict):
         raise ValueError(f"{where}: the config is {type(config).__name__}, expected an object.")
     for key, value in config.items():
+        if isinstance(value, float) and _MAX_FLOAT < abs(value) < math.inf:
+            raise ValueError(f"{where}: the config has {key}={value}, more than a float32 holds.")
         if isinstance(value, bool) or not isinstance(value, int):
             continue
         limit = MAX_BLOCKS if re.search(r"layers|blocks|depth", key) else _MAX_INT

@@ -343,6 +343,8 @@ ROWS = [
     Row("config-deep", deep, ValueError, "TMP/layer/config.json", "cannot be read: maximum recursion", AGAIN),
     Row("config-size", layer(config={"in_features": 0}), ValueError,
         "in_features=0", "TMP/layer/config.json: the config has", "expected a positive int"),
+    Row("config-float", pipeline("scheduler/scheduler_config.json", beta_end=1e300), ValueError,
+        "beta_end=1e+300", "TMP/pipe/scheduler/scheduler_config.json: the config has", "more than a float32 holds"),
     Row("config-memory", pipeline("transformer/config.json", num_attention_heads=2**30, attention_head_dim=2**30),
         ValueError, "TMP/pipe", "the config asks for tensors that cannot be", TOGETHER),
     Row("index-component", pipeline(vae=["diffusers"]), ValueError,
