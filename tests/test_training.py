@@ -324,6 +324,7 @@ class TestFolders:
         def fail_half_way():
             with training.new_file(path) as partial:
                 partial.write_text("ne")
+                (partial.parent / ".tmpA1b2C3").write_text("n")  # as safetensors does
                 raise OSError(errno.ENOSPC, "No space left on device")
 
         with pytest.raises(OSError, match=rf"{path} cannot be written: No space left on device. Make room there"):

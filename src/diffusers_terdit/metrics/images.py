@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -69,15 +70,18 @@ class ImageStatistics:
         metadata = {"format": FORMAT, "version": "1", "fields": json.dumps(fields)}
         metadata["sha256"] = _file_digest(tensors, metadata)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+        # A folder, since safetensors has files of its own there while it writes.
+        folder = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+        partial = folder / path.name
         try:
+            folder.mkdir()
             partial.touch()
             mode = partial.stat().st_mode  # safetensors would leave the file to its owner alone
             save_file(tensors, partial, metadata)
             partial.chmod(mode)
             os.replace(partial, path)
         finally:
-            partial.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
     @classmethod
     def load(cls, path: str | Path) -> ImageStatistics:

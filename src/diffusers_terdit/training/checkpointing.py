@@ -62,13 +62,17 @@ def output_folder(path: str | os.PathLike, is_main_process: bool = True, seconds
 
 @contextlib.contextmanager
 def new_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A file that appears whole or not at all: yields a path beside it, which is renamed to `path` at the end.
+    """A file that appears whole or not at all: yields another path, which is renamed to `path` at the end.
+
+    It lies in a folder of its own, since safetensors has files beside it while it writes.
 
     Raises:
         OSError: The disk is full or not writable; what was at `path` is still there.
     """
     path = Path(path)
-    with writing(path), partial_path(path) as partial:
+    with writing(path), partial_path(path) as folder:
+        folder.mkdir()
+        partial = folder / path.name
         partial.touch()
         mode = partial.stat().st_mode  # safetensors would leave the file to its owner alone
         yield partial
