@@ -37,7 +37,7 @@ SHAPES = [  # (outputs, inputs): attention, feed-forward in and out, adaLN, of 6
     *[(3072, 3072), (8192, 3072), (3072, 8192), (18432, 1024)],
 ]
 SCALE = 2.0**-5  # a power of two, so that bfloat16 holds scale * T, too
-INSTRUCTION_SETS = ("avx512_vnni", "avx_vnni", "avx2")
+INSTRUCTION_SETS = ("avx512_vnni_lookup", "avx512_vnni", "avx_vnni", "avx2")
 FEW_ROWS, MORE_TURNS = 64, 5  # calls of less than this many rows are quick: so many times the turns
 ERROR_ROWS = 64
 

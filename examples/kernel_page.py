@@ -11,7 +11,13 @@ OWN_MODES = (DENSE, REFERENCE, "exact", "int16", "int8")
 INPUTS = ("gaussian", "gated", "outliers")
 LIMITS = ("MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")  # of the libraries torch calls
 STEPS = (250, 20)  # of a picture: the paper's, and a fast sampler's
-ISA_NAMES = {"avx512_vnni": "AVX-512 VNNI", "avx_vnni": "AVX-VNNI", "avx2": "AVX2", None: "no integer kernels"}
+ISA_NAMES = {
+    "avx512_vnni_lookup": "AVX-512 VNNI with lookups",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx_vnni": "AVX-VNNI",
+    "avx2": "AVX2",
+    None: "no integer kernels",
+}
 COLOURS = {DENSE: "#555555", REFERENCE: "#c00000", "exact": "#1f4e79", "int16": "#2e8b57", "int8": "#e08a1e"}
 MARKERS = {"float32": "o", "bfloat16": "D"}
 

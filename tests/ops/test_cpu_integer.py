@@ -25,6 +25,7 @@ SETS = cpu_integer.instruction_sets() if cpu_integer else ()
 SHAPES = [  # (M, N, K)
     *[(1, 4, 1), (3, 8, 5), (17, 20, 33), (64, 12, 129), (5, 260, 64), (130, 100, 31), (8, 196, 2050), (2, 384, 64)],
     *[(257, 772, 66), (512, 192, 1024), (700, 388, 96), (2048, 24, 40)],
+    (300, 1804, 570),
 ]
 KINDS = {
     "Gaussian": lambda x: x,
@@ -67,14 +68,16 @@ def test_the_kernel_gives_the_references_bits(shape, dtype, bits, isa):
 @pytest.mark.parametrize("bits", [8, 16])
 def test_the_sums_are_those_of_integers(bits, isa):
     top = reference.LARGEST_CODE[bits]
-    ternary = torch.randint(-1, 2, (52, 300))
-    codes = torch.randint(-top, top + 1, (37, 300))
-    codes[:, 0] = top  # then the step is 1
+    ternary = torch.randint(-1, 2, (132, 620))
+    codes = torch.randint(-top, top + 1, (37, 620))
     codes[0], ternary[0], ternary[1] = top, 1, -1  # the largest sums
+    codes[1], codes[2] = -128 if bits == 16 else -127, 127  # of low bytes
+    codes[3] = -top
+    codes[:, 0] = top  # then the step is 1
     sums = codes @ ternary.T  # int64
     output = cpu_integer.linear(codes.float(), pack_ternary(ternary), torch.ones(1), None, bits, isa)
     assert torch.equal(output, sums.float())
-    assert sums.abs().max() == 300 * top
+    assert sums.abs().max() == 620 * top
 
 
 def dot_written_out(module, lanes):
@@ -98,11 +101,30 @@ def dot_written_out(module, lanes):
     return function
 
 
-@pytest.mark.parametrize("isa", ["avx512_vnni", "avx_vnni"])
+def permute_written_out(module):
+    """What `vpermw` does."""
+    shorts, i32 = ir.VectorType(ir.IntType(16), 32), ir.IntType(32)
+    if "permute_written_out" in module.globals:
+        return module.globals["permute_written_out"]
+    function = ir.Function(module, ir.FunctionType(shorts, [shorts, shorts]), "permute_written_out")
+    function.linkage = "internal"
+    builder = ir.IRBuilder(function.append_basic_block())
+    table, indices = function.args
+    indices = builder.and_(indices, ir.Constant(shorts, [31] * 32))
+    found = ir.Constant(shorts, ir.Undefined)
+    for lane in range(32):
+        index = builder.zext(builder.extract_element(indices, i32(lane)), i32)
+        found = builder.insert_element(found, builder.extract_element(table, index), i32(lane))
+    builder.ret(found)
+    return function
+
+
+@pytest.mark.parametrize("isa", [cpu_integer and cpu_integer.LOOKUP, "avx512_vnni", "avx_vnni"])
 @pytest.mark.parametrize("bits", [8, 16])
 def test_loops_of_processors_that_this_one_is_not(isa, bits, monkeypatch):
-    """All but the one instruction: shapes, registers, order of the integers, what comes after the sums."""
+    """All but the one instruction, or two: shapes, registers, order of the integers, what comes after the sums."""
     monkeypatch.setattr(cpu_integer, "_dot", dot_written_out)
+    monkeypatch.setattr(cpu_integer, "_permute", permute_written_out)
     compile_once = cache(lambda isa, parts, half: cpu_integer._compile(isa, parts, half, cached=False))
     monkeypatch.setattr(cpu_integer, "kernels", compile_once)
     for shape in ((1, 4, 1), (17, 20, 33), (8, 196, 2050), (257, 772, 66), (40, 388, 1100)):
@@ -318,13 +340,22 @@ print(same, kernels and ",".join(kernels.instruction_sets()))
 """
 
 
+WITH_AVX512 = "+avx2,+avx512f,+avx512bw,+avx512vl,+avx512vnni"
+
+
 @pytest.mark.skipif("avx2" not in SETS, reason="x86 only")
 @pytest.mark.parametrize(
     ("name", "features", "sets"),
-    [("haswell", "+avx2", "avx2"), ("alderlake", "+avx2,+avxvnni", "avx_vnni,avx2"), ("nehalem", "+sse4.2", "None")],
+    [
+        ("haswell", "+avx2", "avx2"),
+        ("alderlake", "+avx2,+avxvnni", "avx_vnni,avx2"),
+        ("cascadelake", WITH_AVX512, "avx512_vnni,avx_vnni,avx2"),
+        ("znver4", WITH_AVX512, "avx512_vnni_lookup,avx512_vnni,avx_vnni,avx2"),
+        ("nehalem", "+sse4.2", "None"),
+    ],
 )
 def test_code_for_another_processor(tmp_path, name, features, sets):
-    if "avxvnni" in features and "avx_vnni" not in SETS:
+    if ("avxvnni" in features and "avx_vnni" not in SETS) or ("avx512" in features and "avx512_vnni" not in SETS):
         pytest.skip("this processor does not run it")
     environment = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
     if name == "alderlake" and not _has_flag("avx_vnni"):
