@@ -263,6 +263,9 @@ def test_options_that_cannot_be_honoured_are_refused(tmp_path):
     torch.save(argparse.Namespace(image_size=64, rope_scaling_factor=2.0), folder / "model_args.pth")
     with pytest.raises(ValueError, match=r"rope_scaling_factor=2\.0"):
         convert_original_checkpoint(folder)
+    torch.save(argparse.Namespace(image_size=64, ntk_factor=torch.ones(2)), folder / "model_args.pth")
+    with pytest.raises(ValueError, match=r"ntk_factor=tensor\(\[1\., 1\.\]\)"):
+        convert_original_checkpoint(folder)
     with pytest.raises(ValueError, match="does not divide into 7 heads"):
         convert_original_checkpoint(PACKED, num_attention_heads=7)
     with pytest.raises(ValueError, match="weight_format"):

@@ -129,9 +129,10 @@ def infer_config(state_dict: dict[str, Tensor], args: dict[str, Any], num_attent
         ValueError: The tensors are not those of a TerDiT, or an option is set that this package does not have.
     """
     for option in ("rope_scaling_factor", "ntk_factor"):
-        if args.get(option) not in (None, 1, 1.0):
+        factor = args.get(option)
+        if factor is not None and not (isinstance(factor, (int, float)) and factor == 1):
             raise ValueError(
-                f"it was trained with {option}={args[option]}, which this package does not implement; take another"
+                f"it was trained with {option}={factor!r:.80}, which this package does not implement; take another"
                 " file"
             )
 
