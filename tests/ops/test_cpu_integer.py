@@ -1,5 +1,6 @@
 """Integer activations: the kernels give the reference's bits, whatever the instruction set, threads or process."""
 
+import ctypes
 import multiprocessing
 import os
 import shutil
@@ -380,6 +381,34 @@ def test_without_numba(monkeypatch):
         assert torch.equal(integer_linear(*case), reference.integer_linear(*case, 16))
     finally:
         cpu.integer_kernels.cache_clear()
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mprotect"), reason="no mprotect")
+def test_nothing_is_read_beyond_the_arrays():
+    """They end where a page begins that may not be read."""
+    code = """
+import ctypes, mmap, torch
+from diffusers_terdit.ops import cpu, pack_ternary, reference
+
+def before_a_wall(tensor):
+    size, page = tensor.numel() * tensor.element_size(), mmap.PAGESIZE
+    wall = -(-size // page) * page
+    memory = mmap.mmap(-1, wall + page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + wall), page, 0) == 0
+    behind = torch.frombuffer(memory, dtype=tensor.dtype, offset=wall - size, count=tensor.numel())
+    return behind.view_as(tensor).copy_(tensor)
+
+kernels = cpu.integer_kernels()
+for m, n, k in ((5, 256, 1024), (9, 40, 72), (3, 192, 300), (17, 260, 1156)):
+    case = torch.randn(m, k), pack_ternary(torch.randint(-1, 2, (n, k))), torch.rand(n, 1), torch.randn(n)
+    behind = [before_a_wall(tensor) for tensor in case]
+    for isa in kernels.instruction_sets():
+        for bits in (8, 16):
+            assert torch.equal(kernels.linear(*behind, bits, isa), reference.integer_linear(*case, bits)), (isa, n, k)
+print("done")
+"""
+    assert run(code) == "done"
 
 
 @pytest.fixture(scope="module")
