@@ -400,12 +400,13 @@ def panels(places: list[dict], draw: Callable, path: Path, height: Callable[[dic
         axis.axvline(1, color="black", linewidth=0.8)
         draw(axis, place)
         axis.set_title(title(place), fontsize=10)
-        axis.set(xlabel="speed over dense float32 (times as fast)", xlim=(0, None))
+        axis.set(xlabel="speed over dense float32 (times as fast)")
         axis.margins(y=0.15)
         axis.tick_params(labelbottom=True)
         axis.invert_yaxis()
         axis.grid(alpha=0.3)
         axis.set_axisbelow(True)
+    axes[0, 0].set_xlim(left=0)  # of all, once all is drawn
     for axis in list(axes.flat)[len(places) :]:
         axis.remove()
     found = {}
