@@ -55,6 +55,8 @@ def add_arguments(commands) -> None:
     sub.add_argument("--presets", choices=PRESETS, nargs="+", default=["terdit-600m-256", "terdit-4.2b-256"])
     sub.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8], help="images of a step, guided")
     sub.add_argument("--limits", type=float, nargs="+", default=[2, 4, 8], help="GB of memory of the small cards")
+    sub.add_argument("--placements", choices=PLACEMENTS, nargs="+", default=list(PLACEMENTS), help="of the small cards")
+    sub.add_argument("--weights", choices=["all", "packed"], default="all", help="of the small cards")
     sub.add_argument("--turns", type=int, default=20, help="calls of each mode, after those that warm up")
     sub.add_argument("--output_dir", type=Path, default=Path("docs", "results"))
     sub.add_argument("--render", action="store_true", help="measure nothing, write the page from the JSON")
@@ -175,7 +177,7 @@ def measure_layer(
     dense = weight.to(half.dtype)
     modes: dict[str, tuple[Layer, Tensor]] = {
         DENSE: (lambda x: nn.functional.linear(x, dense), half),
-        REFERENCE: (lambda x: unpack_every_call(x, packed, scale, None), x),
+        REFERENCE: (lambda x: with_tf32(lambda: unpack_every_call(x, packed, scale, None)), x),
         "exact": (lambda x: ternary_linear(x, packed, scale), half),
         "decode alone": (lambda x: gpu.decode(packed, x.dtype), half),
         "int16": (lambda x: integer_linear(x, packed, scale, bits=16), half),
@@ -292,6 +294,7 @@ def steps(args: argparse.Namespace, left_out: list[str]) -> Iterator[list[dict]]
     for preset, dtype in itertools.product(args.presets, args.dtypes):
         models = step_models(preset, getattr(torch, dtype), args.device)
         for batch in args.batch_sizes:
+            torch._dynamo.reset()  # dynamo keeps 8 graphs of a block's code, whatever the model, and then refuses
             yield measure_step(models, preset, batch, dtype, args, left_out)
         del models
         if args.device == "cuda":
@@ -323,7 +326,7 @@ def step_models(preset: str, dtype: torch.dtype, device: str) -> dict[str, nn.Mo
         models[name].set_activation_bits(bits)
     models[DENSE] = copy.deepcopy(models[f"{DENSE}, eager"])
     for name in (DENSE, "exact", "int16", "int8"):
-        models[name].compile_repeated_blocks(fullgraph=True)
+        models[name].compile_repeated_blocks(fullgraph=True, dynamic=False)  # else the second batch size is slower
     return models
 
 
@@ -338,7 +341,11 @@ def measure_step(
             inputs = [
                 tensor.to(args.device) for tensor in (sample.repeat(batch, 1, 1, 1), timestep, labels.repeat(batch))
             ]
-            call = partial(model, *inputs, return_dict=False)
+            ahead = {}
+            if name != REFERENCE:  # as the pipeline does, for many steps at once
+                rows = inputs[1].expand(len(inputs[2])), inputs[2]
+                ahead["modulation"] = model.modulations(*rows).contiguous()
+            call = partial(model, *inputs, return_dict=False, **ahead)
             if name == REFERENCE:
                 call = partial(as_the_authors, call)
             try:
@@ -355,24 +362,31 @@ def measure_step(
             "dtype": dtype,
             "mode": name,
             "milliseconds": rounded(1e3 * statistics.median(times[name])),
-            "over_dense": ratio(times[name], times[DENSE]),
+            "over_dense": ratio(times[name], times.get(DENSE, times[name])),
             "weights_bytes": sum(p.numel() * p.element_size() for p in models[name].parameters()),
-            "error": rounded(relative_error(outputs[name], outputs[REFERENCE].double())),
+            "error": rounded(relative_error(outputs[name], outputs.get(REFERENCE, outputs[name]).double())),
         }
         for name in functions
     ]
 
 
-def as_the_authors(call: Callable[[], object]) -> object:
-    """Run a packed float32 model as the authors' code does: TF32, and a new float32 weight in every call."""
+def with_tf32(call: Callable[[], object]) -> object:
+    """As the authors' code runs its matmuls."""
     before = torch.backends.cuda.matmul.allow_tf32
-    original = package_layers.ternary_linear
     torch.backends.cuda.matmul.allow_tf32 = True
-    package_layers.ternary_linear = unpack_every_call
     try:
         return call()
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def as_the_authors(call: Callable[[], object]) -> object:
+    """Run a packed float32 model as the authors' code does: TF32, and a new float32 weight in every call."""
+    original = package_layers.ternary_linear
+    package_layers.ternary_linear = unpack_every_call
+    try:
+        return with_tf32(call)
+    finally:
         package_layers.ternary_linear = original
 
 
@@ -381,8 +395,9 @@ def as_the_authors(call: Callable[[], object]) -> object:
 
 def cards(args: argparse.Namespace, left_out: list[str]) -> Iterator[list[dict]]:
     """One picture of 4.2B with a VAE under every memory limit and placement, each in a process of its own."""
-    cases = itertools.product([None, *args.limits], (True, False), PLACEMENTS)
-    for limit, packed, placement in tqdm(list(cases), unit="card"):
+    cases = itertools.product([None, *args.limits], (True, False), args.placements)
+    cases = [case for case in cases if case[1] or "packed" not in args.weights]
+    for limit, packed, placement in tqdm(cases, unit="card"):
         settings = {"preset": args.presets[-1], "limit": limit, "packed": packed, "placement": placement}
         settings |= {"dtype": args.dtypes[0], "device": args.device}
         command = [

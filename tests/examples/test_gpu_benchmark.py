@@ -96,6 +96,7 @@ def test_cards_run_in_processes_of_their_own(scripts, monkeypatch, tmp_path):
 
     monkeypatch.setattr(scripts["gpu"].subprocess, "run", answer)
     args = argparse.Namespace(limits=[2.0, 4.0], presets=["terdit-4.2b-256"], dtypes=["bfloat16"], device="cuda")
+    args.placements, args.weights = list(scripts["gpu"].PLACEMENTS), "all"
     left_out: list[str] = []
     records = [record for part in scripts["gpu"].cards(args, left_out) for record in part]
     assert len(asked) == 18

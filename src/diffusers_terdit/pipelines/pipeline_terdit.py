@@ -87,6 +87,38 @@ def _one_at_a_time(call: Callable) -> Callable:
     return guarded
 
 
+class _Finite:
+    """Raises where a step's result is not finite; on a GPU one step late, so that the next one is queued before it waits."""
+
+    def __init__(self, device: torch.device):
+        self._late = device.type == "cuda"
+        self._pending: tuple[torch.Event, Tensor, Callable[[], str]] | None = None
+
+    def look(self, flag: Tensor, message: Callable[[], str]) -> None:
+        """Take a 0-dim bool of the device; report that of the step before."""
+        if not self._late:
+            if not flag:
+                raise ValueError(message())
+            return
+        before, on_host, event = self._pending, torch.empty((), dtype=torch.bool, pin_memory=True), torch.Event("cuda")
+        on_host.copy_(flag, non_blocking=True)
+        event.record()
+        self._pending = event, on_host, message
+        self._check(before)
+
+    def settle(self) -> None:
+        """Report the last step's."""
+        self._check(self._pending)
+
+    @staticmethod
+    def _check(pending: "tuple[torch.Event, Tensor, Callable[[], str]] | None") -> None:
+        if pending is not None:
+            event, flag, message = pending
+            event.synchronize()
+            if not flag:
+                raise ValueError(message())
+
+
 def default_scheduler() -> DDPMScheduler:
     """The sampler TerDiT is trained for: 1000 linear steps, learned variance, no clipping, spaced from 999 to 0."""
     return DDPMScheduler(
@@ -509,8 +541,10 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
         null_labels = torch.full_like(labels, self.transformer.config.num_classes)
 
         # 3. Timesteps and start noise
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        # On the CPU, where their tables are: DDPM would wait for a GPU 13 times a step to look a timestep up there.
+        self.scheduler.set_timesteps(num_inference_steps, device="cpu")
         timesteps = self.scheduler.timesteps
+        on_device = timesteps.to(device)
         self._num_timesteps = len(timesteps)
         batch_size = len(class_ids) * num_images_per_prompt
         latents = self.prepare_latents(self._latents_shape(batch_size, height, width), device, generator, latents)
@@ -518,7 +552,9 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
 
         # 4. Denoise, in float32 but for the model's own arithmetic
         channels = self.transformer.config.in_channels * (2 if self._uses_learned_variance() else 1)
-        modulations = self._modulations(timesteps, class_ids, changes=callback_on_step_end is not None)
+        modulations = self._modulations(on_device, class_ids, changes=callback_on_step_end is not None)
+        dtype = self.transformer.dtype  # a walk over all modules
+        finite = _Finite(device)
         with self._sampling(), self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
@@ -532,14 +568,14 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
                     model_input = self.scheduler.scale_model_input(model_input, t)
                 with self.transformer.cache_context("cond_uncond"):
                     model_output = self.transformer(
-                        model_input.to(self.transformer.dtype),
-                        t.expand(len(model_labels)),
+                        model_input.to(dtype),
+                        on_device[i].expand(len(model_labels)),
                         model_labels,
                         return_dict=False,
                         **modulations(i, model_labels),
                     )[0].float()
-                if not model_output.isfinite().all():
-                    raise ValueError(self._where_not_finite(i, t, model_input, model_labels))
+                step = i, on_device[i], model_input, model_labels
+                finite.look(model_output.isfinite().all(), lambda step=step: self._where_not_finite(*step))
                 if guided:
                     model_output = self.guide(model_output)
                 latents = self.scheduler.step(model_output[:, :channels], t, latents, **extra_step_kwargs).prev_sample
@@ -557,6 +593,7 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
                     latents = callback_outputs.pop("latents", latents)
                 progress_bar.update()
 
+        finite.settle()
         # 5. Latents to pixels
         if output_type == "latent":
             images = latents
