@@ -1,4 +1,4 @@
-"""`data/packed-v1`, written once by version 0.1.0: it must load forever, and these numbers never change."""
+"""Folders written once by version 0.1.0: they must load forever, and these numbers never change."""
 
 import hashlib
 import json
@@ -6,12 +6,15 @@ import struct
 from pathlib import Path
 
 import torch
+from diffusers import DiTTransformer2DModel
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from diffusers_terdit import TernaryLinear
 
 
 FOLDER = Path(__file__).parent / "data" / "packed-v1"
+TERNARY_CONFIG = FOLDER.with_name("ternary-config-v1")
 WEIGHTS = FOLDER / "diffusion_pytorch_model.safetensors"
 FILE_SHA256 = "bd1a5d6809c5d5499c20589ead76b9764560ab011fd00467222bbcb84832d61b"
 DIGEST = "b71a11c65200f92ba380aeb8a9886c3f39ac40c104b920eefb301ecf8042a19c"
@@ -82,3 +85,16 @@ def test_saving_it_again_writes_the_same_tensors_and_metadata(tmp_path):
         }
     old, new = (json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in (FOLDER, tmp_path))
     assert {name: new[name] for name in old} == {**old, "_diffusers_version": new["_diffusers_version"]}
+
+
+def test_a_model_saved_with_the_first_names_of_ternary_config_loads():
+    """`granularity`, `exact` and `exclude` in its config.json; inputs and output as computed when it was saved."""
+    vectors = load_file(TERNARY_CONFIG / "vectors.safetensors")
+    expected = vectors.pop("sample")
+    model = DiTTransformer2DModel.from_pretrained(TERNARY_CONFIG).eval()
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, TernaryLinear)}
+    assert "transformer_blocks.0.attn1.to_q" in layers
+    assert not any(".norm1." in name for name in layers)
+    assert {layer.scale_granularity for layer in layers.values()} == {32}
+    with torch.no_grad():
+        torch.testing.assert_close(model(**vectors).sample, expected)
