@@ -30,7 +30,9 @@ import torch
 from PIL import Image
 
 from diffusers_terdit import TerDiTPipeline
-from diffusers_terdit.cli import DTYPES, human_bytes, load_pipeline, scheduler_by_name, usable_device
+from diffusers_terdit.cli import DTYPES, load_pipeline, usable_device
+from diffusers_terdit.hub.model_card import human_bytes
+from diffusers_terdit.pipelines.schedulers import scheduler_by_name
 
 
 # By what the model predicts; the pipeline's own scheduler stands first in the list.

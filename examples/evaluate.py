@@ -33,10 +33,10 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from diffusers_terdit import TerDiTPipeline, __version__, metrics, training
+from diffusers_terdit import TerDiTPipeline, __version__, evaluation, training
 from diffusers_terdit.checkpoints import bundled
-from diffusers_terdit.metrics.digits import digits_classifier
-from diffusers_terdit.metrics.inception import InceptionV3
+from diffusers_terdit.evaluation.digits import digits_classifier
+from diffusers_terdit.evaluation.inception import InceptionV3
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -277,7 +277,7 @@ def feature_network(args: argparse.Namespace, device: torch.device) -> nn.Module
     return digits_classifier().to(device) if args.model == "digits" else None
 
 
-def reference_statistics(args, network: nn.Module, shape: tuple[int, ...], device) -> metrics.ImageStatistics:
+def reference_statistics(args, network: nn.Module, shape: tuple[int, ...], device) -> evaluation.ImageStatistics:
     """Statistics of the reference: from the file that keeps them if it is of the same data and network."""
     name, (height, width, channels) = args.reference, shape[1:]
     images, adm = None, False
@@ -294,7 +294,7 @@ def reference_statistics(args, network: nn.Module, shape: tuple[int, ...], devic
     elif zipfile.is_zipfile(name) and "mu.npy" in zipfile.ZipFile(name).namelist():
         adm = True
     else:
-        images = metrics.open_samples(name)
+        images = evaluation.open_samples(name)
         if images.shape[1:] != shape[1:]:
             raise SystemExit(
                 f"The images of {name} are {images.shape[1:]}, the samples {shape[1:]} (H, W, C). Pass others as"
@@ -304,20 +304,22 @@ def reference_statistics(args, network: nn.Module, shape: tuple[int, ...], devic
     if adm:
         data = file_digest(name)
     else:
-        data = images.fingerprint() if isinstance(images, FolderImages) else metrics.fingerprint(images)
+        data = images.fingerprint() if isinstance(images, FolderImages) else evaluation.fingerprint(images)
     path = args.reference_statistics or args.output_dir / "reference.safetensors"
     if path.exists():
-        kept = metrics.ImageStatistics.load(path)
-        if (kept.fingerprint, kept.network) == (data, metrics.network_name(network)):
+        kept = evaluation.ImageStatistics.load(path)
+        if (kept.fingerprint, kept.network) == (data, evaluation.network_name(network)):
             logger.info(f"reference statistics from {path}")
             return kept
         logger.info(f"{path} is of other data or another network, it is made anew")
     if adm:
-        found = metrics.ImageStatistics.from_adm(
+        found = evaluation.ImageStatistics.from_adm(
             name, network, args.feature_batch_size, device, progress=bar("reference")
         )
     else:
-        found = metrics.image_statistics(images, network, args.feature_batch_size, device, progress=bar("reference"))
+        found = evaluation.image_statistics(
+            images, network, args.feature_batch_size, device, progress=bar("reference")
+        )
     found = dataclasses.replace(found, fingerprint=data)
     with training.writing(path):
         found.save(path)
@@ -325,7 +327,7 @@ def reference_statistics(args, network: nn.Module, shape: tuple[int, ...], devic
 
 
 def bar(name: str):
-    """What `metrics.image_statistics` wraps its batches in."""
+    """What `evaluation.image_statistics` wraps its batches in."""
     return lambda batches, total=None: tqdm(batches, desc=name, total=total, unit="batch")
 
 
@@ -413,7 +415,7 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
     # 2. Metrics and report, by one
     if accelerator.is_main_process:
-        samples = metrics.open_samples(args.output_dir / "samples.npz")
+        samples = evaluation.open_samples(args.output_dir / "samples.npz")
         columns = min(pipe.transformer.config.num_classes, 10)
         grid = training.image_grid([to_pil(image) for image in samples[: 4 * columns]], columns)
         with training.new_file(args.output_dir / "samples.png") as partial:
@@ -423,12 +425,12 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
         del pipe
         measured = {}
         if network is not None:
-            found = metrics.image_statistics(
+            found = evaluation.image_statistics(
                 samples, network, args.feature_batch_size, device, progress=bar("features")
             )
             if args.reference:
                 reference = reference_statistics(args, network, samples.shape, device)
-                measured = metrics.compare(found, reference, device)
+                measured = evaluation.compare(found, reference, device)
                 measured["reference"] = args.reference + (f", {reference.count:,} images" if reference.count else "")
                 measured["reference_fingerprint"] = reference.fingerprint
                 if found.count <= found.features.width:

@@ -30,7 +30,7 @@ from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, pack_tern
 from diffusers_terdit import layers as package_layers
 from diffusers_terdit.models.transformer_terdit import PRESETS
 from diffusers_terdit.ops import dequantize, gpu, integer_linear, ternary_linear
-from diffusers_terdit.pipelines.pipeline_terdit import default_scheduler
+from diffusers_terdit.pipelines.schedulers import default_scheduler
 from kernel_benchmark import SCALE, SHAPES, guided_input, new_input, relative_error, rounded, shape, unpack_every_call
 from kernel_page import table
 
@@ -55,7 +55,9 @@ def add_arguments(commands) -> None:
     sub.add_argument("--presets", choices=PRESETS, nargs="+", default=["terdit-600m-256", "terdit-4.2b-256"])
     sub.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8], help="images of a step, guided")
     sub.add_argument("--limits", type=float, nargs="+", default=[2, 4, 8], help="GB of memory of the small cards")
-    sub.add_argument("--placements", choices=PLACEMENTS, nargs="+", default=list(PLACEMENTS), help="of the small cards")
+    sub.add_argument(
+        "--placements", choices=PLACEMENTS, nargs="+", default=list(PLACEMENTS), help="of the small cards"
+    )
     sub.add_argument("--weights", choices=["all", "packed"], default="all", help="of the small cards")
     sub.add_argument("--turns", type=int, default=20, help="calls of each mode, after those that warm up")
     sub.add_argument("--output_dir", type=Path, default=Path("docs", "results"))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffusers_terdit import TerDiTPipeline
 from diffusers_terdit.checkpoints import bundled
-from diffusers_terdit.metrics.digits import digits_classifier
+from diffusers_terdit.evaluation.digits import digits_classifier
 from few_steps import root_mean_square
 
 

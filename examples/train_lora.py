@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, losses, pack_ternary, training
-from diffusers_terdit.metrics.digits import digits_classifier
+from diffusers_terdit.evaluation.digits import digits_classifier
 from evaluate import model_folder
 
 

@@ -29,7 +29,7 @@ from diffusers import AutoencoderKL
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
-from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, losses, training
+from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, evaluation, losses, training
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -231,7 +231,7 @@ def frechet(pipe: TerDiTPipeline, args, accelerator, network, codec, examples) -
         fake = sample_images(pipe, args, [i % examples.num_classes for i in part], part, "pt").to(real)
         features.append(torch.stack([network(real), network(fake)], dim=1))  # (B, 2, D)
     gathered = accelerator.gather(torch.cat(features))
-    return training.frechet_distance(gathered[:, 0], gathered[:, 1])
+    return evaluation.frechet_distance(gathered[:, 0], gathered[:, 1])
 
 
 def build_transformer(args: argparse.Namespace, sample_size: int, in_channels: int, num_classes: int):

@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel
-from diffusers_terdit.pipelines.pipeline_terdit import default_scheduler
+from diffusers_terdit.pipelines.schedulers import default_scheduler
 from fake_hub import fake_hub  # noqa: F401 - a fixture
 from tiny import randomize
 

@@ -763,8 +763,8 @@ def make_bases(folder: Path) -> None:
     from diffusers import DiTTransformer2DModel
 
     from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryConfig, TernaryLinear
-    from diffusers_terdit.conversion import _BLOCK, _TOP
-    from diffusers_terdit.pipelines.pipeline_terdit import default_scheduler
+    from diffusers_terdit.conversion.terdit import _BLOCK, _TOP
+    from diffusers_terdit.pipelines.schedulers import default_scheduler
     from tiny import randomize
 
     torch.manual_seed(0)
@@ -859,7 +859,7 @@ def expected_tensors(kind: str, files: Files) -> dict[str, tuple[str, list[int],
     """Every tensor that the weights files of a case say, read here."""
     import torch
 
-    from diffusers_terdit.conversion import convert_name
+    from diffusers_terdit.conversion.terdit import convert_name
 
     files = {
         n: files[str(Path(n).parent / d.target)]
@@ -961,7 +961,7 @@ def place(folder: Path, files: Files, present: dict) -> None:
 
 def run_case(seed: int, number: int, bases, root: Path, present: dict) -> dict:
     """Load one case and say how it went."""
-    from diffusers_terdit.inspection import inspect_weights
+    from diffusers_terdit.storage.inspection import inspect_weights
 
     random.seed(0)
     try:
@@ -1045,7 +1045,7 @@ def worker(seed: int, folder: Path) -> None:
     diffusers.utils.logging.set_verbosity(60)
     diffusers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity(60)
-    from diffusers_terdit.files import DTYPE_NAMES
+    from diffusers_terdit.storage.weights import DTYPE_NAMES
 
     _NAMES.update(DTYPE_NAMES)
     bases = {

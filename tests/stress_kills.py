@@ -90,7 +90,7 @@ def tiny_vae(seed: int = 0):
 
 def tiny_pipeline(norm_eps: float, vae: bool = False):
     from diffusers_terdit import TerDiTPipeline
-    from diffusers_terdit.pipelines.pipeline_terdit import default_scheduler
+    from diffusers_terdit.pipelines.schedulers import default_scheduler
 
     labels = {str(i): f"{name} {norm_eps}" for i, name in enumerate(["zero", "one", "two", "three"])}
     model = tiny_transformer(norm_eps=norm_eps, in_channels=4 if vae else 3)
@@ -434,11 +434,11 @@ class Evaluate(Program):
     def state(self, variant: str, folder: Path) -> str:
         import numpy as np
 
-        from diffusers_terdit import metrics
+        from diffusers_terdit import evaluation
 
         names = [name for name in files_of(folder) if ".partial" not in name] if folder.is_dir() else []
         place(self.root / "new", {"samples.npz": self.new[variant]["samples.npz"]})
-        samples = metrics.open_samples(self.root / "new" / "samples.npz")
+        samples = evaluation.open_samples(self.root / "new" / "samples.npz")
         for name in names:
             if name.startswith("parts/"):
                 first, last = map(int, Path(name).stem.split("-"))

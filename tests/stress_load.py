@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel
 from diffusers_terdit.checkpoints import bundled
 from diffusers_terdit.ops import cpu
-from diffusers_terdit.pipelines.pipeline_terdit import default_scheduler
+from diffusers_terdit.pipelines.schedulers import default_scheduler
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

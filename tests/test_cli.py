@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from diffusers_terdit import TerDiTPipeline, TernaryLinear
 from diffusers_terdit.checkpoints import bundled
 from diffusers_terdit.cli import build_parser, human_bytes, main
-from diffusers_terdit.inspection import HEADERS, inspect_weights
 from diffusers_terdit.ops import has_integer_kernel
+from diffusers_terdit.storage.inspection import HEADERS, inspect_weights
 from diffusers_terdit.training import ternary_statistics
 
 

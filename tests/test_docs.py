@@ -22,7 +22,7 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
 import diffusers_terdit
-from diffusers_terdit import cli, losses, metrics, training
+from diffusers_terdit import cli, evaluation, losses, training
 
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +34,7 @@ BLOCK = re.compile(
 )
 # Python that nothing here runs. A new one has to be added to these numbers, so that none slips through.
 MARKED = {"needs a GPU": 1, "needs the Hub": 2}
-RUN_ELSEWHERE = {"hub.md": (4, "test_hub.py")}
+RUN_ELSEWHERE = {"hub.md": (4, "hub/test_push.py")}
 # Programs of others in the commands, which are not checked.
 FOREIGN = {"npm": 1, "tar": 1, "train_autoencoderkl.py": 1}
 
@@ -235,7 +235,7 @@ def public_names() -> set[str]:
     package = "diffusers_terdit"
     bases = {"DiffusionPipeline", "ModelMixin", "SchedulerMixin"}  # diffusers'
     names = {f"{package}.{name}" for name in set(diffusers_terdit.__all__) - bases}
-    for module in (training, metrics):
+    for module in (training, evaluation):
         callables = {name for name in module.__all__ if callable(getattr(module, name))}
         names |= {f"{module.__name__}.{name}" for name in callables}
     functions = {name for name, value in vars(losses).items() if getattr(value, "__module__", "") == losses.__name__}

@@ -11,8 +11,8 @@ from diffusers import ConfigMixin, ModelMixin
 from safetensors import safe_open
 from torch import nn
 
-from diffusers_terdit import TernaryLinear, host, ternarize
-from diffusers_terdit.host import warn_half_precision_codes
+from diffusers_terdit import TernaryLinear, _numba_warnings, ternarize
+from diffusers_terdit.modeling import warn_half_precision_codes
 from diffusers_terdit.ops import has_integer_kernel, reference, ternary_linear
 
 
@@ -574,10 +574,10 @@ def no_kernel(monkeypatch):
     """A machine without numba."""
     monkeypatch.setattr("diffusers_terdit.layers.has_integer_kernel", lambda device: False)
     monkeypatch.setattr("diffusers_terdit.layers.find_spec", lambda name: None)
-    monkeypatch.setattr("diffusers_terdit.host.find_spec", lambda name: None)
-    host.warn_no_integer_kernel.cache_clear()
+    monkeypatch.setattr("diffusers_terdit._numba_warnings.find_spec", lambda name: None)
+    _numba_warnings.warn_no_integer_kernel.cache_clear()
     yield
-    host.warn_no_integer_kernel.cache_clear()
+    _numba_warnings.warn_no_integer_kernel.cache_clear()
 
 
 class TestSetActivationBits:

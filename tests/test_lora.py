@@ -15,7 +15,7 @@ from tiny import randomize
 pytest.importorskip("peft")
 from peft import LoHaConfig, LoraConfig
 
-from diffusers_terdit.host import TernaryLoraLinear
+from diffusers_terdit.lora import TernaryLoraLinear
 
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -462,7 +462,7 @@ class TestRefusals:
 class TestContactWithTheHost:
     @pytest.mark.parametrize("call", [lambda m: m.add_adapter(config()), lambda m: m.load_lora_adapter({"a": 1})])
     def test_without_peft_an_error_says_what_to_install(self, tiny_model, monkeypatch, call):
-        monkeypatch.setattr("diffusers_terdit.host.is_peft_available", lambda: False)
+        monkeypatch.setattr("diffusers_terdit.lora.is_peft_available", lambda: False)
         with pytest.raises(ImportError, match=r"diffusers-terdit\[lora\]"):
             call(tiny_model("packed"))
 

@@ -50,7 +50,7 @@ def test_the_wheel_is_pure_and_holds_the_package_alone(distributions):
         path.relative_to(SOURCE.parent).as_posix() for path in source
     }
     assert {path.suffix for path in source} == {".py", ".json", ".md", ".safetensors", ".typed"}
-    for name in ("py.typed", "imagenet1k_labels.json", "metrics/digits_classifier.safetensors"):
+    for name in ("py.typed", "conversion/imagenet1k_labels.json", "evaluation/digits_classifier.safetensors"):
         assert f"diffusers_terdit/{name}" in names
     for checkpoint in ("digits", "emoji"):
         for name in ("model_index.json", "transformer/diffusion_pytorch_model.safetensors", "README.md"):

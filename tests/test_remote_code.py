@@ -13,7 +13,7 @@ from diffusers import AutoModel, DiffusionPipeline
 from diffusers.utils import dynamic_modules_utils
 from huggingface_hub import create_branch, upload_folder
 
-from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryLinear, export_remote_code, hub
+from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryLinear, export_remote_code, remote_code
 from fake_hub import run_with_hub
 
 
@@ -158,7 +158,7 @@ class TestBesideThePackage:
         before = sample(loaded)
         monkeypatch.setattr("diffusers_terdit.__version__", "9.9")
         pipe.save_pretrained("other")
-        monkeypatch.setattr(hub, "_FIRST_RUN", hub._FIRST_RUN + "\n# something new\n")
+        monkeypatch.setattr(remote_code, "_FIRST_RUN", remote_code._FIRST_RUN + "\n# something new\n")
         export_remote_code("other")
         other = DiffusionPipeline.from_pretrained(tmp_path / "other", trust_remote_code=True)
         assert type(other.transformer) is not type(loaded.transformer)

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel
 from diffusers_terdit.checkpoints import bundled
 from diffusers_terdit.ops import cpu, has_integer_kernel, reference
-from diffusers_terdit.pipelines.pipeline_terdit import default_scheduler
+from diffusers_terdit.pipelines.schedulers import default_scheduler
 from tiny import randomize
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import stress_files
-from diffusers_terdit import TernaryLinear, files
-from diffusers_terdit.files import DTYPE_NAMES, MAX_BLOCKS
+from diffusers_terdit import TernaryLinear, modeling
+from diffusers_terdit.modeling import MAX_BLOCKS
+from diffusers_terdit.storage.weights import DTYPE_NAMES
 from stress_files import BAD, FAULTS, GOOD, WEIGHTS, judge, markdown, payloads, run, tensors_of, write
 
 
@@ -101,6 +102,6 @@ def test_the_page_says_the_limits_that_hold():
     page = (RESULTS.parent / "SECURITY.md").read_text("utf-8")
     assert f"more than {MAX_BLOCKS:,} blocks" in page
     assert "above 2^31 - 1" in page
-    assert files._MAX_INT == 2**31 - 1
+    assert modeling._MAX_INT == 2**31 - 1
     inputs = json.loads((RESULTS / "stress.json").read_text("utf-8"))["next"]
     assert f"{inputs:,} damaged and hostile files" in page

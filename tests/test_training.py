@@ -737,26 +737,6 @@ class TestStartingWeights:
         assert not any("forward" in vars(layer) for layer in model.ternary_layers().values())
 
 
-class TestFrechetDistance:
-    def test_distance_of_two_gaussians(self):
-        generator = torch.Generator().manual_seed(0)
-        first = torch.randn(200_000, 2, generator=generator, dtype=torch.float64)
-        second = torch.randn(200_000, 2, generator=generator, dtype=torch.float64) * 3 + 2
-        # (2^2 + 2^2) + 2 (1 - 3)^2
-        assert training.frechet_distance(first, second) == pytest.approx(16, rel=0.02)
-
-    def test_a_set_is_nowhere_but_at_itself(self):
-        features = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-        assert training.frechet_distance(features, features) == pytest.approx(0, abs=1e-9)
-        assert training.frechet_distance(features[:, :1], features[:, :1] + 2) == pytest.approx(4)
-
-    def test_sets_that_do_not_fit_are_refused(self):
-        with pytest.raises(ValueError, match="at least 2"):
-            training.frechet_distance(torch.ones(1, 3), torch.ones(5, 3))
-        with pytest.raises(ValueError, match="one width"):
-            training.frechet_distance(torch.ones(5, 3), torch.ones(5, 4))
-
-
 class TestCard:
     def test_the_card_says_how_to_load_and_how_it_was_trained(self):
         pipe = training.to_pipeline(fresh_model(), id2label={i: f"kind {i}" for i in range(10)})

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryLinear, losses, training
-from diffusers_terdit.metrics.digits import digits_classifier
+from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryLinear, evaluation, losses, training
+from diffusers_terdit.evaluation.digits import digits_classifier
 
 
 SEEDS = (0, 1, 2)
@@ -283,7 +283,7 @@ def judge(images: Tensor) -> dict[str, float]:
     output = classifier()(images)
     labels = torch.arange(len(images)) % 10
     return {
-        "frechet_distance": training.frechet_distance(output["features"], real_features()),
+        "frechet_distance": evaluation.frechet_distance(output["features"], real_features()),
         "recognised": (output["logits"].argmax(1) == labels).float().mean().item(),
     }
 

@@ -35,7 +35,7 @@ from common import (
 )  # fmt: skip
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from diffusers_terdit import TerDiTPipeline, training
+from diffusers_terdit import TerDiTPipeline, evaluation
 from diffusers_terdit.checkpoints import bundled
 
 
@@ -92,7 +92,7 @@ def run_sampling(records: Records) -> None:
         return judge(sample(pipe, 500, steps, guidance, seed))
 
     def held_out() -> dict:
-        return {"frechet_distance": training.frechet_distance(real_features(False), real_features())}
+        return {"frechet_distance": evaluation.frechet_distance(real_features(False), real_features())}
 
     records.get({"sampling": "held-out digits"}, held_out)
     for setting in SETTINGS:

@@ -3,14 +3,14 @@
 # diffusers looks these base classes up by name in the package that a model_index.json names.
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
-from . import hub, losses, quantization, training
+from . import _diffusers, losses, training
 from .conversion import convert_original_checkpoint
-from .hub import export_remote_code
 from .layers import TernaryLinear
-from .models.transformer_terdit import TerDiTTransformer2DModel
+from .models.transformer_terdit import TerDiTBlock, TerDiTTransformer2DModel
 from .ops import pack_ternary, ternarize, unpack_ternary
 from .pipelines.pipeline_terdit import TerDiTPipeline
-from .quantization import TernaryConfig
+from .quantization import TernaryConfig, TernaryMethod, TernaryQuantizer
+from .remote_code import export_remote_code
 
 
 __version__ = "0.1.0"
@@ -31,5 +31,9 @@ __all__ = [
     "unpack_ternary",
 ]
 
-hub.register()
-quantization.register()
+_diffusers.register(
+    __name__,
+    classes=(TerDiTPipeline, TerDiTTransformer2DModel, TernaryLinear),
+    blocks=(TerDiTBlock,),
+    quantizers={TernaryMethod.TERNARY: (TernaryConfig, TernaryQuantizer)},
+)

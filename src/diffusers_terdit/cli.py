@@ -1,8 +1,6 @@
 """The `terdit` command: parse, call one function, print. Heavy imports stay inside the commands."""
 
 import argparse
-import difflib
-import inspect
 import json
 import os
 import re
@@ -10,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .card import human_bytes
+from .hub.model_card import human_bytes
+from .pipelines.schedulers import scheduler_by_name
 
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import SchedulerMixin
 
     from .pipelines.pipeline_terdit import TerDiTPipeline
 
@@ -62,49 +60,6 @@ def usable_device(name: str) -> "torch.device":
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise ValueError(f"Device {name!r} cannot be used here ({reason}). `cpu` always can.") from error
     return device
-
-
-def scheduler_by_name(name: str, current: "SchedulerMixin") -> "SchedulerMixin":
-    """A diffusers scheduler that samples what `current` samples, from its configuration.
-
-    Args:
-        name (`str`): Name of the class.
-        current ([`~diffusers.SchedulerMixin`]): The pipeline's.
-
-    Raises:
-        ValueError: No such scheduler (near matches are shown), or it cannot sample what the model predicts.
-    """
-    import diffusers
-
-    found = getattr(diffusers, name, None)
-    if not isinstance(found, type) or not issubclass(found, diffusers.SchedulerMixin):
-        names = [other for other in dir(diffusers) if other.endswith("Scheduler")]
-        inside = sorted((other for other in names if name.lower() in other.lower()), key=len)
-        near = difflib.get_close_matches(name, names, n=3) or inside[:3]
-        raise ValueError(
-            f"diffusers has no scheduler {name!r}. {'Close matches' if near else 'There are'}: "
-            f"{', '.join(near or ['DDPMScheduler', 'DDIMScheduler', 'DPMSolverMultistepScheduler', '...'])}."
-        )
-    cls: Any = found
-    settings: dict[str, Any] = {}
-    flow, asked_flow = (n.startswith("FlowMatch") for n in (type(current).__name__, name))
-    if flow and not asked_flow and "use_flow_sigmas" in inspect.signature(cls).parameters:
-        shift = current.config.shift
-        settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
-    elif flow != asked_flow:
-        trained, others = (
-            (
-                "rectified flow",
-                "FlowMatchHeunDiscreteScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler",
-            )
-            if flow
-            else ("noise prediction", "DDIMScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler")
-        )
-        raise ValueError(
-            f"{name} cannot sample this model, which was trained for {trained} ({type(current).__name__}). Try"
-            f" {others}."
-        )
-    return cls.from_config(current.config, **settings)
 
 
 def _check_picture(output: Path) -> None:
@@ -251,7 +206,7 @@ def info(args: argparse.Namespace) -> None:
 
 def _model_index(path: Path) -> dict[str, Any]:
     """The `model_index.json` of a pipeline folder; empty where it is another."""
-    from .files import read_json
+    from .storage.weights import read_json
 
     index = path / "model_index.json"
     return read_json(index) if index.is_file() else {}
@@ -261,7 +216,7 @@ def _download_weights(repo_id: str) -> Path:
     """A Hub model's configs and, for a pipeline, its transformer's weights: the files that `generate` uses, too."""
     from huggingface_hub import snapshot_download
 
-    from .host import hub_errors
+    from .hub.errors import hub_errors
 
     configs = ["model_index.json", "config.json"]
     with hub_errors(repo_id):
@@ -272,7 +227,7 @@ def _download_weights(repo_id: str) -> Path:
 
 
 def _print_info(path: Path) -> None:
-    from .inspection import HEADERS, inspect_weights
+    from .storage.inspection import HEADERS, inspect_weights
 
     index = _model_index(path)
     if index and "TerDiTPipeline" not in str(index.get("_class_name")):  # in a remote-code revision it is a list

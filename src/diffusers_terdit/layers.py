@@ -8,7 +8,8 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from .host import INSTALL_NUMBA, TernaryModelMixin, warn_half_precision_codes, warn_no_integer_kernel
+from ._numba_warnings import INSTALL_NUMBA, warn_no_integer_kernel
+from .modeling import TernaryModelMixin, warn_half_precision_codes
 from .ops import (
     dequantize,
     float_linear,

@@ -21,10 +21,12 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
-from .files import PACKED_SUFFIX, PACKING, SCALE_SUFFIX, VERSION, check_file, is_finite, refuse_interrupted
-from .host import DiffusersQuantizer, QuantizationConfigMixin, refuse_adapters, register_quantizer, take_adapters
+from ._diffusers import DiffusersQuantizer, QuantizationConfigMixin
 from .layers import TernaryLinear
+from .lora import refuse_adapters, take_adapters
 from .ops import pack_ternary, reference
+from .storage.saving import refuse_interrupted
+from .storage.weights import PACKED_SUFFIX, PACKING, SCALE_SUFFIX, VERSION, check_file, is_finite
 
 
 class TernaryMethod(StrEnum):
@@ -530,8 +532,3 @@ def dense_layer(layer: TernaryLinear, dtype: torch.dtype) -> nn.Linear:
     linear.weight = nn.Parameter(layer.dequantize().to(dtype))
     linear.bias = layer.bias  # type: ignore[assignment]
     return linear.train(layer.training)
-
-
-def register() -> None:
-    """Let diffusers find `TernaryConfig`."""
-    register_quantizer(TernaryMethod.TERNARY, TernaryConfig, TernaryQuantizer)

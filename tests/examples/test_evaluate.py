@@ -16,11 +16,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
-
-from diffusers_terdit import TerDiTPipeline, cli, metrics, training
-from diffusers_terdit.metrics.digits import digits_classifier, train_digits_classifier
-from diffusers_terdit.metrics.inception import InceptionV3
 from test_inception import shapes, weights_path  # noqa: F401 - fixtures
+
+from diffusers_terdit import TerDiTPipeline, cli, evaluation, training
+from diffusers_terdit.evaluation.digits import digits_classifier, train_digits_classifier
+from diffusers_terdit.evaluation.inception import InceptionV3
 
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +106,7 @@ class TestSamples:
         args = ("--model", latent_pipeline, "--num_images", 5, "--guidance_scale", 4)
         one = evaluate(*args, "--batch_size", 1, output_dir="one")
         assert samples_bytes(one) == samples_bytes(evaluate(*args, "--batch_size", 5, output_dir="many"))
-        assert metrics.open_samples(one / "samples.npz").shape == (5, 16, 16, 3)
+        assert evaluation.open_samples(one / "samples.npz").shape == (5, 16, 16, 3)
 
     def test_the_same_bytes_from_two_processes_and_after_a_kill(self, evaluate, tmp_path):
         args = ("--num_images", 60, "--num_inference_steps", 20, "--batch_size", 2)
@@ -145,7 +145,7 @@ class TestSamples:
             assert file.files == ["arr_0"]
             images = file["arr_0"]
         assert (images.dtype, images.shape) == (np.uint8, (6, 8, 8, 1))
-        mapped = metrics.open_samples(folder / "samples.npz")
+        mapped = evaluation.open_samples(folder / "samples.npz")
         assert isinstance(mapped, np.memmap)
         assert np.array_equal(mapped, images)
         for i in range(6):
@@ -217,10 +217,10 @@ class TestReport:
     def test_a_copy_of_the_reference_is_perfect_and_damage_shows(self, script):
         network, digits = digits_classifier(), training.Digits(train=True)
         images = script.to_uint8(digits.images)
-        reference = metrics.image_statistics(images, network)
-        assert metrics.compare(metrics.image_statistics(images.copy(), network), reference)["fid"] < 1e-3
+        reference = evaluation.image_statistics(images, network)
+        assert evaluation.compare(evaluation.image_statistics(images.copy(), network), reference)["fid"] < 1e-3
         blurred = torch.nn.functional.avg_pool2d(digits.images, 3, 1, 1)
-        found = metrics.compare(metrics.image_statistics(script.to_uint8(blurred), network), reference)
+        found = evaluation.compare(evaluation.image_statistics(script.to_uint8(blurred), network), reference)
         assert found["fid"] > 1
         assert found["precision"] < 0.9
 
@@ -231,9 +231,9 @@ class TestReport:
         shuffled = np.random.default_rng(0).permutation(labels)
         right, wrong = (
             np.mean([
-                metrics.compare(
-                    metrics.image_statistics(images[given == c], network),
-                    metrics.image_statistics(images[labels == c], network),
+                evaluation.compare(
+                    evaluation.image_statistics(images[given == c], network),
+                    evaluation.image_statistics(images[labels == c], network),
                 )["fid"]
                 for c in range(10)
             ])
@@ -351,7 +351,7 @@ class TestReproduceThePaper:
         tiny_vae.save_pretrained(tmp_path / "vae")
         for size in (16, 32):  # ADM's reference files: moments of Inception's features, and images
             images = np.random.default_rng(size).integers(0, 256, (5, size, size, 3), dtype=np.uint8)
-            found = metrics.image_statistics(images, InceptionV3(weights_path))
+            found = evaluation.image_statistics(images, InceptionV3(weights_path))
             moments = {"mu": found.features.mean, "sigma": found.features.covariance}
             moments |= {"mu_s": found.spatial.mean, "sigma_s": found.spatial.covariance}
             np.savez(tmp_path / f"adm-{size}.npz", images, **{key: value.numpy() for key, value in moments.items()})

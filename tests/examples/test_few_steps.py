@@ -26,7 +26,7 @@ from PIL import Image
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel
 from diffusers_terdit.checkpoints import bundled
-from diffusers_terdit.pipelines.pipeline_terdit import default_scheduler
+from diffusers_terdit.pipelines.schedulers import default_scheduler
 from tiny import randomize
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryConfig, TernaryLinear
 from diffusers_terdit.cli import build_parser
-from diffusers_terdit.pipelines.pipeline_terdit import default_scheduler
+from diffusers_terdit.pipelines.schedulers import default_scheduler
 from tiny import randomize
 
 

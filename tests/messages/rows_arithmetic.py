@@ -6,7 +6,7 @@ from message_table import REASON, Fixed, Row
 
 from diffusers_terdit import TernaryLinear, layers, losses, pack_ternary, ternarize, unpack_ternary
 from diffusers_terdit.ops import float_linear, integer_linear, reference, ternary_linear
-from diffusers_terdit.pipelines.pipeline_terdit import default_scheduler
+from diffusers_terdit.pipelines.schedulers import default_scheduler
 
 
 ones = torch.ones

@@ -15,16 +15,16 @@ from diffusers_terdit import (
     TerDiTPipeline,
     TerDiTTransformer2DModel,
     TernaryLinear,
-    card,
     conversion,
     convert_original_checkpoint,
     export_remote_code,
-    files,
-    hub,
-    inspection,
+    modeling,
+    remote_code,
 )
 from diffusers_terdit.checkpoints import bundled
 from diffusers_terdit.conversion import convert_dense_checkpoint, swap_bitnet_order
+from diffusers_terdit.hub import model_card
+from diffusers_terdit.storage import inspection, saving, weights
 
 
 INDEX = f"{WEIGHTS}.index.json"
@@ -70,7 +70,7 @@ def pipeline(file="model_index.json", **changes):
 
 def other_digest(w):
     path = w.saved("layer") / WEIGHTS
-    with files.safe_open(path, "pt") as file:
+    with weights.safe_open(path, "pt") as file:
         metadata = file.metadata()
     save_file({**load_file(path), "bias": torch.ones(8)}, path, metadata)
     TernaryLinear.from_pretrained(path.parent)
@@ -91,8 +91,8 @@ def busy(w):
     with (w.tmp / "x.saving").open("w") as file:
         file.write(str(os.getppid()))
         file.flush()
-        assert files.locked(file.fileno())
-        files._take(w.tmp / "x.saving", seconds=0)
+        assert saving.locked(file.fileno())
+        saving._take(w.tmp / "x.saving", seconds=0)
 
 
 def deep(w):
@@ -195,7 +195,7 @@ def cut_pth(path):
 
 
 def few_layers(w):
-    w.monkeypatch.setattr(conversion, "MAX_BLOCKS", 1)
+    w.monkeypatch.setattr(conversion.terdit, "MAX_BLOCKS", 1)
     original()(w)
 
 
@@ -255,19 +255,19 @@ def export_broken(w):
 
 
 def two_meanings(w):
-    join = hub._Join({})
+    join = remote_code._Join({})
     join.source("layers")
     join.kept["layers", "print"] = None
     join.final_names()
 
 
 def merge(text):
-    return lambda w: card.merge_cards("---\na: 1\n---\nnew", text, f"{w.tmp}/README.md")
+    return lambda w: model_card.merge_cards("---\na: 1\n---\nnew", text, f"{w.tmp}/README.md")
 
 
 def latin(w):
     (w.tmp / "README.md").write_bytes(b"\xe9")
-    card.read_text(w.tmp / "README.md")
+    model_card.read_text(w.tmp / "README.md")
 
 
 def odd_scale(w):
@@ -338,7 +338,7 @@ ROWS = [
         "names x.safetensors", "which is not there", "Download or save the model again."),
     Row("index-differs", index_differs, ValueError,
         "['proj_in.bias']", "the index and the files differ", "Save the model again."),
-    Row("config-list", lambda w: files.check_config(w.tmp / "config.json", []), ValueError,
+    Row("config-list", lambda w: modeling.check_config(w.tmp / "config.json", []), ValueError,
         "config is list", "expected an object", REASON),
     Row("config-deep", deep, ValueError, "TMP/layer/config.json", "cannot be read: maximum recursion", AGAIN),
     Row("config-size", layer(config={"in_features": 0}), ValueError,
@@ -496,7 +496,7 @@ ROWS = [
     Row("export-no-config", export_without_config, OSError,
         "TMP/pipe/transformer/config.json", "cannot be read", AGAIN),
     Row("export-json", export_broken, ValueError, "holds list", "TMP/config.json", AGAIN),
-    Row("export-name", lambda w: hub._join("layers", ["Nothing"]), RuntimeError,
+    Row("export-name", lambda w: remote_code._join("layers", ["Nothing"]), RuntimeError,
         "`Nothing`", "does not define", REASON),
     Row("export-two-meanings", two_meanings, RuntimeError,
         "['print']", "mean several things in the joined file", REASON),
@@ -511,7 +511,7 @@ ROWS = [
     Row("card-list", merge("---\n- a\n---\nold"), ValueError,
         "TMP/README.md", "must be `key: value` lines", "Correct it first."),
     Row("card-latin", latin, ValueError, "TMP/README.md", "is not UTF-8 text", "Correct it first."),
-    Row("card-pictures", lambda w: card.encode_pictures({"a cat": "cat.png"}), ValueError,
+    Row("card-pictures", lambda w: model_card.encode_pictures({"a cat": "cat.png"}), ValueError,
         "got str for 'a cat'", "must hold PIL images", "as a list or by caption"),
 
     # the command

@@ -6,9 +6,9 @@ from message_table import REASON, Fixed, Row, edit_tensors
 from safetensors.torch import save_file
 from torch import nn
 
-from diffusers_terdit import metrics
-from diffusers_terdit.metrics import inception
-from diffusers_terdit.metrics.digits import digits_classifier
+from diffusers_terdit import evaluation
+from diffusers_terdit.evaluation import inception
+from diffusers_terdit.evaluation.digits import digits_classifier
 
 
 IMAGES = np.arange(6 * 2 * 2, dtype=np.uint8).reshape(6, 2, 2, 1)
@@ -30,18 +30,18 @@ class Net(nn.Module):
 
 
 def statistics(images=IMAGES, **options):
-    return metrics.image_statistics(images, options.pop("network", None) or Net(), **options)
+    return evaluation.image_statistics(images, options.pop("network", None) or Net(), **options)
 
 
 def counted(*rows):
-    found = metrics.GaussianStatistics(2)
+    found = evaluation.GaussianStatistics(2)
     for row in rows:
         found.update(row)
     return found
 
 
 def moments(mean, covariance):
-    return metrics.GaussianStatistics.from_moments(mean, covariance, 9)
+    return evaluation.GaussianStatistics.from_moments(mean, covariance, 9)
 
 
 def saved(metadata=None, **changes):
@@ -50,7 +50,7 @@ def saved(metadata=None, **changes):
     def provoke(w):
         statistics().save(w.tmp / "x.safetensors")
         edit_tensors(w.tmp / "x.safetensors", metadata, **changes)
-        metrics.ImageStatistics.load(w.tmp / "x.safetensors")
+        evaluation.ImageStatistics.load(w.tmp / "x.safetensors")
 
     return provoke
 
@@ -65,13 +65,13 @@ def file_of(text, load):
 
 def foreign(w):
     save_file({"a": torch.zeros(1)}, w.tmp / "x", {"format": "pt"})
-    metrics.ImageStatistics.load(w.tmp / "x")
+    evaluation.ImageStatistics.load(w.tmp / "x")
 
 
 def adm(**arrays):
     def provoke(w):
         np.savez(w.tmp / "x.npz", **arrays)
-        metrics.ImageStatistics.from_adm(w.tmp / "x.npz", Net())
+        evaluation.ImageStatistics.from_adm(w.tmp / "x.npz", Net())
 
     return provoke
 
@@ -89,7 +89,7 @@ def npz(damage, **arrays):
         np.savez(w.tmp / "x.npz", **arrays)
         data = (w.tmp / "x.npz").read_bytes()
         (w.tmp / "x.npz").write_bytes(damage(data))
-        metrics.open_samples(w.tmp / "x.npz")
+        evaluation.open_samples(w.tmp / "x.npz")
 
     return provoke
 
@@ -99,7 +99,7 @@ def npy(damage):
         np.save(w.tmp / "x.npy", IMAGES)
         data = (w.tmp / "x.npy").read_bytes()
         (w.tmp / "x.npy").write_bytes(damage(data))
-        metrics.open_samples(w.tmp / "x.npy")
+        evaluation.open_samples(w.tmp / "x.npy")
 
     return provoke
 
@@ -107,7 +107,8 @@ def npy(damage):
 # fmt: off
 ROWS = [
     # moments
-    Row("gaussian-width", lambda w: metrics.GaussianStatistics(0), ValueError, "got 0", "must be at least 1", REASON),
+    Row("gaussian-width", lambda w: evaluation.GaussianStatistics(0), ValueError,
+        "got 0", "must be at least 1", REASON),
     Row("moments-shape", lambda w: moments(torch.zeros(2), torch.eye(3)), ValueError,
         "(2,) and (3, 3)", "are a mean (D,) and a covariance (D, D)", REASON),
     Row("moments-nan", lambda w: moments(torch.tensor([0.0, float("nan")]), torch.eye(2)), ValueError,
@@ -122,32 +123,32 @@ ROWS = [
     Row("moments-mean", lambda w: counted().mean, ValueError,
         Fixed("no features"), "There is no mean", "call `update` first"),
     Row("moments-one", lambda w: counted(TWO[:1]).covariance, ValueError, "got 1", "needs at least 2 rows", REASON),
-    Row("frechet-width", lambda w: metrics.frechet_distance(TWO, TWO[:, :1]), ValueError,
+    Row("frechet-width", lambda w: evaluation.frechet_distance(TWO, TWO[:, :1]), ValueError,
         "2 and 1", "takes features of one width", REASON),
-    Row("frechet-vector", lambda w: metrics.frechet_distance(TWO[0], TWO), ValueError,
+    Row("frechet-vector", lambda w: evaluation.frechet_distance(TWO[0], TWO), ValueError,
         "(2,)", "must be a tensor (N, D)", REASON),
-    Row("frechet-array", lambda w: metrics.frechet_distance(TWO.numpy(), TWO), ValueError,
+    Row("frechet-array", lambda w: evaluation.frechet_distance(TWO.numpy(), TWO), ValueError,
         "ndarray", "must be a tensor (N, D)", REASON),
-    Row("frechet-negative", lambda w: metrics.frechet_distance(TWO, moments(torch.zeros(2), -torch.eye(2))),
+    Row("frechet-negative", lambda w: evaluation.frechet_distance(TWO, moments(torch.zeros(2), -torch.eye(2))),
         ValueError,
         "variance of -1", "This is no covariance", "Compute it again from the features."),
 
     # scores
-    Row("score-split", lambda w: metrics.InceptionScore(0), ValueError, "got 0", "must be at least 1", REASON),
-    Row("score-vector", lambda w: metrics.inception_score(torch.ones(5)), ValueError,
+    Row("score-split", lambda w: evaluation.InceptionScore(0), ValueError, "got 0", "must be at least 1", REASON),
+    Row("score-vector", lambda w: evaluation.inception_score(torch.ones(5)), ValueError,
         "(5,)", "must be (N, K)", REASON),
-    Row("score-none", lambda w: metrics.inception_score(None), ValueError, "NoneType", "must be (N, K)", REASON),
-    Row("score-sum", lambda w: metrics.inception_score(torch.full((2, 2), 0.9)), ValueError,
+    Row("score-none", lambda w: evaluation.inception_score(None), ValueError, "NoneType", "must be (N, K)", REASON),
+    Row("score-sum", lambda w: evaluation.inception_score(torch.full((2, 2), 0.9)), ValueError,
         "it sums to 1.8", "is no set of probabilities", "Pass the softmax of logits."),
-    Row("score-empty", lambda w: metrics.InceptionScore().value, ValueError,
+    Row("score-empty", lambda w: evaluation.InceptionScore().value, ValueError,
         Fixed("no images"), "There is no Inception Score", "call `update` first"),
-    Row("precision-neighbours", lambda w: metrics.precision_and_recall(TWO, TWO, neighbours=0), ValueError,
+    Row("precision-neighbours", lambda w: evaluation.precision_and_recall(TWO, TWO, neighbours=0), ValueError,
         "0 and 2048", "must be at least 1", REASON),
-    Row("precision-widths", lambda w: metrics.precision_and_recall(TWO, TWO[:, :1]), ValueError,
+    Row("precision-widths", lambda w: evaluation.precision_and_recall(TWO, TWO[:, :1]), ValueError,
         "(3, 2) and (3, 1)", "take features (N, D) and (M, D)", REASON),
-    Row("precision-none", lambda w: metrics.precision_and_recall(TWO, None), ValueError,
+    Row("precision-none", lambda w: evaluation.precision_and_recall(TWO, None), ValueError,
         "(3, 2) and NoneType", "take features (N, D) and (M, D)", REASON),
-    Row("precision-few", lambda w: metrics.precision_and_recall(TWO, TWO), ValueError,
+    Row("precision-few", lambda w: evaluation.precision_and_recall(TWO, TWO), ValueError,
         "got 3", "3 neighbours need at least 4 samples", REASON),
 
     # images and networks
@@ -160,7 +161,7 @@ ROWS = [
     Row("images-empty", lambda w: statistics(IMAGES[:0]), ValueError, "(0, 2, 2, 1)", "holds no images", REASON),
     Row("images-channels", lambda w: statistics(np.zeros((2, 3, 8, 8), np.uint8)), ValueError,
         "(2, 3, 8, 8)", "must have 1 to 4 channels in its last dimension", "transpose it with (0, 2, 3, 1)"),
-    Row("images-network", lambda w: metrics.image_statistics(IMAGES, print), ValueError,
+    Row("images-network", lambda w: evaluation.image_statistics(IMAGES, print), ValueError,
         "builtin_function_or_method", "`network` must be a torch.nn.Module", REASON),
     Row("images-batch", lambda w: statistics(batch_size=0), ValueError,
         "0 and 50000", "`batch_size` must be at least 1", REASON),
@@ -169,18 +170,19 @@ ROWS = [
         "takes 2 channels", "the images have 1", "Convert them."),
     Row("images-progress", lambda w: statistics(batch_size=3, progress=lambda starts, total: starts[:1]), ValueError,
         "3 of 6 images arrived", "must hand on all 2 batches", REASON),
-    Row("images-compare", lambda w: metrics.compare(statistics(name="a"), statistics(name="b")), ValueError,
+    Row("images-compare", lambda w: evaluation.compare(statistics(name="a"), statistics(name="b")), ValueError,
         "a (sha256", "were seen by two networks", "make one of them again"),
-    Row("images-chunk", lambda w: metrics.fingerprint(IMAGES, 0), ValueError, "got 0", "must be at least 1", REASON),
+    Row("images-chunk", lambda w: evaluation.fingerprint(IMAGES, 0), ValueError,
+        "got 0", "must be at least 1", REASON),
     Row("network-dict", lambda w: statistics(network=Net(lambda images: {"logits": images})), ValueError,
         "a dict of logits", "must give a tensor or a dict with `features`", REASON),
     Row("network-shape", lambda w: statistics(network=Net(lambda images: images)), ValueError,
         "(6, 1, 2, 2)", "must be (6, D) for 6 images", REASON),
 
     # files of statistics and references
-    Row("statistics-absent", lambda w: metrics.ImageStatistics.load(w.tmp / "x"), FileNotFoundError,
+    Row("statistics-absent", lambda w: evaluation.ImageStatistics.load(w.tmp / "x"), FileNotFoundError,
         "TMP/x", "There is no file", "`ImageStatistics.save` writes one"),
-    Row("statistics-text", file_of(b"text", metrics.ImageStatistics.load), OSError,
+    Row("statistics-text", file_of(b"text", evaluation.ImageStatistics.load), OSError,
         "TMP/x", "is no readable safetensors file", "Remove it and make it again."),
     Row("statistics-format", foreign, ValueError,
         "its format is 'pt'", "TMP/x holds no image statistics", "Pass a file that `ImageStatistics.save` wrote."),
@@ -188,10 +190,10 @@ ROWS = [
         "version '2'", "this package reads '1'", "Make it again."),
     Row("statistics-digest", saved(vectors=torch.zeros(6, 4)), ValueError,
         "TMP/x.safetensors", "its digest differs", "Make it again."),
-    Row("adm-absent", lambda w: metrics.ImageStatistics.from_adm(w.tmp / "x", Net()), FileNotFoundError,
+    Row("adm-absent", lambda w: evaluation.ImageStatistics.from_adm(w.tmp / "x", Net()), FileNotFoundError,
         "TMP/x", "There is no file", "Download the reference file, or correct the path."),
     Row("adm-half", adm(mu=np.zeros(4)), ValueError, "TMP/x.npz", "only one of `mu` and `sigma`", REASON),
-    Row("adm-text", file_of(b"text", lambda path: metrics.ImageStatistics.from_adm(path, Net())), OSError,
+    Row("adm-text", file_of(b"text", lambda path: evaluation.ImageStatistics.from_adm(path, Net())), OSError,
         "TMP/x", "is no whole .npz file", "Download it again."),
     Row("adm-nothing", adm(x=np.zeros(4)), ValueError, "TMP/x.npz", "neither `arr_0` nor `mu` and `sigma`", REASON),
     Row("adm-width", adm(arr_0=IMAGES, mu=np.zeros(9), sigma=np.eye(9)), ValueError,
@@ -209,9 +211,9 @@ ROWS = [
         "(1, 1, 8, 8)", "takes images (B, 3, H, W)", REASON),
 
     # files of samples
-    Row("samples-absent", lambda w: metrics.open_samples(w.tmp / "x"), FileNotFoundError,
+    Row("samples-absent", lambda w: evaluation.open_samples(w.tmp / "x"), FileNotFoundError,
         "TMP/x", "There is no file", "Write it with `numpy.save` or `numpy.savez`."),
-    Row("samples-text", file_of(b"text", metrics.open_samples), ValueError,
+    Row("samples-text", file_of(b"text", evaluation.open_samples), ValueError,
         "b'text'", "is neither a .npz nor a .npy file", "Write it with `numpy.save` or `numpy.savez`."),
     Row("samples-member", npz(lambda data: data[:2] + b"xx" + data[4:], arr_0=IMAGES), OSError,
         "TMP/x.npz", "no member at byte 0", AGAIN),

@@ -5,8 +5,8 @@ from diffusers import DDPMScheduler, FasterCacheConfig, FlowMatchEulerDiscreteSc
 from message_table import REASON, TINY, WEIGHTS, Fixed, Row, dit, edit_json, edit_tensors
 from torch import nn
 
-from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryConfig, host, quantization
-from diffusers_terdit.pipelines.pipeline_terdit import default_scheduler
+from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryConfig, lora, quantization
+from diffusers_terdit.pipelines.schedulers import default_scheduler
 
 
 X, T, Y = torch.ones(2, 4, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 1])
@@ -67,7 +67,7 @@ def loha():
 
 def merge(w):
     model = with_adapter(w)
-    next(module for module in model.modules() if isinstance(module, host.TernaryLoraLinear)).merge()
+    next(module for module in model.modules() if isinstance(module, lora.TernaryLoraLinear)).merge()
 
 
 def saved_adapter(w, **changes):
@@ -96,7 +96,7 @@ def within_a_call(w):
 
 
 def no_peft(w):
-    w.monkeypatch.setattr(host, "is_peft_available", lambda: False)
+    w.monkeypatch.setattr(lora, "is_peft_available", lambda: False)
     w.model().add_adapter(None)
 
 

@@ -7,7 +7,8 @@ from message_table import REASON, Fixed, Row, edit_tensors
 from PIL import Image
 from safetensors import SafetensorError
 
-from diffusers_terdit import files, training
+from diffusers_terdit import training
+from diffusers_terdit.storage import saving
 from diffusers_terdit.training import checkpointing
 
 
@@ -15,7 +16,7 @@ OPTIONS = "Resume with the options it was trained with."
 
 
 def resumed(file=None, **changes):
-    """Load a checkpoint, after a change of one of its files."""
+    """Load a checkpoint, after a change of one of its saving."""
 
     def provoke(w):
         model, ema = w.model(), w.model()
@@ -97,7 +98,7 @@ ROWS = [
         "is [3]", "the model's is [16]", OPTIONS),
     Row("run-busy", second_run, OSError,
         "TMP/run", "Another run is writing into", "Wait for its end, or choose another folder."),
-    Row("checkpoint-write", no_file, files.UnwritableError,
+    Row("checkpoint-write", no_file, saving.UnwritableError,
         "TMP/checkpoint-1", "cannot be written: No space left on device", "Make room there, or choose another folder"),
     Row("images-folder", no_images, ValueError,
         "TMP", "holds no images in folders named after their labels", "such as"),

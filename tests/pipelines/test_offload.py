@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel
-from diffusers_terdit.host import is_offloaded
+from diffusers_terdit._diffusers import is_offloaded
 
 
 CPU = torch.device("cpu")

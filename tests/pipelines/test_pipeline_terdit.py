@@ -30,7 +30,7 @@ from diffusers import (
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel
-from diffusers_terdit.pipelines.pipeline_terdit import default_scheduler
+from diffusers_terdit.pipelines.schedulers import default_scheduler
 
 
 # Some schedulers of diffusers 0.42 hand torch tensors to numpy, in ways that numpy 2 deprecates.

@@ -13,9 +13,9 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps, apply_rota
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from ..files import check_config
-from ..host import TernaryAdapterMixin, TernaryModelMixin, refuse_adapters
 from ..layers import TernaryLinear
+from ..lora import TernaryAdapterMixin, refuse_adapters
+from ..modeling import TernaryModelMixin, check_config
 from ..ops import reference
 
 

@@ -20,18 +20,13 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..files import refuse_interrupted, replacing
-from ..host import (
-    HubMixin,
-    PortableConfigMixin,
-    has_hooks,
-    hub_errors,
-    is_offloaded,
-    refuse_adapters,
-    reset_step_caches,
-    scrub_paths,
-)
+from .._diffusers import has_hooks, is_offloaded, reset_step_caches
+from ..hub.errors import hub_errors
+from ..hub.push import HubMixin
+from ..lora import refuse_adapters
+from ..modeling import PortableConfigMixin
 from ..models.transformer_terdit import TerDiTTransformer2DModel
+from ..storage.saving import refuse_interrupted, replacing, scrub_paths
 
 
 MODULATION_BYTES = 32 * 2**20  # of adaLN outputs that are computed ahead
@@ -88,7 +83,7 @@ def _one_at_a_time(call: Callable) -> Callable:
 
 
 class _Finite:
-    """Raises where a step's result is not finite; on a GPU one step late, so that the next one is queued before it waits."""
+    """Raise where a step's result is not finite; on a GPU one step late, so that the next step is queued meanwhile."""
 
     def __init__(self, device: torch.device):
         self._late = device.type == "cuda"
@@ -117,19 +112,6 @@ class _Finite:
             event.synchronize()
             if not flag:
                 raise ValueError(message())
-
-
-def default_scheduler() -> DDPMScheduler:
-    """The sampler TerDiT is trained for: 1000 linear steps, learned variance, no clipping, spaced from 999 to 0."""
-    return DDPMScheduler(
-        num_train_timesteps=1000,
-        beta_start=1e-4,
-        beta_end=0.02,
-        beta_schedule="linear",
-        variance_type="learned_range",
-        clip_sample=False,
-        timestep_spacing="linspace",
-    )
 
 
 class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):

@@ -5,16 +5,13 @@ takes positions s*B to s*B + B - 1. Which sample stands at a position, its noise
 functions of (seed, position) alone, whatever the number of processes, loader workers or restarts.
 """
 
-from ..files import writing
-from ..metrics import frechet_distance
+from ..pipelines.schedulers import training_scheduler
+from ..storage.saving import new_file, new_folder, output_folder, writing
 from .checkpointing import (
     STATE_NAME,
     checkpoints,
     cut_log,
     load_checkpoint,
-    new_file,
-    new_folder,
-    output_folder,
     rotate_checkpoints,
     save_checkpoint,
     shard_model,
@@ -42,7 +39,6 @@ from .export import (
     save_card,
     save_pipeline,
     to_pipeline,
-    training_scheduler,
     whole_model,
 )
 from .measures import gate_sizes, packed_codes, ternary_statistics, weights_digest
@@ -66,7 +62,6 @@ __all__ = [
     "cut_log",
     "ema_decay",
     "export_pipeline",
-    "frechet_distance",
     "gate_sizes",
     "gradual_ternarization",
     "image_grid",

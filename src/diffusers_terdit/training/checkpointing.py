@@ -4,8 +4,6 @@ import contextlib
 import json
 import os
 import re
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,101 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..files import locked, partial_path, remove_partials, writing
 from ..models.transformer_terdit import TerDiTTransformer2DModel
+from ..storage.saving import new_file, new_folder, partial_path
 
 
 CHECKPOINT_PREFIX = "checkpoint-"
 STATE_NAME = "training_state.json"
-
-
-@contextlib.contextmanager
-def output_folder(path: str | os.PathLike, is_main_process: bool = True, seconds: float = 10.0) -> Iterator[None]:
-    """Keep a folder for one run: make it, try to write there, and remove what killed runs left half-written.
-
-    Another run that wants the folder meanwhile waits, and is refused in the end. The system ends this with the
-    process, however it ends; Windows, and file systems without locks, let both run.
-
-    Args:
-        path (`str` or `os.PathLike`): The folder.
-        is_main_process (`bool`): Of the processes of a run, one keeps the folder.
-        seconds (`float`): How long to wait for another run.
-
-    Raises:
-        OSError: Another run has the folder, or nothing can be written there.
-    """
-    path = Path(path)
-    with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-    if not is_main_process or os.name == "nt":  # Windows opens no folders
-        yield
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        end = time.monotonic() + seconds
-        while not locked(descriptor):
-            if time.monotonic() > end:
-                raise OSError(f"Another run is writing into {path}. Wait for its end, or choose another folder.")
-            time.sleep(0.1)
-        with writing(path), partial_path(path / "new") as partial:
-            partial.touch()
-        for folder in (path, *(found for found in path.iterdir() if found.is_dir())):
-            remove_partials(folder)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def new_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A file that appears whole or not at all: yields another path, which is renamed to `path` at the end.
-
-    It lies in a folder of its own, since safetensors has files beside it while it writes.
-
-    Raises:
-        OSError: The disk is full or not writable; what was at `path` is still there.
-    """
-    path = Path(path)
-    with writing(path), partial_path(path) as folder:
-        folder.mkdir()
-        partial = folder / path.name
-        partial.touch()
-        mode = partial.stat().st_mode  # safetensors would leave the file to its owner alone
-        yield partial
-        partial.chmod(mode)
-        _sync(partial)
-        os.replace(partial, path)
-
-
-@contextlib.contextmanager
-def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder that appears whole or not at all: yields a folder beside it, which is renamed to `path` at the end.
-
-    A folder that was at `path` is replaced. On an error the new folder is removed.
-
-    Raises:
-        OSError: The disk is full or not writable; what was at `path` is still there.
-    """
-    path = Path(path)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial_path(path) as partial, partial_path(path) as old:
-            partial.mkdir()
-            yield partial
-            for file in [*partial.rglob("*"), partial]:
-                _sync(file)
-            if path.exists():
-                os.replace(path, old)  # in one step: a folder that is removed file by file may look whole
-            os.replace(partial, path)
-            _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def checkpoints(output_dir: str | os.PathLike) -> list[Path]:

@@ -7,30 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import AutoencoderKL, SchedulerMixin
 from PIL import Image, ImageDraw, ImageFont
 
-from .. import card
-from ..files import replacing
+from ..hub import model_card as cards
+from ..hub import push
 from ..models.transformer_terdit import TerDiTTransformer2DModel
-from ..pipelines.pipeline_terdit import TerDiTPipeline, default_scheduler
-from .checkpointing import _whole, new_file
+from ..pipelines.pipeline_terdit import TerDiTPipeline
+from ..pipelines.schedulers import training_scheduler
+from ..storage.saving import new_file, replacing
+from .checkpointing import _whole
 from .measures import packed_codes, ternary_statistics
-
-
-def training_scheduler(
-    learn_sigma: bool = True, flow_matching: bool = False
-) -> DDPMScheduler | FlowMatchEulerDiscreteScheduler:
-    """What a model is trained on and sampled with: the 1000-step linear DDPM, or rectified flow.
-
-    Args:
-        learn_sigma (`bool`): Whether the model predicts the variance; without it DDPM uses its own small one.
-        flow_matching (`bool`): Rectified flow instead of DDPM.
-    """
-    if flow_matching:
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
-    scheduler = default_scheduler()
-    return scheduler if learn_sigma else DDPMScheduler.from_config(scheduler.config, variance_type="fixed_small")
 
 
 @torch.no_grad()
@@ -130,7 +117,7 @@ def model_card(
     statistics = {key: value for key, value in ternary_statistics(pipe.transformer).items() if key != "dead_layers"}
     rows = {**facts, **{key.replace("_", " "): f"{value:.4g}" for key, value in statistics.items()}}
     pictures = {f"samples {i + 1}" if i else "samples": path for i, path in enumerate(images)}
-    return card.model_card(pipe, name, rows, pictures, license)
+    return cards.model_card(pipe, name, rows, pictures, license)
 
 
 def save_card(text: str, save_directory: str | os.PathLike, license: str | None = None) -> None:
@@ -145,8 +132,8 @@ def save_card(text: str, save_directory: str | os.PathLike, license: str | None 
         ValueError: The metadata of the README.md that is there is not YAML.
     """
     path = Path(save_directory) / "README.md"
-    existing = card.read_text(path) if path.exists() else None
-    merged = card.merge_cards(text, existing, str(path), ["license"] if license else [])
+    existing = cards.read_text(path) if path.exists() else None
+    merged = cards.merge_cards(text, existing, str(path), ["license"] if license else [])
     with new_file(path) as partial:
         partial.write_bytes(merged.encode())
 
@@ -180,9 +167,9 @@ def push_pipeline(
         OSError: The Hub does not allow it, or cannot be reached.
         ValueError: The metadata of a README.md that is there is not YAML.
     """
-    repo_id = card.create_repository(repo_id, None, token)
+    repo_id = push.create_repository(repo_id, None, token)
     text = model_card(pipe, repo_id, facts, images, license)
-    card.push_folder(
+    push.push_folder(
         Path(save_directory),
         repo_id,
         text,

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from ..files import state_dict_digest
 from ..layers import TernaryLinear
 from ..models.transformer_terdit import TerDiTTransformer2DModel
 from ..ops import pack_ternary, reference, unpack_ternary
+from ..storage.weights import state_dict_digest
 from .checkpointing import _call_whole, _whole
 
 

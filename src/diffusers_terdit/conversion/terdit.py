@@ -1,4 +1,4 @@
-"""Checkpoints of TerDiT's authors to this package's pipelines.
+"""Convert checkpoints of TerDiT's authors to pipelines of this package.
 
 A published folder holds `consolidated[_ema][_ternary].00-of-01.pth` (a state dict) and `model_args.pth` (a pickled
 `argparse.Namespace`). Both are read with torch's `weights_only` unpickler, which runs no code; the namespace class is
@@ -10,48 +10,25 @@ import hashlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, ModelMixin
-from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, logging
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from safetensors import safe_open
-from safetensors.torch import save_file
+from diffusers import AutoencoderKL
+from huggingface_hub import HfApi, hf_hub_download
 from torch import Tensor
 
-from .files import (
-    MAX_BLOCKS,
-    ORIGINAL,
-    PACKED_SUFFIX,
-    PACKING,
-    SCALE_SUFFIX,
-    VERSION,
-    check_config,
-    check_file,
-    check_tensors,
-    is_finite,
-    load_pickle,
-    partial_path,
-    read_index,
-    read_json,
-    remove_partials,
-    writing,
-)
-from .host import hub_errors
-from .models.transformer_terdit import TerDiTTransformer2DModel
-from .ops import pack_ternary, reference, ternarize
-from .pipelines.pipeline_terdit import TerDiTPipeline, default_scheduler
-from .quantization import TernaryConfig, find_granularity, saved_scale, select_layers, ternary_tensors
+from ..hub.errors import hub_errors
+from ..modeling import MAX_BLOCKS
+from ..models.transformer_terdit import TerDiTTransformer2DModel
+from ..ops import pack_ternary, reference, ternarize
+from ..pipelines.pipeline_terdit import TerDiTPipeline
+from ..pipelines.schedulers import default_scheduler
+from ..storage.weights import ORIGINAL, check_tensors, is_finite, load_pickle
 
-
-logger = logging.get_logger(__name__)
 
 # In the order of preference: what the authors recommend is smallest and first.
 WEIGHTS_NAMES = tuple(f"consolidated{kind}.00-of-01.pth" for kind in ("_ema_ternary", "_ternary", "_ema", ""))
@@ -373,227 +350,3 @@ def _convert_transformer(
     if weight_format == "float":
         model.unpack()
     return model.eval()
-
-
-# Other ternary models, published as dense tensors
-
-
-def is_diffusers_checkpoint(path: str | os.PathLike) -> bool:
-    """Whether a folder or Hub repository holds a diffusers pipeline or model: a model_index.json or config.json."""
-    names = ("model_index.json", "config.json")
-    if Path(path).is_dir():
-        return any((Path(path) / name).is_file() for name in names)
-    if Path(path).exists() or str(path).count("/") != 1:
-        return False
-    with hub_errors(path):
-        return any(HfApi().file_exists(str(path), name) for name in names)
-
-
-def convert_dense_checkpoint(
-    path: str | os.PathLike,
-    output: str | os.PathLike,
-    granularity: str | int | None = None,
-    component: str = "transformer",
-    max_shard_size: int = 2 * 10**9,
-    revision: str | None = None,
-    **patterns: Any,
-) -> Path:
-    """Pack a ternary model of any diffusers class whose weights were published as dense tensors, without any loss.
-
-    One tensor is in memory at a time, and the packed ones of a shard. Other components of a pipeline are copied.
-
-    Args:
-        path (`str` or `os.PathLike`): Pipeline folder with a model_index.json, model folder, or Hub id.
-        output (`str` or `os.PathLike`): Folder to write; it must not exist, or be empty.
-        granularity (`str` or `int`, *optional*): What one scale covers, see [`TernaryConfig`]; default the coarsest
-            that fits the first layer.
-        component (`str`, defaults to `"transformer"`): The ternary model of a pipeline.
-        max_shard_size (`int`, defaults to 2 GB): Bytes per file; a shard is in memory until it is written.
-        revision (`str`, *optional*): Branch, tag or commit of a Hub id.
-        patterns: `include` and `exclude` of [`TernaryConfig`].
-
-    Returns:
-        `pathlib.Path`: `output`; it loads with the class it was made for, after `import diffusers_terdit`.
-
-    Raises:
-        ValueError: A weight is not ternary (layer and group are named), the folder holds another layout, or there is
-            nothing to pack.
-        OSError: A file or repository cannot be read, or `output` is not empty.
-    """
-    output = Path(output)
-    _check_free(output)
-    source = Path(path)
-    if not source.is_dir() and (source.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path))):
-        raise FileNotFoundError(f"{path} is not a folder. Pass that of a diffusers pipeline or model, or a Hub id.")
-    if not source.is_dir():
-        with hub_errors(path, revision):
-            source = Path(snapshot_download(str(path), revision=revision))
-    is_pipeline = (source / "model_index.json").is_file()
-    folder = source / component if is_pipeline else source
-    if not (folder / "config.json").is_file():
-        raise OSError(f"{folder} has no config.json; `path` must be a diffusers pipeline or model, in folders.")
-    remove_partials(output.parent, output.name)
-    with writing(output), partial_path(output) as partial:
-        if is_pipeline:
-            # files that are links, as in the Hub's cache, are followed
-            shutil.copytree(source, partial, ignore=lambda here, names: {component} if Path(here) == source else set())
-        with hub_errors(folder), writing(output):
-            _pack_model(folder, partial / component if is_pipeline else partial, granularity, max_shard_size, patterns)
-        try:
-            if output.exists():
-                output.rmdir()
-            partial.rename(output)
-        except OSError:
-            _check_free(output)  # another process may have written there meanwhile
-            raise
-    return output
-
-
-def _check_free(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists and is not an empty folder; choose another, or remove it.")
-
-
-def _pack_model(
-    source: Path, output: Path, granularity: str | int | None, max_shard_size: int, patterns: dict[str, Any]
-) -> None:
-    """`convert_dense_checkpoint` for one model's folder."""
-    raw = read_json(source / "config.json")
-    check_config(source / "config.json", raw)
-    cls: Any = getattr(diffusers, str(raw.get("_class_name")), None)
-    if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
-        raise ValueError(
-            f"{source}/config.json names the class {raw.get('_class_name')!r}, which diffusers has not. Pass a model"
-            " of diffusers, or update it."
-        )
-    if settings := raw.get("quantization_config"):
-        method = settings.get("quant_method") if isinstance(settings, dict) else settings
-        raise ValueError(f"{source} is quantized already ({method!s:.80}); convert the repository of dense weights.")
-    try:
-        with init_empty_weights(), torch.device("meta"):  # also what a class computes for itself
-            model = cls.from_config(raw)  # type: ignore[attr-defined]
-    except RuntimeError as error:
-        raise ValueError(
-            f"{source}/config.json does not build: {str(error).splitlines()[0]} Download it again."
-        ) from error
-    tensors = dict(_dense_tensors(source))
-    _refuse_other_layouts(source, tensors)
-    linears = select_layers(model, TernaryConfig(granularity="tensor", **patterns))
-    missing = [name for name in linears if f"{name}.weight" not in tensors]
-    if missing:
-        raise ValueError(
-            f"{source} has no {missing[0]}.weight ({len(missing)} dense weights are missing). Download it again."
-        )
-
-    expected = dict(model.named_parameters())
-    if absent := sorted(expected.keys() - tensors.keys()):
-        raise ValueError(f"{source} has no {absent[0]} ({len(absent)} weights are missing). Download it again.")
-
-    def read(name: str) -> Tensor:
-        with safe_open(tensors[name], framework="pt") as file:
-            tensor = file.get_tensor(name)
-        if name in expected and (tensor.shape != expected[name].shape or not tensor.is_floating_point()):
-            raise ValueError(
-                f"{tensors[name]}: tensor `{name}` is {list(tensor.shape)}, {tensor.dtype}; the config asks for floats"
-                f" of shape {list(expected[name].shape)}. Download both again."
-            )
-        return tensor
-
-    if granularity is None:
-        granularity = find_granularity(read(f"{next(iter(linears))}.weight"), next(iter(linears)))
-    config = TernaryConfig(granularity=granularity, exact=True, **patterns)
-    select_layers(model, config)  # whether every layer takes it
-    output.mkdir(parents=True, exist_ok=True)
-    shards: list[list[str]] = []
-    shard: dict[str, Tensor] = {}
-    metadata = {"format": "pt", "terdit.version": VERSION, "terdit.packing": PACKING}
-
-    def flush() -> None:
-        if shard:
-            save_file(shard, output / f"shard-{len(shards)}", metadata=metadata)
-            shards.append(list(shard))
-            shard.clear()
-
-    total = 0
-    for name in tensors:
-        layer = name.removesuffix(".weight")
-        weight = read(name)
-        packed = layer in linears and name.endswith(".weight")
-        made = ternary_tensors(weight, config, layer) if packed else {name: weight}
-        for key, tensor in made.items():
-            full = f"{layer}.{key}" if packed else key
-            tensor = saved_scale(tensor) if full.endswith(SCALE_SUFFIX) else tensor
-            if sum(t.nbytes for t in shard.values()) + tensor.nbytes > max_shard_size:
-                flush()
-            shard[full] = tensor.contiguous()
-            total += tensor.nbytes
-    flush()
-    stem, suffix = SAFETENSORS_WEIGHTS_NAME.rsplit(".", 1)
-    files = [
-        f"{stem}-{i + 1:05d}-of-{len(shards):05d}.{suffix}" if len(shards) > 1 else SAFETENSORS_WEIGHTS_NAME
-        for i in range(len(shards))
-    ]
-    for i, file in enumerate(files):
-        (output / f"shard-{i}").rename(output / file)
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (output / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
-    raw.pop("_name_or_path", None)
-    raw["quantization_config"] = config.to_dict()
-    (output / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", "utf-8")
-
-
-def _dense_tensors(folder: Path) -> Iterator[tuple[str, Path]]:
-    """(name, file) of every tensor in a model's folder, in the order of the files."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    files = [folder / SAFETENSORS_WEIGHTS_NAME]
-    if index.is_file():
-        files = read_index(index)
-    for file in files:
-        if not file.is_file():
-            raise OSError(f"{file} does not exist; only safetensors files are converted. Save the model as such.")
-        check_file(file, packed=False)
-        with safe_open(file, framework="pt") as opened:
-            names = list(opened.keys())
-        yield from ((name, file) for name in names)
-
-
-def _refuse_other_layouts(folder: Path, names: Iterable[str]) -> None:
-    leaves = {name.rpartition(".")[2] for name in names}
-    if {"scales", "biases"} <= leaves:
-        raise ValueError(
-            f"{folder} is quantized for Apple's MLX (tensors `scales`, `biases`): `scale * code + bias` in MLX's own"
-            " order of bits. Convert the repository of dense weights, often called `-unpacked`."
-        )
-    if PACKED_SUFFIX in leaves:
-        raise ValueError(f"{folder} holds ternary layers already (tensors `{PACKED_SUFFIX}`); it needs no conversion.")
-    if "W_q" in leaves:
-        raise ValueError(
-            f"{folder} is packed for gemlite (tensors `W_q`), in an order of bits that is gemlite's own and not"
-            " documented. Convert the repository of dense weights, often called `-unpacked`."
-        )
-
-
-def swap_bitnet_order(weight_packed: Tensor) -> Tensor:
-    """Between transformers' BitNet layout and this package's: the same codes, the quarters in the opposite order.
-
-    BitNet's `weight` holds the first quarter of the rows in bits 1:0, this package's `weight_packed` in bits 7:6. The
-    function is its own inverse. BitNet's layers divide by their `weight_scale` where it was saved by
-    `BitLinear`, and multiply by it in `AutoBitLinear`: take the reciprocal for the former.
-
-    Args:
-        weight_packed (`torch.Tensor`): (N/4, K), uint8.
-
-    Returns:
-        `torch.Tensor`: (N/4, K), uint8.
-
-    Raises:
-        ValueError: Not a uint8 matrix, or a code that is not ternary.
-    """
-    if not isinstance(weight_packed, Tensor) or weight_packed.dtype != torch.uint8 or weight_packed.dim() != 2:
-        raise ValueError(f"Packed BitNet weights are a uint8 matrix, got {reference.describe(weight_packed)}.")
-    if reference.has_invalid_code(weight_packed):
-        raise ValueError("The weight holds code 3, which is not a ternary value. Load it from an undamaged file.")
-    w = weight_packed
-    return w >> 6 | (w >> 2) & 0b1100 | (w << 2) & 0b110000 | w << 6

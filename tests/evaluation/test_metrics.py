@@ -15,8 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from diffusers_terdit import training
-from diffusers_terdit.metrics import (
+from diffusers_terdit.evaluation import (
     GaussianStatistics,
     ImageStatistics,
     InceptionScore,
@@ -29,7 +28,7 @@ from diffusers_terdit.metrics import (
     open_samples,
     precision_and_recall,
 )
-from diffusers_terdit.metrics.digits import digits_classifier
+from diffusers_terdit.evaluation.digits import digits_classifier
 
 
 scipy_linalg = pytest.importorskip("scipy.linalg")
@@ -260,9 +259,6 @@ class TestFrechetDistance:
         turn = torch.linalg.qr(random_features(width, width, seed + 2, torch.float64)).Q
         assert frechet_distance(features @ turn, other @ turn) == pytest.approx(distance, rel=1e-6, abs=1e-5)
         assert frechet_distance(features * 3, other * 3) == pytest.approx(9 * distance, rel=1e-6, abs=1e-5)
-
-    def test_trainers_find_it_where_it_was(self):
-        assert training.frechet_distance is frechet_distance
 
     def test_sets_that_do_not_fit_are_refused(self):
         with pytest.raises(ValueError, match="one width, got 3 and 4"):
@@ -757,7 +753,7 @@ class TestFile:
             partial.write_bytes(b"half")
             raise OSError("No space left on device")
 
-        monkeypatch.setattr("diffusers_terdit.metrics.images.save_file", full)
+        monkeypatch.setattr("diffusers_terdit.evaluation.images.save_file", full)
         with pytest.raises(OSError, match="No space left"):
             statistics.save(path)
         assert path.read_bytes() == before

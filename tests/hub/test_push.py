@@ -18,8 +18,8 @@ from diffusers_terdit import (
     TerDiTPipeline,
     TerDiTTransformer2DModel,
     TernaryLinear,
+    _diffusers,
     convert_original_checkpoint,
-    hub,
     training,
 )
 from fake_hub import patch_constants, run_with_hub
@@ -316,19 +316,19 @@ print(type(DiffusionPipeline.from_pretrained({REPO!r})).__name__)
     assert output.strip().endswith("TerDiTPipeline")
 
 
-def test_registration_can_run_twice_and_replaces_nothing_of_the_host(monkeypatch):
+def test_registration_replaces_nothing_of_the_host(monkeypatch):
     own = object()
     monkeypatch.setattr(diffusers, "TernaryLinear", own)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        hub.register()
+        _diffusers.register("diffusers_terdit", classes=(TernaryLinear,), blocks=(), quantizers={})
     assert diffusers.TernaryLinear is own
     assert LOADABLE_CLASSES["diffusers_terdit"] == {"ModelMixin": ["save_pretrained", "from_pretrained"]}
 
 
 def test_the_python_of_the_page_runs(fake_hub, monkeypatch):
     """Its blocks are ```py, not ```python, because they need this Hub."""
-    page = (Path(__file__).parent.parent / "docs" / "hub.md").read_text("utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "hub.md").read_text("utf-8")
     monkeypatch.setenv("HF_TOKEN", fake_hub.token)
     namespace = {}
     snippets = re.findall(r"^```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)

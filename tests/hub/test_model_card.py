@@ -10,12 +10,13 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryLinear, card, convert_original_checkpoint
+from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryLinear, convert_original_checkpoint
+from diffusers_terdit.hub import model_card, push
 from fake_hub import patch_constants
 
 
 REPO = "user/terdit"
-ORIGINAL = Path(__file__).parent / "data" / "reference" / "tiny-qknorm-packed"
+ORIGINAL = Path(__file__).parents[1] / "data" / "reference" / "tiny-qknorm-packed"
 
 
 @pytest.fixture(autouse=True)
@@ -156,9 +157,9 @@ class TestOriginal:
         assert all(sha in text for sha in self.shas().values())
 
     def test_a_trained_model_says_what_training_started_from(self):
-        text = card.model_card(self.convert(), "x", facts={"steps": "12"})
+        text = model_card.model_card(self.convert(), "x", facts={"steps": "12"})
         assert "training started from" in text
-        assert "training started from" not in card.model_card(self.convert(), "x")
+        assert "training started from" not in model_card.model_card(self.convert(), "x")
 
 
 class TestSizes:
@@ -167,29 +168,29 @@ class TestSizes:
         layers = pipe.transformer.ternary_layers().values()
         ternary = sum(layer.in_features * layer.out_features for layer in layers)
         others = sum(p.numel() for p in pipe.transformer.parameters()) - ternary // 4 - len(layers)
-        rows = dict(re.findall(r"^\| ([\w ]+) \| (.*) \|$", card.model_card(pipe, REPO), re.MULTILINE))
+        rows = dict(re.findall(r"^\| ([\w ]+) \| (.*) \|$", model_card.model_card(pipe, REPO), re.MULTILINE))
         assert rows["ternary weights"] == (
-            f"{ternary:,} | {card.human_bytes(ternary / 4)} | {card.human_bytes(2 * ternary)}"
+            f"{ternary:,} | {model_card.human_bytes(ternary / 4)} | {model_card.human_bytes(2 * ternary)}"
         )
         assert rows["their scales"] == f"{len(layers)} | {4 * len(layers)} bytes | {2 * len(layers)} bytes"
-        assert rows["other weights"].startswith(f"{others:,} | {card.human_bytes(4 * others)}")
+        assert rows["other weights"].startswith(f"{others:,} | {model_card.human_bytes(4 * others)}")
         vae = sum(p.numel() for p in pipe.vae.parameters())
-        assert rows["VAE"].startswith(f"{vae:,} | {card.human_bytes(4 * vae)}")
+        assert rows["VAE"].startswith(f"{vae:,} | {model_card.human_bytes(4 * vae)}")
         assert rows["together"].startswith(f"{ternary + len(layers) + others + vae:,} | ")
 
     def test_of_files_fit(self, tiny_model, tmp_path):
         model = tiny_model("packed").half()
         model.save_pretrained(tmp_path)
-        told = re.search(r"together \| [\d,]+ \| ([\d.]+) kB", card.model_card(model, REPO))[1]
+        told = re.search(r"together \| [\d,]+ \| ([\d.]+) kB", model_card.model_card(model, REPO))[1]
         on_disk = (tmp_path / "diffusion_pytorch_model.safetensors").stat().st_size / 1000
         assert on_disk - 10 < float(told) < on_disk  # the header of the file
 
     def test_float_weights_say_what_they_take_packed(self, tiny_model):
         ternary = sum(m.in_features * m.out_features for m in tiny_model().ternary_layers().values())
-        text = card.model_card(tiny_model(), REPO)
-        assert f"packed, they take {card.human_bytes(ternary / 4)}" in text
-        assert "packed, they take" not in card.model_card(tiny_model("packed"), REPO)
-        assert "ternary weights" not in card.model_card(tiny_model(ternary=False), REPO)
+        text = model_card.model_card(tiny_model(), REPO)
+        assert f"packed, they take {model_card.human_bytes(ternary / 4)}" in text
+        assert "packed, they take" not in model_card.model_card(tiny_model("packed"), REPO)
+        assert "ternary weights" not in model_card.model_card(tiny_model(ternary=False), REPO)
 
 
 class TestPictures:
@@ -250,22 +251,24 @@ class TestAuthor:
         for count in (2, 1):
             tiny_model().push_to_hub(REPO, token=fake_hub.token, images=[Image.new("L", (8, 8))] * count)
             new = readme(fake_hub)
-            assert new.index("It is mine.") < new.index(card.BEGIN) < new.index("![sample 1](card_images/00.png)")
-            assert new.count(card.BEGIN) == 1
+            assert (
+                new.index("It is mine.") < new.index(model_card.BEGIN) < new.index("![sample 1](card_images/00.png)")
+            )
+            assert new.count(model_card.BEGIN) == 1
             assert ("sample 2" in new) == (count == 2)
             run_snippet(new)
 
     def test_the_generated_part_is_renewed_between_its_marks(self, fake_hub, tiny_model):
         tiny_model("packed").push_to_hub(REPO, token=fake_hub.token)
-        edited = readme(fake_hub).replace(card.BEGIN, f"Before.\n{card.BEGIN}") + "\nAfter.\n"
+        edited = readme(fake_hub).replace(model_card.BEGIN, f"Before.\n{model_card.BEGIN}") + "\nAfter.\n"
         edited = edited.replace("---\n", "---\n# a comment\n", 1)
         fake_hub.add_files(REPO, {"README.md": edited.encode()})
         tiny_model("packed", num_layers=3).push_to_hub(REPO, token=fake_hub.token)
         new = readme(fake_hub)
         assert "3 layers" in new
         assert "2 layers" not in new
-        assert new.count(card.BEGIN) == new.count(card.END) == 1
-        assert new.index("# a comment") < new.index("Before.") < new.index(card.BEGIN) < new.index("After.")
+        assert new.count(model_card.BEGIN) == new.count(model_card.END) == 1
+        assert new.index("# a comment") < new.index("Before.") < new.index(model_card.BEGIN) < new.index("After.")
 
     def test_a_card_of_metadata_alone_gets_the_text(self, fake_hub, tiny_model):
         fake_hub.add_files(REPO, {"README.md": b"---\nlicense: cc-by-4.0\n---\n"})
@@ -293,7 +296,7 @@ class TestAuthor:
         (tmp_path / "folder").mkdir()
         (tmp_path / "folder" / "README.md").write_bytes(OWN.encode())
         said = []
-        monkeypatch.setattr(card.logger, "warning", said.append)
+        monkeypatch.setattr(push.logger, "warning", said.append)
         tiny_model().save_pretrained("folder", push_to_hub=True, repo_id=REPO, token=fake_hub.token)
         assert len(said) == 1
         assert said[0].startswith(f"{REPO} has a README.md of its own")
@@ -336,10 +339,10 @@ class TestSecrets:
 
 
 def test_the_text_between_two_marks_only_is_generated():
-    assert card.own_text(card.BEGIN + "x" + card.END) == ""
-    assert card.own_text(f"a\n{card.BEGIN}x{card.END}\nb") == "a\n\nb"
-    assert card.own_text(f"{card.END} {card.BEGIN}") == f"{card.END} {card.BEGIN}"
-    assert card.own_text(None) == ""
+    assert model_card.own_text(model_card.BEGIN + "x" + model_card.END) == ""
+    assert model_card.own_text(f"a\n{model_card.BEGIN}x{model_card.END}\nb") == "a\n\nb"
+    assert model_card.own_text(f"{model_card.END} {model_card.BEGIN}") == f"{model_card.END} {model_card.BEGIN}"
+    assert model_card.own_text(None) == ""
 
 
 def test_offline_mode_says_that_a_push_needs_the_hub(fake_hub, tiny_model, monkeypatch):

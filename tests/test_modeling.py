@@ -23,9 +23,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import diffusers_terdit
-from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryLinear, files, host
-from diffusers_terdit.inspection import inspect_weights
+from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryLinear, _diffusers
 from diffusers_terdit.models.transformer_terdit import TerDiTBlock
+from diffusers_terdit.storage import weights
+from diffusers_terdit.storage.inspection import inspect_weights
 
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -613,8 +614,8 @@ class TestSaving:
     def test_digest_is_the_documented_one(self, tiny_model, tmp_path):
         # Frozen: another value here means that files written before no longer load.
         tensors = [("a", "U8", (2,), [b"\x01", b"\x02"]), ("b", "F32", (), [struct.pack("<f", 1.0)])]
-        assert files.digest(tensors) == "65547c964be2abaf3b92879ef825574158cb59f4254d8109626fdd15a97ab1e4"
-        assert files.digest(tensors[:1]) == files.digest([("a", "U8", (2,), [b"\x01\x02"])])
+        assert weights.digest(tensors) == "65547c964be2abaf3b92879ef825574158cb59f4254d8109626fdd15a97ab1e4"
+        assert weights.digest(tensors[:1]) == weights.digest([("a", "U8", (2,), [b"\x01\x02"])])
 
     def test_digest_in_the_file_is_of_the_bytes_in_the_file(self, tiny_model, tmp_path):
         tiny_model("packed").save_pretrained(tmp_path)
@@ -624,11 +625,11 @@ class TestSaving:
             (name, header[name]["dtype"], tuple(header[name]["shape"]), [body[slice(*header[name]["data_offsets"])]])
             for name in sorted(header)
         ]
-        assert metadata["terdit.sha256"] == files.digest(tensors)
+        assert metadata["terdit.sha256"] == weights.digest(tensors)
 
 
 class TestContactWithTheHost:
-    """Each of these breaks when diffusers changes what this package leans on; `host.py` is the file to mend."""
+    """Each of these breaks when diffusers changes what this package leans on; `_diffusers.py` is the file to mend."""
 
     def test_loading_hook_takes_the_arguments_that_are_read(self):
         parameters = list(inspect.signature(ModelMixin._load_pretrained_model).parameters)
@@ -680,7 +681,7 @@ class TestContactWithTheHost:
             pass
 
         theirs, tables = diffusers.AutoencoderKL, {key: dict(value) for key, value in LOADABLE_CLASSES.items()}
-        host.register("diffusers_terdit", classes=[AutoencoderKL], blocks=[TerDiTBlock])
+        _diffusers.register("diffusers_terdit", classes=[AutoencoderKL], blocks=[TerDiTBlock], quantizers={})
         assert diffusers.AutoencoderKL is theirs
         assert tables == LOADABLE_CLASSES
 

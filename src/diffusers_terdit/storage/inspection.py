@@ -8,8 +8,8 @@ import torch
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
-from .files import PACKED_SUFFIX, SCALE_SUFFIX, WeightsFile, check_metadata, read_index, read_json
-from .ops import reference
+from ..ops import reference
+from .weights import PACKED_SUFFIX, SCALE_SUFFIX, WeightsFile, check_metadata, read_index, read_json
 
 
 HEADERS = "file headers"

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusers_terdit import DiffusionPipeline, TerDiTPipeline, TerDiTTransformer2DModel, TernaryLinear, files, host
+from diffusers_terdit import DiffusionPipeline, TerDiTPipeline, TerDiTTransformer2DModel, TernaryLinear, modeling
+from diffusers_terdit.storage import saving
 
 
 def weights(model):
@@ -106,9 +107,9 @@ def test_killed_at_every_step_of_the_exchange(two_models, size, monkeypatch):
 
         model = TerDiTTransformer2DModel.from_pretrained(folder / "two")
         with monkeypatch.context() as patch:
-            patch.setattr(files.os, "replace", counted(os.replace))
+            patch.setattr(saving.os, "replace", counted(os.replace))
             patch.setattr(Path, "unlink", counted(Path.unlink))
-            patch.setattr(files, "_take", counted(files._take))
+            patch.setattr(saving, "_take", counted(saving._take))
             try:
                 model.save_pretrained(target, max_shard_size=size)
             except Killed:
@@ -132,7 +133,7 @@ def test_without_space_the_old_model_stays(two_models, monkeypatch):
 
     for name in ("save_file", "to_json_file"):
         with monkeypatch.context() as patch:
-            patch.setattr(host, name, full) if name == "save_file" else patch.setattr(type(model), name, full)
+            patch.setattr(modeling, name, full) if name == "save_file" else patch.setattr(type(model), name, full)
             with pytest.raises(OSError, match="No space left"):
                 model.save_pretrained(folder / "one")
         assert is_one_of(folder / "one", known)
@@ -196,13 +197,13 @@ def test_a_marker_of_a_process_that_still_runs_and_then_is_killed(tmp_path, monk
     ready, taken = os.pipe()
     child = os.fork()
     if not child:
-        files._take(tmp_path / "diffusion_pytorch_model.saving")
+        saving._take(tmp_path / "diffusion_pytorch_model.saving")
         os.write(taken, b"1")
         time.sleep(60)
         os._exit(0)
     os.read(ready, 1)
     try:
-        monkeypatch.setattr(files._take, "__defaults__", (0.1,))
+        monkeypatch.setattr(saving._take, "__defaults__", (0.1,))
         with pytest.raises(OSError, match=f"Process {child} is saving into {tmp_path}"):
             layer.save_pretrained(tmp_path)
         with pytest.raises(OSError, match="was interrupted, or is under way"):
@@ -242,7 +243,7 @@ class TestPipeline:
             for load in (TerDiTPipeline.from_pretrained, DiffusionPipeline.from_pretrained):
                 assert load(tmp_path).transformer.config.norm_eps == 1e-5
         with monkeypatch.context() as patch:
-            patch.setattr(files.os, "replace", kill_at)  # after model_index.json
+            patch.setattr(saving.os, "replace", kill_at)  # after model_index.json
             with pytest.raises(Killed):
                 new.save_pretrained(tmp_path)
         for load in (TerDiTPipeline.from_pretrained, DiffusionPipeline.from_pretrained):
@@ -301,7 +302,7 @@ def test_a_rename_that_fails_is_noticed_and_the_next_save_mends_it(tmp_path, mon
     layer.save_pretrained(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(
-            files.os, "replace", lambda *args: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error"))
+            saving.os, "replace", lambda *args: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error"))
         )
         with pytest.raises(OSError, match="Input/output"):
             layer.save_pretrained(tmp_path)

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from . import files, host
 from .layers import TernaryLinear
-from .models.transformer_terdit import TerDiTBlock, TerDiTTransformer2DModel
+from .models.transformer_terdit import TerDiTTransformer2DModel
 from .pipelines.pipeline_terdit import TerDiTPipeline
+from .storage.weights import read_json
 
 
 PACKAGE = "diffusers_terdit"
@@ -79,13 +79,6 @@ def find_spec(name: str) -> object | None:
 '''
 
 
-def register() -> None:
-    """Let `DiffusionPipeline` and `AutoModel` find this package's classes, in folders and Hub repositories."""
-    host.register(
-        __package__, classes=(TerDiTPipeline, TerDiTTransformer2DModel, TernaryLinear), blocks=(TerDiTBlock,)
-    )
-
-
 def export_remote_code(folder: str | os.PathLike) -> list[Path]:
     """Add this package's code to a saved pipeline, model or layer, which then loads without the package.
 
@@ -117,7 +110,7 @@ def export_remote_code(folder: str | os.PathLike) -> list[Path]:
 
 
 def _export_pipeline(folder: Path, index: Path) -> list[Path]:
-    config = files.read_json(index)
+    config = read_json(index)
     name = config.get("_class_name")
     transformer = config.get("transformer") or [None, None]
     if "TerDiTPipeline" not in (name, *(name if isinstance(name, list) else [])):
@@ -139,12 +132,12 @@ def _export_pipeline(folder: Path, index: Path) -> list[Path]:
 
 
 def _export_model(path: Path) -> Path:
-    config = files.read_json(path)
+    config = read_json(path)
     name = config.get("_class_name")
     if name == TerDiTTransformer2DModel.__name__:
         # FirstBlockCache and MagCache of diffusers know a block by its class.
-        epilogue = 'register("diffusers", classes=(), blocks=(TerDiTBlock,))'
-        code = _join("models.transformer_terdit", [name, "TerDiTBlock"], epilogue=("host", "register", epilogue))
+        epilogue = 'register("diffusers", classes=(), blocks=(TerDiTBlock,), quantizers={})'
+        code = _join("models.transformer_terdit", [name, "TerDiTBlock"], epilogue=("_diffusers", "register", epilogue))
         file = "transformer_terdit"
     elif name == TernaryLinear.__name__:
         code, file = _join("layers", [name]), "ternary_linear"

@@ -1,7 +1,7 @@
-"""What this package reads from a disk and writes to it: checked, whole, and by one process at a time.
+"""The weights format: metadata, digests, and strict checks of what is read.
 
 A missing key, a packed tensor stored as floats, a code that is not ternary, an index that names an absent tensor, a
-flipped bit: each is one `ValueError` that names the file and the tensor; a file that cannot be read is an `OSError`.
+flipped bit: each is one `ValueError` that names the file and the tensor. A file that cannot be read is an `OSError`.
 
 Weights are written with this safetensors metadata, and checked against it where it is present:
 
@@ -12,23 +12,15 @@ Weights are written with this safetensors metadata, and checked against it where
     terdit.model    of a shard: sha256 of all shards' digests, so that shards of two models do not mix
 """
 
-import errno
 import hashlib
 import json
-import math
 import os
 import pickle
-import re
-import secrets
-import shutil
 import struct
-import time
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from importlib import import_module
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
 
 import numpy as np
@@ -37,13 +29,11 @@ from diffusers import ModelMixin
 from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 
-from .ops import reference
+from ..ops import reference
 
-
-# Not an import statement: diffusers refuses remote code where one of its imports, wherever it stands, is missing.
-fcntl: Any = None if os.name == "nt" else import_module("fcntl")
 
 logger = logging.get_logger(__name__)
+
 
 PACKING = "row-chunk-2bit"
 VERSION = "1"
@@ -78,10 +68,6 @@ _NOT_FINITE = {
 }
 TOGETHER = "Download or save config.json and weights again, together."
 _DAMAGED = "which is not a ternary value. Download or save it again."
-MAX_BLOCKS = 1000  # of a config: modules are built before the weights are read, at a millisecond each
-_MAX_INT = 2**31 - 1
-_MAX_FLOAT = torch.finfo(torch.float32).max
-_MAX_TIMESTEPS = 10**6  # a scheduler allocates several numbers for each
 # What loading code raises on files that are not what they should be, beside ValueError and OSError.
 BROKEN = (LookupError, TypeError, AttributeError, NameError, ArithmeticError, RecursionError, SafetensorError)
 
@@ -98,188 +84,6 @@ def digest(tensors: Iterable[tuple[str, str, tuple[int, ...], Iterable[bytes | m
         for chunk in chunks:
             sha.update(chunk)
     return sha.hexdigest()
-
-
-def is_running(process: str) -> bool:
-    """Whether a process of this machine, by number, still runs."""
-    if os.name == "nt":
-        return process.isdigit()  # not known: there `os.kill(n, 0)` would interrupt the process
-    try:
-        os.kill(int(process), 0)
-    except (ProcessLookupError, OverflowError, ValueError):
-        return False
-    except OSError:  # of another user
-        return True
-    return True
-
-
-# What a disk answers to writing, beside being full: what to do about it.
-_ADVICE = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room there, or choose another folder"),
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Allow writing there, or choose another folder"),
-    errno.EIO: "Look at the disk, or choose another folder",
-}
-
-
-class UnwritableError(OSError):
-    """A disk is full, read-only or broken; the message names the path and says what to do."""
-
-    def __init__(self, message: str, code: int):
-        super().__init__(message)
-        self.errno = code
-
-
-@contextmanager
-def writing(path: str | os.PathLike) -> Iterator[None]:
-    """Turn what a full, read-only or broken disk answers into an `UnwritableError` of `path`."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        code = getattr(error, "errno", None)
-        if code is None and isinstance(error, (SafetensorError, shutil.Error)):
-            found = re.search(r"(?:os error|Errno) (\d+)", str(error))
-            code = found and int(found[1])
-        pickled = isinstance(error, RuntimeError) and re.search("inline_container|StreamWriter|iostream", str(error))
-        if pickled:  # torch does not say why
-            code = errno.ENOSPC
-        if code not in _ADVICE or not (pickled or isinstance(error, (OSError, SafetensorError))):
-            raise
-        reason = "the disk is full, or does not take the file" if pickled else os.strerror(code)
-        raise UnwritableError(f"{path} cannot be written: {reason}. {_ADVICE[code]}, and try again.", code) from error
-
-
-_partials: set[str] = set()  # of this process
-
-
-@contextmanager
-def partial_path(path: Path) -> Iterator[Path]:
-    """A path beside `path` that no other process or thread writes to; what is left there at the end is removed."""
-    name = f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial"
-    _partials.add(name)
-    try:
-        yield path.with_name(name)
-    finally:
-        remove(path.with_name(name))
-        _partials.discard(name)
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a folder, as far as possible."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
-
-
-def remove_partials(folder: Path, name: str = "*") -> None:
-    """Remove what processes that were killed have left half-written in a folder."""
-    for left in folder.glob(f"{name}.*.partial"):
-        found = re.search(r"\.(\d+)-[0-9a-f]{8}\.partial$", left.name)
-        if found and left.name not in _partials and (found[1] == str(os.getpid()) or not is_running(found[1])):
-            remove(left)
-
-
-_WEIGHTS = re.compile(
-    r"(?P<name>\w+?)(\.(?P<variant>[^.]+?))?(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index(\.(?P<listed>[^.]+))?\.json)?"
-)
-
-
-def _weights_of(file: Path) -> tuple[Path, str, str] | None:
-    """Folder, name and variant that weights files of one model share, in one file or in shards."""
-    found = _WEIGHTS.fullmatch(file.name)
-    return found and (file.parent, found["name"], found["variant"] or found["listed"] or "")
-
-
-@contextmanager
-def replacing(folder: Path, marker: Path, clear: bool = True) -> Iterator[Path]:
-    """Write files of a folder so that it holds the old ones, the new ones, or a marker that says it holds neither.
-
-    Gives an empty folder to write them into. Then, within moments, a marker is set, the files are moved to where they
-    belong, weights files that they replace are removed (`clear`), and the marker goes. A process that is killed before
-    leaves the old files; one that is killed in those moments leaves the marker, which `refuse_interrupted` looks for.
-    An error, such as a full disk, leaves the old files.
-    """
-    with writing(folder):
-        remove_partials(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with partial_path(folder / "new") as partial:
-            partial.mkdir()
-            yield partial
-            files = sorted(path.relative_to(partial) for path in partial.rglob("*") if path.is_file())
-            for parent in {folder / file.parent for file in files} | {marker.parent}:
-                parent.mkdir(exist_ok=True)
-            with marked(marker):
-                for file in files:
-                    os.replace(partial / file, folder / file)
-                models = {_weights_of(folder / file) for file in files if clear} - {None}
-                for parent in {model[0] for model in models if model}:
-                    for path in parent.iterdir():
-                        if _weights_of(path) in models and path.relative_to(folder) not in files:
-                            path.unlink(missing_ok=True)
-
-
-def locked(descriptor: int) -> bool:
-    """Take the lock of an open file or folder, which ends with the process; False where another one has it."""
-    if fcntl is None:  # Windows
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system that has no locks
-        return True
-    return True
-
-
-def _take(marker: Path, seconds: float = 10.0) -> int:
-    """Make a marker, open and locked; wait for a process that has it, take over from one that was killed."""
-    end = time.monotonic() + seconds
-    while True:
-        descriptor = os.open(marker, os.O_RDWR | os.O_CREAT, 0o666)
-        owner = os.read(descriptor, 100).decode("ascii", "replace")
-        free = locked(descriptor) if fcntl is not None else not is_running(owner)
-        # Whoever had it may have removed it since it was opened.
-        if free and marker.exists() and os.path.samestat(os.fstat(descriptor), marker.stat()):
-            with suppress(OSError):  # the number is for people; a full disk does not take it
-                os.truncate(marker, 0)
-                os.lseek(descriptor, 0, os.SEEK_SET)
-                os.write(descriptor, str(os.getpid()).encode())
-            return descriptor
-        os.close(descriptor)
-        if time.monotonic() > end:
-            raise OSError(
-                f"Process {owner or 'unknown'} is saving into {marker.parent}. Save elsewhere, or try again;"
-                f" if it is gone, delete {marker.name} there."
-            )
-        time.sleep(0.05)
-
-
-@contextmanager
-def marked(marker: Path) -> Iterator[None]:
-    """Set a marker in a folder while files around it are replaced; it stays when that fails or is killed."""
-    descriptor = _take(marker)
-    try:
-        yield
-        if os.name != "nt":
-            marker.unlink(missing_ok=True)  # before it is let go: then nobody removes another's
-    except BaseException:
-        with suppress(OSError):
-            os.truncate(descriptor, 0)  # no process's number: where there are no locks, the next save takes over
-        raise
-    finally:
-        os.close(descriptor)
-    if os.name == "nt":
-        marker.unlink(missing_ok=True)
-
-
-def refuse_interrupted(folder: Path) -> None:
-    """Raise an `OSError` if a save into a folder was killed half-way, or is under way."""
-    for marker in folder.glob("*.saving"):
-        raise OSError(
-            f"A save into {folder} was interrupted, or is under way: it may hold files of two models. Save the"
-            f" {marker.stem.split('_')[-1]} there again, or take another copy. ({marker.name})"
-        )
 
 
 def state_dict_digest(state_dict: dict[str, torch.Tensor]) -> str:
@@ -324,73 +128,6 @@ def read_index(path: str | os.PathLike) -> list[Path]:
         if not (Path(path).parent / name).is_file():
             raise OSError(f"{path} names {name}, which is not there. Download or save the model again.")
     return [Path(path).parent / name for name in names]
-
-
-def check_config(where: str | os.PathLike, config: Any, cls: type | None = None) -> None:
-    """Raise a `ValueError` where a config asks for what cannot be, before anything is built from it.
-
-    Args:
-        where: The file or folder, for the error.
-        config: As read from JSON.
-        cls (`type`, *optional*): Class to build, whose annotations the values must fit; integers are sizes.
-    """
-    if not isinstance(config, dict):
-        raise ValueError(f"{where}: the config is {type(config).__name__}, expected an object.")
-    for key, value in config.items():
-        if isinstance(value, float) and _MAX_FLOAT < abs(value) < math.inf:
-            raise ValueError(f"{where}: the config has {key}={value}, more than a float32 holds.")
-        if isinstance(value, bool) or not isinstance(value, int):
-            continue
-        limit = MAX_BLOCKS if re.search(r"layers|blocks|depth", key) else _MAX_INT
-        if abs(value) > limit:
-            shown = value if abs(value) < 10**20 else f"a number of {value.bit_length()} bits"
-            raise ValueError(f"{where}: the config asks for {key}={shown}, more than {limit}; nothing was allocated.")
-    hints = {} if cls is None else get_type_hints(cls.__init__)  # type: ignore[misc]
-    for key, hint in hints.items():
-        if key in config and not any(_fits(config[key], kind) for kind in get_args(hint) or [hint]):
-            names = " or ".join(
-                "a positive int" if kind is int else kind.__name__ for kind in get_args(hint) or [hint]
-            )
-            raise ValueError(f"{where}: the config has {key}={config[key]!r:.80}, expected {names}.")
-
-
-def _fits(value: Any, kind: type) -> bool:
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, kind)
-
-
-def check_pipeline_config(where: str, config: dict[str, Any]) -> None:
-    """The same for a model_index.json of `TerDiTPipeline`, and for the sizes in the scheduler's config."""
-    for key, value in config.items():
-        if isinstance(value, list) and key != "_class_name":
-            named = len(value) == 2 and all(isinstance(part, str) and part for part in value)
-            if not named and not (key == "vae" and value == [None, None]):
-                raise ValueError(f"{where}: `{key}` is {value!r:.80}, expected the names of a library and a class.")
-    name = config.get("_class_name", "")
-    if not isinstance(name, str) and not (isinstance(name, list) and all(isinstance(part, str) for part in name)):
-        raise ValueError(f"{where}: `_class_name` is {name!r:.80}, expected the name of a class.")
-    for key, expected in (("transformer", "TerDiTTransformer2DModel"), ("scheduler", "")):
-        component = config.get(key)
-        known = isinstance(component, list) and (component[1] == expected if expected else component[0] == "diffusers")
-        if not known:
-            kind = f"a {expected}" if expected else "a scheduler of diffusers"
-            raise ValueError(f"{where}: `{key}` is {component!r:.80}, expected {kind}.")
-    vae = config.get("vae")
-    if vae is not None and not isinstance(vae, list):
-        raise ValueError(f"{where}: `vae` is {vae!r:.80}, expected the names of a library and a class.")
-    labels = config.get("id2label")
-    if labels is not None and not (isinstance(labels, dict) and all(isinstance(v, str) for v in labels.values())):
-        raise ValueError(f"{where}: `id2label` is {labels!r:.80}, expected names by class id.")
-    scheduler = Path(where).parent / "scheduler" / "scheduler_config.json"
-    if scheduler.is_file():
-        settings = read_json(scheduler)
-        check_config(scheduler, settings)
-        steps = settings.get("num_train_timesteps", 1000)
-        if not _fits(steps, int) or steps > _MAX_TIMESTEPS:
-            raise ValueError(f"{scheduler}: num_train_timesteps={steps!r:.80}, expected 1 to {_MAX_TIMESTEPS}.")
 
 
 class WeightsFile:

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from diffusers_terdit import TerDiTPipeline, convert_original_checkpoint, ternarize
-from diffusers_terdit.conversion import WEIGHTS_NAMES, convert_name, imagenet_labels, label_rows
+from diffusers_terdit.conversion.terdit import WEIGHTS_NAMES, convert_name, imagenet_labels, label_rows
 
 
-REFERENCE = Path(__file__).parent / "data" / "reference"
+REFERENCE = Path(__file__).parents[1] / "data" / "reference"
 PACKED, FLOAT = REFERENCE / "tiny-qknorm-packed", REFERENCE / "tiny-qknorm-float"
 ROW_TO_CLASS = torch.tensor([*label_rows(1000), 1000])
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusers_terdit.metrics import image_statistics, network_name
-from diffusers_terdit.metrics.inception import InceptionV3, resize
+from diffusers_terdit.evaluation import image_statistics, network_name
+from diffusers_terdit.evaluation.inception import InceptionV3, resize
 
 
-VECTORS = Path(__file__).with_name("data") / "inception-vectors.safetensors"
+VECTORS = Path(__file__).parents[1] / "data" / "inception-vectors.safetensors"
 SIZES = {0: (40, 56), 1: (320, 301)}  # one that is enlarged, one that shrinks
 
 
@@ -152,7 +152,7 @@ class TestWeightsFile:
     def test_the_name_says_whether_it_is_the_published_file(self, network, weights_path, monkeypatch):
         digest = hashlib.sha256(weights_path.read_bytes()).hexdigest()
         assert network_name(network) == f"unknown-inception-v3 (sha256 {digest[:12]}...)"
-        monkeypatch.setattr("diffusers_terdit.metrics.inception.KNOWN_SHA256", digest[:8])
+        monkeypatch.setattr("diffusers_terdit.evaluation.inception.KNOWN_SHA256", digest[:8])
         assert network_name(InceptionV3(weights_path)) == f"inception-2015-12-05 (sha256 {digest[:12]}...)"
 
     def test_counters_of_training_steps_are_ignored(self, state, tmp_path):
