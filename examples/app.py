@@ -32,7 +32,7 @@ from PIL import Image
 from diffusers_terdit import TerDiTPipeline
 from diffusers_terdit.cli import DTYPES, load_pipeline, usable_device
 from diffusers_terdit.hub.model_card import human_bytes
-from diffusers_terdit.pipelines.schedulers import scheduler_by_name
+from diffusers_terdit.pipelines.schedulers import is_flow, scheduler_by_name
 
 
 # By what the model predicts; the pipeline's own scheduler stands first in the list.
@@ -100,7 +100,7 @@ class Sampler:
 
     def __init__(self, pipe: TerDiTPipeline):
         self.pipe = pipe
-        flow = type(pipe.scheduler).__name__.startswith("FlowMatch")
+        flow = is_flow(type(pipe.scheduler))
         own, names = type(pipe.scheduler).__name__, FLOW_SCHEDULERS if flow else NOISE_SCHEDULERS
         self.schedulers = list(dict.fromkeys([own, *names]))
         self._lock = threading.Lock()

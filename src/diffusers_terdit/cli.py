@@ -1,29 +1,36 @@
-"""The `terdit` command: parse, call one function, print. Heavy imports stay inside the commands."""
+"""The `terdit` command: parse, call one function, print."""
 
 import argparse
 import json
 import os
 import re
+import shutil
 import sys
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import Any
 
+import torch
+from huggingface_hub import snapshot_download
+from PIL import Image
+
+from .checkpoints import bundled
+from .conversion import convert_dense_checkpoint, convert_original_checkpoint, is_diffusers_checkpoint
+from .hub.errors import hub_errors
 from .hub.model_card import human_bytes
+from .pipelines.pipeline_terdit import TerDiTPipeline
 from .pipelines.schedulers import scheduler_by_name
+from .storage.inspection import HEADERS, inspect_weights
+from .storage.weights import read_json
+from .training import image_grid
 
-
-if TYPE_CHECKING:
-    import torch
-
-    from .pipelines.pipeline_terdit import TerDiTPipeline
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _resolve(model: str) -> str:
     """Folders and Hub ids as they are; the name of a bundled checkpoint becomes its folder."""
-    from .checkpoints import bundled
-
     if Path(model).is_dir():
         return model
     if model.startswith(("/", ".", "~")) or model.count("/") > 1:
@@ -31,28 +38,22 @@ def _resolve(model: str) -> str:
     return model if "/" in model else str(bundled(model))
 
 
-def load_pipeline(model: str, dtype: str = "float32") -> "TerDiTPipeline":
+def load_pipeline(model: str, dtype: str = "float32") -> TerDiTPipeline:
     """A pipeline by folder, Hub id, or name of a bundled checkpoint.
 
     Raises:
         ValueError: No such checkpoint, or files that are not what they should be.
         OSError: No such folder or repository.
     """
-    import torch
-
-    from .pipelines.pipeline_terdit import TerDiTPipeline
-
     return TerDiTPipeline.from_pretrained(_resolve(model), dtype=getattr(torch, dtype))
 
 
-def usable_device(name: str) -> "torch.device":
+def usable_device(name: str) -> torch.device:
     """The device of this name.
 
     Raises:
         ValueError: There is no such device, here or anywhere.
     """
-    import torch
-
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -64,8 +65,6 @@ def usable_device(name: str) -> "torch.device":
 
 def _check_picture(output: Path) -> None:
     """Raise before any work when the picture could not be written at the end."""
-    from PIL import Image
-
     Image.init()
     suffix = output.suffix.lower()
     if Image.EXTENSION.get(suffix) not in Image.SAVE:
@@ -100,12 +99,6 @@ def _seeds(seeds: list[int], labels: int, per_label: int) -> list[list[int]]:
 
 def generate(args: argparse.Namespace) -> None:
     """Sample images into one labelled grid."""
-    import time
-
-    import torch
-
-    from .training import image_grid
-
     output = Path(args.output)
     _check_picture(output)
     device = usable_device(args.device)
@@ -153,8 +146,6 @@ def generate(args: argparse.Namespace) -> None:
 
 def convert(args: argparse.Namespace) -> None:
     """Save a checkpoint of TerDiT's authors, or a ternary model published as dense tensors, as a packed folder."""
-    from .conversion import convert_dense_checkpoint, convert_original_checkpoint, is_diffusers_checkpoint
-
     if is_diffusers_checkpoint(args.path):
         unused = [n for n in ("subfolder", "weights_name", "weight_format", "vae") if getattr(args, n)]
         if unused:
@@ -206,18 +197,12 @@ def info(args: argparse.Namespace) -> None:
 
 def _model_index(path: Path) -> dict[str, Any]:
     """The `model_index.json` of a pipeline folder; empty where it is another."""
-    from .storage.weights import read_json
-
     index = path / "model_index.json"
     return read_json(index) if index.is_file() else {}
 
 
 def _download_weights(repo_id: str) -> Path:
     """A Hub model's configs and, for a pipeline, its transformer's weights: the files that `generate` uses, too."""
-    from huggingface_hub import snapshot_download
-
-    from .hub.errors import hub_errors
-
     configs = ["model_index.json", "config.json"]
     with hub_errors(repo_id):
         folder = Path(snapshot_download(repo_id, allow_patterns=configs))
@@ -227,8 +212,6 @@ def _download_weights(repo_id: str) -> Path:
 
 
 def _print_info(path: Path) -> None:
-    from .storage.inspection import HEADERS, inspect_weights
-
     index = _model_index(path)
     if index and "TerDiTPipeline" not in str(index.get("_class_name")):  # in a remote-code revision it is a list
         raise ValueError(
@@ -316,11 +299,6 @@ def pack(args: argparse.Namespace) -> None:
 
 def push(args: argparse.Namespace) -> None:
     """Upload a pipeline folder to the Hub, as it is, with a model card."""
-    import shutil
-    from tempfile import TemporaryDirectory
-
-    from PIL import Image
-
     pipe = load_pipeline(args.model)  # what does not load is not pushed
     source = Path(_resolve(args.model))
     if not source.is_dir():

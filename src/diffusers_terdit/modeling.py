@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from .hub.errors import hub_errors
 from .hub.push import HubMixin
 from .lora import refuse_adapters
-from .storage.saving import refuse_interrupted, replacing
+from .storage.saving import refuse_interrupted, replacing, scrub_paths
 from .storage.weights import (
     PACKED_SUFFIX,
     PACKING,
@@ -318,3 +318,57 @@ class TernaryModelMixin(HubMixin, ModelMixin, PortableConfigMixin):
             (folder / named(SAFE_WEIGHTS_INDEX_NAME)).write_text(text, encoding="utf-8")
         if is_main_process:
             self.to_json_file(folder / self.config_name)
+
+
+class StrictPipelineMixin(HubMixin, PortableConfigMixin):
+    """`DiffusionPipeline` with strict loading, and saving that is whole or absent."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
+        """See [`~diffusers.DiffusionPipeline.from_pretrained`].
+
+        Raises:
+            OSError: The folder does not exist, or the repository cannot be read.
+            ValueError: The files are not what they should be.
+        """
+        path = os.fspath(pretrained_model_name_or_path)
+        if not os.path.isdir(path) and (os.path.isabs(path) or path.count("/") > 1 or path.startswith((".", "~"))):
+            raise FileNotFoundError(f"{path} is not a folder. Pass that of a saved pipeline, or a Hub id.")
+        refuse_interrupted(Path(path, "transformer"))
+        with hub_errors(path, kwargs.get("revision")):
+            return super().from_pretrained(path, **kwargs)  # type: ignore[misc]
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save every component into a folder of its own, and `model_index.json`.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Made if it does not exist.
+            safe_serialization (`bool`): Must be `True`: ternary weights are saved as safetensors only.
+            variant (`str`, *optional*): Written into the weights' file names.
+            max_shard_size (`int` or `str`, *optional*): Of a weights file: bytes, or a string such as `"5GB"`.
+            push_to_hub (`bool`): Upload the folder afterwards, to `repo_id` among `kwargs` (default its name).
+            kwargs: The other arguments of `push_to_hub`.
+
+        Raises:
+            ValueError: `save_directory` is a file, or the transformer carries adapters.
+            OSError: It cannot be written; what was there before is still there. Only where the last step, moving the
+                files, breaks off, the folder holds neither pipeline, and says so when it is loaded.
+        """
+        if os.path.isfile(save_directory):
+            raise ValueError(f"`save_directory` must be a folder, {save_directory} is a file.")
+        refuse_adapters(self.transformer, "saving the pipeline")  # type: ignore[attr-defined]
+        folder = Path(save_directory)
+        # The marker is in the folder of the transformer, which every way to load the pipeline loads.
+        with replacing(folder, folder / "transformer" / "pipeline.saving") as partial:
+            super().save_pretrained(partial, safe_serialization, variant, max_shard_size)  # type: ignore[misc]
+            scrub_paths(partial)
+        if push_to_hub:
+            self._push_folder(folder, variant=variant, **kwargs)

@@ -1,18 +1,16 @@
 """Threads: a model under many pipelines gives the bits that it gives alone; a pipeline serves one call at a time."""
 
 import copy
-import multiprocessing
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, FirstBlockCacheConfig
+from diffusers import DPMSolverMultistepScheduler
 
 from diffusers_terdit import TerDiTPipeline
 from diffusers_terdit.ops import cpu
-from diffusers_terdit.pipelines import pipeline_terdit
 
 
 IN_USE = "is in use by another call that is still running"
@@ -60,7 +58,7 @@ class Running:
         def run():
             self.images = sample(pipe, callback_on_step_end=wait, **kwargs)
 
-        self.thread = threading.Thread(target=run, name="the other one")
+        self.thread = threading.Thread(target=run)
 
     def __enter__(self):
         self.thread.start()
@@ -103,20 +101,11 @@ def test_a_second_call_of_a_pipeline_is_refused_and_the_first_one_right(tiny_pip
     pipe = tiny_pipeline()
     expected, other = sample(pipe, callback_on_step_end=lambda *args: args[3]), sample(beside(pipe), seed=1)
     with Running(pipe) as running:
-        with pytest.raises(RuntimeError, match=rf"This pipeline {IN_USE}, in thread 'the other one'.*copy\.copy"):
+        with pytest.raises(RuntimeError, match=rf"This pipeline {IN_USE}.*copy\.copy"):
             sample(pipe, num_inference_steps=2, guidance_scale=1.0)
         assert torch.equal(sample(beside(pipe), seed=1), other)
     assert torch.equal(running.images, expected)
     assert torch.equal(sample(pipe, seed=1), other)
-
-
-def test_two_pipelines_with_one_scheduler_are_refused(tiny_pipeline):
-    pipe = tiny_pipeline()
-    other = TerDiTPipeline(**pipe.components)
-    other.set_progress_bar_config(disable=True)
-    with Running(pipe), pytest.raises(RuntimeError, match=f"The scheduler of this pipeline {IN_USE}"):
-        sample(other)
-    assert torch.equal(sample(other), sample(pipe))
 
 
 def test_calls_without_an_order_are_right_or_refused(tiny_pipeline):
@@ -149,7 +138,7 @@ def test_a_callback_that_calls_its_own_pipeline_is_refused(tiny_pipeline):
     refused = []
 
     def callback(pipe, step, timestep, tensors):
-        with pytest.raises(RuntimeError, match=f"This pipeline {IN_USE}, in this thread"):
+        with pytest.raises(RuntimeError, match=f"This pipeline {IN_USE}"):
             sample(pipe)
         refused.append(step)
         assert sample(beside(pipe)).isfinite().all()
@@ -182,7 +171,6 @@ def test_a_call_that_ends_in_an_error_leaves_the_pipeline_free(tiny_pipeline, mo
             patch.setattr(getattr(pipe, place), name, fail)
             with pytest.raises(error):
                 sample(pipe)
-    assert pipeline_terdit._in_use == {}
     assert torch.equal(sample(pipe), expected)
 
 
@@ -191,7 +179,7 @@ def test_a_refused_input_leaves_the_pipeline_free(tiny_pipeline):
     for labels, settings in (([99], {}), ([1], {"num_inference_steps": 0})):
         with pytest.raises(ValueError, match=r"out of range|positive int"):
             sample(pipe, labels=labels, **settings)
-    assert pipeline_terdit._in_use == {}
+    assert sample(pipe).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -213,47 +201,10 @@ def test_copies_are_free_also_those_made_during_a_call(tiny_pipeline, make):
 
 def test_saving_and_from_pipe_work_during_a_call(tiny_pipeline, tmp_path):
     pipe = tiny_pipeline(weight_format="packed")
+    images = sample(pipe)
     with Running(pipe):
         pipe.save_pretrained(tmp_path)
-        other = TerDiTPipeline.from_pipe(pipe)
-        with pytest.raises(RuntimeError, match="The scheduler of this pipeline"):
-            sample(other)
+        assert torch.equal(sample(beside(TerDiTPipeline.from_pipe(pipe))), images)
         loaded = TerDiTPipeline.from_pretrained(tmp_path)
         loaded.set_progress_bar_config(disable=True)
-        images = sample(loaded)
-    assert torch.equal(sample(pipe), images)
-
-
-@pytest.mark.parametrize("hook", ["step cache", "offloading", "vae"])
-def test_a_model_whose_hooks_keep_state_serves_one_call(tiny_pipeline, hook):
-    pipe = tiny_pipeline(vae=True, num_layers=3)
-    if hook == "step cache":
-        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    else:
-        model = pipe.vae if hook == "vae" else pipe.transformer
-        model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), "leaf_level")
-    other = beside(pipe)
-    expected = sample(other)
-    with Running(pipe), pytest.raises(RuntimeError, match=f"{IN_USE}.*load the (transformer|vae) once more"):
-        sample(other)
-    assert torch.equal(sample(other), expected)
-
-
-def _sample_in_a_fork(pipe, queue):
-    torch.set_num_threads(1)
-    queue.put(sample(pipe).tolist())
-
-
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_a_fork_does_not_wait_for_a_thread_that_it_does_not_have(tiny_pipeline):
-    pipe = tiny_pipeline()
-    expected = sample(pipe).tolist()
-    context = multiprocessing.get_context("fork")
-    with Running(pipe):
-        queue = context.SimpleQueue()
-        child = context.Process(target=_sample_in_a_fork, args=(pipe, queue))
-        child.start()
-        child.join(SECONDS)
-        assert child.exitcode == 0
-        assert queue.get() == expected
+        assert torch.equal(sample(loaded), images)

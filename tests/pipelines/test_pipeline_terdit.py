@@ -30,6 +30,7 @@ from diffusers import (
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel
+from diffusers_terdit.models.transformer_terdit import AdaLNAhead
 from diffusers_terdit.pipelines.schedulers import default_scheduler
 
 
@@ -351,6 +352,11 @@ class TestSampling:
         assert torch.equal(sample(pipe), expected)
 
 
+def step_by_step(pipe, *args, **kwargs):
+    """Sample with a callback, which has adaLN computed in every step instead of ahead."""
+    return sample(pipe, *args, callback_on_step_end=lambda pipe, i, t, kwargs: kwargs, **kwargs)
+
+
 class TestModulations:
     """adaLN sees only timestep and label, so a call computes its outputs ahead, for many steps, once per label."""
 
@@ -366,10 +372,6 @@ class TestModulations:
         monkeypatch.setattr(TerDiTTransformer2DModel, "modulations", spy)
         return calls
 
-    @staticmethod
-    def every_step_on_its_own(pipe, *args, **kwargs):
-        return sample(pipe, *args, callback_on_step_end=lambda pipe, i, t, kwargs: kwargs, **kwargs)
-
     @pytest.mark.parametrize("guidance_scale", [4.0, 1.0])
     def test_once_for_each_timestep_and_label(self, tiny_pipeline, rows, guidance_scale):
         pipe = tiny_pipeline()
@@ -378,22 +380,25 @@ class TestModulations:
         (computed,) = rows
         unique = [2, 7] + ([10] if guidance_scale > 1 else [])
         assert computed == [(t, label) for t in pipe.scheduler.timesteps.tolist() for label in unique]
-        expected = self.every_step_on_its_own(pipe, labels, guidance_scale=guidance_scale)
+        expected = step_by_step(pipe, labels, guidance_scale=guidance_scale)
         torch.testing.assert_close(images, expected, rtol=1e-5, atol=1e-5)
         assert len(rows) == 1
 
-    def test_in_chunks_of_bounded_memory(self, tiny_pipeline, rows, monkeypatch):
-        pipe = tiny_pipeline()
-        whole = sample(pipe, num_inference_steps=7)
-        step = 2 * 6 * 32 * 3 * 4  # bytes: layers, modulation, labels, float32
-        for budget, sizes in ((3 * step, [3, 3, 1]), (step // 2, [1] * 7)):
-            rows.clear()
-            monkeypatch.setattr("diffusers_terdit.pipelines.pipeline_terdit.MODULATION_BYTES", budget)
-            torch.testing.assert_close(sample(pipe, num_inference_steps=7), whole, rtol=1e-5, atol=1e-5)
+    @pytest.mark.parametrize(("steps_at_once", "sizes"), [(3.5, [3, 3, 1]), (0.5, [1] * 7), (100, [7])])
+    def test_in_chunks_of_bounded_memory(self, tiny_model, rows, steps_at_once, sizes):
+        model, timesteps = tiny_model("packed"), torch.arange(999, 0, -150)
+        labels = torch.tensor([2, 7, 2, 10])
+        step = 2 * 3 * 6 * 32 * 4  # bytes: layers, labels, modulation, float32
+        ahead = AdaLNAhead(model, timesteps, labels, max_bytes=int(steps_at_once * step))
+        with torch.no_grad():
+            found = [ahead(i, labels[1:]) for i in range(7)]
             assert [len(call) // 3 for call in rows] == sizes
+            for timestep, modulation in zip(timesteps, found, strict=True):
+                expected = model.modulations(timestep.expand(3), labels[1:])
+                torch.testing.assert_close(modulation, expected, rtol=1e-5, atol=1e-6)
 
     def test_not_where_the_weights_are_elsewhere_between_forwards(self, tiny_pipeline, rows):
-        expected = self.every_step_on_its_own(tiny_pipeline())
+        expected = step_by_step(tiny_pipeline())
         for offload in (
             lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
             lambda pipe: cpu_offload(pipe.transformer, torch.device("cpu")),
@@ -415,7 +420,7 @@ class TestModulations:
 
         seen = watch(pipe := tiny_pipeline())
         changed = sample(pipe, callback_on_step_end=damp)
-        assert not any(hasattr(call, "modulation") for call in seen)
+        assert all(call.modulation is None for call in seen)
         assert not torch.allclose(changed, sample(tiny_pipeline()))
 
 
@@ -681,9 +686,11 @@ class TestDtypes:
         assert images.dtype == torch.float32
 
     def test_start_noise_of_a_half_precision_model_is_drawn_in_float32(self, tiny_pipeline):
-        pipe, shape = tiny_pipeline(weight_format="packed").to(torch.bfloat16), (2, 3, 8, 8)
-        latents = pipe.prepare_latents(shape, torch.device("cpu"), seeded(), None)
-        assert torch.equal(latents, torch.randn(shape, generator=seeded()))
+        pipe, drawn = tiny_pipeline(weight_format="packed").to(torch.bfloat16), []
+        original = pipe.prepare_latents
+        pipe.prepare_latents = lambda *args: drawn.append(original(*args)) or drawn[-1]
+        sample(pipe, [1, 2])
+        assert torch.equal(drawn[0], torch.randn(2, 3, 8, 8, generator=seeded()))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("vae", [False, True])
@@ -864,21 +871,21 @@ class TestOffloading:
     @pytest.mark.parametrize("weight_format", ["float", "packed"])
     def test_model_offloading_changes_no_bit(self, tiny_pipeline, vae, weight_format):
         pipe = tiny_pipeline(vae, weight_format=weight_format)
-        expected = sample(pipe)
+        expected = step_by_step(pipe)
         pipe.enable_model_cpu_offload(device="cpu")
         for _ in range(2):
-            assert torch.equal(sample(pipe), expected)
+            assert torch.equal(step_by_step(pipe), expected)
 
     @pytest.mark.parametrize("vae", [False, True])
     @pytest.mark.parametrize("weight_format", ["float", "packed"])
     def test_sequential_offloading_changes_no_bit(self, tiny_pipeline, vae, weight_format):
         # What `enable_sequential_cpu_offload` does; itself it asks for "cpu:0", which accelerate cannot place.
         pipe = tiny_pipeline(vae, weight_format=weight_format)
-        expected = sample(pipe)
+        expected = step_by_step(pipe)
         for component in filter(None, (pipe.transformer, pipe.vae)):
             cpu_offload(component, torch.device("cpu"), offload_buffers=len(component._parameters) > 0)
         for _ in range(2):
-            assert torch.equal(sample(pipe), expected)
+            assert torch.equal(step_by_step(pipe), expected)
             assert {parameter.device.type for parameter in pipe.transformer.parameters()} == {"meta"}
 
     @pytest.mark.parametrize("weight_format", ["float", "packed"])
@@ -887,10 +894,10 @@ class TestOffloading:
     )
     def test_group_offloading_changes_no_bit(self, tiny_pipeline, weight_format, group):
         pipe = tiny_pipeline(True, weight_format=weight_format)
-        expected = sample(pipe)
+        expected = step_by_step(pipe)
         pipe.enable_group_offload(torch.device("cpu"), torch.device("cpu"), **group)
         for _ in range(2):
-            assert torch.equal(sample(pipe), expected)
+            assert torch.equal(step_by_step(pipe), expected)
 
     def test_components_go_to_the_device_in_order_of_use(self):
         assert TerDiTPipeline.model_cpu_offload_seq == "transformer->vae"

@@ -1,120 +1,32 @@
 """Sampling from a class-conditional ternary diffusion transformer."""
 
 import difflib
-import functools
 import inspect
 import math
-import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMParallelScheduler, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .._diffusers import has_hooks, is_offloaded, reset_step_caches
-from ..hub.errors import hub_errors
-from ..hub.push import HubMixin
-from ..lora import refuse_adapters
-from ..modeling import PortableConfigMixin
-from ..models.transformer_terdit import TerDiTTransformer2DModel
-from ..storage.saving import refuse_interrupted, replacing, scrub_paths
+from .._diffusers import is_offloaded, reset_step_caches
+from ..modeling import StrictPipelineMixin
+from ..models.transformer_terdit import AdaLNAhead, TerDiTTransformer2DModel
+from .finite import FiniteCheck
+from .schedulers import check_scheduler, unused_variance_lifted, uses_learned_variance
 
-
-MODULATION_BYTES = 32 * 2**20  # of adaLN outputs that are computed ahead
 
 ClassLabels = int | str | Sequence[Any] | Tensor | np.ndarray
 
-# What running calls change, by id, and the threads they run in. Not in the objects: copies and pickles are free.
-_in_use: dict[int, threading.Thread] = {}
-_in_use_lock = threading.Lock()
 
-
-@contextmanager
-def _using(parts: list[tuple[Any, str, str]]) -> Iterator[None]:
-    """Refuse where a call that is running changes one of `parts`, too: the object, its name, what to do instead."""
-    me, mine = threading.current_thread(), []
-    try:
-        with _in_use_lock:
-            for part, name, instead in parts:
-                owner = _in_use.get(id(part))
-                if owner is not None and owner.is_alive():  # a fork does not take the other threads along
-                    where = "in this thread" if owner is me else f"in thread {owner.name!r}"
-                    raise RuntimeError(
-                        f"{name} is in use by another call that is still running, {where}. Both would draw wrong"
-                        f" pictures. {instead}"
-                    )
-            mine = [id(part) for part, _, _ in parts]
-            _in_use.update(dict.fromkeys(mine, me))
-        yield
-    finally:
-        with _in_use_lock:
-            for key in mine:
-                _in_use.pop(key, None)
-
-
-def _one_at_a_time(call: Callable) -> Callable:
-    """For `__call__`: the pipeline's settings, its scheduler, and hooks of its models serve one call at a time."""
-
-    @functools.wraps(call)
-    def guarded(self, *args: Any, **kwargs: Any) -> Any:
-        own = (
-            "Sample with a pipeline and a scheduler of its own, which share the weights: `other = copy.copy(pipe);"
-            " other.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)`."
-        )
-        parts = [(self, "This pipeline", own), (self.scheduler, "The scheduler of this pipeline", own)]
-        for name in ("transformer", "vae"):
-            model = getattr(self, name)
-            if model is not None and has_hooks(model):
-                again = f"Offloading and step caches tie a model to one call: load the {name} once more, or wait."
-                parts.append((model, f"The {name} of this pipeline", again))
-        with _using(parts):
-            return call(self, *args, **kwargs)
-
-    return guarded
-
-
-class _Finite:
-    """Raise where a step's result is not finite; on a GPU one step late, so that the next step is queued meanwhile."""
-
-    def __init__(self, device: torch.device):
-        self._late = device.type == "cuda"
-        self._pending: tuple[torch.Event, Tensor, Callable[[], str]] | None = None
-
-    def look(self, flag: Tensor, message: Callable[[], str]) -> None:
-        """Take a 0-dim bool of the device; report that of the step before."""
-        if not self._late:
-            if not flag:
-                raise ValueError(message())
-            return
-        before, on_host, event = self._pending, torch.empty((), dtype=torch.bool, pin_memory=True), torch.Event("cuda")
-        on_host.copy_(flag, non_blocking=True)
-        event.record()
-        self._pending = event, on_host, message
-        self._check(before)
-
-    def settle(self) -> None:
-        """Report the last step's."""
-        self._check(self._pending)
-
-    @staticmethod
-    def _check(pending: "tuple[torch.Event, Tensor, Callable[[], str]] | None") -> None:
-        if pending is not None:
-            event, flag, message = pending
-            event.synchronize()
-            if not flag:
-                raise ValueError(message())
-
-
-class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
+class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
     r"""Images from class labels with a [`TerDiTTransformer2DModel`].
 
     Args:
@@ -173,72 +85,14 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "TerDiTPipeline":
-        """See [`~diffusers.DiffusionPipeline.from_pretrained`].
-
-        Raises:
-            OSError: The folder does not exist, or the repository cannot be read.
-            ValueError: The files are not what they should be.
-        """
-        path = os.fspath(pretrained_model_name_or_path)
-        if not os.path.isdir(path) and (os.path.isabs(path) or path.count("/") > 1 or path.startswith((".", "~"))):
-            raise FileNotFoundError(f"{path} is not a folder. Pass that of a saved pipeline, or a Hub id.")
-        refuse_interrupted(Path(path, "transformer"))
-        with hub_errors(path, kwargs.get("revision")):
-            return super().from_pretrained(path, **kwargs)
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Save every component into a folder of its own, and `model_index.json`.
-
-        Args:
-            save_directory (`str` or `os.PathLike`): Made if it does not exist.
-            safe_serialization (`bool`): Write safetensors instead of pickles.
-            variant (`str`, *optional*): Written into the weights' file names.
-            max_shard_size (`int` or `str`, *optional*): Of a weights file: bytes, or a string such as `"5GB"`.
-            push_to_hub (`bool`): Upload the folder afterwards, to `repo_id` among `kwargs` (default its name).
-            kwargs: The other arguments of `push_to_hub`.
-
-        Raises:
-            ValueError: `save_directory` is a file, or the transformer carries adapters.
-            OSError: It cannot be written; what was there before is still there. Only where the last step, moving the
-                files, breaks off, the folder holds neither pipeline, and says so when it is loaded.
-        """
-        flashpack = kwargs.pop("use_flashpack", False)
-        if os.path.isfile(save_directory):
-            raise ValueError(f"`save_directory` must be a folder, {save_directory} is a file.")
-        refuse_adapters(self.transformer, "saving the pipeline")
-        folder = Path(save_directory)
-        # The marker is in the folder of the transformer, which every way to load the pipeline loads.
-        with replacing(folder, folder / "transformer" / "pipeline.saving") as partial:
-            super().save_pretrained(
-                partial, safe_serialization, variant, max_shard_size, push_to_hub=False, use_flashpack=flashpack
-            )
-            scrub_paths(partial)
-        if push_to_hub:
-            self._push_folder(Path(save_directory), variant=variant, **kwargs)
-
-    @property
-    def labels(self) -> dict[str, int]:
-        """Class id by name, sorted. A name that several classes share stands once per class, as "crane (134)"."""
-        ids = self._ids_by_name()
-        unique = {(n if len(found) == 1 else f"{n} ({i})"): i for n, found in ids.items() for i in found}
-        return dict(sorted(unique.items()))
-
-    def _ids_by_name(self) -> dict[str, list[int]]:
-        ids: dict[str, list[int]] = {}
-        for key, names in (self.config.id2label or {}).items():
+        # Class ids by name. Several names of a class are separated by commas; several classes may share a name.
+        self._ids_by_name: dict[str, list[int]] = {}
+        for key, names in (id2label or {}).items():
             for name in dict.fromkeys(part.strip() for part in names.split(",")):
-                ids.setdefault(name, []).append(int(key))
-        return ids
+                self._ids_by_name.setdefault(name, []).append(int(key))
+        shared = {f"{name} ({i})": i for name, ids in self._ids_by_name.items() if len(ids) > 1 for i in ids}
+        unique = {name: ids[0] for name, ids in self._ids_by_name.items() if len(ids) == 1}
+        self.labels = dict(sorted({**unique, **shared}.items()))
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """Class ids of label names.
@@ -250,7 +104,7 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
         Raises:
             ValueError: A name is unknown (near matches are shown) or several classes share it.
         """
-        names = self._ids_by_name()
+        names = self._ids_by_name
         any_case: dict[str, list[int]] = {}
         for name, ids in names.items():
             any_case.setdefault(name.casefold(), []).extend(ids)
@@ -336,7 +190,8 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
             raise ValueError(
                 f"Got {len(generator)} generators for {batch_size} images. Pass one per image, or a single generator."
             )
-        shape = self._latents_shape(batch_size, height, width)
+        factor = self.vae_scale_factor
+        shape = (batch_size, config.in_channels, height // factor, width // factor)
         if latents is not None and (not isinstance(latents, Tensor) or tuple(latents.shape) != shape):
             given = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
             raise ValueError(f"`latents` must be a tensor of shape {shape}, got {given}.")
@@ -357,39 +212,29 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` may hold {self._callback_tensor_inputs}, got {unknown}."
             )
-        if config.learn_sigma and not hasattr(self.scheduler, "alphas_cumprod"):
-            raise ValueError(
-                f"This model predicts the noise of DDPM's steps (it was trained with learn_sigma=True);"
-                f" {type(self.scheduler).__name__} has other steps and would draw something else. Take one of DDPM's"
-                " family, such as `DPMSolverMultistepScheduler.from_config(...)`; docs/schedulers.md lists them."
-            )
-        if self._uses_learned_variance() and not config.learn_sigma:
-            raise ValueError(
-                f"This {type(self.scheduler).__name__} expects a learned variance, but this model predicts none"
-                " (learn_sigma=False). Use"
-                ' `DDPMScheduler.from_config(pipe.scheduler.config, variance_type="fixed_small")`.'
-            )
-
-    def _latents_shape(self, batch_size: int, height: int, width: int) -> tuple[int, int, int, int]:
-        factor = self.vae_scale_factor
-        return (batch_size, self.transformer.config.in_channels, height // factor, width // factor)
+        check_scheduler(self.scheduler, config.learn_sigma)
 
     def prepare_latents(
         self,
-        shape: tuple[int, int, int, int],
+        batch_size: int,
+        num_channels_latents: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
         device: torch.device,
         generator: torch.Generator | list[torch.Generator] | None,
-        latents: Tensor | None,
+        latents: Tensor | None = None,
     ) -> Tensor:
-        """Start noise at the scheduler's scale, (B, C, h, w) float32."""
+        """Start noise at the scheduler's scale, (B, C, h, w); `height` and `width` in pixels."""
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
-
-    def _uses_learned_variance(self) -> bool:
-        variance_type = self.scheduler.config.get("variance_type")
-        ddpm = isinstance(self.scheduler, (DDPMScheduler, DDPMParallelScheduler))
-        return ddpm and variance_type in ("learned", "learned_range")
+            shape = (
+                batch_size,
+                num_channels_latents,
+                height // self.vae_scale_factor,
+                width // self.vae_scale_factor,
+            )
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        return latents.to(device, dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     def prepare_extra_step_kwargs(self, generator: Any) -> dict[str, Any]:
         """`generator` for the schedulers whose step takes one."""
@@ -412,7 +257,7 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        """Of the call that is running, or ran last."""
+        """Guidance scale of the current or last call."""
         return self._guidance_scale
 
     @property
@@ -422,12 +267,12 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
 
     @property
     def num_timesteps(self) -> int:
-        """Of the call that is running, or ran last."""
+        """Number of denoising steps of the current or last call."""
         return self._num_timesteps
 
     @property
     def current_timestep(self) -> Tensor | None:
-        """Of the step that is running; the step caches of diffusers ask for it. `None` between calls."""
+        """Timestep of the current step, which diffusers' step caches ask for; `None` between calls."""
         return getattr(self, "_current_timestep", None)
 
     @property
@@ -435,8 +280,27 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
         """Set `pipe._interrupt = True` in a callback to stop denoising; the rest of the steps is skipped."""
         return self._interrupt
 
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Refuse a second call while this one changes the pipeline's settings and its scheduler."""
+        call = object()
+        if self.__dict__.setdefault("_call", call) is not call:  # atomic
+            raise RuntimeError(
+                "This pipeline is in use by another call that is still running; both would draw wrong pictures. Sample"
+                " with a pipeline and a scheduler of its own, which share the weights: `other = copy.copy(pipe);"
+                " other.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)`."
+            )
+        try:
+            yield
+        finally:
+            self._current_timestep = None
+            del self._call
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave a running call out of copies and pickles."""
+        return {key: value for key, value in vars(self).items() if key != "_call"}
+
     @torch.no_grad()
-    @_one_at_a_time
     def __call__(
         self,
         class_labels: ClassLabels,
@@ -482,7 +346,7 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
 
         Raises:
             ValueError: An unknown label or a setting that does not fit, with what was given and what is possible.
-            RuntimeError: The pipeline, its scheduler, or a model with hooks is in use by a call that is still running.
+            RuntimeError: Another call of this pipeline is still running.
 
         Examples:
         ```py
@@ -513,161 +377,98 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
             class_ids, height, width, num_inference_steps, guidance_scale, num_images_per_prompt, generator, latents,
             output_type, callback_inputs,
         )  # fmt: skip
-        self._guidance_scale = float(guidance_scale)
-        self._interrupt = False
-        reset_step_caches(self.transformer)  # a call that was interrupted leaves them full
-        device = self._execution_device
+        with self._running(), unused_variance_lifted(self.scheduler):
+            self._guidance_scale = float(guidance_scale)
+            self._interrupt = False
+            reset_step_caches(self.transformer)  # an interrupted call leaves them full
+            device = self._execution_device
+            dtype = self.transformer.dtype  # walks over all modules
+            channels = self.transformer.config.in_channels
 
-        # 2. Labels, (B,), and the null label of the unconditional half
-        labels = torch.tensor(class_ids, device=device).repeat_interleave(num_images_per_prompt)
-        null_labels = torch.full_like(labels, self.transformer.config.num_classes)
+            # 2. Labels, (B,), and the null label of the unconditional half
+            labels = torch.tensor(class_ids, device=device).repeat_interleave(num_images_per_prompt)
+            null_labels = torch.full_like(labels, self.transformer.null_label)
 
-        # 3. Timesteps and start noise
-        # On the CPU, where their tables are: DDPM would wait for a GPU 13 times a step to look a timestep up there.
-        self.scheduler.set_timesteps(num_inference_steps, device="cpu")
-        timesteps = self.scheduler.timesteps
-        on_device = timesteps.to(device)
-        self._num_timesteps = len(timesteps)
-        batch_size = len(class_ids) * num_images_per_prompt
-        latents = self.prepare_latents(self._latents_shape(batch_size, height, width), device, generator, latents)
-        extra_step_kwargs = self.prepare_extra_step_kwargs(generator)
+            # 3. Timesteps and start noise, in float32
+            # Timesteps stay on the CPU, where schedulers keep their tables: no look-up then waits for a GPU.
+            self.scheduler.set_timesteps(num_inference_steps, device="cpu")
+            timesteps = self.scheduler.timesteps
+            timesteps_on_device = timesteps.to(device)
+            self._num_timesteps = len(timesteps)
+            latents = self.prepare_latents(
+                len(labels), channels, height, width, torch.float32, device, generator, latents
+            )
+            extra_step_kwargs = self.prepare_extra_step_kwargs(generator)
 
-        # 4. Denoise, in float32 but for the model's own arithmetic
-        channels = self.transformer.config.in_channels * (2 if self._uses_learned_variance() else 1)
-        modulations = self._modulations(on_device, class_ids, changes=callback_on_step_end is not None)
-        dtype = self.transformer.dtype  # a walk over all modules
-        finite = _Finite(device)
-        with self._sampling(), self.progress_bar(total=self._num_timesteps) as progress_bar:
-            for i, t in enumerate(timesteps):
-                if self.interrupt:
-                    continue
+            # 4. adaLN, which sees only timesteps and labels, for many steps at once; not where a callback may change
+            # the model between steps, or where its weights come and go with `forward`
+            ahead = None
+            if callback_on_step_end is None and not is_offloaded(self.transformer):
+                used = torch.cat([labels, null_labels]) if self.do_classifier_free_guidance else labels
+                ahead = AdaLNAhead(self.transformer, timesteps_on_device, used)
 
-                self._current_timestep = t
-                guided = self.do_classifier_free_guidance  # a callback may change it
-                model_input = torch.cat([latents] * 2) if guided else latents
-                model_labels = torch.cat([labels, null_labels]) if guided else labels
-                if hasattr(self.scheduler, "scale_model_input"):
-                    model_input = self.scheduler.scale_model_input(model_input, t)
-                with self.transformer.cache_context("cond_uncond"):
-                    model_output = self.transformer(
-                        model_input.to(dtype),
-                        on_device[i].expand(len(model_labels)),
-                        model_labels,
-                        return_dict=False,
-                        **modulations(i, model_labels),
-                    )[0].float()
-                step = i, on_device[i], model_input, model_labels
-                finite.look(model_output.isfinite().all(), lambda step=step: self._where_not_finite(*step))
-                if guided:
-                    model_output = self.guide(model_output)
-                latents = self.scheduler.step(model_output[:, :channels], t, latents, **extra_step_kwargs).prev_sample
+            # 5. Denoise, in float32 but for the model's own arithmetic
+            predicted = 2 * channels if uses_learned_variance(self.scheduler) else channels
+            check_finite = FiniteCheck(self.transformer, self._num_timesteps, device)
+            with self.progress_bar(total=self._num_timesteps) as progress_bar:
+                for i, t in enumerate(timesteps):
+                    if self.interrupt:
+                        continue
 
-                if callback_on_step_end is not None:
-                    callback_kwargs = {}
-                    for name in callback_inputs:
-                        callback_kwargs[name] = locals()[name]
-                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
-                    if not isinstance(callback_outputs, dict):
-                        raise ValueError(
-                            "`callback_on_step_end` must return a dict, such as the one it is called with, got"
-                            f" {callback_outputs!r:.80}."
-                        )
-                    latents = callback_outputs.pop("latents", latents)
-                progress_bar.update()
+                    self._current_timestep = t
+                    guided = self.do_classifier_free_guidance  # a callback may change it
+                    model_input = torch.cat([latents] * 2) if guided else latents
+                    model_labels = torch.cat([labels, null_labels]) if guided else labels
+                    if hasattr(self.scheduler, "scale_model_input"):
+                        model_input = self.scheduler.scale_model_input(model_input, t)
+                    with self.transformer.cache_context("cond_uncond"):
+                        model_output = self.transformer(
+                            model_input.to(dtype),
+                            timesteps_on_device[i].expand(len(model_labels)),
+                            model_labels,
+                            modulation=None if ahead is None else ahead(i, model_labels),
+                            return_dict=False,
+                        )[0].float()
+                    check_finite(model_output, i, timesteps_on_device[i], model_input, model_labels)
+                    if guided:
+                        model_output = self.guide(model_output)
+                    latents = self.scheduler.step(
+                        model_output[:, :predicted], t, latents, **extra_step_kwargs
+                    ).prev_sample
 
-        finite.settle()
-        # 5. Latents to pixels
-        if output_type == "latent":
-            images = latents
-        else:
-            if self.vae is not None:
-                latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-                latents = self.vae.decode(latents, return_dict=False)[0].float()
-            if not latents.isfinite().all():
-                part = f"VAE in {str(self.vae.dtype).removeprefix('torch.')}" if self.vae is not None else "scheduler"
-                raise ValueError(
-                    f"The {part} gives NaN or infinity. Try `pipe.vae.to(torch.float32)`, or another scheduler."
-                )
-            images = self.image_processor.postprocess(latents, output_type=output_type)
+                    if callback_on_step_end is not None:
+                        callback_kwargs = {}
+                        for name in callback_inputs:
+                            callback_kwargs[name] = locals()[name]
+                        callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
+                        if not isinstance(callback_outputs, dict):
+                            raise ValueError(
+                                "`callback_on_step_end` must return a dict, such as the one it is called with, got"
+                                f" {callback_outputs!r:.80}."
+                            )
+                        latents = callback_outputs.pop("latents", latents)
+                    progress_bar.update()
+            check_finite.last()
+            del ahead  # megabytes, before the VAE needs memory
+
+            # 6. Latents to pixels
+            if output_type == "latent":
+                images = latents
+            else:
+                if self.vae is not None:
+                    latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+                    latents = self.vae.decode(latents, return_dict=False)[0].float()
+                if not latents.isfinite().all():
+                    part = (
+                        f"VAE in {str(self.vae.dtype).removeprefix('torch.')}" if self.vae is not None else "scheduler"
+                    )
+                    raise ValueError(
+                        f"The {part} gives NaN or infinity. Try `pipe.vae.to(torch.float32)`, or another scheduler."
+                    )
+                images = self.image_processor.postprocess(latents, output_type=output_type)
 
         self.maybe_free_model_hooks()
 
         if not return_dict:
             return (images,)
         return ImagePipelineOutput(images=images)
-
-    def _modulations(
-        self, timesteps: Tensor, class_ids: list[int], changes: bool
-    ) -> Callable[[int, Tensor], dict[str, Tensor]]:
-        """`modulation` of the transformer at step i for labels (B,), computed once per label for many steps at once.
-
-        Nothing where a callback may change the model between steps, or where only `forward` finds its weights.
-        """
-        config = self.transformer.config
-        if changes or is_offloaded(self.transformer):
-            return lambda step, labels: {}
-        null = {config.num_classes} if self.do_classifier_free_guidance else set()
-        unique = torch.tensor(sorted({*class_ids, *null}), device=timesteps.device)
-        values = config.num_layers * 6 * config.num_attention_heads * config.attention_head_dim
-        ahead = max(1, MODULATION_BYTES // (values * len(unique) * self.transformer.dtype.itemsize))
-        computed: dict[int, Tensor] = {}
-
-        def modulations(step: int, labels: Tensor) -> dict[str, Tensor]:
-            first = step - step % ahead
-            if first not in computed:
-                computed.clear()  # the last steps' before the next ones'
-                part = timesteps[first : first + ahead]
-                rows = part.repeat_interleave(len(unique)), unique.repeat(len(part))
-                computed[first] = self.transformer.modulations(*rows).unflatten(1, (len(part), len(unique)))
-            return {"modulation": computed[first][:, step - first, torch.searchsorted(unique, labels)]}
-
-        return modulations
-
-    def _where_not_finite(self, step: int, timestep: Tensor, model_input: Tensor, model_labels: Tensor) -> str:
-        """Words for the first layer of the transformer that gives NaN or infinity; the step is computed once more."""
-        place = f"Step {step + 1} of {self._num_timesteps} (timestep {float(timestep):g})"
-        dtype = str(self.transformer.dtype).removeprefix("torch.")
-        if not model_input.isfinite().all():
-            return (
-                f"{place} starts from latents with NaN or infinity: those passed in, a callback's or the scheduler's."
-            )
-        names = {module: name for name, module in self.transformer.named_modules() if name}
-        found: list[str] = []
-
-        def look(module, inputs, output) -> None:
-            outputs = output if isinstance(output, (tuple, list)) else [output]
-            if any(isinstance(o, Tensor) and o.is_floating_point() and not o.isfinite().all() for o in outputs):
-                found.append(names[module])
-
-        hooks = [module.register_forward_hook(look) for module in names]
-        reset_step_caches(self.transformer)
-        try:
-            with torch.compiler.set_stance("force_eager"):
-                rows = model_input.to(self.transformer.dtype), timestep.expand(len(model_labels)), model_labels
-                self.transformer(*rows, return_dict=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        layer = f"layer {found[0]}" if found else "the transformer"
-        advice = {
-            "float32": "Its weights are damaged, or were never trained.",
-            "bfloat16": "Try float32; if it does the same there, its weights are damaged or were never trained.",
-        }.get(dtype, "Try bfloat16 or float32, which hold larger numbers.")
-        return f"{place}: {layer} gives NaN or infinity in {dtype}. {advice}"
-
-    @contextmanager
-    def _sampling(self):
-        """While it samples, lift a `variance_type` that a scheduler keeps from DDPM's config and cannot use.
-
-        DPM-Solver would cut the noise to its first 3 channels.
-        """
-        variance_type = self.scheduler.config.get("variance_type")
-        lift = variance_type in ("learned", "learned_range") and not self._uses_learned_variance()
-        if lift:
-            self.scheduler.register_to_config(variance_type=None)
-        try:
-            yield
-        finally:
-            self._current_timestep = None
-            if lift:
-                self.scheduler.register_to_config(variance_type=variance_type)

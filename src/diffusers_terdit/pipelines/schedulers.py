@@ -2,14 +2,19 @@
 
 import difflib
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import diffusers
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import DDPMParallelScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+
+
+LEARNED = ("learned", "learned_range")  # DDPM's `variance_type` for a variance that the model predicts
 
 
 def default_scheduler() -> DDPMScheduler:
-    """The sampler TerDiT is trained for: 1000 linear steps, learned variance, no clipping, spaced from 999 to 0."""
+    """Return the sampler TerDiT is trained for: 1000 linear steps, learned variance, no clipping, from 999 to 0."""
     return DDPMScheduler(
         num_train_timesteps=1000,
         beta_start=1e-4,
@@ -24,7 +29,7 @@ def default_scheduler() -> DDPMScheduler:
 def training_scheduler(
     learn_sigma: bool = True, flow_matching: bool = False
 ) -> DDPMScheduler | FlowMatchEulerDiscreteScheduler:
-    """What a model is trained on and sampled with: the 1000-step linear DDPM, or rectified flow.
+    """Return the scheduler that a model is trained on and sampled with: 1000-step linear DDPM, or rectified flow.
 
     Args:
         learn_sigma (`bool`): Whether the model predicts the variance; without it DDPM uses its own small one.
@@ -37,7 +42,7 @@ def training_scheduler(
 
 
 def scheduler_by_name(name: str, current: SchedulerMixin) -> SchedulerMixin:
-    """A diffusers scheduler that samples what `current` samples, from its configuration.
+    """Return a diffusers scheduler that samples what `current` samples, from its configuration.
 
     Args:
         name (`str`): Name of the class.
@@ -57,7 +62,7 @@ def scheduler_by_name(name: str, current: SchedulerMixin) -> SchedulerMixin:
         )
     cls: Any = found
     settings: dict[str, Any] = {}
-    flow, asked_flow = (n.startswith("FlowMatch") for n in (type(current).__name__, name))
+    flow, asked_flow = is_flow(type(current)), is_flow(cls)
     if flow and not asked_flow and "use_flow_sigmas" in inspect.signature(cls).parameters:
         shift = current.config.shift
         settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
@@ -75,3 +80,52 @@ def scheduler_by_name(name: str, current: SchedulerMixin) -> SchedulerMixin:
             f" {others}."
         )
     return cls.from_config(current.config, **settings)
+
+
+def is_flow(cls: type) -> bool:
+    """Whether a class of schedulers follows rectified flow, rather than DDPM's noise."""
+    return cls.__name__.startswith("FlowMatch")
+
+
+def uses_learned_variance(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler reads the variance that a model predicts: DDPM with a learned `variance_type`."""
+    ddpm = isinstance(scheduler, (DDPMScheduler, DDPMParallelScheduler))
+    return ddpm and scheduler.config.get("variance_type") in LEARNED
+
+
+def check_scheduler(scheduler: SchedulerMixin, learn_sigma: bool) -> None:
+    """Raise a `ValueError` where a scheduler cannot sample a model.
+
+    Args:
+        scheduler ([`~diffusers.SchedulerMixin`]): The pipeline's.
+        learn_sigma (`bool`): Whether the model predicts noise and variance of DDPM's steps.
+    """
+    name = type(scheduler).__name__
+    if learn_sigma and not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(
+            f"This model predicts the noise of DDPM's steps (it was trained with learn_sigma=True); {name} has other"
+            " steps and would draw something else. Take one of DDPM's family, such as"
+            " `DPMSolverMultistepScheduler.from_config(...)`; docs/schedulers.md lists them."
+        )
+    if uses_learned_variance(scheduler) and not learn_sigma:
+        raise ValueError(
+            f"This {name} expects a learned variance, but this model predicts none (learn_sigma=False). Use"
+            ' `DDPMScheduler.from_config(pipe.scheduler.config, variance_type="fixed_small")`.'
+        )
+
+
+@contextmanager
+def unused_variance_lifted(scheduler: SchedulerMixin) -> Iterator[None]:
+    """Take a learned `variance_type`, inherited from DDPM's config, from a scheduler that cannot use it; then restore.
+
+    DPM-Solver would cut the noise to its first 3 channels.
+    """
+    variance_type = scheduler.config.get("variance_type")
+    if variance_type not in LEARNED or uses_learned_variance(scheduler):
+        yield
+        return
+    scheduler.register_to_config(variance_type=None)
+    try:
+        yield
+    finally:
+        scheduler.register_to_config(variance_type=variance_type)
