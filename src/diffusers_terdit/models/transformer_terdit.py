@@ -517,6 +517,10 @@ class TerDiTTransformer2DModel(TernaryModelMixin, TernaryAdapterMixin, CacheMixi
         temb = self._condition(timestep, class_labels, self.dtype)
         return torch.stack([block.adaln(temb) for block in self.transformer_blocks])  # type: ignore[operator]
 
+    def adaln_ahead(self, timesteps: Tensor, class_labels: Tensor) -> "AdaLNAhead":
+        """Prepare adaLN vectors for the steps of a sampler, see [`AdaLNAhead`]."""
+        return AdaLNAhead(self, timesteps, class_labels)
+
     def _check_shape(self, hidden_states: Tensor) -> tuple[int, int, int, int]:
         channels, patch = self.config.in_channels, self.config.patch_size
         is_float = isinstance(hidden_states, Tensor) and hidden_states.is_floating_point()

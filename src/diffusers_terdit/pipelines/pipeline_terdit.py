@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._diffusers import is_offloaded, reset_step_caches
 from ..modeling import StrictPipelineMixin
-from ..models.transformer_terdit import AdaLNAhead, TerDiTTransformer2DModel
+from ..models.transformer_terdit import TerDiTTransformer2DModel
 from .finite import FiniteCheck
 from .schedulers import check_scheduler, unused_variance_lifted, uses_learned_variance
 
@@ -405,7 +405,7 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
             ahead = None
             if callback_on_step_end is None and not is_offloaded(self.transformer):
                 used = torch.cat([labels, null_labels]) if self.do_classifier_free_guidance else labels
-                ahead = AdaLNAhead(self.transformer, timesteps_on_device, used)
+                ahead = self.transformer.adaln_ahead(timesteps_on_device, used)
 
             # 5. Denoise, in float32 but for the model's own arithmetic
             predicted = 2 * channels if uses_learned_variance(self.scheduler) else channels
