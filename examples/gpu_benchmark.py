@@ -55,7 +55,9 @@ def add_arguments(commands) -> None:
     sub.add_argument("--presets", choices=PRESETS, nargs="+", default=["terdit-600m-256", "terdit-4.2b-256"])
     sub.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8], help="images of a step, guided")
     sub.add_argument("--limits", type=float, nargs="+", default=[2, 4, 8], help="GB of memory of the small cards")
-    sub.add_argument("--placements", choices=PLACEMENTS, nargs="+", default=list(PLACEMENTS), help="of the small cards")
+    sub.add_argument(
+        "--placements", choices=PLACEMENTS, nargs="+", default=list(PLACEMENTS), help="of the small cards"
+    )
     sub.add_argument("--weights", choices=["all", "packed"], default="all", help="of the small cards")
     sub.add_argument("--turns", type=int, default=20, help="calls of each mode, after those that warm up")
     sub.add_argument("--output_dir", type=Path, default=Path("docs", "results"))
@@ -294,7 +296,7 @@ def steps(args: argparse.Namespace, left_out: list[str]) -> Iterator[list[dict]]
     for preset, dtype in itertools.product(args.presets, args.dtypes):
         models = step_models(preset, getattr(torch, dtype), args.device)
         for batch in args.batch_sizes:
-            torch._dynamo.reset()  # dynamo keeps 8 graphs of a block's code, whatever the model, and then refuses
+            torch._dynamo.reset()  # it keeps 8 graphs per function, whatever the model; the ninth would raise
             yield measure_step(models, preset, batch, dtype, args, left_out)
         del models
         if args.device == "cuda":
@@ -326,7 +328,7 @@ def step_models(preset: str, dtype: torch.dtype, device: str) -> dict[str, nn.Mo
         models[name].set_activation_bits(bits)
     models[DENSE] = copy.deepcopy(models[f"{DENSE}, eager"])
     for name in (DENSE, "exact", "int16", "int8"):
-        models[name].compile_repeated_blocks(fullgraph=True, dynamic=False)  # else the second batch size is slower
+        models[name].compile_repeated_blocks(fullgraph=True, dynamic=False)  # else the second batch size is dynamic
     return models
 
 
@@ -342,7 +344,7 @@ def measure_step(
                 tensor.to(args.device) for tensor in (sample.repeat(batch, 1, 1, 1), timestep, labels.repeat(batch))
             ]
             ahead = {}
-            if name != REFERENCE:  # as the pipeline does, for many steps at once
+            if name != REFERENCE:  # the pipeline computes adaLN ahead, for many steps at once
                 rows = inputs[1].expand(len(inputs[2])), inputs[2]
                 ahead["modulation"] = model.modulations(*rows).contiguous()
             call = partial(model, *inputs, return_dict=False, **ahead)
@@ -371,7 +373,7 @@ def measure_step(
 
 
 def with_tf32(call: Callable[[], object]) -> object:
-    """As the authors' code runs its matmuls."""
+    """Call with TF32 matmuls, as the authors' code does."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
@@ -396,7 +398,7 @@ def as_the_authors(call: Callable[[], object]) -> object:
 def cards(args: argparse.Namespace, left_out: list[str]) -> Iterator[list[dict]]:
     """One picture of 4.2B with a VAE under every memory limit and placement, each in a process of its own."""
     cases = itertools.product([None, *args.limits], (True, False), args.placements)
-    cases = [case for case in cases if case[1] or "packed" not in args.weights]
+    cases = [case for case in cases if case[1] or args.weights == "all"]
     for limit, packed, placement in tqdm(cases, unit="card"):
         settings = {"preset": args.presets[-1], "limit": limit, "packed": packed, "placement": placement}
         settings |= {"dtype": args.dtypes[0], "device": args.device}

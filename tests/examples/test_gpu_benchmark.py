@@ -3,6 +3,8 @@
 import argparse
 import json
 import sys
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from diffusers_terdit.models.transformer_terdit import PRESETS
 from diffusers_terdit.ops import reference
 
 
+torch_compile = torch.compile  # the fixture below replaces it
 ROOT = Path(__file__).parent.parent.parent
 TOY = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "sample_size": 8, "num_classes": 10}
 
@@ -71,6 +74,18 @@ def test_steps(measure, monkeypatch, scripts):
     assert by_mode["unpack in every call"]["error"] == 0
     assert all(record["error"] < 0.1 for record in records)
     assert "### toy, bfloat16" in page
+
+
+def test_steps_of_two_presets_keep_every_mode(measure, monkeypatch):
+    # Dynamo keeps eight graphs of a block for all models together: sixteen are compiled here.
+    monkeypatch.setattr(torch, "compile", partial(torch_compile, backend="eager"))
+    monkeypatch.setitem(PRESETS, "other toy", TOY | {"attention_head_dim": 8})
+    args = ["--device", "cpu", "--parts", "steps", "--presets", "toy", "other toy", "--turns", "1"]
+    data, _ = measure(*args, "--dtypes", "bfloat16")
+    assert data["steps"]["left_out"] == []
+    modes = Counter(record["mode"] for record in data["steps"]["records"])
+    assert set(modes.values()) == {4}
+    assert "dense" in modes
 
 
 @pytest.mark.parametrize("placement", ["resident", "model offload", "group offload"])

@@ -420,7 +420,7 @@ class TerDiTTransformer2DModel(TernaryModelMixin, TernaryAdapterMixin, CacheMixi
                 " do. Use it as it is."
             )
         refuse_adapters(self, "dequantizing it")
-        with torch.device("meta"):  # 4.2 billion weights would be drawn, for nothing, for a minute
+        with torch.device("meta"):  # draws no initial weights: for 4.2B that would take a minute
             dense = type(self).from_config(self.config, weight_format="float", ternary=False)
         dense = dense.to_empty(device=self.device)
         state_dict = {k: v for k, v in self.state_dict().items() if not k.rsplit(".", 1)[-1].startswith("weight_")}

@@ -13,7 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMParallelScheduler, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput
+from diffusers import (
+    AutoencoderKL,
+    DDPMParallelScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    LTXEulerAncestralRFScheduler,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers
@@ -88,30 +95,30 @@ def _one_at_a_time(call: Callable) -> Callable:
 
 
 class _Finite:
-    """Raises where a step's result is not finite; on a GPU one step late, so that the next one is queued before it waits."""
+    """Raise when a step's output is not finite; with CUDA one step late, so that the next step is queued by then."""
 
     def __init__(self, device: torch.device):
         self._late = device.type == "cuda"
-        self._pending: tuple[torch.Event, Tensor, Callable[[], str]] | None = None
+        self._pending: tuple[torch.cuda.Event, Tensor, Callable[[], str]] | None = None
 
     def look(self, flag: Tensor, message: Callable[[], str]) -> None:
-        """Take a 0-dim bool of the device; report that of the step before."""
+        """Check a 0-dim bool, True where all is finite; with CUDA, keep it and check that of the step before."""
         if not self._late:
             if not flag:
                 raise ValueError(message())
             return
-        before, on_host, event = self._pending, torch.empty((), dtype=torch.bool, pin_memory=True), torch.Event("cuda")
-        on_host.copy_(flag, non_blocking=True)
-        event.record()
+        before, event = self._pending, torch.cuda.Event()
+        on_host = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
+        event.record(torch.cuda.current_stream(flag.device))
         self._pending = event, on_host, message
         self._check(before)
 
     def settle(self) -> None:
-        """Report the last step's."""
+        """Check what is still pending, after the last step."""
         self._check(self._pending)
 
     @staticmethod
-    def _check(pending: "tuple[torch.Event, Tensor, Callable[[], str]] | None") -> None:
+    def _check(pending: tuple[torch.cuda.Event, Tensor, Callable[[], str]] | None) -> None:
         if pending is not None:
             event, flag, message = pending
             event.synchronize()
@@ -541,8 +548,10 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
         null_labels = torch.full_like(labels, self.transformer.config.num_classes)
 
         # 3. Timesteps and start noise
-        # On the CPU, where their tables are: DDPM would wait for a GPU 13 times a step to look a timestep up there.
-        self.scheduler.set_timesteps(num_inference_steps, device="cpu")
+        # On the CPU, where schedulers keep their tables: to look up timesteps on a GPU, DDPM waits 13 times per step.
+        # LTX's scheduler multiplies latents by tables that it keeps with its timesteps.
+        beside = isinstance(self.scheduler, LTXEulerAncestralRFScheduler)
+        self.scheduler.set_timesteps(num_inference_steps, device=device if beside else "cpu")
         timesteps = self.scheduler.timesteps
         on_device = timesteps.to(device)
         self._num_timesteps = len(timesteps)
@@ -553,7 +562,7 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
         # 4. Denoise, in float32 but for the model's own arithmetic
         channels = self.transformer.config.in_channels * (2 if self._uses_learned_variance() else 1)
         modulations = self._modulations(on_device, class_ids, changes=callback_on_step_end is not None)
-        dtype = self.transformer.dtype  # a walk over all modules
+        dtype = self.transformer.dtype  # read once: diffusers walks all modules to find it
         finite = _Finite(device)
         with self._sampling(), self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(timesteps):
@@ -594,6 +603,7 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
                 progress_bar.update()
 
         finite.settle()
+
         # 5. Latents to pixels
         if output_type == "latent":
             images = latents
