@@ -1,7 +1,8 @@
 """What `benchmark.py gpu` measures on a CUDA device: layers, whole steps, and what fits on small cards.
 
-The results go to gpu.json first; `page` writes gpu.md from that alone. `--device cpu` runs the same code without CUDA
-graphs and memory limits, to try it out; such figures are no measurement.
+The results go to gpu.json as they come, and `page` writes gpu.md from that alone. A run that was stopped goes on when
+it is started again. `--device cpu` runs the same code without CUDA graphs and memory limits, to try it out; such
+figures are no measurement.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -61,6 +63,7 @@ def add_arguments(commands) -> None:
     sub.add_argument("--weights", choices=["all", "packed"], default="all", help="of the small cards")
     sub.add_argument("--turns", type=int, default=20, help="calls of each mode, after those that warm up")
     sub.add_argument("--output_dir", type=Path, default=Path("docs", "results"))
+    sub.add_argument("--fresh", action="store_true", help="measure again what the JSON already holds")
     sub.add_argument("--render", action="store_true", help="measure nothing, write the page from the JSON")
     sub.add_argument("--measure", help=argparse.SUPPRESS)
 
@@ -80,17 +83,33 @@ def run(args: argparse.Namespace, machine: str, command: str) -> None:
         raise SystemExit(f"--turns, --rows and --batch_sizes must be 1 or more, got {least}.")
     data = json.loads(path.read_text()) if path.exists() else {}
     if not args.render:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
         for part in args.parts:
-            data[part] = {"place": place(args.device, machine), "command": command, "records": []}
-            data[part]["left_out"] = left_out = []
-            for records in {"layers": layers, "steps": steps, "cards": cards}[part](args, left_out):
+            data[part] = resumed({} if args.fresh else data.get(part, {}), place(args.device, machine), command)
+            measured = {"layers": layers, "steps": steps, "cards": cards}[part]
+            for records in measured(args, data[part]["left_out"], data[part]["records"]):
                 data[part]["records"] += records
-                partial_file = path.with_suffix(".partial")
-                partial_file.write_text(json.dumps(data, indent=1) + "\n")
-                partial_file.replace(path)
-    (args.output_dir / "gpu.md").write_text(page(data), "utf-8")
-    print(f"Written to {args.output_dir / 'gpu.md'}")
+                save(path, data, page(data))
+    save(path, data, page(data))
+    print(f"Written to {path.with_suffix('.md')}")
+
+
+def resumed(part: dict, place: str, command: str) -> dict:
+    """The part as a stopped run left it if that ran at this place, else an empty one. The command names no folder."""
+    kept = part if part.get("place") == place else {"left_out": [], "records": []}
+    return kept | {"place": place, "command": re.sub(r" --output_dir \S+", "", command)}
+
+
+def is_held(records: list[dict], **case: object) -> bool:
+    return any(record.items() >= case.items() for record in records)
+
+
+def save(path: Path, data: object, page: str) -> None:
+    """Write the JSON, whole whenever this is stopped, and its page beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_file = path.with_suffix(".partial")
+    partial_file.write_text(json.dumps(data, indent=1) + "\n")
+    partial_file.replace(path)
+    path.with_suffix(".md").write_text(page, "utf-8")
 
 
 def place(device: str, machine: str) -> str:
@@ -160,11 +179,12 @@ def ratio(own: list[float], base: list[float]) -> list[float]:
 # Layers
 
 
-def layers(args: argparse.Namespace, left_out: list[str]) -> Iterator[list[dict]]:
-    """Records of every shape, number of rows and dtype."""
+def layers(args: argparse.Namespace, left_out: list[str], held: list[dict]) -> Iterator[list[dict]]:
+    """Records of every shape, number of rows and dtype that are not held."""
     cases = list(itertools.product(args.shapes, args.rows, args.dtypes))
     for (out_features, in_features), rows, dtype in tqdm(cases, unit="layer"):
-        yield measure_layer(out_features, in_features, rows, dtype, args, left_out)
+        if not is_held(held, shape=[out_features, in_features], rows=rows, dtype=dtype):
+            yield measure_layer(out_features, in_features, rows, dtype, args, left_out)
 
 
 def measure_layer(
@@ -291,11 +311,14 @@ PEERS: dict[str, Callable[[Tensor, float, torch.dtype], Layer]] = {
 # Whole steps
 
 
-def steps(args: argparse.Namespace, left_out: list[str]) -> Iterator[list[dict]]:
-    """Records of every preset, batch size and dtype."""
+def steps(args: argparse.Namespace, left_out: list[str], held: list[dict]) -> Iterator[list[dict]]:
+    """Records of every preset, batch size and dtype that are not held."""
     for preset, dtype in itertools.product(args.presets, args.dtypes):
+        batches = [b for b in args.batch_sizes if not is_held(held, preset=preset, batch=b, dtype=dtype)]
+        if not batches:
+            continue
         models = step_models(preset, getattr(torch, dtype), args.device)
-        for batch in args.batch_sizes:
+        for batch in batches:
             torch._dynamo.reset()  # it keeps 8 graphs per function, whatever the model; the ninth would raise
             yield measure_step(models, preset, batch, dtype, args, left_out)
         del models
@@ -395,13 +418,15 @@ def as_the_authors(call: Callable[[], object]) -> object:
 # Small cards
 
 
-def cards(args: argparse.Namespace, left_out: list[str]) -> Iterator[list[dict]]:
-    """One picture of 4.2B with a VAE under every memory limit and placement, each in a process of its own."""
+def cards(args: argparse.Namespace, left_out: list[str], held: list[dict]) -> Iterator[list[dict]]:
+    """One picture of the last preset with a VAE per memory limit and placement not held, each in its own process."""
     cases = itertools.product([None, *args.limits], (True, False), args.placements)
     cases = [case for case in cases if case[1] or args.weights == "all"]
     for limit, packed, placement in tqdm(cases, unit="card"):
         settings = {"preset": args.presets[-1], "limit": limit, "packed": packed, "placement": placement}
         settings |= {"dtype": args.dtypes[0], "device": args.device}
+        if is_held(held, **settings):
+            continue
         command = [
             sys.executable,
             str(Path(__file__).with_name("benchmark.py")),
@@ -471,8 +496,8 @@ def measure_card(
 INTRODUCTION = """\
 # Ternary layers and models on a GPU
 
-Rendered from [gpu.json](gpu.json) (`python examples/benchmark.py gpu --render`); the command of each part measures
-anew. Dense layers and models hold the same ternary values: what a GPU draws, and so its clock, depends on them.
+Rendered from [gpu.json](gpu.json) (`python examples/benchmark.py gpu --render`); each part names its command.
+Dense layers and models hold the same ternary values: what a GPU draws, and so its clock, depends on them.
 Every figure "over dense" is a time over the dense one of the same turn, the median with the lowest and highest pair in
 brackets: below 1 is faster than dense. Modes: **exact** `set_activation_bits(None)`, **int16** and **int8**
 `set_activation_bits(16)`, `(8)`; **unpack in every call**: the authors' scheme in float32 with TF32.

@@ -113,13 +113,33 @@ def test_cards_run_in_processes_of_their_own(scripts, monkeypatch, tmp_path):
     args = argparse.Namespace(limits=[2.0, 4.0], presets=["terdit-4.2b-256"], dtypes=["bfloat16"], device="cuda")
     args.placements, args.weights = list(scripts["gpu"].PLACEMENTS), "all"
     left_out: list[str] = []
-    records = [record for part in scripts["gpu"].cards(args, left_out) for record in part]
+    records = [record for part in scripts["gpu"].cards(args, left_out, []) for record in part]
     assert len(asked) == 18
     assert len(records) == 15
     assert "no driver" in left_out[0]
+    assert len([*scripts["gpu"].cards(args, [], records)]) == 0
+    assert len(asked) == 18 + 3  # what failed is tried again
     section = scripts["gpu"].cards_section(records)
     assert "| 4 GB | dense | resident | does not fit | - |" in section
     assert "| none | packed | group offload | 1.20 | 200.0 |" in section
+
+
+def test_a_run_goes_on_where_it_stopped(measure, monkeypatch, scripts):
+    args = ["--device", "cpu", "--parts", "steps", "--presets", "toy", "--dtypes", "bfloat16", "--turns", "1"]
+    cut_short, page = measure(*args, "--batch_sizes", "1")
+    measured = []
+    original = scripts["gpu"].measure_step
+    monkeypatch.setattr(
+        scripts["gpu"], "measure_step", lambda models, *case: measured.append(case[:2]) or original(models, *case)
+    )
+    whole, _ = measure(*args, "--batch_sizes", "1", "2")
+    assert measured == [("toy", 2)]
+    count = len(cut_short["steps"]["records"])
+    assert whole["steps"]["records"][:count] == cut_short["steps"]["records"]
+    assert len(whole["steps"]["records"]) == 2 * count
+    assert "--output_dir" not in page
+    measure(*args, "--batch_sizes", "1", "--fresh")
+    assert measured == [("toy", 2), ("toy", 1)]
 
 
 def test_the_page_can_be_rendered_again(measure, tmp_path):

@@ -583,8 +583,8 @@ class TerDiTPipeline(HubMixin, PortableConfigMixin, DiffusionPipeline):
                         return_dict=False,
                         **modulations(i, model_labels),
                     )[0].float()
-                step = i, on_device[i], model_input, model_labels
-                finite.look(model_output.isfinite().all(), lambda step=step: self._where_not_finite(*step))
+                message = functools.partial(self._where_not_finite, i, on_device[i], model_input, model_labels)
+                finite.look(model_output.isfinite().all(), message)
                 if guided:
                     model_output = self.guide(model_output)
                 latents = self.scheduler.step(model_output[:, :channels], t, latents, **extra_step_kwargs).prev_sample
