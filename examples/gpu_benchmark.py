@@ -99,6 +99,11 @@ def resumed(part: dict, place: str, command: str) -> dict:
     return kept | {"place": place, "command": re.sub(r" --output_dir \S+", "", command)}
 
 
+def script_command() -> str:
+    """How a script of examples/benchmarks was called."""
+    return f"PYTHONPATH=src:examples python examples/benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}"
+
+
 def is_held(records: list[dict], **case: object) -> bool:
     return any(record.items() >= case.items() for record in records)
 
@@ -441,6 +446,20 @@ def cards(args: argparse.Namespace, left_out: list[str], held: list[dict]) -> It
         yield [settings | json.loads(result.stdout.strip().splitlines()[-1])]
 
 
+def new_vae(device: str) -> AutoencoderKL:
+    """A VAE of Stable Diffusion's size with random weights, 84 million; without a GPU a tiny one."""
+    cuda = device == "cuda"
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512) if cuda else (8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        norm_num_groups=32 if cuda else 4,
+        sample_size=256,
+    ).eval()
+
+
 def measure_card(
     preset: str, limit: float | None, packed: bool, placement: str, dtype: str, device: str, steps: int = 10
 ) -> dict:
@@ -456,16 +475,7 @@ def measure_card(
     for name, parameter in transformer.named_parameters():
         parameter.data.fill_(0b01011001 if name.endswith("weight_packed") else 0.01)
     torch.manual_seed(0)
-    blocks = (128, 256, 512, 512) if cuda else (8, 8, 8, 8)  # Stable Diffusion's, 84 million weights; a trial's
-    vae = AutoencoderKL(
-        block_out_channels=blocks,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        norm_num_groups=32 if cuda else 4,
-        sample_size=256,
-    ).to(half)
+    vae = new_vae(device).to(half)
     pipe = TerDiTPipeline(transformer=transformer, scheduler=default_scheduler(), vae=vae)
     pipe.set_progress_bar_config(disable=True)
     try:
