@@ -74,14 +74,10 @@ def run(args: argparse.Namespace, machine: str, command: str) -> None:
         print(json.dumps(measure_card(**json.loads(args.measure))))
         return
     path = args.output_dir / "gpu.json"
-    if args.render and not path.exists():
-        raise SystemExit(f"{path} does not exist; measure first, without --render.")
-    if args.device == "cuda" and not args.render and not torch.cuda.is_available():
-        raise SystemExit("This torch sees no GPU. --device cpu tries the code, but what it prints is no measurement.")
+    data = loaded(path, args.render)
     if min(args.turns, *args.rows, *args.batch_sizes) < 1:
         least = min(args.turns, *args.rows, *args.batch_sizes)
         raise SystemExit(f"--turns, --rows and --batch_sizes must be 1 or more, got {least}.")
-    data = json.loads(path.read_text()) if path.exists() else {}
     if not args.render:
         for part in args.parts:
             data[part] = resumed({} if args.fresh else data.get(part, {}), place(args.device, machine), command)
@@ -91,6 +87,13 @@ def run(args: argparse.Namespace, machine: str, command: str) -> None:
                 save(path, data, page(data))
     save(path, data, page(data))
     print(f"Written to {path.with_suffix('.md')}")
+
+
+def loaded(path: Path, render: bool) -> dict:
+    """What the JSON holds so far; to render, it must be there."""
+    if render and not path.exists():
+        raise SystemExit(f"{path} does not exist; measure first, without --render.")
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def resumed(part: dict, place: str, command: str) -> dict:
@@ -119,6 +122,8 @@ def save(path: Path, data: object, page: str) -> None:
 
 def place(device: str, machine: str) -> str:
     """Device, versions, and whether the package's own kernel runs."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("This torch sees no GPU. --device cpu tries the code, but what it prints is no measurement.")
     versions = []
     for package in PACKAGES:
         with contextlib.suppress(ImportError):

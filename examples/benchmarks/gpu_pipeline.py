@@ -26,7 +26,7 @@ from benchmark import machine
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel
 from diffusers_terdit.models.transformer_terdit import PRESETS
 from diffusers_terdit.pipelines.pipeline_terdit import default_scheduler
-from gpu_benchmark import grouped, is_held, new_vae, place, random_model, resumed, save, script_command
+from gpu_benchmark import grouped, is_held, loaded, new_vae, place, random_model, resumed, save, script_command
 from kernel_benchmark import rounded
 from kernel_page import table
 
@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="measure nothing, write the page from the JSON")
     args = parser.parse_args()
     path = args.output_dir / "gpu_pipeline.json"
-    data = json.loads(path.read_text()) if path.exists() else {}
+    data = loaded(path, args.render)
     if not args.render:
         data = resumed({} if args.fresh else data, place(args.device, machine()), script_command())
         for record in measure_all(args, data["records"]):

@@ -27,7 +27,18 @@ from torch import Tensor
 
 from benchmark import machine
 from diffusers_terdit.ops import dequantize, gpu, pack_ternary, reference
-from gpu_benchmark import captured, first_line, grouped, in_turns, is_held, place, resumed, save, script_command
+from gpu_benchmark import (
+    captured,
+    first_line,
+    grouped,
+    in_turns,
+    is_held,
+    loaded,
+    place,
+    resumed,
+    save,
+    script_command,
+)
 from gpu_designs import decode_words, fused_product, pack_along_inputs, scaled_product
 from kernel_benchmark import relative_error, rounded
 from kernel_page import table
@@ -280,7 +291,6 @@ def measure_all(args: argparse.Namespace, held: list[dict]) -> Iterator[dict]:
                 yield record
                 if "failed" in record and args.device == "cuda":
                     torch.cuda.synchronize()  # raises where the failure broke the device: a new process goes on
-        del blocks
 
 
 def page(data: dict) -> str:
@@ -320,7 +330,7 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="measure nothing, write the page from the JSON")
     args = parser.parse_args()
     path = args.output_dir / "gpu_shootout.json"
-    data = json.loads(path.read_text()) if path.exists() else {}
+    data = loaded(path, args.render)
     if not args.render:
         data = resumed({} if args.fresh else data, place(args.device, machine()), script_command())
         for record in measure_all(args, data["records"]):

@@ -99,31 +99,30 @@ class _Finite:
 
     def __init__(self, device: torch.device):
         self._late = device.type == "cuda"
-        self._pending: tuple[torch.cuda.Event, Tensor, Callable[[], str]] | None = None
+        self._pending: tuple[Tensor, Callable[[], str], torch.cuda.Event] | None = None
 
     def look(self, flag: Tensor, message: Callable[[], str]) -> None:
         """Check a 0-dim bool, True where all is finite; with CUDA, keep it and check that of the step before."""
         if not self._late:
-            if not flag:
-                raise ValueError(message())
+            self._check(flag, message)
             return
-        before, event = self._pending, torch.cuda.Event()
-        on_host = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
+        on_host, event = torch.empty((), dtype=torch.bool, pin_memory=True), torch.cuda.Event()
+        on_host.copy_(flag, non_blocking=True)
         event.record(torch.cuda.current_stream(flag.device))
-        self._pending = event, on_host, message
-        self._check(before)
+        self.settle()
+        self._pending = on_host, message, event
 
     def settle(self) -> None:
-        """Check what is still pending, after the last step."""
-        self._check(self._pending)
+        """Check what is pending: after the last step, that of it."""
+        if self._pending is not None:
+            flag, message, event = self._pending
+            event.synchronize()
+            self._check(flag, message)
 
     @staticmethod
-    def _check(pending: tuple[torch.cuda.Event, Tensor, Callable[[], str]] | None) -> None:
-        if pending is not None:
-            event, flag, message = pending
-            event.synchronize()
-            if not flag:
-                raise ValueError(message())
+    def _check(flag: Tensor, message: Callable[[], str]) -> None:
+        if not flag:
+            raise ValueError(message())
 
 
 def default_scheduler() -> DDPMScheduler:
