@@ -7,6 +7,9 @@
 # make dist      wheel and sdist in outputs/dist, checked
 # make stress    100,000 damaged and hostile files, 1,200 kills and full disks, 1,000 loads and 10,000 images: about an hour,
 #                into outputs/results; goes on where it stopped
+# make gpu       everything that is to be measured on a GPU, in four commands of at most ten minutes, into outputs/gpu (OUT=):
+#                gpu-tests, gpu-layers, gpu-steps, gpu-pictures; each goes on where it stopped. Without .venv: PYTHON must
+#                have the packages, and PYTHONPATH may name a folder with more: make gpu PYTHON=.venv/bin/python
 # make audit     known vulnerabilities of the locked versions, from the Python registry: needs a network, no part of CI
 # make format    let ruff rewrite what `make quality` would refuse
 #
@@ -19,7 +22,10 @@ TRITON := "triton==3.6.0; sys_platform == 'linux' and platform_machine == 'x86_6
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test slow stress audit results quality docs dist format clean
+OUT ?= outputs/gpu
+GPU := PYTHONPATH=src:examples$(if $(PYTHONPATH),:$(PYTHONPATH)) PYTHONUNBUFFERED=1 timeout
+
+.PHONY: demo test slow stress gpu gpu-tests gpu-layers gpu-steps gpu-pictures audit results quality docs dist format clean
 
 demo: .venv/.ready
 	$(BIN)/terdit generate digits --num_images_per_label 8 --guidance_scale 2 --output demo.png
@@ -35,6 +41,27 @@ stress: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/stress_files.py --inputs 100000 --output_dir outputs/results
 	OMP_NUM_THREADS=1 $(BIN)/python tests/stress_kills.py --kills 200 --output_dir outputs/results
 	OMP_NUM_THREADS=1 $(BIN)/python tests/stress_load.py --cycles 1000 --images 10000 --output_dir outputs/results
+
+# 124: out of time. What is measured by then is kept, and starting the command again measures the rest.
+define within
+$(GPU) $(1) $(PYTHON) $(2) --output_dir $(OUT) || test $$? -eq 124
+endef
+
+gpu: gpu-tests gpu-layers gpu-steps gpu-pictures
+
+gpu-tests:
+	$(call within,540,examples/benchmarks/gpu_tests.py)
+
+gpu-layers:
+	$(call within,540,examples/benchmarks/gpu_shootout.py)
+
+gpu-steps:
+	$(call within,540,examples/benchmark.py gpu --parts steps --dtypes bfloat16 --presets terdit-4.2b-256 terdit-600m-256 --turns 15)
+
+gpu-pictures:
+	$(call within,200,examples/benchmarks/gpu_pipeline.py)
+	$(call within,170,examples/benchmark.py gpu --parts cards --dtypes bfloat16 --limits 2 --weights packed --placements resident 'group offload' --presets terdit-4.2b-256)
+	$(call within,180,examples/benchmark.py training --device cuda --dtype bfloat16 --preset terdit-4.2b-256 --layers 2 --batch_size 16 --repeats 5)
 
 # In an environment of its own: what it needs is not in the lock. torch is pinned here, and not there. Strict: what could
 # not be looked up is no pass.

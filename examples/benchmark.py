@@ -174,6 +174,7 @@ def training_step(preset: str, layers: int, batch: int, dtype: torch.dtype, devi
 def training(args: argparse.Namespace) -> None:
     dtype = getattr(torch, args.dtype)
     arms = {"full precision": {"ternary": False}, "ternary": {}, "ternary, 8-bit activations": {"activation_bits": 8}}
+    settings = {key: getattr(args, key) for key in ("preset", "layers", "batch_size", "dtype", "device", "repeats")}
     make = partial(training_step, args.preset, args.layers, args.batch_size, dtype, args.device)
     if args.measure:
         step = make(**arms[args.measure])
@@ -181,7 +182,13 @@ def training(args: argparse.Namespace) -> None:
             step()
         print(torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else peak_memory())
         return
-    print(f"{args.preset}, {args.layers} layers, {args.batch_size} images, {args.dtype}, {args.device}. {machine()}\n")
+    path = args.output_dir / "training.json" if args.output_dir else None
+    data = json.loads(path.read_text()) if path and path.exists() else {}
+    same = (data.get("place"), data.get("settings")) == (place(args.device), settings)
+    if same and len(data["records"]) == len(arms):
+        print(f"{path} holds this already; delete it to measure again.")
+        return
+    data = gpu_benchmark.resumed({}, place(args.device), command_line()) | {"settings": settings}
     steps = {name: make(**config) for name, config in arms.items()}
     times: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(args.repeats + 1):
@@ -189,15 +196,38 @@ def training(args: argparse.Namespace) -> None:
             start = time.perf_counter()
             step()
             times[name].append(time.perf_counter() - start)
-    print("| | step time, ratio of medians | lowest and highest pair | peak memory, GiB |\n| --- | --- | --- | --- |")
+    del steps, step
     base = times["full precision"][1:]
     for name in arms:
         own = times[name][1:]  # the first step warms up
         pairs = [a / b for a, b in zip(own, base, strict=True)]
         command = [sys.executable, __file__, *sys.argv[1:], "--measure", name]
         memory = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        ratio = statistics.median(own) / statistics.median(base)
-        print(f"| {name} | {ratio:.2f} | {min(pairs):.2f} to {max(pairs):.2f} | {memory:.2f} |", flush=True)
+        ratios = {"ratio": statistics.median(own) / statistics.median(base), "pairs": [min(pairs), max(pairs)]}
+        record = {"model": name, "milliseconds": 1e3 * statistics.median(own), **ratios, "memory_gib": memory}
+        data["records"].append(record)
+        if path:
+            gpu_benchmark.save(path, data, training_page(data))
+    print(training_page(data))
+
+
+def training_page(data: dict) -> str:
+    settings = data["settings"]
+    lines = [
+        [
+            record["model"],
+            f"{record['milliseconds']:.4g}",
+            f"{record['ratio']:.2f} ({record['pairs'][0]:.2f} to {record['pairs'][1]:.2f})",
+            f"{record['memory_gib']:.2f}",
+        ]
+        for record in data["records"]
+    ]
+    header = ["model", "step, ms", "time over full precision (lowest to highest pair)", "peak memory, GiB"]
+    return (
+        f"# A training step\n\n{settings['preset']} with {settings['layers']} layers, {settings['batch_size']} images,"
+        f" autocast {settings['dtype']}; lower is better.\n\n{data['place']}\n\n```bash\n{data['command']}\n```\n\n"
+        + kernel_page.table(header, lines)
+    )
 
 
 MODELS: dict[str, Callable[[], torch.nn.Module]] = {  # the paper's deployment table; neighbours are compared
@@ -491,6 +521,7 @@ def main() -> None:
     sub.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of autocast")
     sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     sub.add_argument("--repeats", type=int, default=7)
+    sub.add_argument("--output_dir", type=Path, help="for training.json and training.md; default: only print")
     sub.add_argument("--measure", help=argparse.SUPPRESS)
     sub = commands.add_parser("deployment", help="checkpoint, memory and time of the paper's models, side by side")
     sub.add_argument(

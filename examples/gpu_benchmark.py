@@ -1,7 +1,8 @@
 """What `benchmark.py gpu` measures on a CUDA device: layers, whole steps, and what fits on small cards.
 
-The results go to gpu.json first; `page` writes gpu.md from that alone. `--device cpu` runs the same code without CUDA
-graphs and memory limits, to try it out; such figures are no measurement.
+The results go to gpu.json as they come, and `page` writes gpu.md from that alone. A run that was stopped goes on when
+it is started again. `--device cpu` runs the same code without CUDA graphs and memory limits, to try it out; such
+figures are no measurement.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -61,6 +63,7 @@ def add_arguments(commands) -> None:
     sub.add_argument("--weights", choices=["all", "packed"], default="all", help="of the small cards")
     sub.add_argument("--turns", type=int, default=20, help="calls of each mode, after those that warm up")
     sub.add_argument("--output_dir", type=Path, default=Path("docs", "results"))
+    sub.add_argument("--fresh", action="store_true", help="measure again what the JSON already holds")
     sub.add_argument("--render", action="store_true", help="measure nothing, write the page from the JSON")
     sub.add_argument("--measure", help=argparse.SUPPRESS)
 
@@ -71,30 +74,56 @@ def run(args: argparse.Namespace, machine: str, command: str) -> None:
         print(json.dumps(measure_card(**json.loads(args.measure))))
         return
     path = args.output_dir / "gpu.json"
-    if args.render and not path.exists():
-        raise SystemExit(f"{path} does not exist; measure first, without --render.")
-    if args.device == "cuda" and not args.render and not torch.cuda.is_available():
-        raise SystemExit("This torch sees no GPU. --device cpu tries the code, but what it prints is no measurement.")
+    data = loaded(path, args.render)
     if min(args.turns, *args.rows, *args.batch_sizes) < 1:
         least = min(args.turns, *args.rows, *args.batch_sizes)
         raise SystemExit(f"--turns, --rows and --batch_sizes must be 1 or more, got {least}.")
-    data = json.loads(path.read_text()) if path.exists() else {}
     if not args.render:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
         for part in args.parts:
-            data[part] = {"place": place(args.device, machine), "command": command, "records": []}
-            data[part]["left_out"] = left_out = []
-            for records in {"layers": layers, "steps": steps, "cards": cards}[part](args, left_out):
+            data[part] = resumed({} if args.fresh else data.get(part, {}), place(args.device, machine), command)
+            measured = {"layers": layers, "steps": steps, "cards": cards}[part]
+            for records in measured(args, data[part]["left_out"], data[part]["records"]):
                 data[part]["records"] += records
-                partial_file = path.with_suffix(".partial")
-                partial_file.write_text(json.dumps(data, indent=1) + "\n")
-                partial_file.replace(path)
-    (args.output_dir / "gpu.md").write_text(page(data), "utf-8")
-    print(f"Written to {args.output_dir / 'gpu.md'}")
+                save(path, data, page(data))
+    save(path, data, page(data))
+    print(f"Written to {path.with_suffix('.md')}")
+
+
+def loaded(path: Path, render: bool) -> dict:
+    """What the JSON holds so far; to render, it must be there."""
+    if render and not path.exists():
+        raise SystemExit(f"{path} does not exist; measure first, without --render.")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def resumed(part: dict, place: str, command: str) -> dict:
+    """The part as a stopped run left it if that ran at this place, else an empty one. The command names no folder."""
+    kept = part if part.get("place") == place else {"left_out": [], "records": []}
+    return kept | {"place": place, "command": re.sub(r" --output_dir \S+", "", command)}
+
+
+def script_command() -> str:
+    """How a script of examples/benchmarks was called."""
+    return f"PYTHONPATH=src:examples python examples/benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}"
+
+
+def is_held(records: list[dict], **case: object) -> bool:
+    return any(record.items() >= case.items() for record in records)
+
+
+def save(path: Path, data: object, page: str) -> None:
+    """Write the JSON, whole whenever this is stopped, and its page beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_file = path.with_suffix(".partial")
+    partial_file.write_text(json.dumps(data, indent=1) + "\n")
+    partial_file.replace(path)
+    path.with_suffix(".md").write_text(page, "utf-8")
 
 
 def place(device: str, machine: str) -> str:
     """Device, versions, and whether the package's own kernel runs."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("This torch sees no GPU. --device cpu tries the code, but what it prints is no measurement.")
     versions = []
     for package in PACKAGES:
         with contextlib.suppress(ImportError):
@@ -160,11 +189,12 @@ def ratio(own: list[float], base: list[float]) -> list[float]:
 # Layers
 
 
-def layers(args: argparse.Namespace, left_out: list[str]) -> Iterator[list[dict]]:
-    """Records of every shape, number of rows and dtype."""
+def layers(args: argparse.Namespace, left_out: list[str], held: list[dict]) -> Iterator[list[dict]]:
+    """Records of every shape, number of rows and dtype that are not held."""
     cases = list(itertools.product(args.shapes, args.rows, args.dtypes))
     for (out_features, in_features), rows, dtype in tqdm(cases, unit="layer"):
-        yield measure_layer(out_features, in_features, rows, dtype, args, left_out)
+        if not is_held(held, shape=[out_features, in_features], rows=rows, dtype=dtype):
+            yield measure_layer(out_features, in_features, rows, dtype, args, left_out)
 
 
 def measure_layer(
@@ -291,12 +321,15 @@ PEERS: dict[str, Callable[[Tensor, float, torch.dtype], Layer]] = {
 # Whole steps
 
 
-def steps(args: argparse.Namespace, left_out: list[str]) -> Iterator[list[dict]]:
-    """Records of every preset, batch size and dtype."""
+def steps(args: argparse.Namespace, left_out: list[str], held: list[dict]) -> Iterator[list[dict]]:
+    """Records of every preset, batch size and dtype that are not held."""
     for preset, dtype in itertools.product(args.presets, args.dtypes):
+        batches = [b for b in args.batch_sizes if not is_held(held, preset=preset, batch=b, dtype=dtype)]
+        if not batches:
+            continue
         models = step_models(preset, getattr(torch, dtype), args.device)
-        for batch in args.batch_sizes:
-            torch._dynamo.reset()  # dynamo keeps 8 graphs of a block's code, whatever the model, and then refuses
+        for batch in batches:
+            torch._dynamo.reset()  # it keeps 8 graphs per function, whatever the model; the ninth would raise
             yield measure_step(models, preset, batch, dtype, args, left_out)
         del models
         if args.device == "cuda":
@@ -328,7 +361,7 @@ def step_models(preset: str, dtype: torch.dtype, device: str) -> dict[str, nn.Mo
         models[name].set_activation_bits(bits)
     models[DENSE] = copy.deepcopy(models[f"{DENSE}, eager"])
     for name in (DENSE, "exact", "int16", "int8"):
-        models[name].compile_repeated_blocks(fullgraph=True, dynamic=False)  # else the second batch size is slower
+        models[name].compile_repeated_blocks(fullgraph=True, dynamic=False)  # else the second batch size is dynamic
     return models
 
 
@@ -344,7 +377,7 @@ def measure_step(
                 tensor.to(args.device) for tensor in (sample.repeat(batch, 1, 1, 1), timestep, labels.repeat(batch))
             ]
             ahead = {}
-            if name != REFERENCE:  # as the pipeline does, for many steps at once
+            if name != REFERENCE:  # the pipeline computes adaLN ahead, for many steps at once
                 rows = inputs[1].expand(len(inputs[2])), inputs[2]
                 ahead["modulation"] = model.modulations(*rows).contiguous()
             call = partial(model, *inputs, return_dict=False, **ahead)
@@ -373,7 +406,7 @@ def measure_step(
 
 
 def with_tf32(call: Callable[[], object]) -> object:
-    """As the authors' code runs its matmuls."""
+    """Call with TF32 matmuls, as the authors' code does."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
@@ -395,13 +428,15 @@ def as_the_authors(call: Callable[[], object]) -> object:
 # Small cards
 
 
-def cards(args: argparse.Namespace, left_out: list[str]) -> Iterator[list[dict]]:
-    """One picture of 4.2B with a VAE under every memory limit and placement, each in a process of its own."""
+def cards(args: argparse.Namespace, left_out: list[str], held: list[dict]) -> Iterator[list[dict]]:
+    """One picture of the last preset with a VAE per memory limit and placement not held, each in its own process."""
     cases = itertools.product([None, *args.limits], (True, False), args.placements)
-    cases = [case for case in cases if case[1] or "packed" not in args.weights]
+    cases = [case for case in cases if case[1] or args.weights == "all"]
     for limit, packed, placement in tqdm(cases, unit="card"):
         settings = {"preset": args.presets[-1], "limit": limit, "packed": packed, "placement": placement}
         settings |= {"dtype": args.dtypes[0], "device": args.device}
+        if is_held(held, **settings):
+            continue
         command = [
             sys.executable,
             str(Path(__file__).with_name("benchmark.py")),
@@ -414,6 +449,20 @@ def cards(args: argparse.Namespace, left_out: list[str]) -> Iterator[list[dict]]
             say_once(left_out, f"{settings}: {result.stderr.strip().splitlines()[-1][:200]}")
             continue
         yield [settings | json.loads(result.stdout.strip().splitlines()[-1])]
+
+
+def new_vae(device: str) -> AutoencoderKL:
+    """A VAE of Stable Diffusion's size with random weights, 84 million; without a GPU a tiny one."""
+    cuda = device == "cuda"
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512) if cuda else (8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        norm_num_groups=32 if cuda else 4,
+        sample_size=256,
+    ).eval()
 
 
 def measure_card(
@@ -431,16 +480,7 @@ def measure_card(
     for name, parameter in transformer.named_parameters():
         parameter.data.fill_(0b01011001 if name.endswith("weight_packed") else 0.01)
     torch.manual_seed(0)
-    blocks = (128, 256, 512, 512) if cuda else (8, 8, 8, 8)  # Stable Diffusion's, 84 million weights; a trial's
-    vae = AutoencoderKL(
-        block_out_channels=blocks,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        norm_num_groups=32 if cuda else 4,
-        sample_size=256,
-    ).to(half)
+    vae = new_vae(device).to(half)
     pipe = TerDiTPipeline(transformer=transformer, scheduler=default_scheduler(), vae=vae)
     pipe.set_progress_bar_config(disable=True)
     try:
@@ -471,8 +511,8 @@ def measure_card(
 INTRODUCTION = """\
 # Ternary layers and models on a GPU
 
-Rendered from [gpu.json](gpu.json) (`python examples/benchmark.py gpu --render`); the command of each part measures
-anew. Dense layers and models hold the same ternary values: what a GPU draws, and so its clock, depends on them.
+Rendered from [gpu.json](gpu.json) (`python examples/benchmark.py gpu --render`); each part names its command.
+Dense layers and models hold the same ternary values: what a GPU draws, and so its clock, depends on them.
 Every figure "over dense" is a time over the dense one of the same turn, the median with the lowest and highest pair in
 brackets: below 1 is faster than dense. Modes: **exact** `set_activation_bits(None)`, **int16** and **int8**
 `set_activation_bits(16)`, `(8)`; **unpack in every call**: the authors' scheme in float32 with TF32.

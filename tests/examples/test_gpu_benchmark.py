@@ -3,6 +3,8 @@
 import argparse
 import json
 import sys
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from diffusers_terdit.models.transformer_terdit import PRESETS
 from diffusers_terdit.ops import reference
 
 
+torch_compile = torch.compile  # the fixture below replaces it
 ROOT = Path(__file__).parent.parent.parent
 TOY = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "sample_size": 8, "num_classes": 10}
 
@@ -73,6 +76,18 @@ def test_steps(measure, monkeypatch, scripts):
     assert "### toy, bfloat16" in page
 
 
+def test_steps_of_two_presets_keep_every_mode(measure, monkeypatch):
+    # Dynamo keeps eight graphs of a block for all models together: sixteen are compiled here.
+    monkeypatch.setattr(torch, "compile", partial(torch_compile, backend="eager"))
+    monkeypatch.setitem(PRESETS, "other toy", TOY | {"attention_head_dim": 8})
+    args = ["--device", "cpu", "--parts", "steps", "--presets", "toy", "other toy", "--turns", "1"]
+    data, _ = measure(*args, "--dtypes", "bfloat16")
+    assert data["steps"]["left_out"] == []
+    modes = Counter(record["mode"] for record in data["steps"]["records"])
+    assert set(modes.values()) == {4}
+    assert "dense" in modes
+
+
 @pytest.mark.parametrize("placement", ["resident", "model offload", "group offload"])
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_card(scripts, monkeypatch, packed, placement):
@@ -98,13 +113,33 @@ def test_cards_run_in_processes_of_their_own(scripts, monkeypatch, tmp_path):
     args = argparse.Namespace(limits=[2.0, 4.0], presets=["terdit-4.2b-256"], dtypes=["bfloat16"], device="cuda")
     args.placements, args.weights = list(scripts["gpu"].PLACEMENTS), "all"
     left_out: list[str] = []
-    records = [record for part in scripts["gpu"].cards(args, left_out) for record in part]
+    records = [record for part in scripts["gpu"].cards(args, left_out, []) for record in part]
     assert len(asked) == 18
     assert len(records) == 15
     assert "no driver" in left_out[0]
+    assert len([*scripts["gpu"].cards(args, [], records)]) == 0
+    assert len(asked) == 18 + 3  # what failed is tried again
     section = scripts["gpu"].cards_section(records)
     assert "| 4 GB | dense | resident | does not fit | - |" in section
     assert "| none | packed | group offload | 1.20 | 200.0 |" in section
+
+
+def test_a_run_goes_on_where_it_stopped(measure, monkeypatch, scripts):
+    args = ["--device", "cpu", "--parts", "steps", "--presets", "toy", "--dtypes", "bfloat16", "--turns", "1"]
+    cut_short, page = measure(*args, "--batch_sizes", "1")
+    measured = []
+    original = scripts["gpu"].measure_step
+    monkeypatch.setattr(
+        scripts["gpu"], "measure_step", lambda models, *case: measured.append(case[:2]) or original(models, *case)
+    )
+    whole, _ = measure(*args, "--batch_sizes", "1", "2")
+    assert measured == [("toy", 2)]
+    count = len(cut_short["steps"]["records"])
+    assert whole["steps"]["records"][:count] == cut_short["steps"]["records"]
+    assert len(whole["steps"]["records"]) == 2 * count
+    assert "--output_dir" not in page
+    measure(*args, "--batch_sizes", "1", "--fresh")
+    assert measured == [("toy", 2), ("toy", 1)]
 
 
 def test_the_page_can_be_rendered_again(measure, tmp_path):

@@ -291,6 +291,17 @@ class TestWeightFormats:
         torch.testing.assert_close(predict(dense, tiny_inputs()), predict(model, tiny_inputs()), rtol=1e-5, atol=1e-5)
         assert equal_state(model, before)
 
+    @pytest.mark.parametrize("pos_embed_type", ["rope", "rope+sincos2d"])
+    def test_dequantize_copies_and_draws_nothing(self, tiny_model, pos_embed_type):
+        model = tiny_model("packed", pos_embed_type=pos_embed_type)
+        before = torch.get_rng_state()
+        dense = model.dequantize()
+        assert torch.equal(torch.get_rng_state(), before)
+        layers = model.ternary_layers()
+        assert all(torch.equal(dense.get_submodule(name).weight, layer.dequantize()) for name, layer in layers.items())
+        others = {name for name in dense.state_dict() if name.removesuffix(".weight") not in layers}
+        assert all(torch.equal(dense.state_dict()[name], model.state_dict()[name]) for name in others)
+
     @pytest.mark.parametrize("training", [True, False])
     def test_dequantized_model_keeps_dtype_and_mode(self, tiny_model, training):
         dense = tiny_model("packed").to(torch.bfloat16).train(training).dequantize()

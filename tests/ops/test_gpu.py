@@ -28,7 +28,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2, t
 
 
 @pytest.fixture(scope="module")
-def triton_kernels():
+def triton_module():
     """The kernel, interpreted where there is no GPU to compile it for."""
     pytest.importorskip("triton")
     with pytest.MonkeyPatch.context() as patch:
@@ -36,6 +36,15 @@ def triton_kernels():
             patch.setitem(os.environ, "TRITON_INTERPRET", "1")  # read when a kernel is defined
         from diffusers_terdit.ops import triton_kernels
     return triton_kernels
+
+
+@pytest.fixture
+def triton_kernels(request, triton_module):
+    """The kernel, for the device of the test: compiled for a GPU, it takes no tensors of the CPU."""
+    device = request.node.callspec.params.get("device", "cpu") if hasattr(request.node, "callspec") else "cpu"
+    if device == "cpu" and torch.cuda.is_available():
+        pytest.skip("Triton's interpreter runs where there is no GPU")
+    return triton_module
 
 
 @pytest.fixture(params=["triton", "pytorch"])
@@ -352,6 +361,12 @@ class TestKernels:
 
 class TestLayers:
     """Layers whose activations claim to be on a GPU, or are."""
+
+    @pytest.fixture(autouse=True)
+    def _no_graphs_of_other_tests(self):
+        torch._dynamo.reset()  # after eight graphs of a function, `fullgraph=True` raises
+        yield
+        torch._dynamo.reset()
 
     def test_integers_need_tensor_cores(self, monkeypatch):
         for capability, expected in (((7, 0), False), ((7, 5), True), ((9, 0), True)):

@@ -26,6 +26,22 @@ class TestNumbersThatAreNotFinite:
         with pytest.raises(ValueError, match=r"Step 3 of 4 .*: layer proj_out gives NaN or infinity in float32\. Its"):
             pipe(3, num_inference_steps=4, callback_on_step_end=damage)
 
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("step", [1, 2, 4])
+    def test_a_gpu_reports_the_step_that_failed_though_it_looks_one_step_late(self, tiny_pipeline, step):
+        pipe = tiny_pipeline(weight_format="packed").to("cuda")
+        calls = []
+
+        def damage(module, inputs):
+            calls.append(module)
+            if len(calls) == step:
+                module.bias.data[0] = float("inf")
+
+        pipe.transformer.proj_out.register_forward_pre_hook(damage)
+        with pytest.raises(ValueError, match=rf"Step {step} of 4 .*: layer proj_out gives NaN or infinity in float32"):
+            pipe(3, num_inference_steps=4)
+        assert len(calls) == min(step + 1, 4) + 1  # one step is queued before the look; another call finds the layer
+
     def test_half_precision_that_overflows_says_what_to_use(self, tiny_pipeline):
         pipe = tiny_pipeline(weight_format="packed").to(dtype=torch.float16)
         pipe.transformer.proj_in.bias.data.fill_(60000.0)

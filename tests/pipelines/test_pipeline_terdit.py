@@ -389,7 +389,7 @@ class TestModulations:
         model, timesteps = tiny_model("packed"), torch.arange(999, 0, -150)
         labels = torch.tensor([2, 7, 2, 10])
         step = 2 * 3 * 6 * 32 * 4  # bytes: layers, labels, modulation, float32
-        ahead = AdaLNAhead(model, timesteps, labels, max_bytes=int(steps_at_once * step))
+        ahead = AdaLNAhead(model, timesteps, labels.tolist(), max_bytes=int(steps_at_once * step))
         with torch.no_grad():
             found = [ahead(i, labels[1:]) for i in range(7)]
             assert [len(call) // 3 for call in rows] == sizes

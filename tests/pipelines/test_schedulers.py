@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from diffusers_terdit import TerDiTPipeline
+from diffusers_terdit.pipelines.finite import FiniteCheck
+from diffusers_terdit.pipelines.schedulers import default_scheduler
 
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +23,14 @@ import schedulers  # noqa: E402
 
 DIGITS = [i % 10 for i in range(20)]
 FACES = [3, 40]
+SETTINGS = [*((name, {}) for name in schedulers.NOISE), *schedulers.FLOW.items()]  # (scheduler, what has to be set)
 REFUSED = [name for name, reason in schedulers.OTHERS.items() if reason.startswith("refused")]
+
+
+def options(name: str, changes: dict) -> dict:
+    """What a pipeline is made with: the scheduler, and a model without learned variance for one of flows."""
+    scheduler = getattr(diffusers, name).from_config(default_scheduler().config, **changes)
+    return {"scheduler": scheduler, "learn_sigma": name in schedulers.NOISE}
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +60,29 @@ def test_it_draws_faces(emoji, solution, name):
     images = schedulers.draw(emoji, name, schedulers.FLOW[name], FACES, 8)
     assert schedulers.nearest_is_own(images, solution) == 1
     assert max(schedulers.root_mean_square(images, solution)) < 40  # another face is 70 to 110 away
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [setting for setting in SETTINGS if setting[0] != "LTXEulerAncestralRFScheduler"], ids=str
+)
+def test_a_step_reads_nothing_from_the_device(tiny_pipeline, monkeypatch, name, changes):
+    """On the meta device a tensor has no values: a step that reads one, or mixes devices, raises."""
+    pipe = tiny_pipeline(vae=True, **options(name, changes))
+    monkeypatch.setattr(FiniteCheck, "__call__", lambda *args: None)  # the one read, a step late
+    pipe.to("meta")
+    assert pipe([3, 4], num_inference_steps=5, output_type="latent").images.shape == (2, 4, 8, 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "changes"), SETTINGS, ids=str)
+def test_a_gpu_draws_what_the_cpu_draws(tiny_pipeline, name, changes):
+    pipe = tiny_pipeline(vae=True, **options(name, changes))
+    images = []
+    for device in ("cpu", "cuda"):
+        generator = torch.Generator().manual_seed(0)
+        pipe.to(device)
+        images.append(pipe([3, 4], num_inference_steps=5, generator=generator, output_type="pt").images.cpu())
+    torch.testing.assert_close(*images, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("name", [*REFUSED, *(name for name, changes in schedulers.FLOW.items() if not changes)])

@@ -3,6 +3,7 @@
 Shapes: B images, C channels, h x w latents, p patch size, L = h*w/p^2 tokens, D width, H heads, E conditioning width.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -432,7 +433,7 @@ class TerDiTTransformer2DModel(TernaryModelMixin, TernaryAdapterMixin, CacheMixi
                 " do. Use it as it is."
             )
         refuse_adapters(self, "dequantizing it")
-        with torch.device("meta"):  # 4.2 billion weights would be drawn, for nothing, for a minute
+        with torch.device("meta"):  # draws no initial weights: for 4.2B that would take a minute
             dense = type(self).from_config(self.config, weight_format="float", ternary=False)
         dense = dense.to_empty(device=self.device)
         state_dict = {k: v for k, v in self.state_dict().items() if not k.rsplit(".", 1)[-1].startswith("weight_")}
@@ -517,7 +518,7 @@ class TerDiTTransformer2DModel(TernaryModelMixin, TernaryAdapterMixin, CacheMixi
         temb = self._condition(timestep, class_labels, self.dtype)
         return torch.stack([block.adaln(temb) for block in self.transformer_blocks])  # type: ignore[operator]
 
-    def adaln_ahead(self, timesteps: Tensor, class_labels: Tensor) -> "AdaLNAhead":
+    def adaln_ahead(self, timesteps: Tensor, class_labels: Iterable[int]) -> "AdaLNAhead":
         """Prepare adaLN vectors for the steps of a sampler, see [`AdaLNAhead`]."""
         return AdaLNAhead(self, timesteps, class_labels)
 
@@ -557,7 +558,7 @@ class AdaLNAhead:
     Args:
         transformer ([`TerDiTTransformer2DModel`]): Must not change while this is in use.
         timesteps (`torch.Tensor`): (S,), of the steps in their order, on the model's device.
-        class_labels (`torch.Tensor`): (B,) int, all labels that steps will ask for.
+        class_labels (`Iterable[int]`): All labels that steps will ask for.
         max_bytes (`int`, defaults to 32 MiB): Memory for the vectors of the steps that are computed at once.
     """
 
@@ -565,12 +566,12 @@ class AdaLNAhead:
         self,
         transformer: TerDiTTransformer2DModel,
         timesteps: Tensor,
-        class_labels: Tensor,
+        class_labels: Iterable[int],
         max_bytes: int = 32 * 2**20,
     ):
         config = transformer.config
         self.transformer, self.timesteps = transformer, timesteps
-        self.labels = class_labels.unique()  # (U,), sorted
+        self.labels = torch.tensor(sorted(set(class_labels)), device=timesteps.device)  # (U,)
         width = config.num_attention_heads * config.attention_head_dim
         step_bytes = config.num_layers * len(self.labels) * 6 * width * transformer.dtype.itemsize
         self.steps_at_once = max(1, max_bytes // step_bytes)

@@ -20,7 +20,7 @@ from .._diffusers import is_offloaded, reset_step_caches
 from ..modeling import StrictPipelineMixin
 from ..models.transformer_terdit import TerDiTTransformer2DModel
 from .finite import FiniteCheck
-from .schedulers import check_scheduler, unused_variance_lifted, uses_learned_variance
+from .schedulers import check_scheduler, timesteps_device, unused_variance_lifted, uses_learned_variance
 
 
 ClassLabels = int | str | Sequence[Any] | Tensor | np.ndarray
@@ -390,8 +390,7 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
             null_labels = torch.full_like(labels, self.transformer.null_label)
 
             # 3. Timesteps and start noise, in float32
-            # Timesteps stay on the CPU, where schedulers keep their tables: no look-up then waits for a GPU.
-            self.scheduler.set_timesteps(num_inference_steps, device="cpu")
+            self.scheduler.set_timesteps(num_inference_steps, device=timesteps_device(self.scheduler, device))
             timesteps = self.scheduler.timesteps
             timesteps_on_device = timesteps.to(device)
             self._num_timesteps = len(timesteps)
@@ -404,8 +403,8 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
             # the model between steps, or where its weights come and go with `forward`
             ahead = None
             if callback_on_step_end is None and not is_offloaded(self.transformer):
-                used = torch.cat([labels, null_labels]) if self.do_classifier_free_guidance else labels
-                ahead = self.transformer.adaln_ahead(timesteps_on_device, used)
+                null = [self.transformer.null_label] if self.do_classifier_free_guidance else []
+                ahead = self.transformer.adaln_ahead(timesteps_on_device, [*class_ids, *null])
 
             # 5. Denoise, in float32 but for the model's own arithmetic
             predicted = 2 * channels if uses_learned_variance(self.scheduler) else channels

@@ -7,7 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import diffusers
-from diffusers import DDPMParallelScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+import torch
+from diffusers import (
+    DDPMParallelScheduler,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LTXEulerAncestralRFScheduler,
+    SchedulerMixin,
+)
 
 
 LEARNED = ("learned", "learned_range")  # DDPM's `variance_type` for a variance that the model predicts
@@ -112,6 +119,14 @@ def check_scheduler(scheduler: SchedulerMixin, learn_sigma: bool) -> None:
             f"This {name} expects a learned variance, but this model predicts none (learn_sigma=False). Use"
             ' `DDPMScheduler.from_config(pipe.scheduler.config, variance_type="fixed_small")`.'
         )
+
+
+def timesteps_device(scheduler: SchedulerMixin, device: torch.device) -> torch.device:
+    """Return where a scheduler's timesteps belong: on the CPU beside its tables, so that no look-up waits for a GPU.
+
+    LTX's scheduler keeps the tables that it multiplies latents by with its timesteps, so there on the latents' device.
+    """
+    return device if isinstance(scheduler, LTXEulerAncestralRFScheduler) else torch.device("cpu")
 
 
 @contextmanager
