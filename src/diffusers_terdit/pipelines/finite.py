@@ -32,9 +32,9 @@ class FiniteCheck:
         if not self._one_step_late:
             self._raise_unless(finite, step, timestep, model_input, labels)
             return
-        on_host, copied = torch.empty((), dtype=torch.bool, pin_memory=True), torch.Event("cuda")
+        on_host, copied = torch.empty((), dtype=torch.bool, pin_memory=True), torch.cuda.Event()
         on_host.copy_(finite, non_blocking=True)
-        copied.record()
+        copied.record(torch.cuda.current_stream(finite.device))
 
         def judge() -> None:
             copied.synchronize()
