@@ -216,18 +216,13 @@ class TestFiles:
         assert len(remote_code._PIPELINE_PREAMBLE.splitlines()) <= 60
         for path in folder.rglob("*.py"):
             text = path.read_text("utf-8")
-            names = [
-                name
-                for node in ast.parse(text).body
-                for name in (
-                    [node.name]
-                    if isinstance(node, (ast.FunctionDef, ast.ClassDef))
-                    else [ast.unparse(target) for target in getattr(node, "targets", [])]
-                )
-                if name not in dir(builtins)
-            ]
-            twice = {name for name in names if names.count(name) > 1}
-            assert twice <= {"_FIRST_RUN", *(f"_{Path(file).stem}" for file in remote_code.ARITHMETIC)}, twice
+            meanings: dict[str, set[str]] = {}
+            for node in ast.parse(text).body:
+                named = [getattr(node, "name", None), *map(ast.unparse, getattr(node, "targets", []))]
+                for name in filter(None, named):
+                    meanings.setdefault(name, set()).add(ast.unparse(node))
+            twice = {name for name, statements in meanings.items() if len(statements) > 1}
+            assert twice <= {f"_{Path(file).stem}" for file in remote_code.ARITHMETIC}  # a function, then what it gives
             assert not re.search("filelock|huggingface_hub|numba\\b.*import|class .*Lora", text)
 
     def test_they_import_nothing_of_the_package_and_of_each_other(self, folder):

@@ -9,6 +9,7 @@ Locks, strict checks, the Hub, adapters and the integer kernels stay in the pack
 import ast
 import hashlib
 import os
+import re
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import indent
@@ -239,7 +240,7 @@ def _join(files: tuple[str, ...], imports: tuple[str, ...], preamble: str, end: 
     sections = []
     for file in files:
         text = (Path(__file__).parent / file).read_text("utf-8")
-        found, inside, body = _parts(text, [Path(other).stem for other in files])
+        found, inside, body = _parts(text)
         outside |= found
         names = "\n".join(inside)
         if file in ARITHMETIC:
@@ -249,6 +250,7 @@ def _join(files: tuple[str, ...], imports: tuple[str, ...], preamble: str, end: 
         else:
             body = f"{names}\n\n\n{body}".strip()
         sections.append(f"# ---- {file} ----\n\n\n{body}\n")
+    outside.discard("from torch.library import custom_op")  # the preamble's own
     lines = sorted(outside, key=lambda line: (line.startswith("from"), line))
     header = _HEADER.format(version=version("diffusers-terdit"), files=", ".join(files))
     code = "\n".join([header, *lines, "", "", preamble, "", "\n\n".join(sections)]) + end
@@ -256,11 +258,12 @@ def _join(files: tuple[str, ...], imports: tuple[str, ...], preamble: str, end: 
     return code
 
 
-def _parts(text: str, stems: list[str]) -> tuple[set[str], list[str], str]:
+def _parts(text: str) -> tuple[set[str], list[str], str]:
     """Take a file apart: its imports from outside, lines in the place of those from this package, and the rest."""
     lines = text.splitlines()
     outside: set[str] = set()
     inside: list[str] = []
+    stems = [Path(file).stem for file in ARITHMETIC]
     for node in ast.parse(text).body:
         if not isinstance(node, (ast.Import, ast.ImportFrom)):
             continue
@@ -274,4 +277,4 @@ def _parts(text: str, stems: list[str]) -> tuple[set[str], list[str], str]:
                 elif module in stems or (module == "ops" and name in OPS):
                     inside.append(f"{name} = _{OPS.get(name, module)}.{name}")
         lines[node.lineno - 1 : node.end_lineno] = [""] * ((node.end_lineno or 0) - node.lineno + 1)
-    return outside, inside, "\n".join(lines).strip()
+    return outside, inside, re.sub(r"\n{4,}", "\n\n\n", "\n".join(lines).strip())
