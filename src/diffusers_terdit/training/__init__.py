@@ -14,9 +14,7 @@ from .checkpointing import (
     load_checkpoint,
     rotate_checkpoints,
     save_checkpoint,
-    shard_model,
 )
-from .counters import microbatch_positions, normal, run_positions, sample_order, uniform
 from .data import (
     LATENTS_NAME,
     Digits,
@@ -30,6 +28,7 @@ from .data import (
     prepare_image,
     stream_samples,
 )
+from .ema import ema_decay, update_ema
 from .export import (
     export_pipeline,
     image_grid,
@@ -41,9 +40,11 @@ from .export import (
     to_pipeline,
     whole_model,
 )
-from .measures import gate_sizes, packed_codes, ternary_statistics, weights_digest
-from .recipes import PRESETS, clip_grad_norm, ema_decay, learning_rate_factor, parameter_groups, update_ema
-from .starting import gradual_ternarization, least_squares_scale, load_transformer, transfer_weights
+from .initialize import gradual_ternarization, least_squares_scale, load_transformer, transfer_weights
+from .random import microbatch_positions, normal, run_positions, sample_order, uniform
+from .recipes import PRESETS, clip_grad_norm, learning_rate_factor, parameter_groups
+from .sharding import shard_model
+from .statistics import gate_sizes, packed_codes, ternary_statistics, weights_digest
 
 
 __all__ = [

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..models.transformer_terdit import TerDiTTransformer2DModel
 from ..storage.saving import new_file, new_folder, partial_path
+from .sharding import full_tensor
 
 
 CHECKPOINT_PREFIX = "checkpoint-"
@@ -88,7 +88,7 @@ def save_checkpoint(
         for name, tensors in parts.items():
             gathered = {}
             for key, tensor in tensors.items():
-                whole = _whole(tensor.detach())
+                whole = full_tensor(tensor.detach())
                 if partial is not None:
                     gathered[key] = whole.cpu().contiguous()
             if partial is not None:
@@ -113,7 +113,7 @@ def load_checkpoint(
     if not (folder / STATE_NAME).is_file():
         raise OSError(f"{folder} is no checkpoint: it has no {STATE_NAME}. Pass a `checkpoint-N` folder.")
     for name, module in (("model", model), ("ema", ema_model)):
-        _restore(folder / f"{name}.safetensors", module.state_dict())
+        restore_tensors(folder / f"{name}.safetensors", module.state_dict())
     names = _parameter_names(model, optimizer)
     parameters = dict(model.named_parameters())
     values: dict[int, dict[str, Tensor]] = {}
@@ -150,42 +150,6 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     }
 
 
-def shard_model(model: TerDiTTransformer2DModel, device_type: str) -> None:
-    """Shard a model over all processes, in place, block by block (FSDP2): parameters, gradients, optimizer state.
-
-    Everything stays float32, the gathered weights too: a weight gathered in bfloat16 would ternarize differently from
-    the float32 one that is exported. The forward pass sees whole matrices, so their mean is the right one.
-
-    Args:
-        model ([`TerDiTTransformer2DModel`]): Before an optimizer holds its parameters; on its device.
-        device_type (`str`): `"cuda"`, `"cpu"`, ...
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    mesh = init_device_mesh(device_type, (torch.distributed.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
-    for block in model.transformer_blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-
-
-def _whole(tensor: Any) -> Tensor:
-    """The whole of a sharded tensor; takes every process."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _local(tensor: Any) -> Tensor:
-    """This process's part of a sharded tensor, sharing its memory."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _call_whole(module: nn.Module, *args: Tensor) -> Any:
-    """Call a part of a model whose parameters may be sharded, outside the model's own forward."""
-    parameters = {name: _whole(parameter.detach()) for name, parameter in module.named_parameters()}
-    return torch.func.functional_call(module, parameters, args)
-
-
 def _part(tensor: Tensor, like: Any) -> Tensor:
     """This process's part of a whole tensor, placed as `like`."""
     if not hasattr(like, "device_mesh"):
@@ -196,7 +160,8 @@ def _part(tensor: Tensor, like: Any) -> Tensor:
 
 
 @torch.no_grad()
-def _restore(path: Path, targets: dict[str, Tensor]) -> None:
+def restore_tensors(path: Path, targets: dict[str, Tensor]) -> None:
+    """Copy the tensors of a file into `targets`, in place, one at a time; a sharded target takes its part."""
     with safe_open(path, framework="pt") as file:
         if set(file.keys()) != set(targets):
             odd = sorted(set(file.keys()) ^ set(targets))

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from .counters import _philox, normal, sample_order, uniform
+from .random import normal, permutation, sample_order, uniform
 
 
 logger = logging.get_logger(__name__)
@@ -407,7 +407,7 @@ def stream_samples(
             size = shard_sizes[shard]
             if position < start + size:
                 rows = read_shard(shard) if rows is None else rows
-                order = _philox(seed, f"order of shard {shard}", epoch).random_raw(size).argsort(kind="stable")
+                order = permutation(size, seed, f"order of shard {shard}", epoch)
                 while position is not None and position < start + size:
                     yield rows[int(order[position - start])]
                     position = next(wanted, None)

@@ -16,8 +16,8 @@ from ..models.transformer_terdit import TerDiTTransformer2DModel
 from ..pipelines.pipeline_terdit import TerDiTPipeline
 from ..pipelines.schedulers import training_scheduler
 from ..storage.saving import new_file, replacing
-from .checkpointing import _whole
-from .measures import packed_codes, ternary_statistics
+from .sharding import full_tensor
+from .statistics import packed_codes, ternary_statistics
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def packed_model(model: TerDiTTransformer2DModel) -> TerDiTTransformer2DModel:
     packed = TerDiTTransformer2DModel.from_config(model.config, weight_format="packed")
     codes = {f"{name}.weight_packed": tensor for name, tensor in packed_codes(model).items()}
     names = packed.state_dict().keys()
-    floats = {name: _whole(tensor).cpu() for name, tensor in model.state_dict().items() if name in names}
+    floats = {name: full_tensor(tensor).cpu() for name, tensor in model.state_dict().items() if name in names}
     packed.load_state_dict({**floats, **codes})
     return packed.eval()
 
@@ -39,7 +39,7 @@ def packed_model(model: TerDiTTransformer2DModel) -> TerDiTTransformer2DModel:
 def whole_model(model: TerDiTTransformer2DModel) -> TerDiTTransformer2DModel:
     """A copy of a model, sharded or not, on the CPU."""
     copied = TerDiTTransformer2DModel.from_config(model.config)
-    copied.load_state_dict({name: _whole(tensor).cpu() for name, tensor in model.state_dict().items()})
+    copied.load_state_dict({name: full_tensor(tensor).cpu() for name, tensor in model.state_dict().items()})
     return copied.eval()
 
 

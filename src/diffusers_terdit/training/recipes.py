@@ -1,4 +1,4 @@
-"""Presets, learning rates, parameter groups and the average of the weights."""
+"""Recipes: presets, learning rates, parameter groups and gradient clipping."""
 
 import math
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpointing import _local, _whole
+from .sharding import full_tensor
 
 
 _TERDIT_600M: dict[str, Any] = {
@@ -69,7 +69,7 @@ def learning_rate_factor(
     decay_steps: int = 0,
     step_rules: str | None = None,
 ) -> float:
-    """What the learning rate is multiplied by at a step.
+    """Return the factor of the learning rate at a step.
 
     Args:
         step (`int`): Optimizer step, from 0.
@@ -105,7 +105,7 @@ def learning_rate_factor(
 def parameter_groups(
     model: nn.Module, weight_decay: float = 0.0, scale_lr_factor: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Parameter groups: matrices; norms, biases and embeddings, without decay; ternary scales, on their own.
+    """Return parameter groups: matrices; norms, biases and embeddings, without decay; ternary scales.
 
     Args:
         model (`torch.nn.Module`): Its parameters that take a gradient are grouped.
@@ -139,22 +139,6 @@ def parameter_groups(
     ]
 
 
-def ema_decay(step: int, decay: float) -> float:
-    """Decay after `step` updates, warmed up to forget the first weights: min(decay, (1 + step) / (10 + step))."""
-    return min(decay, (1 + step) / (10 + step))
-
-
-@torch.no_grad()
-def update_ema(ema_model: nn.Module, model: nn.Module, decay: float) -> None:
-    """`ema = decay * ema + (1 - decay) * model`, in place, over all parameters.
-
-    The average is a model of its own in float32, so it can be sampled from, saved and packed while training goes on in
-    the other one; nothing is swapped and restored.
-    """
-    averages = [_local(parameter) for parameter in ema_model.parameters()]
-    torch._foreach_lerp_(averages, [_local(parameter) for parameter in model.parameters()], 1 - decay)
-
-
 def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
     """Scale the gradients, sharded or not, to a norm of at most `max_norm`, and return the norm before."""
-    return float(_whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)))
+    return float(full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)))

@@ -1,4 +1,4 @@
-"""Starting from a trained model: loading, transferring weights, going to ternary by degrees."""
+"""Start from a trained model: load it, transfer its weights, go to ternary by degrees."""
 
 import os
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from ..layers import TernaryLinear
 from ..models.transformer_terdit import TerDiTTransformer2DModel
 from ..ops import reference
-from .checkpointing import STATE_NAME, _restore
+from .checkpointing import STATE_NAME, restore_tensors
 
 
 def load_transformer(path: str | os.PathLike) -> TerDiTTransformer2DModel:
-    """The transformer of a pipeline (folder or Hub repository), a model folder, or a `checkpoint-N` (raw weights).
+    """Load the transformer of a pipeline (folder or Hub repository), a model folder or a `checkpoint-N` (raw weights).
 
     Raises:
         OSError: There is none.
@@ -23,7 +23,7 @@ def load_transformer(path: str | os.PathLike) -> TerDiTTransformer2DModel:
     folder = Path(path)
     if (folder / STATE_NAME).is_file():
         model = TerDiTTransformer2DModel.from_config(TerDiTTransformer2DModel.load_config(folder))
-        _restore(folder / "model.safetensors", model.state_dict())
+        restore_tensors(folder / "model.safetensors", model.state_dict())
         return model.eval()
     subfolder = None if (folder / "config.json").is_file() else "transformer"
     return TerDiTTransformer2DModel.from_pretrained(str(path), subfolder=subfolder)
