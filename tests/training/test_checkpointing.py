@@ -88,6 +88,46 @@ class TestCheckpoints:
             assert torch.equal(value, tensors[name])
             assert torch.equal(value, loaded.state_dict()[name])
 
+    def test_optimizer_tensors_are_named_after_their_parameters(self, tmp_path):
+        model = fresh_model()
+        model.proj_in.requires_grad_(False)
+        optimizer = optimizer_of(model)
+        take_steps(model, optimizer, 1)
+        training.save_checkpoint(tmp_path / "checkpoint-1", model, model, optimizer, {})
+        tensors = load_file(tmp_path / "checkpoint-1" / "optimizer.safetensors")
+        expected = {
+            f"{name}.{kind}": value
+            for name, parameter in model.named_parameters()
+            for kind, value in optimizer.state.get(parameter, {}).items()
+        }
+        assert {name.rpartition(".")[2] for name in tensors} == {"step", "exp_avg", "exp_avg_sq"}
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
+
+    @pytest.mark.parametrize("steps", [0, 2])
+    def test_a_parameter_without_a_gradient_so_far_starts_afresh(self, tmp_path, steps):
+        """No step was taken, or the label table is trained from now on."""
+
+        def start(seed):
+            model = fresh_model(seed)
+            model.class_embed.requires_grad_(False)
+            optimizer = optimizer_of(model)
+            optimizer.add_param_group({"params": model.class_embed.parameters()})
+            return model, optimizer
+
+        model, optimizer = start(0)
+        take_steps(model, optimizer, steps)
+        training.save_checkpoint(tmp_path / "checkpoint-2", model, model, optimizer, {})
+        assert len(optimizer.state) == (len(list(model.parameters())) - 1 if steps else 0)
+        resumed, resumed_optimizer = start(1)
+        for trained in (model, resumed):
+            trained.class_embed.requires_grad_(True)
+        training.load_checkpoint(tmp_path / "checkpoint-2", resumed, resumed, resumed_optimizer)
+        take_steps(model, optimizer, 2)
+        take_steps(resumed, resumed_optimizer, 2)
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, resumed.state_dict()[name]), name
+
     def test_a_folder_that_is_no_checkpoint_is_refused(self, tmp_path):
         model = fresh_model()
         with pytest.raises(OSError, match="no checkpoint"):

@@ -38,6 +38,15 @@ def local_tensor(tensor: Any) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def shard_like(tensor: Tensor, target: Any) -> Tensor:
+    """Return a whole tensor as `target` is: this process's part of it, where that is sharded."""
+    if not hasattr(target, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements)
+
+
 def call_full(module: nn.Module, *args: Tensor) -> Any:
     """Call a part of a model with whole parameters, outside the forward pass of the model, where they are sharded."""
     parameters = {name: full_tensor(parameter.detach()) for name, parameter in module.named_parameters()}
