@@ -6,13 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.transformer_terdit import SIZES
 from .sharding import full_tensor
 
 
+def _size(name: str) -> dict[str, Any]:
+    # The images decide about the sample size, through --resolution.
+    return {key: value for key, value in SIZES[name].items() if key != "sample_size"}
+
+
 _TERDIT_600M: dict[str, Any] = {
-    "num_layers": 16,
-    "num_attention_heads": 32,
-    "attention_head_dim": 48,
+    **_size("terdit-600m-256"),
     "learning_rate": 5e-4,
     "lr_scheduler": "piecewise_constant",
     "lr_step_rules": "1:1550000,0.2",
@@ -21,7 +25,7 @@ _TERDIT_600M: dict[str, Any] = {
 }
 
 
-# Model and recipe by name, in the flags of examples/train_terdit.py: the paper's numbers, and the built-in demo.
+# Model and recipe by name, as flags of examples/train_terdit.py: the numbers of the paper, and the built-in demo.
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "resolution": 8,
@@ -43,13 +47,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "terdit-600m": _TERDIT_600M,
     "terdit-4.2b": {
         **_TERDIT_600M,
-        "num_layers": 32,
-        "attention_head_dim": 96,
+        **_size("terdit-4.2b-256"),
         "lr_step_rules": "1:550000,0.2",
         "total_batch_size": 512,
         "max_train_steps": 1_180_000,
     },
-    # Figures 7 and 8: the authors' initialisation, one learning rate, a Frechet distance every 100,000 steps.
+    # Figures 7 and 8: the authors' initialization, one learning rate, a Frechet distance every 100,000 steps.
     "ablation": {
         **_TERDIT_600M,
         "initialization": "reference",
