@@ -30,7 +30,6 @@ from .data import (
 )
 from .ema import ema_decay, update_ema
 from .export import (
-    export_pipeline,
     image_grid,
     model_card,
     packed_model,
@@ -38,7 +37,6 @@ from .export import (
     save_card,
     save_pipeline,
     to_pipeline,
-    whole_model,
 )
 from .initialize import gradual_ternarization, least_squares_scale, load_transformer, transfer_weights
 from .random import microbatch_positions, normal, run_positions, sample_order, uniform
@@ -62,7 +60,6 @@ __all__ = [
     "clip_grad_norm",
     "cut_log",
     "ema_decay",
-    "export_pipeline",
     "gate_sizes",
     "gradual_ternarization",
     "image_grid",
@@ -97,6 +94,5 @@ __all__ = [
     "uniform",
     "update_ema",
     "weights_digest",
-    "whole_model",
     "writing",
 ]
