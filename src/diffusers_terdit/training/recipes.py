@@ -112,8 +112,8 @@ def parameter_groups(
 
     Args:
         model (`torch.nn.Module`): Its parameters that take a gradient are grouped.
-        weight_decay (`float`): Of the matrices; the other groups have 0.
-        scale_lr_factor (`float`): The group of scales learns at this times the learning rate.
+        weight_decay (`float`): Decay of the matrices; that of the other groups is 0.
+        scale_lr_factor (`float`): `lr_factor` of the scales; that of the other groups is 1.
 
     Returns:
         `list[dict]`: Groups with `name`, `params`, `weight_decay` and `lr_factor`; the trainer sets each group's `lr`
