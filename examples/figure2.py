@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from diffusers_terdit import TerDiTTransformer2DModel, TernaryLinear
-from diffusers_terdit.models.transformer_terdit import PRESETS
+from diffusers_terdit.models.transformer_terdit import SIZES
 
 
 WIDTH, HEIGHT = 1120, 880
@@ -338,7 +338,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Draw the network.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--preset", choices=PRESETS, default="terdit-600m-256")
+    parser.add_argument("--preset", choices=SIZES, default="terdit-600m-256")
     parser.add_argument("--output", type=Path, default=Path("architecture.svg"), help="SVG file to write")
     args = parser.parse_args(argv)
     args.output.parent.mkdir(parents=True, exist_ok=True)

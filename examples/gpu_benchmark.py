@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, pack_ternary
 from diffusers_terdit import layers as package_layers
-from diffusers_terdit.models.transformer_terdit import PRESETS
+from diffusers_terdit.models.transformer_terdit import SIZES
 from diffusers_terdit.ops import dequantize, gpu, integer_linear, ternary_linear
 from diffusers_terdit.pipelines.schedulers import default_scheduler
 from kernel_benchmark import SCALE, SHAPES, guided_input, new_input, relative_error, rounded, shape, unpack_every_call
@@ -54,7 +54,7 @@ def add_arguments(commands) -> None:
     sub.add_argument("--dtypes", choices=["bfloat16", "float16"], nargs="+", default=["bfloat16", "float16"])
     sub.add_argument("--shapes", type=shape, nargs="+", default=SHAPES, metavar="OUTPUTSxINPUTS")
     sub.add_argument("--rows", type=int, nargs="+", default=[2, 512, 4096], help="of a layer's input")
-    sub.add_argument("--presets", choices=PRESETS, nargs="+", default=["terdit-600m-256", "terdit-4.2b-256"])
+    sub.add_argument("--presets", choices=SIZES, nargs="+", default=["terdit-600m-256", "terdit-4.2b-256"])
     sub.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8], help="images of a step, guided")
     sub.add_argument("--limits", type=float, nargs="+", default=[2, 4, 8], help="GB of memory of the small cards")
     sub.add_argument(

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import kernel_page
 from diffusers_terdit import TerDiTTransformer2DModel, pack_ternary
-from diffusers_terdit.models.transformer_terdit import PRESETS
+from diffusers_terdit.models.transformer_terdit import SIZES
 from diffusers_terdit.ops import cpu, dequantize, integer_linear, reference, ternary_linear, unpack_ternary
 
 
@@ -73,7 +73,7 @@ def add_arguments(commands) -> None:
     layers.add_argument("--kernel_dtype", choices=["float32", "bfloat16"], default="float32", help="of its input")
     layers.add_argument("--tolerance", type=float, default=1e-2, help="relative error that --kernel may have")
     step = commands.add_parser("step", help="whole blocks of every mode beside dense ones, and what a step costs")
-    step.add_argument("--presets", choices=PRESETS, nargs="+", default=["terdit-600m-256", "terdit-4.2b-256"])
+    step.add_argument("--presets", choices=SIZES, nargs="+", default=["terdit-600m-256", "terdit-4.2b-256"])
     for sub, turns in ((layers, 7), (step, 7)):
         sub.add_argument("--isa", choices=INSTRUCTION_SETS, help="of the integer kernels; default the best there is")
         sub.add_argument("--turns", type=int, default=turns, help="calls of each mode, after one that warms up")
@@ -460,7 +460,7 @@ def measure_blocks(args: argparse.Namespace, skipped: list[str]) -> Iterator[lis
 def measure_block(preset: str, turns: int, skipped: list[str], progress) -> list[dict]:
     """Records of one preset, one for each mode."""
     modes = model_modes(random_model(preset), skipped)
-    layers = PRESETS[preset]["num_layers"]
+    layers = SIZES[preset]["num_layers"]
     tokens, condition, rotary = block_input(modes[DENSE["float32"]])
     exact = copy.deepcopy(modes[DENSE["float32"]].transformer_blocks[0]).double()
     expected = exact(tokens.double(), condition.double(), rotary)

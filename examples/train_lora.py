@@ -132,13 +132,11 @@ def train(pipe: TerDiTPipeline, samples, args: argparse.Namespace) -> float:
     for step, batch in enumerate(tqdm(DataLoader(examples, batch_sampler=positions), total=args.max_train_steps)):
         batch = codec.encode({key: value.to(device) for key, value in batch.items()})
         clean, noise, when, labels = (batch[key] for key in ("samples", "noise", "time", "class_labels"))
+        noisy, target, timesteps = losses.training_target(scheduler, clean, noise, when)
+        output = transformer(noisy.to(transformer.dtype), timesteps, labels).sample.float()
         if flow:
-            noisy, target, when = losses.flow_matching_inputs(clean, noise, when)
-            output = transformer(noisy.to(transformer.dtype), when, labels).sample.float()
             loss = losses.mean_squared_error(output, target)
         else:
-            noisy = scheduler.add_noise(clean, noise, when)
-            output = transformer(noisy.to(transformer.dtype), when, labels).sample.float()
             loss = losses.diffusion_loss(output, clean, noise, when, scheduler.alphas_cumprod.to(device))
         loss = loss.mean()
         if not loss.isfinite():

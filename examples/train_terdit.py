@@ -170,19 +170,16 @@ def open_samples(args: argparse.Namespace, channels: int):
     return training.ImageSamples.from_dataset(dataset, args.image_column, args.label_column, **options)
 
 
-def predict(model, scheduler, args, samples, noise, time, class_labels):
-    """Output of the model on noisy latents, what its first channels shall be, and the inputs it got."""
-    if args.flow_matching:
-        noisy, target, timesteps = losses.flow_matching_inputs(samples, noise, time)
-    else:
-        noisy, target, timesteps = scheduler.add_noise(samples, noise, time), noise, time
+def predict(model, scheduler, samples, noise, time, class_labels):
+    """Output of the model on noisy latents, the target of its first channels, and its inputs."""
+    noisy, target, timesteps = losses.training_target(scheduler, samples, noise, time)
     inputs = (noisy, timesteps, class_labels)
     return model(*inputs, return_dict=False)[0].float(), target, inputs
 
 
 def compute_loss(model, scheduler, args, samples, noise, time, class_labels, teacher=None) -> torch.Tensor:
     """Mean loss of a batch of latents."""
-    output, target, inputs = predict(model, scheduler, args, samples, noise, time, class_labels)
+    output, target, inputs = predict(model, scheduler, samples, noise, time, class_labels)
     if args.flow_matching:
         loss = losses.mean_squared_error(output, target)
     else:
@@ -205,7 +202,7 @@ def noise_error(model, scheduler, args, codec, examples, samples: Dataset, draws
             positions = range(draws * index, draws * (index + 1))
             batch += [{**examples.example(p, sample, label), "class_labels": label} for p in positions]
         batch = codec.encode({key: value.to(model.device) for key, value in default_collate(batch).items()})
-        output, target, _ = predict(model, scheduler, args, **batch)
+        output, target, _ = predict(model, scheduler, **batch)
         errors.append(losses.mean_squared_error(output[:, : target.shape[1]], target))
     return torch.cat(errors).mean().item()
 

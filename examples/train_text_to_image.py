@@ -305,8 +305,8 @@ def predict(model: nn.Module, noisy: Tensor, timesteps: Tensor, text: dict[str, 
 
 def compute_loss(model, scheduler, args, batch: dict[str, Tensor], text: dict[str, Tensor], teacher=None) -> Tensor:
     """Mean loss of a batch of latents."""
-    clean, noise, when = batch["samples"], batch["noise"], batch["time"]
-    noisy = scheduler.add_noise(clean, noise, when)
+    clean = batch["samples"]
+    noisy, noise, when = losses.training_target(scheduler, clean, batch["noise"], batch["time"])
     output = predict(model, noisy, when, text)
     loss = losses.diffusion_loss(output, clean, noise, when, scheduler.alphas_cumprod)
     if teacher is not None:

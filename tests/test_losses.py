@@ -318,6 +318,18 @@ def test_scheduler_returns_to_the_samples_along_the_velocity():
     torch.testing.assert_close(hidden_states, samples, rtol=0, atol=1e-5)
 
 
+def test_training_target_is_that_of_the_scheduler():
+    _, samples, noise, timesteps = make_batch([3, 900])
+    scheduler = DDPMScheduler()
+    actual = losses.training_target(scheduler, samples, noise, timesteps)
+    expected = (scheduler.add_noise(samples, noise, timesteps), noise, timesteps)
+    assert all(torch.equal(value, other) for value, other in zip(actual, expected, strict=True))
+    sigmas, scheduler = torch.tensor([0.1, 0.9]), FlowMatchEulerDiscreteScheduler(num_train_timesteps=500)
+    actual = losses.training_target(scheduler, samples, noise, sigmas)
+    expected = losses.flow_matching_inputs(samples, noise, sigmas, 500)
+    assert all(torch.equal(value, other) for value, other in zip(actual, expected, strict=True))
+
+
 def test_flow_matching_computes_in_float32():
     _, samples, noise, _ = make_batch([0, 0])
     low = samples.bfloat16(), noise.bfloat16(), torch.tensor([0.1, 0.9], dtype=torch.float64)

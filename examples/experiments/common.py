@@ -337,11 +337,10 @@ def train(arm: Arm, learning_rate: float, seed: int, curve: bool) -> dict:
             factor = min(factor, (step - phase_start + 1) / (warmup + 1))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * factor
-        noisy = scheduler.add_noise(batch["samples"], batch["noise"], batch["time"])
-        output = model(noisy, batch["time"], batch["class_labels"], return_dict=False)[0]
-        loss = losses.diffusion_loss(
-            output, batch["samples"], batch["noise"], batch["time"], scheduler.alphas_cumprod
-        ).mean()
+        clean = batch["samples"]
+        noisy, noise, timesteps = losses.training_target(scheduler, clean, batch["noise"], batch["time"])
+        output = model(noisy, timesteps, batch["class_labels"], return_dict=False)[0]
+        loss = losses.diffusion_loss(output, clean, noise, timesteps, scheduler.alphas_cumprod).mean()
         loss.backward()
         norm = training.clip_grad_norm(model, 2.0)
         if not math.isfinite(norm):

@@ -11,6 +11,7 @@ averages. `alphas_cumprod` is a scheduler's table, `DDPMScheduler.alphas_cumprod
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,7 +147,7 @@ def diffusion_loss(
 def flow_matching_inputs(
     original_samples: Tensor, noise: Tensor, sigmas: Tensor, num_train_timesteps: int = 1000
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Noisy samples, what the model shall predict for them and at which timestep: rectified flow.
+    """Return noisy samples, the velocity to predict for them, and their timesteps: rectified flow.
 
     The convention of `FlowMatchEulerDiscreteScheduler`: a straight path from the sample (sigma 0) to noise (sigma 1).
     The loss is `mean_squared_error(model_output, velocity)`.
@@ -170,6 +171,36 @@ def flow_matching_inputs(
     original_samples, noise, sigmas = original_samples.float(), noise.float(), sigmas.float()
     sigma = sigmas.view(-1, *[1] * (noise.ndim - 1))  # (B, 1, ...)
     return (1 - sigma) * original_samples + sigma * noise, noise - original_samples, sigmas * num_train_timesteps
+
+
+def training_target(
+    scheduler: Any, original_samples: Tensor, noise: Tensor, time: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return noisy samples, the target of the prediction, and the timesteps to give to the model.
+
+    A scheduler with `add_noise` is trained to predict the noise; one with `scale_noise`, of flow matching, to predict
+    the velocity (`flow_matching_inputs`).
+
+    Args:
+        scheduler: Of diffusers, such as `DDPMScheduler` or `FlowMatchEulerDiscreteScheduler`.
+        original_samples (`torch.Tensor`): (B, C, ...), images in [-1, 1] or scaled latents.
+        noise (`torch.Tensor`): (B, C, ...), standard normal.
+        time (`torch.Tensor`): (B,), timesteps, int in [0, T); for flow matching sigmas, float in [0, 1].
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: noisy samples (B, C, ...), target (B, C, ...), timesteps
+        (B,).
+
+    Raises: ValueError for a scheduler that predicts something else, or as `flow_matching_inputs`.
+    """
+    if hasattr(scheduler, "scale_noise"):
+        return flow_matching_inputs(original_samples, noise, time, scheduler.config.num_train_timesteps)
+    if scheduler.config.prediction_type != "epsilon":
+        raise ValueError(
+            f"`scheduler` predicts {scheduler.config.prediction_type!r}, and the losses of this module are for noise."
+            ' Pass one with prediction_type="epsilon", or one for flow matching.'
+        )
+    return scheduler.add_noise(original_samples, noise, time), noise, time
 
 
 def _posterior_tables(alphas_cumprod: Tensor, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from diffusers import DiTTransformer2DModel
 from PIL import Image
 
 from diffusers_terdit import TerDiTTransformer2DModel
-from diffusers_terdit.models.transformer_terdit import PRESETS
+from diffusers_terdit.models.transformer_terdit import SIZES
 from diffusers_terdit.ops import cpu, has_integer_kernel, integer_linear, ternary_linear, unpack_ternary
 
 
@@ -494,7 +494,7 @@ class TestKernels:
     @pytest.mark.parametrize("command", ["kernels", "step"])
     def test_without_integer_kernels_the_page_says_so(self, measure, monkeypatch, tmp_path, fast_bfloat16, command):
         monkeypatch.setattr(cpu, "integer_kernels", lambda: None)
-        monkeypatch.setitem(PRESETS, "toy", TOY)
+        monkeypatch.setitem(SIZES, "toy", TOY)
         monkeypatch.setattr("diffusers_terdit.layers.has_integer_kernel", lambda device: False)
         args = ["--shapes", "24x20", "--rows", "3"] if command == "kernels" else ["--presets", "toy"]
         (place,) = measure(command, *args, "--turns", "1")["places"]
@@ -511,7 +511,7 @@ class TestKernels:
     def test_slow_bfloat16_is_left_out(self, measure, monkeypatch, tmp_path, fast_bfloat16, command, has_instructions):
         fast_bfloat16(False)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_instructions)
-        monkeypatch.setitem(PRESETS, "toy", TOY)
+        monkeypatch.setitem(SIZES, "toy", TOY)
         args = ["--shapes", "24x20", "--rows", "3"] if command == "kernels" else ["--presets", "toy"]
         (place,) = measure(command, *args, "--turns", "1")["places"]
         found = modes_of(place["records"])
@@ -687,7 +687,7 @@ class TestKernelCheck:
 class TestStep:
     @pytest.fixture
     def measured_step(self, measure, monkeypatch, fast_bfloat16):
-        monkeypatch.setitem(PRESETS, "toy", TOY)
+        monkeypatch.setitem(SIZES, "toy", TOY)
         return measure("step", "--presets", "toy", "--turns", "1")
 
     def test_a_step_is_computed_from_block_and_rest(self, measured_step):
@@ -711,7 +711,7 @@ class TestStep:
             assert 3e-3 < errors["int8", "float32"] < 1e-1
 
     def test_all_modes_hold_the_same_values(self, scripts, monkeypatch):
-        monkeypatch.setitem(PRESETS, "toy", TOY)
+        monkeypatch.setitem(SIZES, "toy", TOY)
         with torch.inference_mode():
             model = scripts["kernel_benchmark"].random_model("toy")
             modes = scripts["kernel_benchmark"].model_modes(model, [])
@@ -871,7 +871,7 @@ class TestMemory:
         assert seconds >= 0
 
     def test_the_table_says_which_mode(self, scripts, monkeypatch, capsys, tmp_path):
-        monkeypatch.setitem(PRESETS, "toy", TOY)
+        monkeypatch.setitem(SIZES, "toy", TOY)
         argv = ["benchmark.py", "memory", "--preset", "toy", "--sizes", "8", "--folder", str(tmp_path)]
         monkeypatch.setattr(sys, "argv", [*argv, "--dtype", "bfloat16", "--activation_bits", "none"])
         scripts["benchmark"].main()

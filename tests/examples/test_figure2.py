@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diffusers_terdit import TerDiTTransformer2DModel
-from diffusers_terdit.models.transformer_terdit import PRESETS
+from diffusers_terdit.models.transformer_terdit import SIZES
 
 
 ROOT = Path(__file__).parents[2]
@@ -23,10 +23,10 @@ def test_the_picture_in_the_docs_is_that_of_the_model(tmp_path, capsys):
     assert drawn == (ROOT / "docs" / "images" / "architecture.svg").read_text("utf-8")
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", SIZES)
 def test_every_preset_can_be_drawn(preset):
     words = [element.text for element in ElementTree.fromstring(figure2.draw(preset)).iter() if element.text]
-    config = PRESETS[preset]
+    config = SIZES[preset]
     width = config["num_attention_heads"] * config["attention_head_dim"]
     assert f"{config['num_layers']} × TerDiTBlock" in words  # noqa: RUF001
     assert f"RMSNorm {6 * width:,}" in words

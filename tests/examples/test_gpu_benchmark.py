@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusers_terdit.models.transformer_terdit import PRESETS
+from diffusers_terdit.models.transformer_terdit import SIZES
 from diffusers_terdit.ops import reference
 
 
@@ -32,7 +32,7 @@ def scripts():
 @pytest.fixture
 def measure(scripts, monkeypatch, tmp_path):
     """`measure("--parts", "layers", ...)`: what is in gpu.json and gpu.md afterwards."""
-    monkeypatch.setitem(PRESETS, "toy", TOY)
+    monkeypatch.setitem(SIZES, "toy", TOY)
     # no compiler is needed here; what `torch.compile` makes of the layers is tested with them
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
@@ -91,7 +91,7 @@ def test_steps_of_two_presets_keep_every_mode(measure, monkeypatch):
 @pytest.mark.parametrize("placement", ["resident", "model offload", "group offload"])
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_card(scripts, monkeypatch, packed, placement):
-    monkeypatch.setitem(PRESETS, "toy", TOY)
+    monkeypatch.setitem(SIZES, "toy", TOY)
     answer = scripts["gpu"].measure_card("toy", None, packed, placement, "float32", "cpu", steps=2)
     assert answer["fits"]
     assert answer["seconds"] > 0

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from diffusers import DDPMScheduler
 from message_table import REASON, Fixed, Row
 
 from diffusers_terdit import TernaryLinear, layers, losses, pack_ternary, ternarize, unpack_ternary
@@ -115,6 +116,8 @@ ROWS = [
         "got nan", "`gamma` must be positive", REASON),
     Row("loss-sigmas", lambda w: losses.flow_matching_inputs(X, X, T), ValueError,
         "torch.int64", "`sigmas` must be (2,) float", REASON),
+    Row("loss-prediction", lambda w: losses.training_target(DDPMScheduler(prediction_type="sample"), X, X, T),
+        ValueError, "'sample'", "the losses of this module are for noise", 'Pass one with prediction_type="epsilon"'),
     Row("loss-timesteps", lambda w: losses.diffusion_loss(X, X, X, T.float(), ALPHAS, 5.0), ValueError,
         "torch.float32", "`timesteps` must be (2,) int32 or int64", REASON),
     Row("loss-alphas", lambda w: losses.diffusion_loss(X, X, X, T, ALPHAS[:1], 5.0), ValueError,

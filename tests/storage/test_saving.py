@@ -312,3 +312,69 @@ def test_a_rename_that_fails_is_noticed_and_the_next_save_mends_it(tmp_path, mon
     layer.save_pretrained(tmp_path)
     assert time.monotonic() - started < 5  # this process does not wait for itself
     assert torch.equal(TernaryLinear.from_pretrained(tmp_path).weight, layer.weight)
+
+
+class TestNewFilesAndFolders:
+    def test_a_folder_appears_whole_or_not_at_all(self, tmp_path):
+        def fail_half_way():
+            with saving.new_folder(tmp_path / "x") as partial:
+                (partial / "a").write_text("1")
+                raise RuntimeError
+
+        with pytest.raises(RuntimeError):
+            fail_half_way()
+        assert list(tmp_path.iterdir()) == []
+
+        with saving.new_folder(tmp_path / "x") as partial:
+            (partial / "a").write_text("1")
+            assert not (tmp_path / "x").exists()
+        with saving.new_folder(tmp_path / "x") as partial:
+            (partial / "b").write_text("2")
+            assert (tmp_path / "x" / "a").exists()
+        assert [path.name for path in (tmp_path / "x").iterdir()] == ["b"]
+        assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+    def test_two_writers_of_a_folder_do_not_mix(self, tmp_path):
+        with saving.new_folder(tmp_path / "x") as one:
+            (one / "a").write_text("1")
+            with saving.new_folder(tmp_path / "x") as two:
+                (two / "b").write_text("2")
+            (one / "c").write_text("1")
+        assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["a", "c"]
+
+    def test_a_file_appears_whole_or_not_at_all(self, tmp_path):
+        path = tmp_path / "x.json"
+        path.write_text("old")
+
+        def fail_half_way():
+            with saving.new_file(path) as partial:
+                partial.write_text("ne")
+                (partial.parent / ".tmpA1b2C3").write_text("n")  # as safetensors does
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        with pytest.raises(OSError, match=rf"{path} cannot be written: No space left on device. Make room there"):
+            fail_half_way()
+        assert path.read_text() == "old"
+        with saving.new_file(path) as partial:
+            partial.write_text("new")
+        assert path.read_text() == "new"
+        assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+
+    @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+    def test_a_run_has_its_folder_for_itself_and_removes_what_killed_ones_left(self, tmp_path):
+        (tmp_path / f"a.{os.getpid()}-00000000.partial").mkdir()  # of a process that had this one's number
+        (tmp_path / "parts").mkdir()
+        (tmp_path / "parts" / "b.999999999-00000000.partial").write_text("half")
+        (tmp_path / "c.partial").write_text("not of this package")
+        with saving.output_folder(tmp_path):
+            assert sorted(path.name for path in tmp_path.rglob("*")) == ["c.partial", "parts"]
+            child = os.fork()
+            if not child:
+                try:
+                    with saving.output_folder(tmp_path, seconds=0.1):
+                        os._exit(0)
+                except OSError as error:
+                    os._exit(3 if f"Another run is writing into {tmp_path}" in str(error) else 4)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+        with saving.output_folder(tmp_path):
+            pass

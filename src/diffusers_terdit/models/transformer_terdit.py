@@ -25,7 +25,7 @@ from ..ops import reference
 # Source: the released checkpoints. 600M: 16 layers, width 1536; 4.2B: 32 layers, width 3072; 32 heads each.
 _TERDIT_600M = {"num_layers": 16, "num_attention_heads": 32, "attention_head_dim": 48}
 _TERDIT_4_2B = {"num_layers": 32, "num_attention_heads": 32, "attention_head_dim": 96}
-PRESETS = {
+SIZES = {
     "terdit-600m-256": {**_TERDIT_600M, "sample_size": 32},
     "terdit-600m-512": {**_TERDIT_600M, "sample_size": 64},
     "terdit-4.2b-256": {**_TERDIT_4_2B, "sample_size": 32},
@@ -288,18 +288,18 @@ class TerDiTTransformer2DModel(TernaryModelMixin, TernaryAdapterMixin, CacheMixi
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "TerDiTTransformer2DModel":
-        """A freshly initialised model of a published size, such as `"terdit-600m-256"` or `"terdit-4.2b-512"`.
+        """Return a freshly initialized model of a published size, such as `"terdit-600m-256"` or `"terdit-4.2b-512"`.
 
         Args:
-            name (`str`): Key of `PRESETS`.
+            name (`str`): Key of `SIZES`.
             overrides: Init arguments that replace the preset's, such as `weight_format="packed"` or `num_classes=10`.
 
         Raises:
             ValueError: No such preset.
         """
-        if name not in PRESETS:
-            raise ValueError(f"No preset {name!r}; there are {', '.join(map(repr, PRESETS))}.")
-        return cls(**{**PRESETS[name], **overrides})
+        if name not in SIZES:
+            raise ValueError(f"No preset {name!r}; there are {', '.join(map(repr, SIZES))}.")
+        return cls(**{**SIZES[name], **overrides})
 
     @torch.no_grad()
     def _initialize(self, initialization: str) -> None:

@@ -14,9 +14,7 @@ from .checkpointing import (
     load_checkpoint,
     rotate_checkpoints,
     save_checkpoint,
-    shard_model,
 )
-from .counters import microbatch_positions, normal, run_positions, sample_order, uniform
 from .data import (
     LATENTS_NAME,
     Digits,
@@ -30,8 +28,8 @@ from .data import (
     prepare_image,
     stream_samples,
 )
+from .ema import ema_decay, update_ema
 from .export import (
-    export_pipeline,
     image_grid,
     model_card,
     packed_model,
@@ -39,11 +37,12 @@ from .export import (
     save_card,
     save_pipeline,
     to_pipeline,
-    whole_model,
 )
-from .measures import gate_sizes, packed_codes, ternary_statistics, weights_digest
-from .recipes import PRESETS, clip_grad_norm, ema_decay, learning_rate_factor, parameter_groups, update_ema
-from .starting import gradual_ternarization, least_squares_scale, load_transformer, transfer_weights
+from .initialize import gradual_ternarization, least_squares_scale, load_transformer, transfer_weights
+from .random import microbatch_positions, normal, run_positions, sample_order, uniform
+from .recipes import PRESETS, clip_grad_norm, learning_rate_factor, parameter_groups
+from .sharding import shard_model
+from .statistics import gate_sizes, packed_codes, ternary_statistics, weights_digest
 
 
 __all__ = [
@@ -61,7 +60,6 @@ __all__ = [
     "clip_grad_norm",
     "cut_log",
     "ema_decay",
-    "export_pipeline",
     "gate_sizes",
     "gradual_ternarization",
     "image_grid",
@@ -96,6 +94,5 @@ __all__ = [
     "uniform",
     "update_ema",
     "weights_digest",
-    "whole_model",
     "writing",
 ]

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, of one process or of many."""
+"""Resumable checkpoints: whole or absent, and the same files whatever number of processes trains or shards a model."""
 
 import contextlib
 import json
@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..models.transformer_terdit import TerDiTTransformer2DModel
 from ..storage.saving import new_file, new_folder, partial_path
+from .sharding import shard_like
 
 
 CHECKPOINT_PREFIX = "checkpoint-"
@@ -22,7 +22,7 @@ STATE_NAME = "training_state.json"
 
 
 def checkpoints(output_dir: str | os.PathLike) -> list[Path]:
-    """The whole `checkpoint-N` folders in `output_dir`, by N."""
+    """Return the whole `checkpoint-N` folders in `output_dir`, sorted by N."""
     found = [path for path in Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*") if (path / STATE_NAME).is_file()]
     return sorted((p for p in found if re.fullmatch(rf"{CHECKPOINT_PREFIX}\d+", p.name)), key=_step_of)
 
@@ -40,7 +40,10 @@ def rotate_checkpoints(output_dir: str | os.PathLike, limit: int | None) -> None
 
 
 def cut_log(path: str | os.PathLike, step: int) -> None:
-    """Keep the lines of a JSONL log up to a step: a resumed run writes the later ones again. The last may be torn."""
+    """Keep the lines of a JSONL log up to a step, because a resumed run writes the later ones again.
+
+    A killed run may have torn the last line; it is dropped.
+    """
     path = Path(path)
     if not path.exists():
         return
@@ -64,8 +67,8 @@ def save_checkpoint(
 
     Files: `model.safetensors` (raw weights), `config.json`, `ema.safetensors`, `optimizer.safetensors` and
     `training_state.json`.
-    Every process calls it, because gathering sharded tensors takes all of them; the main one writes, from CPU memory,
-    one file after the other.
+    Every process must call this, because gathering sharded tensors takes all of them; the main one writes, from CPU
+    memory, one file after the other.
 
     Args:
         folder (`str` or `os.PathLike`): `checkpoint-N`; written beside it first, then renamed.
@@ -73,26 +76,27 @@ def save_checkpoint(
         ema_model ([`~diffusers.ModelMixin`]): Its average.
         optimizer (`torch.optim.Optimizer`): Over `model`'s parameters.
         state (`dict`): What else to keep, as JSON: the step, the batch size.
-        is_main_process (`bool`): Whether this process writes.
+        is_main_process (`bool`): Whether this process, of rank 0, writes.
 
     Raises:
         OSError: The disk is full or not writable; nothing is left behind.
     """
-    parts = {
-        "model": model.state_dict(),
-        "ema": ema_model.state_dict(),
-        "optimizer": _optimizer_tensors(model, optimizer),
-    }
-    with contextlib.ExitStack() as stack:
-        partial = stack.enter_context(new_folder(folder)) if is_main_process else None
-        for name, tensors in parts.items():
-            gathered = {}
-            for key, tensor in tensors.items():
-                whole = _whole(tensor.detach())
-                if partial is not None:
-                    gathered[key] = whole.cpu().contiguous()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    # Rank 0 gets everything, the others nothing.
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+
+    with new_folder(folder) if is_main_process else contextlib.nullcontext() as partial:
+
+        def write(name: str, tensors: dict[str, Any]) -> None:
             if partial is not None:
-                save_file(gathered, partial / f"{name}.safetensors")
+                contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+                save_file(contiguous, partial / f"{name}.safetensors")
+
+        write("model", get_model_state_dict(model, options=options))
+        write("ema", get_model_state_dict(ema_model, options=options))
+        # torch would have an optimizer without state take a step.
+        write("optimizer", _optimizer_state(model, optimizer, options) if optimizer.state else {})
         if partial is not None:
             model.save_config(partial)
             (partial / STATE_NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
@@ -103,112 +107,63 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Restore in place what `save_checkpoint` wrote, on any number of processes, and return its `state`.
 
-    Sharded parameters take their part of each tensor from the file, one tensor at a time.
+    The optimizer keeps its hyperparameters; only its tensors are restored.
 
     Raises:
-        OSError: The folder is no whole checkpoint.
+        OSError: The folder is not a complete checkpoint.
         ValueError: The tensors are not those of this model and optimizer.
     """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
     folder = Path(folder)
     if not (folder / STATE_NAME).is_file():
         raise OSError(f"{folder} is no checkpoint: it has no {STATE_NAME}. Pass a `checkpoint-N` folder.")
-    for name, module in (("model", model), ("ema", ema_model)):
-        _restore(folder / f"{name}.safetensors", module.state_dict())
-    names = _parameter_names(model, optimizer)
-    parameters = dict(model.named_parameters())
-    values: dict[int, dict[str, Tensor]] = {}
-    with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
-        indices = {name: index for index, name in enumerate(names)}
-        for key in file.keys():  # noqa: SIM118
-            name, _, kind = key.rpartition(".")
-            if name not in indices:
-                raise ValueError(
-                    f"{folder}: `{name}` is no parameter of this optimizer. Resume with the options it was trained"
-                    " with."
-                )
-            tensor = file.get_tensor(key)
-            values.setdefault(indices[name], {})[kind] = _part(tensor, parameters[name]) if tensor.ndim else tensor
-    # The hyperparameters are the running optimizer's.
-    optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
+    restore_tensors(folder / "model.safetensors", model.state_dict())
+    restore_tensors(folder / "ema.safetensors", ema_model.state_dict())
+    # The optimizer's own tensors, which a step without gradients makes where there are none. They are overwritten in
+    # place: `set_optimizer_state_dict` would hold a second set of them.
+    tensors = _optimizer_state(model, optimizer, StateDictOptions(flatten_optimizer_state_dict=True))
+    for tensor in tensors.values():
+        tensor.zero_()  # the file has no state of a parameter that had no gradient yet
+    restore_tensors(folder / "optimizer.safetensors", tensors, partial=True)
     return json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
 
 
-def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Names in the order in which the optimizer's state dict counts parameters."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, options: Any) -> dict[str, Any]:
+    """Return the tensors of an optimizer by name, such as `proj_in.weight.exp_avg`."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names = _parameter_names(model, optimizer)
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{names[index]}.{kind}": value
-        for index, values in state.items()
-        for kind, value in values.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def shard_model(model: TerDiTTransformer2DModel, device_type: str) -> None:
-    """Shard a model over all processes, in place, block by block (FSDP2): parameters, gradients, optimizer state.
-
-    Everything stays float32, the gathered weights too: a weight gathered in bfloat16 would ternarize differently from
-    the float32 one that is exported. The forward pass sees whole matrices, so their mean is the right one.
-
-    Args:
-        model ([`TerDiTTransformer2DModel`]): Before an optimizer holds its parameters; on its device.
-        device_type (`str`): `"cuda"`, `"cpu"`, ...
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    mesh = init_device_mesh(device_type, (torch.distributed.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
-    for block in model.transformer_blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-
-
-def _whole(tensor: Any) -> Tensor:
-    """The whole of a sharded tensor; takes every process."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _local(tensor: Any) -> Tensor:
-    """This process's part of a sharded tensor, sharing its memory."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _call_whole(module: nn.Module, *args: Tensor) -> Any:
-    """Call a part of a model whose parameters may be sharded, outside the model's own forward."""
-    parameters = {name: _whole(parameter.detach()) for name, parameter in module.named_parameters()}
-    return torch.func.functional_call(module, parameters, args)
-
-
-def _part(tensor: Tensor, like: Any) -> Tensor:
-    """This process's part of a whole tensor, placed as `like`."""
-    if not hasattr(like, "device_mesh"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    return {key.removeprefix("state."): value for key, value in state.items() if key.startswith("state.")}
 
 
 @torch.no_grad()
-def _restore(path: Path, targets: dict[str, Tensor]) -> None:
+def restore_tensors(path: Path, targets: dict[str, Tensor], partial: bool = False) -> None:
+    """Copy the tensors of a safetensors file into `targets`, in place, one at a time; a sharded one takes its part.
+
+    Args:
+        path (`Path`): The file; every process reads it.
+        targets (`dict[str, torch.Tensor]`): By the names in the file.
+        partial (`bool`): Whether the file may lack some of them.
+
+    Raises:
+        ValueError: The names or shapes in the file are not those of `targets`.
+    """
     with safe_open(path, framework="pt") as file:
-        if set(file.keys()) != set(targets):
-            odd = sorted(set(file.keys()) ^ set(targets))
+        names = set(file.keys())
+        odd = sorted(names - set(targets) if partial else names ^ set(targets))
+        if odd:
             raise ValueError(
                 f"{path} is not of this model: {len(odd)} tensors differ, such as `{odd[0]}`. Resume with the options"
                 " it was trained with."
             )
         for name, target in targets.items():
+            if name not in names:
+                continue
             tensor = file.get_tensor(name)
             if tensor.shape != target.shape:
                 raise ValueError(
                     f"{path}: `{name}` is {list(tensor.shape)}, the model's is {list(target.shape)}. Resume with the"
                     " options it was trained with."
                 )
-            target.copy_(_part(tensor, target))
+            target.copy_(shard_like(tensor, target))

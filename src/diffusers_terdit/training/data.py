@@ -1,4 +1,4 @@
-"""Samples from images, data sets, streams and cached latents, and what a training example is made of."""
+"""Training data: images, data sets, streams and cached latents, and the examples that a run draws from them."""
 
 import io
 import itertools
@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from .counters import _philox, normal, sample_order, uniform
+from .random import normal, permutation, sample_order, uniform
 
 
 logger = logging.get_logger(__name__)
@@ -28,9 +28,9 @@ LATENTS_NAME = "latents.json"
 
 
 def prepare_image(image: Image.Image, resolution: int, channels: int = 3) -> Tensor:
-    """Scale the shorter side to `resolution`, cut the middle: (channels, resolution, resolution), float32 in [-1, 1].
+    """Return the middle square of an image, scaled to (channels, resolution, resolution), float32 in [-1, 1].
 
-    Large images are halved by boxes before one bicubic step, as for ADM's and DiT's training data.
+    Large images are halved by boxes before one bicubic step, as in the training data of ADM and DiT.
     Source: https://github.com/openai/guided-diffusion (MIT).
     """
     image = image.convert("L" if channels == 1 else "RGB")
@@ -46,7 +46,7 @@ def prepare_image(image: Image.Image, resolution: int, channels: int = 3) -> Ten
 
 @contextmanager
 def _train_extra() -> Iterator[None]:
-    """Say what to install where an optional dependency is missing."""
+    """Name the extra to install where an optional dependency is missing."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -55,7 +55,7 @@ def _train_extra() -> Iterator[None]:
 
 
 class Digits(Dataset):
-    """scikit-learn's 8x8 digits, (1, 8, 8) float32 in [-1, 1]: the last 300 of 1797 are held out from training."""
+    """The 8x8 digits of scikit-learn, (1, 8, 8) float32 in [-1, 1]; training leaves out the last 300 of 1797."""
 
     flip = False
 
@@ -77,7 +77,7 @@ class Digits(Dataset):
 
 
 class ImageSamples(Dataset):
-    """Images that are read when asked for. One that cannot be read is logged and the next readable one taken instead.
+    """Images that are read on access; one that cannot be read is logged and the next readable one taken instead.
 
     Args:
         sources (`Sequence`): One per image: a path, a `PIL.Image.Image`, or a dict with `"bytes"` or `"path"`, as the
@@ -105,10 +105,10 @@ class ImageSamples(Dataset):
     def from_dataset(
         cls, dataset: Any, image_column: str = "image", label_column: str = "label", **kwargs: Any
     ) -> "ImageSamples":
-        """Images and labels of a loaded `datasets.Dataset`; images stay undecoded until they are asked for.
+        """Take images and labels from a loaded `datasets.Dataset`; images are decoded on access.
 
         Raises:
-            ValueError: A column is not there.
+            ValueError: A column is missing, or there are no rows.
         """
         from datasets import ClassLabel
         from datasets import Image as ImageFeature
@@ -132,10 +132,10 @@ class ImageSamples(Dataset):
 
     @classmethod
     def from_folder(cls, root: str | os.PathLike, **kwargs: Any) -> "ImageSamples":
-        """Images in `root/<label>/`, at any depth below the label; labels are numbered in the order of their names.
+        """Take the images in `root/<label>/`, at any depth below; labels are numbered in the order of their names.
 
         Raises:
-            ValueError: No class folders, or no images in them.
+            ValueError: There are no class folders, or no images in them.
         """
         folders = sorted(path for path in Path(root).iterdir() if path.is_dir() and not path.name.startswith("."))
         extensions = set(Image.registered_extensions())
@@ -156,10 +156,10 @@ class ImageSamples(Dataset):
         return len(self.labels)
 
     def read(self, index: int) -> Tensor:
-        """One image: (channels, resolution, resolution), float32 in [-1, 1].
+        """Read one image: (channels, resolution, resolution), float32 in [-1, 1].
 
         Raises:
-            OSError: It cannot be read.
+            OSError: The image cannot be read.
         """
         source = self.sources[index]
         if isinstance(source, dict):
@@ -183,7 +183,7 @@ class ImageSamples(Dataset):
 
 
 class LatentSamples(Dataset):
-    """Latents cached by `examples/cache_latents.py`: mean and deviation of the VAE's output, of images and mirrors.
+    """Latents cached by `examples/cache_latents.py`: mean and deviation of the VAE's output, also of mirrored images.
 
     Args:
         folder (`str` or `os.PathLike`): Holds `latents.json` and safetensors shards, which are read row by row.
@@ -207,7 +207,7 @@ class LatentSamples(Dataset):
         return {**self.__dict__, "_open": {}}  # a loader's worker opens its own
 
     def get(self, index: int, flipped: bool = False) -> tuple[Tensor, int]:
-        """(2C, h, w) float32, the mean and the deviation of each latent; and the label."""
+        """Return mean and deviation of the latents, (2C, h, w) float32, and the label."""
         shard = int(np.searchsorted(self.ends, index, side="right"))
         if shard not in self._open:
             path = self.folder / self.info["shards"][shard]["name"]
@@ -221,7 +221,7 @@ class LatentSamples(Dataset):
 
 
 class Examples(Dataset):
-    """What stands at a position of a run: a sample, its noise, time and label, all drawn from (seed, position).
+    """The training example at each position of a run: a sample, noise, time and label, drawn from (seed, position).
 
     Args:
         samples: (tensor, label) by index, with `flip`: `ImageSamples`, `LatentSamples`, ...; or a `ShardedStream`.
@@ -263,7 +263,7 @@ class Examples(Dataset):
         return self.example(position, sample.flip(-1) if self._flips(position) else sample, label)
 
     def stream(self, batches: Iterable[Sequence[int]]) -> Iterator[dict[str, Tensor]]:
-        """Collated batches of a stream, whose samples come in the order of their positions."""
+        """Yield collated batches of a stream, whose samples come in the order of their positions."""
         batches, lookahead = itertools.tee(batches)
         samples = self.samples.samples(itertools.chain.from_iterable(lookahead))
         for positions in batches:
@@ -273,9 +273,9 @@ class Examples(Dataset):
             yield default_collate(batch)
 
     def example(self, position: int, sample: Tensor, label: int) -> dict[str, Any]:
-        """A sample with what the position adds: `samples`, `class_labels`, `noise`, `time`.
+        """Return a sample with what the position adds: `samples`, `class_labels`, `noise`, `time`.
 
-        And `posterior_noise` where the sample is not yet the latent itself, but what it is to be drawn from.
+        `posterior_noise` is added where the latent is yet to be drawn from the sample.
         """
         time = self._draw("timestep", position)
         example = {
@@ -298,7 +298,7 @@ class Examples(Dataset):
 
 
 class LatentCodec:
-    """What stands between training data and the latents that the model works on, if anything.
+    """Encodes training data to the latents that the model works on, and decodes samples; pixels pass unchanged.
 
     Args:
         vae ([`~diffusers.AutoencoderKL`], *optional*): Encodes images, decodes samples.
@@ -315,7 +315,7 @@ class LatentCodec:
         return self.vae is not None or self.cache is None
 
     def latent_shape(self, resolution: int, channels: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of images of that size."""
+        """Return (C, h, w), the shape of the latents of images of that size."""
         if self.cache:
             channels, height, width = self.cache["latent_shape"]
             return channels, height, width
@@ -326,7 +326,7 @@ class LatentCodec:
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`samples` of a batch to float32 latents, drawn with its `posterior_noise` from the VAE's distribution."""
+        """Turn `samples` of a batch to float32 latents; its `posterior_noise` draws them from what the VAE says."""
         batch = dict(batch)
         noise = batch.pop("posterior_noise", None)
         if noise is None:
@@ -342,14 +342,14 @@ class LatentCodec:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents to images in [0, 1], (B, C, H, W) float32."""
+        """Turn latents to images in [0, 1], (B, C, H, W) float32."""
         if self.vae is not None:
             latents = self.vae.decode((latents / self.scale).to(self.vae.dtype), return_dict=False)[0].float()
         return (latents / 2 + 0.5).clamp(0, 1)
 
 
 def open_dataset(name: str, config_name: str | None = None, split: str = "train", streaming: bool = False) -> Any:
-    """`datasets.load_dataset` for a name on the Hub, a folder, or one parquet file.
+    """Load a data set with `datasets`: a name on the Hub, a folder, or one parquet file.
 
     Raises:
         ValueError: There is no such data set or split.
@@ -380,7 +380,7 @@ def stream_samples(
     seed: int,
     shard_sizes: dict[int, int],
 ) -> Iterator[Any]:
-    """The rows at rising positions of an endless stream: shards in seeded order, rows in seeded order within each.
+    """Yield the rows at rising positions of an endless stream: shards, and rows within each, in seeded order.
 
     Args:
         num_shards (`int`): Shards in an epoch.
@@ -407,7 +407,7 @@ def stream_samples(
             size = shard_sizes[shard]
             if position < start + size:
                 rows = read_shard(shard) if rows is None else rows
-                order = _philox(seed, f"order of shard {shard}", epoch).random_raw(size).argsort(kind="stable")
+                order = permutation(size, seed, f"order of shard {shard}", epoch)
                 while position is not None and position < start + size:
                     yield rows[int(order[position - start])]
                     position = next(wanted, None)
@@ -419,7 +419,7 @@ def stream_samples(
 
 
 class ShardedStream:
-    """A streamed data set in an order that is a function of the seed: see `stream_samples`. Keeps one shard in memory.
+    """A streamed data set in an order that is a function of the seed (`stream_samples`), one shard in memory.
 
     Args:
         dataset (`datasets.IterableDataset`): From `load_dataset(..., streaming=True)`.
@@ -429,7 +429,7 @@ class ShardedStream:
         kwargs: `resolution`, `channels` and `flip` of `ImageSamples`.
 
     Raises:
-        ValueError: A column is not there, or the labels are no `ClassLabel`.
+        ValueError: A column is missing, or the labels are not a `ClassLabel`.
     """
 
     def __init__(self, dataset: Any, image_column: str, label_column: str, seed: int, **kwargs: Any):
@@ -451,11 +451,11 @@ class ShardedStream:
         self.shard_sizes: dict[int, int] = {}  # what a resumed run needs to find its place without reading
 
     def read_shard(self, index: int) -> ImageSamples:
-        """All samples of a shard, in the order of the file."""
+        """Return all samples of a shard, in the order of the file."""
         rows = list(self.dataset.shard(num_shards=self.dataset.num_shards, index=index))
         images, labels = [row[self.image_column] for row in rows], [row[self.label_column] for row in rows]
         return ImageSamples(images, labels, self.id2label, **self.kwargs)
 
     def samples(self, positions: Iterable[int]) -> Iterator[tuple[Tensor, int]]:
-        """(image, label) at each of the rising positions."""
+        """Yield (image, label) at each of the rising positions."""
         return stream_samples(self.dataset.num_shards, self.read_shard, positions, self.seed, self.shard_sizes)

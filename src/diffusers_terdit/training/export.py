@@ -1,4 +1,4 @@
-"""From trained weights to a packed pipeline folder, its card and its pictures."""
+"""Export trained weights: a packed pipeline folder, its card and its pictures."""
 
 import math
 import os
@@ -16,13 +16,13 @@ from ..models.transformer_terdit import TerDiTTransformer2DModel
 from ..pipelines.pipeline_terdit import TerDiTPipeline
 from ..pipelines.schedulers import training_scheduler
 from ..storage.saving import new_file, replacing
-from .checkpointing import _whole
-from .measures import packed_codes, ternary_statistics
+from .sharding import full_tensor
+from .statistics import packed_codes, ternary_statistics
 
 
 @torch.no_grad()
 def packed_model(model: TerDiTTransformer2DModel) -> TerDiTTransformer2DModel:
-    """A packed copy of a float-format model, on the CPU, made without a second float copy of the ternary weights."""
+    """Return a packed copy of a float-format model, on the CPU, without a second float copy of the ternary weights."""
     if not model.config.ternary:
         raise ValueError(
             "This model is full precision (ternary=False); it has no ternary weights to pack. Save it as it is."
@@ -30,16 +30,15 @@ def packed_model(model: TerDiTTransformer2DModel) -> TerDiTTransformer2DModel:
     packed = TerDiTTransformer2DModel.from_config(model.config, weight_format="packed")
     codes = {f"{name}.weight_packed": tensor for name, tensor in packed_codes(model).items()}
     names = packed.state_dict().keys()
-    floats = {name: _whole(tensor).cpu() for name, tensor in model.state_dict().items() if name in names}
+    floats = {name: full_tensor(tensor).cpu() for name, tensor in model.state_dict().items() if name in names}
     packed.load_state_dict({**floats, **codes})
     return packed.eval()
 
 
 @torch.no_grad()
-def whole_model(model: TerDiTTransformer2DModel) -> TerDiTTransformer2DModel:
-    """A copy of a model, sharded or not, on the CPU."""
+def _copy(model: TerDiTTransformer2DModel) -> TerDiTTransformer2DModel:
     copied = TerDiTTransformer2DModel.from_config(model.config)
-    copied.load_state_dict({name: _whole(tensor).cpu() for name, tensor in model.state_dict().items()})
+    copied.load_state_dict({name: full_tensor(tensor).cpu() for name, tensor in model.state_dict().items()})
     return copied.eval()
 
 
@@ -49,7 +48,7 @@ def to_pipeline(
     vae: AutoencoderKL | None = None,
     id2label: dict[int, str] | None = None,
 ) -> TerDiTPipeline:
-    """A pipeline of a trained model, on the CPU: ternarized and packed, or, in full precision, copied.
+    """Return a pipeline of a trained model, on the CPU: ternarized and packed, or, in full precision, copied.
 
     Args:
         transformer ([`TerDiTTransformer2DModel`]): Float format, float32: the average of the weights. Left unchanged.
@@ -59,7 +58,7 @@ def to_pipeline(
         id2label (`dict[int, str]`, *optional*): Label names.
     """
     return TerDiTPipeline(
-        transformer=packed_model(transformer) if transformer.config.ternary else whole_model(transformer),
+        transformer=packed_model(transformer) if transformer.config.ternary else _copy(transformer),
         scheduler=scheduler or training_scheduler(transformer.config.learn_sigma),
         vae=vae,
         id2label={str(key): value for key, value in id2label.items()} if id2label else None,
@@ -75,31 +74,6 @@ def save_pipeline(pipe: TerDiTPipeline, save_directory: str | os.PathLike) -> No
     save_directory = Path(save_directory)
     with replacing(save_directory, save_directory / "transformer" / "pipeline.saving") as partial:
         pipe.save_pretrained(partial)
-
-
-def export_pipeline(
-    transformer: TerDiTTransformer2DModel,
-    save_directory: str | os.PathLike,
-    scheduler: SchedulerMixin | None = None,
-    vae: AutoencoderKL | None = None,
-    id2label: dict[int, str] | None = None,
-    dtype: torch.dtype | None = None,
-) -> TerDiTPipeline:
-    """`to_pipeline`, then `save_pipeline`.
-
-    Args:
-        transformer ([`TerDiTTransformer2DModel`]): See `to_pipeline`, as for `scheduler`, `vae` and `id2label`.
-        scheduler ([`~diffusers.SchedulerMixin`], *optional*): See there.
-        vae ([`~diffusers.AutoencoderKL`], *optional*): See there.
-        id2label (`dict[int, str]`, *optional*): See there.
-        save_directory (`str` or `os.PathLike`): See `save_pipeline`.
-        dtype (`torch.dtype`, *optional*): Of the tensors that are not ternary; scales stay float32. Default float32.
-    """
-    pipe = to_pipeline(transformer, scheduler, vae, id2label)
-    if dtype is not None:
-        pipe.transformer.to(dtype)
-    save_pipeline(pipe, save_directory)
-    return pipe
 
 
 def model_card(
@@ -188,7 +162,7 @@ def image_grid(
     min_side: int = 64,
     padding: int = 8,
 ) -> Image.Image:
-    """Images in rows on white, with room between them; small ones are enlarged by a whole factor without smoothing.
+    """Lay out images in rows on white; small ones are enlarged by a whole factor without smoothing.
 
     Args:
         images (`Sequence[PIL.Image.Image]`): Of one size, row by row.

@@ -1,4 +1,4 @@
-"""Presets, learning rates, parameter groups and the average of the weights."""
+"""Recipes: presets, learning rates, parameter groups and gradient clipping."""
 
 import math
 from typing import Any
@@ -6,13 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpointing import _local, _whole
+from ..models.transformer_terdit import SIZES
+from .sharding import full_tensor
+
+
+def _size(name: str) -> dict[str, Any]:
+    # The images decide about the sample size, through --resolution.
+    return {key: value for key, value in SIZES[name].items() if key != "sample_size"}
 
 
 _TERDIT_600M: dict[str, Any] = {
-    "num_layers": 16,
-    "num_attention_heads": 32,
-    "attention_head_dim": 48,
+    **_size("terdit-600m-256"),
     "learning_rate": 5e-4,
     "lr_scheduler": "piecewise_constant",
     "lr_step_rules": "1:1550000,0.2",
@@ -21,7 +25,7 @@ _TERDIT_600M: dict[str, Any] = {
 }
 
 
-# Model and recipe by name, in the flags of examples/train_terdit.py: the paper's numbers, and the built-in demo.
+# Model and recipe by name, as flags of examples/train_terdit.py: the numbers of the paper, and the built-in demo.
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "resolution": 8,
@@ -43,13 +47,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "terdit-600m": _TERDIT_600M,
     "terdit-4.2b": {
         **_TERDIT_600M,
-        "num_layers": 32,
-        "attention_head_dim": 96,
+        **_size("terdit-4.2b-256"),
         "lr_step_rules": "1:550000,0.2",
         "total_batch_size": 512,
         "max_train_steps": 1_180_000,
     },
-    # Figures 7 and 8: the authors' initialisation, one learning rate, a Frechet distance every 100,000 steps.
+    # Figures 7 and 8: the authors' initialization, one learning rate, a Frechet distance every 100,000 steps.
     "ablation": {
         **_TERDIT_600M,
         "initialization": "reference",
@@ -69,7 +72,7 @@ def learning_rate_factor(
     decay_steps: int = 0,
     step_rules: str | None = None,
 ) -> float:
-    """What the learning rate is multiplied by at a step.
+    """Return the factor of the learning rate at a step.
 
     Args:
         step (`int`): Optimizer step, from 0.
@@ -105,12 +108,12 @@ def learning_rate_factor(
 def parameter_groups(
     model: nn.Module, weight_decay: float = 0.0, scale_lr_factor: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Parameter groups: matrices; norms, biases and embeddings, without decay; ternary scales, on their own.
+    """Return parameter groups: matrices; norms, biases and embeddings, without decay; ternary scales.
 
     Args:
         model (`torch.nn.Module`): Its parameters that take a gradient are grouped.
-        weight_decay (`float`): Of the matrices; the other groups have 0.
-        scale_lr_factor (`float`): The group of scales learns at this times the learning rate.
+        weight_decay (`float`): Decay of the matrices; that of the other groups is 0.
+        scale_lr_factor (`float`): `lr_factor` of the scales; that of the other groups is 1.
 
     Returns:
         `list[dict]`: Groups with `name`, `params`, `weight_decay` and `lr_factor`; the trainer sets each group's `lr`
@@ -139,22 +142,6 @@ def parameter_groups(
     ]
 
 
-def ema_decay(step: int, decay: float) -> float:
-    """Decay after `step` updates, warmed up to forget the first weights: min(decay, (1 + step) / (10 + step))."""
-    return min(decay, (1 + step) / (10 + step))
-
-
-@torch.no_grad()
-def update_ema(ema_model: nn.Module, model: nn.Module, decay: float) -> None:
-    """`ema = decay * ema + (1 - decay) * model`, in place, over all parameters.
-
-    The average is a model of its own in float32, so it can be sampled from, saved and packed while training goes on in
-    the other one; nothing is swapped and restored.
-    """
-    averages = [_local(parameter) for parameter in ema_model.parameters()]
-    torch._foreach_lerp_(averages, [_local(parameter) for parameter in model.parameters()], 1 - decay)
-
-
 def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
     """Scale the gradients, sharded or not, to a norm of at most `max_norm`, and return the norm before."""
-    return float(_whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)))
+    return float(full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)))

@@ -1,4 +1,4 @@
-"""Random numbers and sample order as functions of (seed, position): what makes a run repeatable anywhere."""
+"""Random numbers and sample order as functions of (seed, position), so that a run repeats anywhere."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ def _philox(seed: int, stream: str, position: int) -> np.random.Philox:
 
 
 def uniform(seed: int, stream: str, positions: Sequence[int]) -> Tensor:
-    """One uniform number per position: a function of (seed, stream, position) and nothing else.
+    """Return one uniform number per position: a function of (seed, stream, position) and nothing else.
 
     Args:
         seed (`int`): 0 to 2**64 - 1.
@@ -35,7 +35,7 @@ def uniform(seed: int, stream: str, positions: Sequence[int]) -> Tensor:
 
 
 def normal(seed: int, stream: str, positions: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Standard normal noise per position; see `uniform`.
+    """Return standard normal noise per position; the arguments are those of `uniform`.
 
     Returns:
         `torch.Tensor`: (B, *shape), float32, on the CPU.
@@ -46,19 +46,28 @@ def normal(seed: int, stream: str, positions: Sequence[int], shape: Sequence[int
     return torch.from_numpy(noise)
 
 
+def permutation(size: int, seed: int, stream: str, position: int) -> np.ndarray:
+    """Return a permutation of `range(size)`; the other arguments are those of `uniform`.
+
+    Returns:
+        `np.ndarray`: (size,), int64.
+    """
+    return _philox(seed, stream, position).random_raw(size).argsort(kind="stable")
+
+
 def sample_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of the samples: position p of the run is sample `sample_order(n, seed, p // n)[p % n]`.
+    """Return the order of an epoch: position p of the run is sample `sample_order(n, seed, p // n)[p % n]`.
 
     Returns:
         `np.ndarray`: (num_samples,), int64.
     """
-    return _philox(seed, "order", epoch).random_raw(num_samples).argsort(kind="stable")
+    return permutation(num_samples, seed, "order", epoch)
 
 
 def microbatch_positions(
     step: int, batch_size: int, accumulation_steps: int = 1, process_index: int = 0, num_processes: int = 1
 ) -> list[range]:
-    """Positions that one process takes in one optimizer step, one range per accumulated micro-batch.
+    """Return the positions that one process takes in one optimizer step, one range per accumulated micro-batch.
 
     Args:
         step (`int`): Optimizer step, from 0.
@@ -80,6 +89,6 @@ def run_positions(
     process_index: int = 0,
     num_processes: int = 1,
 ) -> Iterator[range]:
-    """`microbatch_positions` of one step after the other: what a loader's `batch_sampler` is, from any step on."""
+    """Yield the `microbatch_positions` of each step from `first_step` on: the `batch_sampler` of a data loader."""
     for step in range(first_step, max_steps):
         yield from microbatch_positions(step, batch_size, accumulation_steps, process_index, num_processes)

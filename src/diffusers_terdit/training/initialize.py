@@ -1,4 +1,4 @@
-"""Starting from a trained model: loading, transferring weights, going to ternary by degrees."""
+"""Start from a trained model: load it, transfer its weights, go to ternary by degrees."""
 
 import os
 from collections.abc import Callable
@@ -11,19 +11,19 @@ from torch import Tensor, nn
 from ..layers import TernaryLinear
 from ..models.transformer_terdit import TerDiTTransformer2DModel
 from ..ops import reference
-from .checkpointing import STATE_NAME, _restore
+from .checkpointing import STATE_NAME, restore_tensors
 
 
 def load_transformer(path: str | os.PathLike) -> TerDiTTransformer2DModel:
-    """The transformer of a pipeline (folder or Hub repository), a model folder, or a `checkpoint-N` (raw weights).
+    """Load the transformer of a pipeline (folder or Hub repository), a model folder or a `checkpoint-N` (raw weights).
 
     Raises:
-        OSError: There is none.
+        OSError: There is no model at `path`.
     """
     folder = Path(path)
     if (folder / STATE_NAME).is_file():
         model = TerDiTTransformer2DModel.from_config(TerDiTTransformer2DModel.load_config(folder))
-        _restore(folder / "model.safetensors", model.state_dict())
+        restore_tensors(folder / "model.safetensors", model.state_dict())
         return model.eval()
     subfolder = None if (folder / "config.json").is_file() else "transformer"
     return TerDiTTransformer2DModel.from_pretrained(str(path), subfolder=subfolder)
@@ -31,10 +31,10 @@ def load_transformer(path: str | os.PathLike) -> TerDiTTransformer2DModel:
 
 @torch.no_grad()
 def transfer_weights(source: TerDiTTransformer2DModel, target: TerDiTTransformer2DModel) -> list[str]:
-    """Start a model from another of the same shape: ternary from full precision, the other way, or like from like.
+    """Copy weights between models of the same shape: full precision to ternary, the other way, or like to like.
 
-    A ternary model takes the full-precision weights as its float weights, and the scale that brings `scale * T`
-    nearest to them (least squares). A packed source gives its codes; a full-precision model takes dense `scale * T`.
+    A ternary model takes the full-precision weights as its float weights, and the least-squares scale, which brings
+    `scale * T` nearest to them. A packed source gives its codes; a full-precision model takes dense `scale * T`.
 
     Args:
         source ([`TerDiTTransformer2DModel`]): Trained, in any format. May be changed.
@@ -84,10 +84,10 @@ def least_squares_scale(weight: Tensor, scale_granularity: str | int = "tensor")
 
 
 def gradual_ternarization(model: TerDiTTransformer2DModel) -> Callable[[float], None]:
-    """Blend full-precision and ternary weights while a model that starts from full precision gets used to the latter.
+    """Blend full-precision and ternary weights while a model that starts from full precision becomes ternary.
 
-    Until it is called with 1, every ternary layer computes `(1 - strength) * W + strength * scale * T` instead of
-    `scale * T`. Nothing of it is in the state dict: what is saved is an ordinary ternary model.
+    Every ternary layer computes `(1 - strength) * W + strength * scale * T` instead of `scale * T` until the returned
+    function is called with 1. The state dict does not change: an ordinary ternary model is saved.
 
     Returns:
         `Callable[[float], None]`: Sets the strength, 0 to 1; at 1 the layers are themselves again.
