@@ -104,7 +104,7 @@ def generate(args: argparse.Namespace) -> None:
 
     import torch
 
-    from .training import image_grid
+    from .training.export import image_grid
 
     output = Path(args.output)
     _check_picture(output)
