@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from diffusers_terdit import training
+from diffusers_terdit.storage.saving import new_file, output_folder
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -54,7 +55,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 class Readable(Dataset):
     """Images by index; `None` for one that cannot be read, which is logged."""
 
-    def __init__(self, samples: training.ImageSamples, indices: range):
+    def __init__(self, samples: training.data.ImageSamples, indices: range):
         self.samples, self.indices = samples, indices
 
     def __len__(self) -> int:
@@ -85,7 +86,7 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     accelerator = Accelerator()
-    with training.output_folder(args.output_dir, accelerator.is_main_process):
+    with output_folder(args.output_dir, accelerator.is_main_process):
         cache(args, accelerator)
 
 
@@ -93,10 +94,10 @@ def cache(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Encode the shards that are missing, then write what makes them a cache."""
     options = {"resolution": args.resolution, "channels": 3}
     if args.train_data_dir:
-        samples = training.ImageSamples.from_folder(args.train_data_dir, **options)
+        samples = training.data.ImageSamples.from_folder(args.train_data_dir, **options)
     else:
-        dataset = training.open_dataset(args.dataset_name, args.dataset_config_name, args.dataset_split)
-        samples = training.ImageSamples.from_dataset(dataset, args.image_column, args.label_column, **options)
+        dataset = training.data.open_dataset(args.dataset_name, args.dataset_config_name, args.dataset_split)
+        samples = training.data.ImageSamples.from_dataset(dataset, args.image_column, args.label_column, **options)
     vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path).eval().to(accelerator.device)
     settings = {
         "num_images": str(len(samples)),
@@ -137,7 +138,7 @@ def cache(args: argparse.Namespace, accelerator: Accelerator) -> None:
                 f"None of the images {indices.start} to {indices.stop - 1} can be read. The log above names them."
             )
         whole = {name: torch.cat(parts).contiguous() for name, parts in tensors.items() if parts}
-        with training.new_file(path) as partial:
+        with new_file(path) as partial:
             save_file(whole, partial, metadata=settings)
     accelerator.wait_for_everyone()
 
@@ -156,7 +157,7 @@ def cache(args: argparse.Namespace, accelerator: Accelerator) -> None:
                 count, channels, height, width = file.get_slice("moments").get_shape()
             info["latent_shape"] = [channels // 2, height, width]
             info["shards"].append({"name": path.name, "num_samples": count})
-        with training.new_file(args.output_dir / training.LATENTS_NAME) as partial:
+        with new_file(args.output_dir / training.data.LATENTS_NAME) as partial:
             partial.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
         size = sum(path.stat().st_size for path, _ in shards)
         total = sum(shard["num_samples"] for shard in info["shards"])

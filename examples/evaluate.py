@@ -37,6 +37,7 @@ from diffusers_terdit import TerDiTPipeline, __version__, evaluation, training
 from diffusers_terdit.checkpoints import bundled
 from diffusers_terdit.evaluation.digits import digits_classifier
 from diffusers_terdit.evaluation.inception import InceptionV3
+from diffusers_terdit.storage.saving import new_file, output_folder, writing
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -123,7 +124,7 @@ def at_fixed_rows(layer: nn.Module) -> None:
 def label_of(args: argparse.Namespace, index: int, num_classes: int) -> int:
     if args.label_policy == "balanced":
         return index % num_classes
-    return int(training.uniform(args.seed, "label", [index]) * num_classes)
+    return int(training.random.uniform(args.seed, "label", [index]) * num_classes)
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -133,7 +134,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 def sample(pipe: TerDiTPipeline, args: argparse.Namespace, indices: range) -> np.ndarray:
     """Images of these indices, (B, H, W, C) uint8."""
-    seeds = [int(training.uniform(args.seed, "image", [index]) * 2**53) for index in indices]
+    seeds = [int(training.random.uniform(args.seed, "image", [index]) * 2**53) for index in indices]
     latents = pipe(
         [label_of(args, index, pipe.transformer.config.num_classes) for index in indices],
         num_inference_steps=args.num_inference_steps,
@@ -174,7 +175,7 @@ def pending(parts: Path, num_images: int, batch_size: int) -> list[range]:
 
 def save_part(parts: Path, indices: range, images: np.ndarray) -> None:
     path = parts / f"{indices[0]:08}-{indices[-1]:08}.npy"
-    with training.new_file(path) as partial, partial.open("wb") as file:
+    with new_file(path) as partial, partial.open("wb") as file:
         np.save(file, images)
 
 
@@ -187,7 +188,7 @@ def merge(parts: Path, num_images: int, path: Path) -> None:
         raise SystemExit(f"{parts} holds {sum(map(len, arrays))} of {num_images} images, of sizes {sizes}. Delete it.")
     header = {"descr": "|u1", "fortran_order": False, "shape": (num_images, *sizes[0])}
     with (
-        training.new_file(path) as partial,
+        new_file(path) as partial,
         zipfile.ZipFile(partial, "w") as archive,
         archive.open("arr_0.npy", "w", force_zip64=True) as file,
     ):
@@ -211,7 +212,7 @@ def sample_all(pipe: TerDiTPipeline, args: argparse.Namespace, accelerator: Acce
     accelerator.wait_for_everyone()  # each has looked before one writes
     if accelerator.is_main_process and not path.exists():
         parts.mkdir(parents=True, exist_ok=True)
-        with training.new_file(settings_path) as partial:
+        with new_file(settings_path) as partial:
             partial.write_text(json.dumps(settings, indent=2))
     accelerator.wait_for_everyone()
     if path.exists():
@@ -248,7 +249,7 @@ class FolderImages:
     ndim = 4
 
     def __init__(self, root: str, size: int, channels: int):
-        self.samples = training.ImageSamples.from_folder(root, resolution=size, channels=channels)
+        self.samples = training.data.ImageSamples.from_folder(root, resolution=size, channels=channels)
         self.shape = (len(self.samples), size, size, channels)
         self.root = Path(root)
 
@@ -282,7 +283,7 @@ def reference_statistics(args, network: nn.Module, shape: tuple[int, ...], devic
     name, (height, width, channels) = args.reference, shape[1:]
     images, adm = None, False
     if name == "digits" and not Path(name).exists():
-        images = to_uint8(training.Digits(train=True).images)
+        images = to_uint8(training.data.Digits(train=True).images)
     elif Path(name).is_dir():
         if height != width:
             raise SystemExit(
@@ -321,7 +322,7 @@ def reference_statistics(args, network: nn.Module, shape: tuple[int, ...], devic
             images, network, args.feature_batch_size, device, progress=bar("reference")
         )
     found = dataclasses.replace(found, fingerprint=data)
-    with training.writing(path):
+    with writing(path):
         found.save(path)
     return found
 
@@ -347,7 +348,7 @@ def images_seen(folder: Path) -> int | None:
 def save_pngs(samples: np.ndarray, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for index, image in enumerate(tqdm(samples, desc="PNG", unit="image")):
-        with training.new_file(folder / f"{index:06}.png") as partial:
+        with new_file(folder / f"{index:06}.png") as partial:
             to_pil(image).save(partial, format="PNG")
 
 
@@ -380,7 +381,7 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     accelerator = Accelerator()
-    with training.output_folder(args.output_dir, accelerator.is_main_process):
+    with output_folder(args.output_dir, accelerator.is_main_process):
         evaluate(args, accelerator)
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -399,7 +400,7 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
     pipe = load_pipeline(args, device)
     settings = {
         "model": args.model,
-        "weights_sha256": training.weights_digest(pipe.transformer),
+        "weights_sha256": training.statistics.weights_digest(pipe.transformer),
         "num_images": args.num_images,
         "seed": args.seed,
         "label_policy": args.label_policy,
@@ -417,8 +418,8 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         samples = evaluation.open_samples(args.output_dir / "samples.npz")
         columns = min(pipe.transformer.config.num_classes, 10)
-        grid = training.image_grid([to_pil(image) for image in samples[: 4 * columns]], columns)
-        with training.new_file(args.output_dir / "samples.png") as partial:
+        grid = training.export.image_grid([to_pil(image) for image in samples[: 4 * columns]], columns)
+        with new_file(args.output_dir / "samples.png") as partial:
             grid.save(partial, format="PNG")
         if args.save_images:
             save_pngs(samples, args.output_dir / "images")
@@ -452,7 +453,7 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
         }
         text = "\n".join(report_lines(report)) + "\n"
         for name, contents in (("report.json", json.dumps(report, indent=2)), ("report.md", text)):
-            with training.new_file(args.output_dir / name) as partial:
+            with new_file(args.output_dir / name) as partial:
                 partial.write_text(contents, encoding="utf-8")
         print(text)
 

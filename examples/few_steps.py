@@ -44,7 +44,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusers_terdit import TerDiTPipeline
-from diffusers_terdit.training import ImageSamples
+from diffusers_terdit.training.data import ImageSamples
 from evaluate import model_folder
 
 

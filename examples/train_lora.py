@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, losses, pack_ternary, training
 from diffusers_terdit.evaluation.digits import digits_classifier
+from diffusers_terdit.pipelines.schedulers import training_scheduler
 from evaluate import model_folder
 
 
@@ -68,7 +69,7 @@ class MirroredThrees:
     flip = False
 
     def __init__(self, rehearsal: int):
-        digits = training.Digits(train=True)
+        digits = training.data.Digits(train=True)
         labels = torch.tensor(digits.labels)
         rows = [torch.nonzero(labels == digit)[:rehearsal, 0] for digit in range(10)]
         threes = digits.images[labels == 3].flip(-1)
@@ -90,7 +91,7 @@ def open_samples(args: argparse.Namespace, pipe: TerDiTPipeline):
     config = pipe.transformer.config
     resolution = config.sample_size * pipe.vae_scale_factor
     channels = config.in_channels if pipe.vae is None else 3
-    samples = training.ImageSamples.from_folder(args.train_data_dir, resolution=resolution, channels=channels)
+    samples = training.data.ImageSamples.from_folder(args.train_data_dir, resolution=resolution, channels=channels)
     known, ids = pipe.labels, {}
     for name in samples.id2label.values():
         ids[name] = known[name] if name in known else config.num_classes + len(set(ids) - set(known))
@@ -119,15 +120,15 @@ def train(pipe: TerDiTPipeline, samples, args: argparse.Namespace) -> float:
     config, device = transformer.config, transformer.device
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    codec = training.LatentCodec(pipe.vae)
+    codec = training.data.LatentCodec(pipe.vae)
     flow = isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
-    scheduler = training.training_scheduler(config.learn_sigma, flow)
+    scheduler = training_scheduler(config.learn_sigma, flow)
     latent_shape = (config.in_channels, config.sample_size, config.sample_size)
     dropout = (config.num_classes, args.class_dropout_prob)
-    examples = training.Examples(samples, args.seed, latent_shape, *dropout, continuous_time=flow)
+    examples = training.data.TrainingExamples(samples, args.seed, latent_shape, *dropout, continuous_time=flow)
     weights = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
-    positions = training.run_positions(0, args.max_train_steps, args.train_batch_size, 1, 0, 1)
+    positions = training.random.run_positions(0, args.max_train_steps, args.train_batch_size, 1, 0, 1)
     recent, tenth = [], max(1, args.max_train_steps // 10)
     for step, batch in enumerate(tqdm(DataLoader(examples, batch_sampler=positions), total=args.max_train_steps)):
         batch = codec.encode({key: value.to(device) for key, value in batch.items()})
@@ -142,7 +143,7 @@ def train(pipe: TerDiTPipeline, samples, args: argparse.Namespace) -> float:
         if not loss.isfinite():
             raise FloatingPointError(f"The loss is {loss.item()} at step {step}. Lower --learning_rate.")
         loss.backward()
-        factor = training.learning_rate_factor(
+        factor = training.recipes.learning_rate_factor(
             step, "wsd", args.max_train_steps, min(20, tenth), args.max_train_steps // 3
         )
         for group in optimizer.param_groups:
@@ -159,7 +160,7 @@ def pictures(pipe: TerDiTPipeline, labels: list[int], args: argparse.Namespace) 
     rows = [label for label in labels for _ in range(COLUMNS)]
     generators = [torch.Generator().manual_seed(args.seed + i) for i in range(len(rows))]
     options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-    return training.image_grid(pipe(rows, generator=generators, **options).images, COLUMNS)
+    return training.export.image_grid(pipe(rows, generator=generators, **options).images, COLUMNS)
 
 
 def recognised(pipe: TerDiTPipeline, args: argparse.Namespace, count: int = 200) -> dict[str, float]:

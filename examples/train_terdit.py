@@ -30,6 +30,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, evaluation, losses, training
+from diffusers_terdit.pipelines.schedulers import training_scheduler
+from diffusers_terdit.storage.saving import new_file, output_folder, writing
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -58,9 +60,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--pretrained_vae_model_name_or_path", help="an AutoencoderKL; without it, and without latents, pixels")
 
     add = parser.add_argument_group("model").add_argument
-    add(
-        "--preset", choices=[name for name in training.PRESETS if name != "demo"], help="model and recipe of the paper"
-    )
+    presets = [name for name in training.recipes.PRESETS if name != "demo"]
+    add("--preset", choices=presets, help="model and recipe of the paper")
     add("--in_channels", type=int, default=3, choices=[1, 3], help="of pixels, where there is no VAE")
     add("--patch_size", type=int, default=2)
     add("--num_layers", type=int, default=12)
@@ -128,7 +129,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--license", help="of the trained model, for its card")
 
     known, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**training.PRESETS.get("demo" if known.demo else known.preset, {}))
+    parser.set_defaults(**training.recipes.PRESETS.get("demo" if known.demo else known.preset, {}))
     args = parser.parse_args(argv)
     sources = [args.demo, args.train_data_dir, args.dataset_name, args.train_latents_dir]
     if sum(bool(source) for source in sources) != 1:
@@ -159,15 +160,17 @@ def open_samples(args: argparse.Namespace, channels: int):
     """The training samples, (tensor, label) by index; or, streaming, the `datasets` stream itself."""
     options = {"resolution": args.resolution, "channels": channels, "flip": args.random_flip}
     if args.demo:
-        return training.Digits(train=True)
+        return training.data.Digits(train=True)
     if args.train_latents_dir:
-        return training.LatentSamples(args.train_latents_dir)
+        return training.data.LatentSamples(args.train_latents_dir)
     if args.train_data_dir:
-        return training.ImageSamples.from_folder(args.train_data_dir, **options)
-    dataset = training.open_dataset(args.dataset_name, args.dataset_config_name, args.dataset_split, args.streaming)
+        return training.data.ImageSamples.from_folder(args.train_data_dir, **options)
+    dataset = training.data.open_dataset(
+        args.dataset_name, args.dataset_config_name, args.dataset_split, args.streaming
+    )
     if args.streaming:
-        return training.ShardedStream(dataset, args.image_column, args.label_column, args.seed, **options)
-    return training.ImageSamples.from_dataset(dataset, args.image_column, args.label_column, **options)
+        return training.data.ShardedStream(dataset, args.image_column, args.label_column, args.seed, **options)
+    return training.data.ImageSamples.from_dataset(dataset, args.image_column, args.label_column, **options)
 
 
 def predict(model, scheduler, samples, noise, time, class_labels):
@@ -246,9 +249,9 @@ def build_transformer(args: argparse.Namespace, sample_size: int, in_channels: i
         names = ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "pos_embed_type")
         names += ("adaln_norm", "initialization", "scale_granularity")
         return TerDiTTransformer2DModel(**config, **{name: getattr(args, name) for name in names})
-    source = training.load_transformer(args.init_from)
+    source = training.initialize.load_transformer(args.init_from)
     transformer = TerDiTTransformer2DModel.from_config(source.config, **config, weight_format="float")
-    fresh = training.transfer_weights(source, transformer)
+    fresh = training.initialize.transfer_weights(source, transformer)
     logger.info(f"started from {args.init_from}" + (f", but for {', '.join(fresh)}" if fresh else ""))
     return transformer
 
@@ -306,14 +309,14 @@ def main(argv=None) -> None:
             )
         args.gradient_accumulation_steps = args.total_batch_size // per_pass
     batch_size = per_pass * args.gradient_accumulation_steps
-    with training.output_folder(args.output_dir, main_process):
+    with output_folder(args.output_dir, main_process):
         train(args, accelerator, batch_size)
 
 
 def train(args: argparse.Namespace, accelerator: Accelerator, batch_size: int) -> None:
     """Train and export, or go on from a checkpoint, in a folder that this run has for itself."""
     main_process, device = accelerator.is_main_process, accelerator.device
-    found = training.checkpoints(args.output_dir)
+    found = training.checkpointing.find(args.output_dir)
     if found and not args.resume_from_checkpoint:
         raise SystemExit(
             f"{args.output_dir} holds {found[-1].name}. Pass --resume_from_checkpoint latest to go on, or another"
@@ -325,41 +328,43 @@ def train(args: argparse.Namespace, accelerator: Accelerator, batch_size: int) -
     if args.pretrained_vae_model_name_or_path:
         vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path).requires_grad_(False).to(device)
     samples = open_samples(args, channels=3 if vae is not None else args.in_channels)
-    codec = training.LatentCodec(vae, getattr(samples, "info", None))
+    codec = training.data.LatentCodec(vae, getattr(samples, "info", None))
     if args.frechet_steps and not codec.decodes:
         raise SystemExit("--frechet_steps shows images to a network: pass --pretrained_vae_model_name_or_path, too.")
     latent_shape = codec.latent_shape(args.resolution, args.in_channels)
     num_classes = len(samples.id2label)
-    examples = training.Examples(
+    examples = training.data.TrainingExamples(
         samples, args.seed, latent_shape, num_classes, args.class_dropout_prob, continuous_time=args.flow_matching
     )
 
     # 2. Model, average, optimizer
     set_seed(args.seed)
     transformer = build_transformer(args, latent_shape[1], latent_shape[0], num_classes).train().to(device)
-    teacher = training.load_transformer(args.teacher).requires_grad_(False).to(device) if args.teacher else None
-    if teacher is not None and teacher.config.num_classes != num_classes:
-        raise SystemExit(
-            f"--teacher knows {teacher.config.num_classes} classes, the data has {num_classes}. Pass a teacher of"
-            " these."
-        )
+    teacher = None
+    if args.teacher:
+        teacher = training.initialize.load_transformer(args.teacher).requires_grad_(False).to(device)
+        if teacher.config.num_classes != num_classes:
+            raise SystemExit(
+                f"--teacher knows {teacher.config.num_classes} classes, the data has {num_classes}. Pass a teacher of"
+                " these."
+            )
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     ema_model = copy.deepcopy(transformer).requires_grad_(False).eval()
-    set_strength = training.gradual_ternarization(transformer) if args.ternary_warmup_steps else None
+    set_strength = training.initialize.gradual_ternarization(transformer) if args.ternary_warmup_steps else None
     if args.torch_compile:
         transformer.compile_repeated_blocks()
     if args.fsdp:
-        training.shard_model(transformer, device.type)
-        training.shard_model(ema_model, device.type)
+        training.sharding.shard_model(transformer, device.type)
+        training.sharding.shard_model(ema_model, device.type)
     optimizer = torch.optim.AdamW(
-        training.parameter_groups(transformer, args.adam_weight_decay, args.scale_lr_factor),
+        training.recipes.parameter_groups(transformer, args.adam_weight_decay, args.scale_lr_factor),
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,
     )
     model = transformer if args.fsdp else accelerator.prepare(transformer)
-    scheduler = training.training_scheduler(args.learn_sigma, args.flow_matching)
+    scheduler = training_scheduler(args.learn_sigma, args.flow_matching)
     network = pkgutil.resolve_name(args.feature_network)().eval().to(device) if args.feature_network else None
 
     # 3. Resume
@@ -368,7 +373,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, batch_size: int) -
     if args.resume_from_checkpoint == "latest":
         folder = found[-1] if found else None
     if folder:
-        state = training.load_checkpoint(folder, transformer, ema_model, optimizer)
+        state = training.checkpointing.load(folder, transformer, ema_model, optimizer)
         step = state["step"]
         if (state["batch_size"], state["seed"]) != (batch_size, args.seed):
             raise SystemExit(
@@ -380,14 +385,14 @@ def train(args: argparse.Namespace, accelerator: Accelerator, batch_size: int) -
             samples.shard_sizes.update({int(key): size for key, size in state["shard_sizes"].items()})
         logger.info(f"resumed {folder} at step {step}")
     if main_process:
-        training.cut_log(log_path, step)  # a killed run writes on after its last checkpoint
-        training.rotate_checkpoints(args.output_dir, args.checkpoints_total_limit)  # or ends before it removes one
+        training.checkpointing.cut_log(log_path, step)  # a killed run writes on after its last checkpoint
+        training.checkpointing.rotate(args.output_dir, args.checkpoints_total_limit)  # or ends before it removes one
     if args.report_to:
         accelerator.init_trackers("train_terdit", config=tracked(args))
 
     def log(**record) -> None:
         if main_process:
-            with training.writing(log_path), log_path.open("a") as file:
+            with writing(log_path), log_path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
         accelerator.log({k: v for k, v in record.items() if isinstance(v, (int, float))}, step=record["step"])
 
@@ -395,30 +400,30 @@ def train(args: argparse.Namespace, accelerator: Accelerator, batch_size: int) -
         state = {"step": step, "images_seen": step * batch_size, "batch_size": batch_size, "seed": args.seed}
         state["shard_sizes"] = getattr(samples, "shard_sizes", {})
         folder = args.output_dir / f"checkpoint-{step}"
-        training.save_checkpoint(folder, transformer, ema_model, optimizer, state, main_process)
+        training.checkpointing.save(folder, transformer, ema_model, optimizer, state, main_process)
         if main_process:
-            training.rotate_checkpoints(args.output_dir, args.checkpoints_total_limit)
+            training.checkpointing.rotate(args.output_dir, args.checkpoints_total_limit)
         accelerator.wait_for_everyone()
         logger.info(f"saved {folder}")
 
     def validate(grid: bool, frechet_due: bool) -> None:
-        pipe = training.to_pipeline(ema_model, scheduler, vae, samples.id2label).to(device)  # takes every process
-        pipe.set_progress_bar_config(disable=True)
+        pipe = training.export.to_pipeline(ema_model, scheduler, vae, samples.id2label)  # takes every process
+        pipe.to(device).set_progress_bar_config(disable=True)
         record = {}
         if grid and main_process:
             error = partial(noise_error, pipe.transformer, scheduler, args, codec, examples)
             if not args.streaming:
                 record["noise_error"] = error(samples)
             if args.demo:
-                record["noise_error_held_out"] = error(training.Digits(train=False))
+                record["noise_error_held_out"] = error(training.data.Digits(train=False))
             if codec.decodes:
                 columns = min(num_classes, 10)
                 indices = range(args.num_validation_images)
                 images = sample_images(pipe, args, [i % columns for i in indices], list(indices), "pil")
                 path = args.output_dir / "samples" / f"step-{step}.png"
                 path.parent.mkdir(exist_ok=True)
-                with training.new_file(path) as partial_file:
-                    training.image_grid(images, columns).save(partial_file, format="PNG")
+                with new_file(path) as partial_file:
+                    training.export.image_grid(images, columns).save(partial_file, format="PNG")
         if frechet_due:
             record["frechet_distance"] = frechet(pipe, args, accelerator, network, codec, examples)
         log(step=step, **record)
@@ -443,7 +448,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, batch_size: int) -
         stop_requested = True
 
     signal.signal(signal.SIGTERM, request_stop)
-    positions = training.run_positions(
+    positions = training.random.run_positions(
         step,
         args.max_train_steps,
         args.train_batch_size,
@@ -457,10 +462,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator, batch_size: int) -
         workers, pin_memory = args.dataloader_num_workers, device.type == "cuda"
         batches = iter(DataLoader(examples, batch_sampler=positions, num_workers=workers, pin_memory=pin_memory))
     progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_local_main_process)
-    codes = training.packed_codes(transformer)
+    codes = training.statistics.packed_codes(transformer)
     window, started, last_checkpoint = [], time.perf_counter(), step
     while step < args.max_train_steps:
-        factor = training.learning_rate_factor(
+        factor = training.recipes.learning_rate_factor(
             step,
             args.lr_scheduler,
             args.max_train_steps,
@@ -483,7 +488,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, batch_size: int) -
                 loss = loss / args.gradient_accumulation_steps
                 accelerator.backward(loss)
             step_loss += loss.detach()
-        grad_norm = training.clip_grad_norm(transformer, args.max_grad_norm)
+        grad_norm = training.recipes.clip_grad_norm(transformer, args.max_grad_norm)
         if not math.isfinite(grad_norm):
             raise FloatingPointError(
                 f"The gradient is {grad_norm} at step {step}, loss {step_loss.item()}. The last checkpoint is of step"
@@ -491,7 +496,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, batch_size: int) -
             )
         optimizer.step()
         optimizer.zero_grad()
-        training.update_ema(ema_model, transformer, training.ema_decay(step, args.ema_decay))
+        training.ema.update(ema_model, transformer, training.ema.decay_at(step, args.ema_decay))
         step += 1
         # One reduction: the mean loss, and whether any process was asked to stop.
         report = torch.stack([step_loss, torch.full_like(step_loss, stop_requested)])
@@ -511,10 +516,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator, batch_size: int) -
                 grad_norm=sum(norms) / len(norms),
                 grad_norm_max=max(norms),
                 images_per_second=images_per_second,
-                **training.ternary_statistics(transformer, codes),
-                **training.gate_sizes(transformer),
+                **training.statistics.ternary_statistics(transformer, codes),
+                **training.statistics.gate_sizes(transformer),
             )
-            codes, window, started = training.packed_codes(transformer), [], time.perf_counter()
+            codes, window, started = training.statistics.packed_codes(transformer), [], time.perf_counter()
         if step % args.checkpointing_steps == 0 or done or stop:
             save()
             last_checkpoint = step
@@ -527,20 +532,20 @@ def train(args: argparse.Namespace, accelerator: Accelerator, batch_size: int) -
     progress.close()
 
     # 5. Export
-    pipe = training.to_pipeline(ema_model, scheduler, vae, samples.id2label)
+    pipe = training.export.to_pipeline(ema_model, scheduler, vae, samples.id2label)
     if main_process:
         if args.export_dtype != "float32":
             pipe.transformer.to(getattr(torch, args.export_dtype))
-        training.save_pipeline(pipe, args.output_dir)
+        training.export.save_pipeline(pipe, args.output_dir)
         grids = sorted((args.output_dir / "samples").glob("*.png"), key=lambda path: path.stat().st_mtime)
         images = [f"samples/{path.name}" for path in grids[-1:]]
         name = args.hub_model_id or args.output_dir.name
         num_samples = None if args.streaming else len(samples)
         parts = facts(args, step, batch_size, num_samples), images, args.license
-        training.save_card(training.model_card(pipe, name, *parts), args.output_dir, args.license)
+        training.export.save_card(training.export.model_card(pipe, name, *parts), args.output_dir, args.license)
         if args.push_to_hub:
             ignored = ["checkpoint-*", "*.partial"]
-            repo = training.push_pipeline(pipe, args.output_dir, name, *parts, args.hub_token, ignored)
+            repo = training.export.push_pipeline(pipe, args.output_dir, name, *parts, args.hub_token, ignored)
             logger.info(f"pushed to {repo}")
         logger.info(f"{args.output_dir} is a pipeline: TerDiTPipeline.from_pretrained({str(args.output_dir)!r})")
     accelerator.wait_for_everyone()

@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from diffusers_terdit import TernaryConfig, losses, training
+from diffusers_terdit.storage.saving import new_folder
 
 
 MODEL = {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 32, "cross_attention_dim": 128}
@@ -125,13 +126,13 @@ class CaptionedDigits(Dataset):
     flip = False
 
     def __init__(self, train: bool):
-        digits = training.Digits(train)
+        digits = training.data.Digits(train)
         self.images, self.digits, self.names = (
             digits.images,
             torch.tensor(digits.labels),
             list(digits.id2label.values()),
         )
-        reference = training.Digits(train=True)
+        reference = training.data.Digits(train=True)
         classes = torch.tensor(reference.labels)
         thirds = torch.tensor([1 / 3, 2 / 3])
         self.limits = {}  # property -> (10, 2)
@@ -166,7 +167,7 @@ class CaptionedDigits(Dataset):
         return self.images[index], self.labels[index]
 
 
-def open_images(folder: Path, resolution: int, channels: int) -> training.ImageSamples:
+def open_images(folder: Path, resolution: int, channels: int) -> training.data.ImageSamples:
     """Images of a folder with the captions of its metadata.jsonl; `captions` by the label that stands for each."""
     path = folder / "metadata.jsonl"
     if not path.is_file():
@@ -178,7 +179,7 @@ def open_images(folder: Path, resolution: int, channels: int) -> training.ImageS
     captions = sorted({row["text"] for row in rows})
     numbers = {caption: i for i, caption in enumerate(captions)}
     paths, labels = [folder / row["file_name"] for row in rows], [numbers[row["text"]] for row in rows]
-    samples = training.ImageSamples(paths, labels, dict(enumerate(captions)), resolution, channels)
+    samples = training.data.ImageSamples(paths, labels, dict(enumerate(captions)), resolution, channels)
     samples.captions = captions
     return samples
 
@@ -206,15 +207,15 @@ def train_vae(images: Tensor, steps: int = VAE_STEPS) -> AutoencoderKL:
     )  # fmt: skip
     optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=0.0)
     for step in tqdm(range(steps), desc="VAE"):
-        order = training.sample_order(len(images), 0, step * 64 // len(images))
+        order = training.random.sample_order(len(images), 0, step * 64 // len(images))
         rows = torch.from_numpy(order[step * 64 % len(images) :][:64])
         distribution = vae.encode(images[rows]).latent_dist
-        noise = training.normal(0, "posterior", range(step * 64, step * 64 + len(rows)), (4, 4, 4))
+        noise = training.random.normal(0, "posterior", range(step * 64, step * 64 + len(rows)), (4, 4, 4))
         decoded = vae.decode(distribution.mean + distribution.std * noise).sample
         loss = (decoded - images[rows]).square().mean() + 1e-5 * distribution.kl().mean()
         loss.backward()
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * training.learning_rate_factor(step, "cosine", steps, warmup_steps=20)
+            group["lr"] = 2e-3 * training.recipes.learning_rate_factor(step, "cosine", steps, warmup_steps=20)
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
@@ -261,7 +262,7 @@ def open_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> PixArtA
                 vae = AutoencoderKL.from_pretrained(saved)
             else:
                 vae = train_vae(digits.images)
-                with training.new_folder(saved) as partial_folder:
+                with new_folder(saved) as partial_folder:
                     vae.save_pretrained(partial_folder)
         set_seed(0)
         pipe = demo_pipeline(vae, digits.captions)
@@ -350,7 +351,7 @@ def main(argv=None) -> None:
     if main_process:
         print(f"{accelerator.num_processes} process(es), {accelerator.distributed_type.value}, {device}")
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    found = training.checkpoints(args.output_dir)
+    found = training.checkpointing.find(args.output_dir)
     if found and not args.resume_from_checkpoint:
         raise SystemExit(
             f"{args.output_dir} holds {found[-1].name}. Pass --resume_from_checkpoint latest to go on, or another"
@@ -371,7 +372,7 @@ def main(argv=None) -> None:
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     ema_model = copy.deepcopy(transformer).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(training.parameter_groups(transformer, args.adam_weight_decay))
+    optimizer = torch.optim.AdamW(training.recipes.parameter_groups(transformer, args.adam_weight_decay))
     model = accelerator.prepare(transformer)
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
 
@@ -380,11 +381,11 @@ def main(argv=None) -> None:
     if args.demo and channels != 1:
         raise SystemExit(f"--demo has pictures of 1 channel, this VAE takes {channels}; pass --train_data_dir.")
     samples = CaptionedDigits(train=True) if args.demo else open_images(args.train_data_dir, args.resolution, channels)
-    codec = training.LatentCodec(pipe.vae)
+    codec = training.data.LatentCodec(pipe.vae)
     latent_shape = codec.latent_shape(args.resolution, channels)
     captions = [*samples.captions, ""]  # the last: dropped
     dropout = (len(samples.captions), args.caption_dropout_prob)
-    examples = training.Examples(samples, args.seed, latent_shape, *dropout)
+    examples = training.data.TrainingExamples(samples, args.seed, latent_shape, *dropout)
 
     # 3. Resume
     step, log_path = 0, args.output_dir / "log.jsonl"
@@ -392,7 +393,7 @@ def main(argv=None) -> None:
     if args.resume_from_checkpoint == "latest":
         folder = found[-1] if found else None
     if folder:
-        state = training.load_checkpoint(folder, transformer, ema_model, optimizer)
+        state = training.checkpointing.load(folder, transformer, ema_model, optimizer)
         step = state["step"]
         if (state["batch_size"], state["seed"]) != (batch_size, args.seed):
             raise SystemExit(
@@ -400,17 +401,17 @@ def main(argv=None) -> None:
                 f" has {batch_size} and {args.seed}. Pass the same, or another --output_dir."
             )
     if main_process:
-        training.cut_log(log_path, step)
+        training.checkpointing.cut_log(log_path, step)
 
     # 4. Train
-    positions = training.run_positions(
+    positions = training.random.run_positions(
         step, args.max_train_steps, args.train_batch_size, 1, accelerator.process_index, accelerator.num_processes
     )
     batches = iter(DataLoader(examples, batch_sampler=positions, num_workers=args.dataloader_num_workers))
     progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_local_main_process)
     window, started = [], time.perf_counter()
     while step < args.max_train_steps:
-        factor = training.learning_rate_factor(
+        factor = training.recipes.learning_rate_factor(
             step, args.lr_scheduler, args.max_train_steps, args.lr_warmup_steps, args.max_train_steps // 5
         )
         for group in optimizer.param_groups:
@@ -420,7 +421,7 @@ def main(argv=None) -> None:
         with accelerator.autocast():
             loss = compute_loss(model, scheduler, args, batch, text, teacher)
         accelerator.backward(loss)
-        grad_norm = training.clip_grad_norm(transformer, args.max_grad_norm)
+        grad_norm = training.recipes.clip_grad_norm(transformer, args.max_grad_norm)
         if not math.isfinite(grad_norm):
             raise FloatingPointError(
                 f"The gradient is {grad_norm} at step {step}, loss {loss.item()}. Lower --learning_rate or raise"
@@ -428,7 +429,7 @@ def main(argv=None) -> None:
             )
         optimizer.step()
         optimizer.zero_grad()
-        training.update_ema(ema_model, transformer, training.ema_decay(step, args.ema_decay))
+        training.ema.update(ema_model, transformer, training.ema.decay_at(step, args.ema_decay))
         step += 1
         window.append(accelerator.reduce(loss.detach(), reduction="mean").item())
         progress.update()
@@ -443,9 +444,9 @@ def main(argv=None) -> None:
         if step % args.checkpointing_steps == 0 or done:
             state = {"step": step, "batch_size": batch_size, "seed": args.seed}
             checkpoint = args.output_dir / f"checkpoint-{step}"
-            training.save_checkpoint(checkpoint, transformer, ema_model, optimizer, state, main_process)
+            training.checkpointing.save(checkpoint, transformer, ema_model, optimizer, state, main_process)
             if main_process:
-                training.rotate_checkpoints(args.output_dir, args.checkpoints_total_limit)
+                training.checkpointing.rotate(args.output_dir, args.checkpoints_total_limit)
             accelerator.wait_for_everyone()
     progress.close()
 
@@ -453,11 +454,12 @@ def main(argv=None) -> None:
     if main_process:
         pipe = pipe.to("cpu")
         pipe.transformer = finished(ema_model, args)
-        training.save_pipeline(pipe, args.output_dir)
+        training.export.save_pipeline(pipe, args.output_dir)
         shown = [samples.captions[samples.labels[i % len(samples)]] for i in range(args.num_validation_images)]
         images = sample_images(pipe, shown, list(range(len(shown))), args, "pil")
         (args.output_dir / "samples").mkdir(exist_ok=True)
-        training.image_grid(images, labels=shown, min_side=128).save(args.output_dir / "samples" / f"step-{step}.png")
+        grid = training.export.image_grid(images, labels=shown, min_side=128)
+        grid.save(args.output_dir / "samples" / f"step-{step}.png")
         print(f"{args.output_dir} is a pipeline: PixArtAlphaPipeline.from_pretrained({str(args.output_dir)!r})")
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -331,7 +331,7 @@ class Train(Saving):
     def run(self, variant: str, folder: Path) -> None:
         from diffusers_terdit import training
 
-        found = training.checkpoints(folder)
+        found = training.checkpointing.find(folder)
         first = variant == "from an earlier checkpoint" and len(found) == self.kept and found[-1].name[-1] == "8"
         self.call(folder, "--checkpoints_total_limit", str(self.kept), "--resume_from_checkpoint",
                   str(found[0]) if first else "latest")  # fmt: skip
@@ -357,7 +357,7 @@ class Train(Saving):
     def state(self, variant: str, folder: Path) -> str:
         from diffusers_terdit import training
 
-        found = training.checkpoints(folder)
+        found = training.checkpointing.find(folder)
         before = {name.split("/")[0] for name in self.old[variant] if name.startswith("checkpoint-")}
         assert len(found) >= len(before) - 1, "checkpoints are lost"
         for path in found:
@@ -377,8 +377,8 @@ class Train(Saving):
 
         config = TerDiTTransformer2DModel.load_config(path)
         model, average = (TerDiTTransformer2DModel.from_config(config) for _ in range(2))
-        optimizer = torch.optim.AdamW(training.parameter_groups(model, 0.0, 1.0))
-        state = training.load_checkpoint(path, model, average, optimizer)
+        optimizer = torch.optim.AdamW(training.recipes.parameter_groups(model, 0.0, 1.0))
+        state = training.checkpointing.load(path, model, average, optimizer)
         assert state["step"] == int(path.name.split("-")[1])
 
 
@@ -405,11 +405,11 @@ class Cache(Program):
         for name in whole:
             data = (folder / name).read_bytes()
             assert canonical(name, data) == canonical(name, self.new[variant][name]), f"{name} is torn"
-        if training.LATENTS_NAME not in whole:
+        if training.data.LATENTS_NAME not in whole:
             with pytest.raises(OSError, match="holds no whole latent cache"):
-                training.LatentSamples(folder)
+                training.data.LatentSamples(folder)
             return "part" if whole else "old"
-        samples = training.LatentSamples(folder)
+        samples = training.data.LatentSamples(folder)
         assert len([samples[i] for i in range(len(samples))]) == 14
         return "new"
 

@@ -21,7 +21,7 @@ from diffusers_terdit.checkpoints import bundled
 from diffusers_terdit.cli import build_parser, human_bytes, main
 from diffusers_terdit.ops import has_integer_kernel
 from diffusers_terdit.storage.inspection import HEADERS, inspect_weights
-from diffusers_terdit.training import ternary_statistics
+from diffusers_terdit.training.statistics import ternary_statistics
 
 
 ROOT = Path(__file__).parent.parent

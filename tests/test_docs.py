@@ -69,7 +69,7 @@ def test_python_snippets_run(page, tmp_path, monkeypatch):
 def test_the_tutorial_trains_what_it_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = run_snippets(DOCS / "tutorial.md")
-    names["training"].image_grid(names["pictures"], 10).save("tutorial-digits.png")
+    names["training"].export.image_grid(names["pictures"], 10).save("tutorial-digits.png")
     assert (names["read"].reshape(4, 10) == names["torch"].arange(10)).float().mean() >= 0.9
 
 
@@ -235,11 +235,10 @@ def public_names() -> set[str]:
     package = "diffusers_terdit"
     bases = {"DiffusionPipeline", "ModelMixin", "SchedulerMixin"}  # diffusers'
     names = {f"{package}.{name}" for name in set(diffusers_terdit.__all__) - bases}
-    for module in (training, evaluation):
-        callables = {name for name in module.__all__ if callable(getattr(module, name))}
-        names |= {f"{module.__name__}.{name}" for name in callables}
-    functions = {name for name, value in vars(losses).items() if getattr(value, "__module__", "") == losses.__name__}
-    names |= {f"{losses.__name__}.{name}" for name in functions if not name.startswith("_")}
+    names |= {f"{evaluation.__name__}.{n}" for n in evaluation.__all__ if callable(getattr(evaluation, n))}
+    for module in (losses, *(getattr(training, name) for name in training.__all__)):
+        own = {name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+        names |= {f"{module.__name__}.{name}" for name in own if not name.startswith("_")}
     return names | {f"{package}.checkpoints.bundled", f"{package}.conversion.convert_dense_checkpoint"}
 
 

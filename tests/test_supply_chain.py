@@ -242,7 +242,9 @@ def test_the_base_is_what_the_source_imports_and_extras_are_named_where_they_are
     assert base - used == {"transformers"}
 
 
-@pytest.mark.parametrize(("module", "call"), [("sklearn", training.Digits), ("datasets", training.open_dataset)])
+@pytest.mark.parametrize(
+    ("module", "call"), [("sklearn", training.data.Digits), ("datasets", training.data.open_dataset)]
+)
 def test_a_missing_extra_says_what_to_install(monkeypatch, module, call):
     for name in (module, f"{module}.datasets"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -343,8 +345,8 @@ def test_a_token_is_in_no_log_message_file_or_request_body(
     pipe.push_to_hub("user/mine", private=True, **given)
     loaded = TerDiTPipeline.from_pretrained("user/mine", **given)
     loaded.save_pretrained("saved", push_to_hub=True, repo_id="user/again", **given)
-    training.save_pipeline(pipe, "trained")
-    training.push_pipeline(pipe, "trained", "user/trained", {"steps": "1"}, **given)
+    training.export.save_pipeline(pipe, "trained")
+    training.export.push_pipeline(pipe, "trained", "user/trained", {"steps": "1"}, **given)
     with pytest.raises((OSError, ValueError)) as missing:
         convert_original_checkpoint("user/mine", **given)
     if source != "argument":
@@ -378,10 +380,10 @@ def test_no_path_of_this_machine_is_saved_or_pushed(fake_hub, tiny_pipeline, tmp
     places = {}
     pipe.save_pretrained(tmp_path / "whole")
     pipe.transformer.save_pretrained(tmp_path / "model")
-    training.save_pipeline(pipe, tmp_path / "trained")
-    training.save_card(training.model_card(pipe, "trained", {"steps": "1"}), tmp_path / "trained")
+    training.export.save_pipeline(pipe, tmp_path / "trained")
+    training.export.save_card(training.export.model_card(pipe, "trained", {"steps": "1"}), tmp_path / "trained")
     optimizer = torch.optim.AdamW(pipe.transformer.parameters())
-    training.save_checkpoint(tmp_path / "checkpoint-1", pipe.transformer, pipe.transformer, optimizer, {"step": 1})
+    training.checkpointing.save(tmp_path / "checkpoint-1", pipe.transformer, pipe.transformer, optimizer, {"step": 1})
     for name in ("whole", "model", "trained", "checkpoint-1"):
         places |= {path: path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()}
     monkeypatch.setenv("HF_TOKEN", fake_hub.token)

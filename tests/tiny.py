@@ -31,13 +31,13 @@ def fresh_model(seed=0, **overrides):
 
 
 def optimizer_of(model, **kwargs):
-    return torch.optim.AdamW(training.parameter_groups(model, **kwargs), lr=1e-2)
+    return torch.optim.AdamW(training.recipes.parameter_groups(model, **kwargs), lr=1e-2)
 
 
 def take_steps(model, optimizer, steps, start=0):
     """Train on noise that is a function of the step."""
     for step in range(start, start + steps):
-        samples = training.normal(0, "test", range(4 * step, 4 * step + 4), (1, 8, 8))
+        samples = training.random.normal(0, "test", range(4 * step, 4 * step + 4), (1, 8, 8))
         output = model(samples, torch.arange(4), torch.arange(4), return_dict=False)[0]
         (output[:, :1] - samples).square().mean().backward()
         optimizer.step()

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryLinear, evaluation, losses, training
 from diffusers_terdit.evaluation.digits import digits_classifier
+from diffusers_terdit.pipelines.schedulers import training_scheduler
 
 
 SEEDS = (0, 1, 2)
@@ -227,8 +228,8 @@ def training_flops(size: str) -> int:
 
 
 @cache
-def digits(train: bool) -> training.Digits:
-    return training.Digits(train=train)
+def digits(train: bool) -> training.data.Digits:
+    return training.data.Digits(train=train)
 
 
 @cache
@@ -245,7 +246,7 @@ def real_features(train: bool = True) -> Tensor:
 def fixed_noise(train: bool, count: int) -> dict[str, Tensor]:
     """The first digits, each with the same draws of noise and timestep for every model, and its label."""
     samples = digits(train)
-    examples = training.Examples(samples, EVAL_SEED, (1, 8, 8), len(samples.id2label))
+    examples = training.data.TrainingExamples(samples, EVAL_SEED, (1, 8, 8), len(samples.id2label))
     batch = []
     for index in range(count):
         sample, label = samples[index]
@@ -257,7 +258,7 @@ def fixed_noise(train: bool, count: int) -> dict[str, Tensor]:
 @torch.no_grad()
 def noise_error(model: TerDiTTransformer2DModel, train: bool, count: int = 300) -> float:
     """Mean squared error of the predicted noise, at fixed noise and timesteps."""
-    batch, scheduler, errors = fixed_noise(train, count), training.training_scheduler(), []
+    batch, scheduler, errors = fixed_noise(train, count), training_scheduler(), []
     for rows in torch.arange(len(batch["time"])).split(300):
         clean, noise, time_, labels = (batch[key][rows] for key in ("samples", "noise", "time", "class_labels"))
         output = model(scheduler.add_noise(clean, noise, time_), time_, labels, return_dict=False)[0]
@@ -290,7 +291,7 @@ def judge(images: Tensor) -> dict[str, float]:
 
 def sampled_quality(model: TerDiTTransformer2DModel, size: Size) -> dict[str, float]:
     """`judge` of samples of a dense model: DDIM, without guidance."""
-    scheduler = DDIMScheduler.from_config(training.training_scheduler().config)
+    scheduler = DDIMScheduler.from_config(training_scheduler().config)
     pipe = TerDiTPipeline(transformer=model, scheduler=scheduler)
     return judge(sample(pipe, size.num_images, size.sampling_steps))
 
@@ -307,14 +308,14 @@ def train(arm: Arm, learning_rate: float, seed: int, curve: bool) -> dict:
     """
     size, steps = SIZES[arm.size], arm.steps
     full_steps = round(arm.full_share * steps)
-    examples = training.Examples(digits(True), seed, (1, 8, 8), 10, class_dropout_prob=0.1)
-    scheduler = training.training_scheduler()
+    examples = training.data.TrainingExamples(digits(True), seed, (1, 8, 8), 10, class_dropout_prob=0.1)
+    scheduler = training_scheduler()
     warmup, decay = steps // 20, steps // 5
     points, window, seconds, max_norm = [], [], 0.0, 0.0
 
     def start(model):
         ema = copy.deepcopy(model).requires_grad_(False).eval()
-        groups = training.parameter_groups(model)
+        groups = training.recipes.parameter_groups(model)
         return ema, torch.optim.AdamW(groups, lr=learning_rate)
 
     full = Arm(arm.size, "full", arm.initialization, arm.adaln)
@@ -324,15 +325,15 @@ def train(arm: Arm, learning_rate: float, seed: int, curve: bool) -> dict:
     for step in range(steps):
         if full_steps and step == full_steps:
             model = build(arm, seed)
-            training.transfer_weights(ema_model, model)
+            training.initialize.transfer_weights(ema_model, model)
             ema_model, optimizer = start(model)
             phase_start = step
-            set_strength = training.gradual_ternarization(model) if arm.blend_share else None
+            set_strength = training.initialize.gradual_ternarization(model) if arm.blend_share else None
         if set_strength is not None:
             set_strength(min((step - phase_start) / (arm.blend_share * (steps - full_steps)), 1.0))
         batch = default_collate([examples[i] for i in range(step * size.batch_size, (step + 1) * size.batch_size)])
         started = time.process_time()
-        factor = training.learning_rate_factor(step, "wsd", steps, warmup, decay)
+        factor = training.recipes.learning_rate_factor(step, "wsd", steps, warmup, decay)
         if phase_start:
             factor = min(factor, (step - phase_start + 1) / (warmup + 1))
         for group in optimizer.param_groups:
@@ -342,12 +343,12 @@ def train(arm: Arm, learning_rate: float, seed: int, curve: bool) -> dict:
         output = model(noisy, timesteps, batch["class_labels"], return_dict=False)[0]
         loss = losses.diffusion_loss(output, clean, noise, timesteps, scheduler.alphas_cumprod).mean()
         loss.backward()
-        norm = training.clip_grad_norm(model, 2.0)
+        norm = training.recipes.clip_grad_norm(model, 2.0)
         if not math.isfinite(norm):
             return {"diverged_at": step, "noise_error": math.inf, "noise_error_held_out": math.inf, "curve": points}
         optimizer.step()
         optimizer.zero_grad()
-        training.update_ema(ema_model, model, training.ema_decay(step - phase_start, EMA_DECAY))
+        training.ema.update(ema_model, model, training.ema.decay_at(step - phase_start, EMA_DECAY))
         seconds += time.process_time() - started
         max_norm = max(max_norm, norm)
         window.append(loss.item())

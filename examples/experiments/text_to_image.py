@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from diffusers_terdit import TernaryConfig, losses, training
+from diffusers_terdit.storage.saving import new_folder
 
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -91,7 +92,7 @@ def digits(train: bool) -> script.CaptionedDigits:
 @cache
 def drawn() -> list[int]:
     """Training digits whose captions are drawn: as often as they occur there."""
-    return training.sample_order(len(digits(True)), EVAL_SEED, 0)[:NUM_IMAGES].tolist()
+    return training.random.sample_order(len(digits(True)), EVAL_SEED, 0)[:NUM_IMAGES].tolist()
 
 
 def judged(images: Tensor, wanted: list[int], of: script.CaptionedDigits) -> dict[str, float]:
@@ -113,9 +114,9 @@ def judged(images: Tensor, wanted: list[int], of: script.CaptionedDigits) -> dic
 def noise_error(pipe: PixArtAlphaPipeline) -> float:
     """Mean squared error of the predicted noise on the held-out digits, two fixed draws of noise and timestep each."""
     held_out, scheduler = digits(False), DDPMScheduler.from_config(pipe.scheduler.config)
-    examples = training.Examples(held_out, EVAL_SEED, (4, 4, 4), len(held_out.captions))
+    examples = training.data.TrainingExamples(held_out, EVAL_SEED, (4, 4, 4), len(held_out.captions))
     rows = [examples.example(2 * i + draw, *held_out[i]) for i in range(len(held_out)) for draw in (0, 1)]
-    batch = training.LatentCodec(pipe.vae).encode(default_collate(rows))
+    batch = training.data.LatentCodec(pipe.vae).encode(default_collate(rows))
     text = script.encode(pipe, [held_out.caption(i // 2) for i in range(len(rows))], torch.device("cpu"))
     noisy = scheduler.add_noise(batch["samples"], batch["noise"], batch["time"])
     output = script.predict(pipe.transformer, noisy, batch["time"], text)
@@ -179,7 +180,7 @@ def model_folder(models: Path, name: str, seed: int) -> Path:
         vae = models / "vae"
         if not vae.is_dir():
             torch.manual_seed(0)
-            with training.new_folder(vae) as partial_folder:
+            with new_folder(vae) as partial_folder:
                 script.train_vae(digits(True).images).save_pretrained(partial_folder)
         flags += ["--pretrained_vae_model_name_or_path", str(vae)]
     script.main(flags)

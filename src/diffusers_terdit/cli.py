@@ -23,7 +23,7 @@ from .pipelines.pipeline_terdit import TerDiTPipeline
 from .pipelines.schedulers import scheduler_by_name
 from .storage.inspection import HEADERS, inspect_weights
 from .storage.weights import read_json
-from .training import image_grid
+from .training.export import image_grid
 
 
 DTYPES = ("float32", "bfloat16", "float16")

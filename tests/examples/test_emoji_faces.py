@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffusers_terdit import TerDiTPipeline
 from diffusers_terdit.checkpoints import bundled
-from diffusers_terdit.training import ImageSamples
+from diffusers_terdit.training.data import ImageSamples
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "emoji_faces.py"

@@ -21,6 +21,7 @@ from test_inception import shapes, weights_path  # noqa: F401 - fixtures
 from diffusers_terdit import TerDiTPipeline, cli, evaluation, training
 from diffusers_terdit.evaluation.digits import digits_classifier, train_digits_classifier
 from diffusers_terdit.evaluation.inception import InceptionV3
+from diffusers_terdit.pipelines.schedulers import training_scheduler
 
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +90,7 @@ def finish(process):
 @pytest.fixture
 def latent_pipeline(tiny_model, tiny_vae, tmp_path):
     """Folder of a tiny pipeline with a VAE."""
-    pipe = TerDiTPipeline(tiny_model("packed"), training.training_scheduler(), tiny_vae)
+    pipe = TerDiTPipeline(tiny_model("packed"), training_scheduler(), tiny_vae)
     pipe.save_pretrained(tmp_path / "latent")
     return tmp_path / "latent"
 
@@ -215,7 +216,7 @@ class TestReport:
         assert script.images_seen(tmp_path / "none") is None
 
     def test_a_copy_of_the_reference_is_perfect_and_damage_shows(self, script):
-        network, digits = digits_classifier(), training.Digits(train=True)
+        network, digits = digits_classifier(), training.data.Digits(train=True)
         images = script.to_uint8(digits.images)
         reference = evaluation.image_statistics(images, network)
         assert evaluation.compare(evaluation.image_statistics(images.copy(), network), reference)["fid"] < 1e-3
@@ -226,7 +227,7 @@ class TestReport:
 
     def test_shuffled_labels_show_in_the_distance_per_class(self, script):
         """The unconditional distance cannot see them: class by class it does."""
-        network, digits = digits_classifier(), training.Digits(train=True)
+        network, digits = digits_classifier(), training.data.Digits(train=True)
         images, labels = script.to_uint8(digits.images), np.array(digits.labels)
         shuffled = np.random.default_rng(0).permutation(labels)
         right, wrong = (
@@ -243,7 +244,7 @@ class TestReport:
         assert wrong > 1
 
     def test_reference_statistics_are_kept_for_their_data_and_network(self, evaluate, script, tmp_path, caplog):
-        images = script.to_uint8(training.Digits(train=False).images)
+        images = script.to_uint8(training.data.Digits(train=False).images)
         np.savez(tmp_path / "held-out.npz", images)
         args = ("--num_images", 16, "--reference", tmp_path / "held-out.npz")
         args += ("--reference_statistics", tmp_path / "kept.safetensors")
@@ -257,7 +258,7 @@ class TestReport:
         assert report(tmp_path / "third")["reference"].endswith("200 images")
 
     def test_a_folder_of_images_is_a_reference(self, evaluate, tmp_path):
-        digits = training.Digits(train=False)
+        digits = training.data.Digits(train=False)
         for i in range(40):
             path = tmp_path / "reference" / str(digits.labels[i]) / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -278,7 +279,7 @@ class TestReport:
         (tmp_path / "0").mkdir()
         for name in ("a.png", "b.png"):
             Image.new("L", (8, 8)).save(tmp_path / "0" / name)
-        samples = training.ImageSamples.from_folder(tmp_path, resolution=8, channels=1)
+        samples = training.data.ImageSamples.from_folder(tmp_path, resolution=8, channels=1)
         assert [label for _, label in itertools.islice(samples, 5)] == [0, 0]
 
     def test_a_model_without_a_reference_is_sampled_and_says_so(self, evaluate, latent_pipeline):
@@ -332,7 +333,7 @@ class TestRefusals:
 
 
 def test_the_classifier_of_the_digits_is_what_its_function_trains():
-    train, held_out = training.Digits(train=True), training.Digits(train=False)
+    train, held_out = training.data.Digits(train=True), training.data.Digits(train=False)
     network = train_digits_classifier((train.images + 1) / 2, torch.tensor(train.labels), epochs=10)
     for candidate, least in ((network, 0.93), (digits_classifier(), 0.98)):
         right = candidate((held_out.images + 1) / 2)["logits"].argmax(1) == torch.tensor(held_out.labels)

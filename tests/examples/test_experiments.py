@@ -270,13 +270,13 @@ class TestArms:
     def test_the_start_goes_to_ternary_by_degrees(self, monkeypatch):
         from diffusers_terdit import training
 
-        strengths, make = [], training.gradual_ternarization
+        strengths, make = [], training.initialize.gradual_ternarization
 
         def spied(model):
             set_strength = make(model)
             return lambda value: (strengths.append(value), set_strength(value))
 
-        monkeypatch.setattr(training, "gradual_ternarization", spied)
+        monkeypatch.setattr(training.initialize, "gradual_ternarization", spied)
         monkeypatch.setitem(common.SIZES, "tiny", replace(common.SIZES["tiny"], steps=16))
         common.train(Arm("tiny", full_share=0.5, blend_share=0.5), 1e-3, 0, False)
         assert strengths == [0, 0.25, 0.5, 0.75, 1, 1, 1, 1]

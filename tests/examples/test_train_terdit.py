@@ -92,7 +92,7 @@ class TestDemo:
         pipe = TerDiTPipeline.from_pretrained(folder)
         assert pipe.transformer.config.weight_format == "packed"
         assert pipe.labels["seven"] == 7
-        assert [path.name for path in training.checkpoints(folder)] == ["checkpoint-3", "checkpoint-4"]
+        assert [path.name for path in training.checkpointing.find(folder)] == ["checkpoint-3", "checkpoint-4"]
         assert sorted(path.name for path in (folder / "samples").iterdir()) == ["step-2.png", "step-4.png"]
         assert "32 images seen" in (folder / "README.md").read_text()
         assert not list(folder.rglob("*.partial"))
@@ -112,7 +112,7 @@ class TestDemo:
         )
         average.load_state_dict(load_file(folder / "checkpoint-4" / "ema.safetensors"))
         exported = TerDiTPipeline.from_pretrained(folder).transformer.state_dict()
-        for name, codes in training.packed_codes(average).items():
+        for name, codes in training.statistics.packed_codes(average).items():
             assert torch.equal(exported[f"{name}.weight_packed"], codes)
         assert torch.equal(exported["proj_in.weight"], average.proj_in.weight)
 
@@ -120,7 +120,8 @@ class TestDemo:
         whole = run("--demo", "--checkpointing_steps", 2, output_dir="whole", steps=6)
         run("--demo", "--checkpointing_steps", 2, output_dir="parts", steps=6)
         for step in (4, 6):
-            (tmp_path / "parts" / f"checkpoint-{step}" / training.STATE_NAME).unlink()  # as if killed in step 4
+            folder = tmp_path / "parts" / f"checkpoint-{step}"
+            (folder / training.checkpointing.STATE_NAME).unlink()  # as if killed in step 4
         with pytest.raises(AssertionError):
             assert_same_bits(whole / "checkpoint-6", whole / "checkpoint-4")
         parts = run("--demo", "--resume_from_checkpoint", "latest", output_dir="parts", steps=6)
@@ -171,7 +172,7 @@ class TestDemo:
 
     def test_a_stop_signal_saves_and_the_run_goes_on(self, run, examples, monkeypatch):
         whole = run("--demo", output_dir="whole")
-        update, calls = training.update_ema, []
+        update, calls = training.ema.update, []
 
         def stop_in_second_step(*args):
             calls.append(1)
@@ -179,9 +180,9 @@ class TestDemo:
                 os.kill(os.getpid(), signal.SIGTERM)
             return update(*args)
 
-        monkeypatch.setattr(training, "update_ema", stop_in_second_step)
+        monkeypatch.setattr(training.ema, "update", stop_in_second_step)
         folder = run("--demo", output_dir="stopped")
-        assert [path.name for path in training.checkpoints(folder)] == ["checkpoint-2"]
+        assert [path.name for path in training.checkpointing.find(folder)] == ["checkpoint-2"]
         assert not (folder / "model_index.json").exists()
         monkeypatch.undo()
         run("--demo", "--resume_from_checkpoint", "latest", output_dir="stopped")
@@ -190,7 +191,7 @@ class TestDemo:
     def test_a_loss_that_is_no_number_ends_the_run_and_writes_nothing(self, run, tmp_path):
         with pytest.raises(FloatingPointError, match=r"last checkpoint is of step \d"):
             run("--demo", "--learning_rate", 1e30, "--checkpointing_steps", 1, steps=20)
-        for path in training.checkpoints(tmp_path / "out"):
+        for path in training.checkpointing.find(tmp_path / "out"):
             assert all(t.isfinite().all() for t in load_file(path / "model.safetensors").values()), path
         assert not (tmp_path / "out" / "model_index.json").exists()
 
@@ -220,12 +221,12 @@ class TestDemo:
 
         whole = run("--demo", output_dir="whole")
         with monkeypatch.context() as patch:
-            patch.setattr(training, "image_grid", kill)
+            patch.setattr(training.export, "image_grid", kill)
             with pytest.raises(Killed):
                 run("--demo", "--checkpointing_steps", 2)
         assert not (tmp_path / "out" / "samples" / "step-4.png").exists()
         folder = run("--demo", "--resume_from_checkpoint", "latest", "--checkpoints_total_limit", 1)
-        assert [path.name for path in training.checkpoints(folder)] == ["checkpoint-4"]
+        assert [path.name for path in training.checkpointing.find(folder)] == ["checkpoint-4"]
         assert records(folder, "noise_error") == records(whole, "noise_error")
         assert len(records(whole, "noise_error")) == 1
         picture = Path("samples", "step-4.png")
@@ -284,7 +285,7 @@ class TestActivations:
         folder = run("--demo", "--activation_bits", 8)
         pipe = TerDiTPipeline.from_pretrained(folder)
         assert pipe.transformer.config.activation_bits == 8
-        trained = training.load_transformer(folder / "checkpoint-4")
+        trained = training.initialize.load_transformer(folder / "checkpoint-4")
         assert trained.config.activation_bits == 8
         assert records(folder) != records(run("--demo", output_dir="float"))
         average = TerDiTTransformer2DModel.from_config(trained.config)
@@ -381,7 +382,7 @@ class TestData:
         flags = ("--dataset_name", parquet, "--streaming", "--resolution", 16, "--checkpointing_steps", 3)
         whole = run(*flags, output_dir="whole", steps=6)
         run(*flags, output_dir="parts", steps=6)
-        (tmp_path / "parts" / "checkpoint-6" / training.STATE_NAME).unlink()
+        (tmp_path / "parts" / "checkpoint-6" / training.checkpointing.STATE_NAME).unlink()
         parts = run(*flags, "--resume_from_checkpoint", "latest", output_dir="parts", steps=6)
         assert_same_bits(whole / "checkpoint-6", parts / "checkpoint-6")
 
@@ -409,9 +410,9 @@ class TestData:
         latents = run(*flags, output_dir="latents", script="cache")
         before = (latents / "latents-00001.safetensors").read_bytes()
         (latents / "latents-00002.safetensors").unlink()
-        (latents / training.LATENTS_NAME).unlink()
+        (latents / training.data.LATENTS_NAME).unlink()
         run(*flags, output_dir="latents", script="cache")
-        samples = training.LatentSamples(latents)
+        samples = training.data.LatentSamples(latents)
         assert len(samples) == 19
         assert [samples[i][1] for i in range(19)] == [0] * 9 + [1] * 10
         assert (latents / "latents-00001.safetensors").read_bytes() == before
@@ -469,7 +470,7 @@ class TestPresets:
         assert (args.total_batch_size, args.max_train_steps, args.ema_decay) == (batch, steps, 0.9999)
         rate = [
             args.learning_rate
-            * training.learning_rate_factor(step, args.lr_scheduler, steps, step_rules=args.lr_step_rules)
+            * training.recipes.learning_rate_factor(step, args.lr_scheduler, steps, step_rules=args.lr_step_rules)
             for step in (0, drop - 1, drop, steps - 1)
         ]
         assert rate == pytest.approx([5e-4, 5e-4, 1e-4, 1e-4])
@@ -556,7 +557,7 @@ class TestProcesses:
         (sharded / "checkpoint-3").rename(tmp_path / "resumed" / "checkpoint-3")
         launch(tmp_path / "resumed", "--fsdp", "--resume_from_checkpoint", "latest", processes=2, steps=6)
         assert_same_bits(sharded / "checkpoint-6", tmp_path / "resumed" / "checkpoint-6")
-        (one / "checkpoint-6" / training.STATE_NAME).unlink()
+        (one / "checkpoint-6" / training.checkpointing.STATE_NAME).unlink()
         run("--demo", "--train_batch_size", 16, "--resume_from_checkpoint", tmp_path / "resumed" / "checkpoint-6",
             output_dir="alone", steps=8)  # fmt: skip
 
@@ -568,13 +569,15 @@ class TestProcesses:
         random = np.random.default_rng(0)
         folder, kills = tmp_path / "killed", 0
         for _ in range(3 if processes == 1 else 5):
-            first = training.checkpoints(folder)
+            first = training.checkpointing.find(folder)
             process = launch(
                 folder, *flags, "--resume_from_checkpoint", "latest", processes=processes, steps=steps, wait=False
             )
             # Wait until it has gone on from where it was, then a random moment longer: saving takes most of the time.
             deadline = time.monotonic() + 120
-            while training.checkpoints(folder) == first and process.poll() is None and time.monotonic() < deadline:
+            while (
+                training.checkpointing.find(folder) == first and process.poll() is None and time.monotonic() < deadline
+            ):
                 time.sleep(0.01)
             time.sleep(random.uniform(0, 0.3))
             if process.poll() is None:
@@ -623,7 +626,7 @@ def turned(images):
 
 def train_judge(seed, epochs=40):
     torch.manual_seed(seed)
-    train, (one, two, three) = training.Digits(train=True), ((1, 32), (32, 64), (64, 64))
+    train, (one, two, three) = training.data.Digits(train=True), ((1, 32), (32, 64), (64, 64))
     labels = torch.tensor(train.labels)
 
     def block(inputs, outputs):
@@ -646,7 +649,7 @@ def train_judge(seed, epochs=40):
 class TestBundledCheckpoint:
     def test_a_judge_recognises_its_samples(self):
         svm = pytest.importorskip("sklearn.svm")
-        train, held_out = training.Digits(train=True), training.Digits(train=False)
+        train, held_out = training.data.Digits(train=True), training.data.Digits(train=False)
         moves = ((0, 0), (0, 1), (0, -1))
         images = torch.cat([shifted(train.images, *move) for move in moves]).flatten(1).numpy()
         machine = svm.SVC(gamma=0.05, C=10).fit(images, train.labels * len(moves))
@@ -659,7 +662,7 @@ class TestBundledCheckpoint:
 
     @pytest.mark.slow
     def test_a_better_judge_gives_the_numbers_of_the_card(self):
-        held_out = training.Digits(train=False)
+        held_out = training.data.Digits(train=False)
         networks = [train_judge(seed) for seed in range(3)]
 
         @torch.no_grad()

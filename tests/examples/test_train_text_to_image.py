@@ -146,7 +146,7 @@ class TestTraining:
         ]
         assert images[0].shape == (1, 1, 8, 8)
         assert not torch.equal(*images)
-        assert [path.name for path in training.checkpoints(dense)] == ["checkpoint-4"]
+        assert [path.name for path in training.checkpointing.find(dense)] == ["checkpoint-4"]
         assert len(losses_of(dense)) == 4
         with Image.open(dense / "samples" / "step-4.png") as grid:
             assert grid.width > 256
@@ -197,7 +197,7 @@ class TestTraining:
         if ternary:
             options += ["--ternary", "--pretrained_model_name_or_path", dense, "--teacher", dense]
         whole, parts = run(*options), run(*options, output_dir="parts")
-        training.rotate_checkpoints(parts, 2)
+        training.checkpointing.rotate(parts, 2)
         for path in (parts / "checkpoint-4").iterdir():  # as if the run had been killed after step 3
             path.unlink()
         (parts / "checkpoint-4").rmdir()
@@ -237,7 +237,7 @@ class TestTraining:
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
         assert result.returncode == 0, result.stderr
         assert "2 process(es)" in result.stdout
-        state = json.loads((tmp_path / "two" / "checkpoint-2" / training.STATE_NAME).read_text())
+        state = json.loads((tmp_path / "two" / "checkpoint-2" / training.checkpointing.STATE_NAME).read_text())
         assert state["batch_size"] == 16
         assert ternary_layers(PixArtAlphaPipeline.from_pretrained(tmp_path / "two").transformer)
 

@@ -347,7 +347,7 @@ class TestTraining:
     """What `train_terdit.py --push_to_hub` does in the end."""
 
     def push(self, hub, pipe, repo_id="digits"):
-        return training.push_pipeline(
+        return training.export.push_pipeline(
             pipe,
             "out",
             repo_id,
@@ -360,7 +360,7 @@ class TestTraining:
 
     def test_the_card_is_that_of_the_repository_and_checkpoints_stay(self, fake_hub, tiny_pipeline, tmp_path):
         pipe = tiny_pipeline(weight_format="packed")
-        training.save_pipeline(pipe, "out")
+        training.export.save_pipeline(pipe, "out")
         for name in ("checkpoint-5/model.safetensors", "samples/1.png", "log.jsonl", "x.partial"):
             (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
             (tmp_path / "out" / name).write_bytes(b"-")
@@ -377,12 +377,12 @@ class TestTraining:
 
     def test_the_author_of_the_folders_card_keeps_the_text(self, fake_hub, tiny_pipeline, tmp_path):
         pipe = tiny_pipeline()
-        training.save_pipeline(pipe, "out")
-        text = training.model_card(pipe, "out", {"steps": "1"}, license="mit")
-        training.save_card(text, "out", "mit")
+        training.export.save_pipeline(pipe, "out")
+        text = training.export.model_card(pipe, "out", {"steps": "1"}, license="mit")
+        training.export.save_card(text, "out", "mit")
         path = tmp_path / "out" / "README.md"
         path.write_text(path.read_text("utf-8").replace("license: mit", "license: cc0-1.0") + "\nMine.\n")
-        training.save_card(training.model_card(pipe, "out", {"steps": "2"}), "out")
+        training.export.save_card(training.export.model_card(pipe, "out", {"steps": "2"}), "out")
         assert "license: cc0-1.0" in path.read_text("utf-8")
         self.push(fake_hub, pipe)
         card = fake_hub.repos["user/digits"].files()["README.md"].decode()

@@ -47,7 +47,7 @@ def without_gpu(*arguments):
 def in_use(script, *arguments):
     def provoke(w):
         (w.tmp / "checkpoint-3").mkdir()
-        (w.tmp / "checkpoint-3" / training.STATE_NAME).write_text("{}")
+        (w.tmp / "checkpoint-3" / training.checkpointing.STATE_NAME).write_text("{}")
         run(script, *arguments, "--output_dir", "TMP")(w)
 
     return provoke

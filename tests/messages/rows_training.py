@@ -9,7 +9,6 @@ from safetensors import SafetensorError
 
 from diffusers_terdit import training
 from diffusers_terdit.storage import saving
-from diffusers_terdit.training import checkpointing
 
 
 OPTIONS = "Resume with the options it was trained with."
@@ -20,11 +19,11 @@ def resumed(file=None, **changes):
 
     def provoke(w):
         model, ema = w.model(), w.model()
-        optimizer = torch.optim.AdamW(training.parameter_groups(model))
+        optimizer = torch.optim.AdamW(training.recipes.parameter_groups(model))
         folder = w.tmp / "checkpoint-1"
-        training.save_checkpoint(folder, model, ema, optimizer, {"step": 1})
+        training.checkpointing.save(folder, model, ema, optimizer, {"step": 1})
         edit_tensors(folder / file, **changes)
-        training.load_checkpoint(folder, model, ema, optimizer)
+        training.checkpointing.load(folder, model, ema, optimizer)
 
     return provoke
 
@@ -33,34 +32,34 @@ def no_file(w):
     def refuse(*arguments):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    w.monkeypatch.setattr(checkpointing, "save_file", refuse)
+    w.monkeypatch.setattr(training.checkpointing, "save_file", refuse)
     resumed("model.safetensors")(w)
 
 
 def no_extra(w):
     w.monkeypatch.setitem(sys.modules, "datasets", None)
-    training.open_dataset("x")
+    training.data.open_dataset("x")
 
 
 def second_run(w):
-    with training.output_folder(w.tmp / "run"), training.output_folder(w.tmp / "run", seconds=0):
+    with saving.output_folder(w.tmp / "run"), saving.output_folder(w.tmp / "run", seconds=0):
         pass
 
 
 def no_images(w):
     (w.tmp / "cat").mkdir()
-    training.ImageSamples.from_folder(w.tmp, resolution=8)
+    training.data.ImageSamples.from_folder(w.tmp, resolution=8)
 
 
 def images(count):
-    return lambda w: training.ImageSamples([w.tmp / "1.png"] * count, [0] * count, {0: "cat"}, 8)
+    return lambda w: training.data.ImageSamples([w.tmp / "1.png"] * count, [0] * count, {0: "cat"}, 8)
 
 
 def latents(text):
     def provoke(w):
         if text:
             (w.tmp / "latents.json").write_text(text)
-        training.LatentSamples(w.tmp)
+        training.data.LatentSamples(w.tmp)
 
     return provoke
 
@@ -73,7 +72,7 @@ def rows(**columns):
 
 
 def stream(dataset):
-    return training.ShardedStream(dataset, "image", "label", 0, resolution=8, channels=1, flip=False)
+    return training.data.ShardedStream(dataset, "image", "label", 0, resolution=8, channels=1, flip=False)
 
 
 def untyped_stream():
@@ -83,12 +82,12 @@ def untyped_stream():
 
 
 def empty_stream(w):
-    list(training.stream_samples(3, lambda shard: [], [0], 0, {}))
+    list(training.data.stream_samples(3, lambda shard: [], [0], 0, {}))
 
 
 # fmt: off
 ROWS = [
-    Row("checkpoint-none", lambda w: training.load_checkpoint(w.tmp, None, None, None), OSError,
+    Row("checkpoint-none", lambda w: training.checkpointing.load(w.tmp, None, None, None), OSError,
         "TMP", "it has no training_state.json", "Pass a `checkpoint-N` folder."),
     Row("checkpoint-optimizer", resumed("optimizer.safetensors", ghost__exp_avg=torch.zeros(3)), ValueError,
         "`ghost.exp_avg`", "1 tensors differ", OPTIONS),
@@ -113,29 +112,31 @@ ROWS = [
     Row("latents-empty", latents("{}"), OSError, "TMP", "no whole latent cache: 'id2label'", "Run cache_latents.py"),
     Row("dataset-extra", no_extra, ImportError,
         Fixed("datasets"), "This needs datasets", "pip install 'diffusers-terdit[train]'"),
-    Row("dataset-absent", lambda w: training.open_dataset(f"{w.tmp}/x.parquet"), ValueError,
+    Row("dataset-absent", lambda w: training.data.open_dataset(f"{w.tmp}/x.parquet"), ValueError,
         "TMP/x.parquet", "cannot be loaded", "Check name, config and split."),
-    Row("dataset-column", lambda w: training.ImageSamples.from_dataset(rows(label=[0]), "picture", resolution=8),
+    Row("dataset-column", lambda w: training.data.ImageSamples.from_dataset(rows(label=[0]), "picture", resolution=8),
         ValueError, "'picture'", "has no column", "its columns are image, label"),
-    Row("dataset-empty", lambda w: training.ImageSamples.from_dataset(rows(label=[]), resolution=8), ValueError,
+    Row("dataset-empty", lambda w: training.data.ImageSamples.from_dataset(rows(label=[]), resolution=8), ValueError,
         "the columns image, label", "but no rows", "Take another split."),
-    Row("examples-empty", lambda w: training.Examples([], 0, (1, 8, 8), 10), ValueError,
+    Row("examples-empty", lambda w: training.data.TrainingExamples([], 0, (1, 8, 8), 10), ValueError,
         "got []", "`samples` holds none", "Pass at least one."),
-    Row("examples-dropout", lambda w: training.Examples([0], 0, (1, 8, 8), 10, class_dropout_prob=5), ValueError,
-        "got 5", "`class_dropout_prob` must be a probability, 0 to 1", REASON),
+    Row("examples-dropout", lambda w: training.data.TrainingExamples([0], 0, (1, 8, 8), 10, class_dropout_prob=5),
+        ValueError, "got 5", "`class_dropout_prob` must be a probability, 0 to 1", REASON),
     Row("stream-empty", empty_stream, ValueError,
         "its 3 shards", "holds no samples", "Take another data set or split."),
     Row("stream-types", lambda w: stream(untyped_stream()), ValueError,
         Fixed("This stream"), "does not say its columns' types", "Load it without --streaming."),
     Row("stream-labels", lambda w: stream(rows(label=["cat"]).to_iterable_dataset()), ValueError,
         "column 'label' is Value(", "needs labels of type ClassLabel", "Load it without --streaming."),
-    Row("export-dense", lambda w: training.packed_model(w.model(ternary=False)), ValueError,
+    Row("export-dense", lambda w: training.export.packed_model(w.model(ternary=False)), ValueError,
         Fixed("ternary=False"), "no ternary weights to pack", "Save it as it is."),
-    Row("grid-empty", lambda w: training.image_grid([]), ValueError, "got []", "needs at least one image", REASON),
-    Row("schedule", lambda w: training.learning_rate_factor(0, "linear", 10), ValueError,
+    Row("grid-empty", lambda w: training.export.image_grid([]), ValueError,
+        "got []", "needs at least one image", REASON),
+    Row("schedule", lambda w: training.recipes.learning_rate_factor(0, "linear", 10), ValueError,
         "'linear'", 'must be "constant", "cosine", "wsd" or "piecewise_constant"', REASON),
-    Row("schedule-rules", lambda w: training.learning_rate_factor(0, "piecewise_constant", 10, step_rules="1:x,0.2"),
+    Row("schedule-rules",
+        lambda w: training.recipes.learning_rate_factor(0, "piecewise_constant", 10, step_rules="1:x,0.2"),
         ValueError, "'1:x,0.2'", 'must look like "1:1550000,0.2"', REASON),
-    Row("transfer", lambda w: training.transfer_weights(w.model(), w.model(ffn_dim=32)), ValueError,
+    Row("transfer", lambda w: training.initialize.transfer_weights(w.model(), w.model(ffn_dim=32)), ValueError,
         "transformer_blocks.0.ff.gate_proj.weight", "in the one to start from", "Give the new one its sizes."),
 ]

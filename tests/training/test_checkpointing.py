@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffusers_terdit import training
+from diffusers_terdit.storage.saving import new_folder
 from tiny import fresh_model, optimizer_of, take_steps
 
 
@@ -13,18 +14,18 @@ class TestFolders:
     def test_only_whole_checkpoints_are_found_and_the_oldest_go(self, tmp_path):
         for step in (100, 20, 3):
             (tmp_path / f"checkpoint-{step}").mkdir()
-            (tmp_path / f"checkpoint-{step}" / training.STATE_NAME).write_text("{}")
+            (tmp_path / f"checkpoint-{step}" / training.checkpointing.STATE_NAME).write_text("{}")
         (tmp_path / "checkpoint-200.partial").mkdir()
         (tmp_path / "checkpoint-300").mkdir()  # empty
-        assert [path.name for path in training.checkpoints(tmp_path)] == [
+        assert [path.name for path in training.checkpointing.find(tmp_path)] == [
             "checkpoint-3",
             "checkpoint-20",
             "checkpoint-100",
         ]
-        training.rotate_checkpoints(tmp_path, None)
-        assert len(training.checkpoints(tmp_path)) == 3
-        training.rotate_checkpoints(tmp_path, 2)
-        assert [path.name for path in training.checkpoints(tmp_path)] == ["checkpoint-20", "checkpoint-100"]
+        training.checkpointing.rotate(tmp_path, None)
+        assert len(training.checkpointing.find(tmp_path)) == 3
+        training.checkpointing.rotate(tmp_path, 2)
+        assert [path.name for path in training.checkpointing.find(tmp_path)] == ["checkpoint-20", "checkpoint-100"]
 
     def test_a_killed_exchange_leaves_a_whole_folder_or_none(self, tmp_path, monkeypatch):
         """A checkpoint is overwritten by a run that goes on from an earlier one."""
@@ -32,12 +33,12 @@ class TestFolders:
         class Killed(BaseException): ...
 
         def removed_in_part(path, **kwargs):
-            next(file for file in Path(path).iterdir() if file.name != training.STATE_NAME).unlink()
+            next(file for file in Path(path).iterdir() if file.name != training.checkpointing.STATE_NAME).unlink()
             raise Killed
 
         def save(text):
-            with training.new_folder(tmp_path / "checkpoint-1") as partial:
-                for name in ("model", training.STATE_NAME):
+            with new_folder(tmp_path / "checkpoint-1") as partial:
+                for name in ("model", training.checkpointing.STATE_NAME):
                     (partial / name).write_text(text)
 
         save("old")
@@ -45,7 +46,7 @@ class TestFolders:
             patch.setattr(shutil, "rmtree", removed_in_part)
             with pytest.raises(Killed):
                 save("new")
-        assert all((folder / "model").exists() for folder in training.checkpoints(tmp_path))
+        assert all((folder / "model").exists() for folder in training.checkpointing.find(tmp_path))
         save("new")
         assert (tmp_path / "checkpoint-1" / "model").read_text() == "new"
 
@@ -54,10 +55,10 @@ class TestLog:
     def test_lines_after_the_step_and_torn_lines_are_cut(self, tmp_path):
         path = tmp_path / "log.jsonl"
         path.write_text('{"step": 1}\n{"step": 2, "loss": 0.5}\n{"step": 3}\n{"step": 2, "lo')
-        training.cut_log(path, 2)
+        training.checkpointing.cut_log(path, 2)
         assert path.read_text() == '{"step": 1}\n{"step": 2, "loss": 0.5}\n'
         assert [file.name for file in tmp_path.iterdir()] == ["log.jsonl"]
-        training.cut_log(tmp_path / "missing.jsonl", 2)
+        training.checkpointing.cut_log(tmp_path / "missing.jsonl", 2)
 
 
 class TestCheckpoints:
@@ -65,12 +66,12 @@ class TestCheckpoints:
         model, average = fresh_model(), fresh_model()
         optimizer = optimizer_of(model)
         take_steps(model, optimizer, 2)
-        training.save_checkpoint(tmp_path / "checkpoint-2", model, average, optimizer, {"step": 2})
+        training.checkpointing.save(tmp_path / "checkpoint-2", model, average, optimizer, {"step": 2})
         take_steps(model, optimizer, 2, start=2)
 
         resumed, resumed_average = fresh_model(1), fresh_model(2)
         resumed_optimizer = optimizer_of(resumed)
-        state = training.load_checkpoint(tmp_path / "checkpoint-2", resumed, resumed_average, resumed_optimizer)
+        state = training.checkpointing.load(tmp_path / "checkpoint-2", resumed, resumed_average, resumed_optimizer)
         assert state == {"step": 2}
         take_steps(resumed, resumed_optimizer, 2, start=2)
         for name, value in model.state_dict().items():
@@ -80,9 +81,9 @@ class TestCheckpoints:
 
     def test_raw_weights_are_the_models_own_tensors_by_name(self, tmp_path):
         model = fresh_model(scale_granularity="row")
-        training.save_checkpoint(tmp_path / "checkpoint-0", model, model, optimizer_of(model), {})
+        training.checkpointing.save(tmp_path / "checkpoint-0", model, model, optimizer_of(model), {})
         tensors = load_file(tmp_path / "checkpoint-0" / "model.safetensors")
-        loaded = training.load_transformer(tmp_path / "checkpoint-0")
+        loaded = training.initialize.load_transformer(tmp_path / "checkpoint-0")
         assert tensors.keys() == model.state_dict().keys()
         for name, value in model.state_dict().items():
             assert torch.equal(value, tensors[name])
@@ -93,7 +94,7 @@ class TestCheckpoints:
         model.proj_in.requires_grad_(False)
         optimizer = optimizer_of(model)
         take_steps(model, optimizer, 1)
-        training.save_checkpoint(tmp_path / "checkpoint-1", model, model, optimizer, {})
+        training.checkpointing.save(tmp_path / "checkpoint-1", model, model, optimizer, {})
         tensors = load_file(tmp_path / "checkpoint-1" / "optimizer.safetensors")
         expected = {
             f"{name}.{kind}": value
@@ -117,12 +118,12 @@ class TestCheckpoints:
 
         model, optimizer = start(0)
         take_steps(model, optimizer, steps)
-        training.save_checkpoint(tmp_path / "checkpoint-2", model, model, optimizer, {})
+        training.checkpointing.save(tmp_path / "checkpoint-2", model, model, optimizer, {})
         assert len(optimizer.state) == (len(list(model.parameters())) - 1 if steps else 0)
         resumed, resumed_optimizer = start(1)
         for trained in (model, resumed):
             trained.class_embed.requires_grad_(True)
-        training.load_checkpoint(tmp_path / "checkpoint-2", resumed, resumed, resumed_optimizer)
+        training.checkpointing.load(tmp_path / "checkpoint-2", resumed, resumed, resumed_optimizer)
         take_steps(model, optimizer, 2)
         take_steps(resumed, resumed_optimizer, 2)
         for name, value in model.state_dict().items():
@@ -131,12 +132,12 @@ class TestCheckpoints:
     def test_a_folder_that_is_no_checkpoint_is_refused(self, tmp_path):
         model = fresh_model()
         with pytest.raises(OSError, match="no checkpoint"):
-            training.load_checkpoint(tmp_path, model, model, optimizer_of(model))
+            training.checkpointing.load(tmp_path, model, model, optimizer_of(model))
 
     def test_another_models_checkpoint_is_refused(self, tmp_path):
         model, deeper, wider = fresh_model(), fresh_model(num_layers=3), fresh_model(ffn_dim=64)
-        training.save_checkpoint(tmp_path / "checkpoint-0", model, model, optimizer_of(model), {})
+        training.checkpointing.save(tmp_path / "checkpoint-0", model, model, optimizer_of(model), {})
         with pytest.raises(ValueError, match=r"transformer_blocks\.2"):
-            training.load_checkpoint(tmp_path / "checkpoint-0", deeper, deeper, optimizer_of(deeper))
+            training.checkpointing.load(tmp_path / "checkpoint-0", deeper, deeper, optimizer_of(deeper))
         with pytest.raises(ValueError, match=r"\[32, 16\], the model's is \[64, 16\]"):
-            training.load_checkpoint(tmp_path / "checkpoint-0", wider, wider, optimizer_of(wider))
+            training.checkpointing.load(tmp_path / "checkpoint-0", wider, wider, optimizer_of(wider))

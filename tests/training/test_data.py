@@ -35,19 +35,19 @@ class TestImages:
     def test_the_middle_of_the_image_is_kept_at_the_asked_size(self):
         pixels = np.zeros((40, 80, 3), dtype=np.uint8)
         pixels[:, 20:60] = 255  # the middle square
-        image = training.prepare_image(Image.fromarray(pixels), 16)
+        image = training.data.prepare_image(Image.fromarray(pixels), 16)
         assert image.shape == (3, 16, 16)
         assert image.dtype == torch.float32
         torch.testing.assert_close(image[:, :, 2:-2], torch.ones(3, 16, 12))
-        assert training.prepare_image(Image.fromarray(pixels), 8, channels=1).shape == (1, 8, 8)
+        assert training.data.prepare_image(Image.fromarray(pixels), 8, channels=1).shape == (1, 8, 8)
 
     @pytest.mark.parametrize("size", [(5, 9), (16, 16), (17, 16), (100, 33), (16, 31)])
     def test_any_size_of_image_fits(self, size):
-        image = training.prepare_image(Image.new("RGB", size, (255, 0, 0)), 16)
+        image = training.data.prepare_image(Image.new("RGB", size, (255, 0, 0)), 16)
         torch.testing.assert_close(image, torch.tensor([1.0, -1, -1]).view(3, 1, 1).expand(3, 16, 16))
 
     def test_labels_come_from_folder_names_in_order(self, image_folder):
-        samples = training.ImageSamples.from_folder(image_folder, resolution=8)
+        samples = training.data.ImageSamples.from_folder(image_folder, resolution=8)
         assert samples.id2label == {0: "ant", 1: "bee"}
         assert samples.labels == [0, 0, 0, 1, 1, 1]
         shade, label = samples[4]
@@ -56,7 +56,7 @@ class TestImages:
 
     def test_a_corrupt_image_is_logged_and_the_next_one_taken(self, image_folder, caplog):
         (image_folder / "ant" / "1.png").write_bytes(b"not an image")
-        samples = training.ImageSamples.from_folder(image_folder, resolution=8)
+        samples = training.data.ImageSamples.from_folder(image_folder, resolution=8)
         with pytest.raises(OSError, match=r"image 1 .*1\.png.* cannot be read"):
             samples.read(1)
         diffusers_logger = logging.getLogger("diffusers")
@@ -70,21 +70,21 @@ class TestImages:
     def test_data_without_a_single_readable_image_is_an_error(self, tmp_path):
         (tmp_path / "ant").mkdir()
         (tmp_path / "ant" / "1.png").write_bytes(b"")
-        samples = training.ImageSamples.from_folder(tmp_path, resolution=8)
+        samples = training.data.ImageSamples.from_folder(tmp_path, resolution=8)
         with pytest.raises(OSError, match="cannot be read"):
             samples[0]
 
     def test_a_folder_without_class_folders_is_refused(self, tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
         with pytest.raises(ValueError, match="folders named after their labels"):
-            training.ImageSamples.from_folder(tmp_path, resolution=8)
+            training.data.ImageSamples.from_folder(tmp_path, resolution=8)
 
 
 class TestDatasets:
     def test_a_parquet_file_gives_the_images_of_its_folder(self, image_folder, parquet):
-        dataset = training.open_dataset(str(parquet))
-        samples = training.ImageSamples.from_dataset(dataset, resolution=8)
-        expected = training.ImageSamples.from_folder(image_folder, resolution=8)
+        dataset = training.data.open_dataset(str(parquet))
+        samples = training.data.ImageSamples.from_dataset(dataset, resolution=8)
+        expected = training.data.ImageSamples.from_folder(image_folder, resolution=8)
         assert samples.id2label == expected.id2label
         assert all(
             torch.equal(a[0], b[0]) and a[1] == b[1]
@@ -94,21 +94,21 @@ class TestDatasets:
     def test_labels_without_names_are_numbered(self, tmp_path):
         datasets = pytest.importorskip("datasets")
         dataset = datasets.Dataset.from_dict({"image": [{"path": None, "bytes": b""}] * 3, "kind": [30, 10, 30]})
-        samples = training.ImageSamples.from_dataset(dataset, label_column="kind", resolution=8)
+        samples = training.data.ImageSamples.from_dataset(dataset, label_column="kind", resolution=8)
         assert samples.labels == [1, 0, 1]
         assert samples.id2label == {0: "10", 1: "30"}
 
     def test_a_column_that_is_not_there_is_named_with_those_that_are(self, parquet):
-        dataset = training.open_dataset(str(parquet))
+        dataset = training.data.open_dataset(str(parquet))
         with pytest.raises(ValueError, match="no column 'class'; its columns are image, label"):
-            training.ImageSamples.from_dataset(dataset, label_column="class", resolution=8)
-        stream = training.open_dataset(str(parquet), streaming=True)
+            training.data.ImageSamples.from_dataset(dataset, label_column="class", resolution=8)
+        stream = training.data.open_dataset(str(parquet), streaming=True)
         with pytest.raises(ValueError, match="no column 'picture'"):
-            training.ShardedStream(stream, "picture", "label", 0, resolution=8, flip=False)
+            training.data.ShardedStream(stream, "picture", "label", 0, resolution=8, flip=False)
 
     def test_a_data_set_that_does_not_load_is_an_error(self, tmp_path):
         with pytest.raises(ValueError, match="cannot be loaded"):
-            training.open_dataset(str(tmp_path / "missing.parquet"))
+            training.data.open_dataset(str(tmp_path / "missing.parquet"))
 
 
 class TestStream:
@@ -121,7 +121,7 @@ class TestStream:
             return self.rows[shard]
 
         sizes = {} if sizes is None else sizes
-        return list(training.stream_samples(4, read, positions, seed=5, shard_sizes=sizes))
+        return list(training.data.stream_samples(4, read, positions, seed=5, shard_sizes=sizes))
 
     def test_every_row_comes_once_per_epoch_in_a_new_order(self):
         rows = self.take(range(27))
@@ -143,11 +143,11 @@ class TestStream:
 
     def test_a_stream_without_samples_is_refused(self):
         with pytest.raises(ValueError, match="no samples"):
-            next(training.stream_samples(2, lambda shard: [], [0], 0, {}))
+            next(training.data.stream_samples(2, lambda shard: [], [0], 0, {}))
 
     def test_a_streamed_data_set_holds_every_image_once_per_epoch(self, parquet):
-        stream = training.ShardedStream(
-            training.open_dataset(str(parquet), streaming=True), "image", "label", 0, resolution=8, flip=False
+        stream = training.data.ShardedStream(
+            training.data.open_dataset(str(parquet), streaming=True), "image", "label", 0, resolution=8, flip=False
         )
         shades = [round(image.mean().item() * 127.5 + 127.5) for image, _ in stream.samples(range(12))]
         assert sorted(shades[:6]) == sorted(shades[6:]) == [0, 10, 20, 100, 110, 120]
@@ -157,10 +157,10 @@ class TestStream:
 
 class TestLatents:
     def test_latents_are_drawn_from_what_the_vae_says(self, tiny_vae):
-        codec = training.LatentCodec(tiny_vae)
+        codec = training.data.LatentCodec(tiny_vae)
         assert codec.latent_shape(16, 3) == (4, 8, 8)
-        images = training.normal(0, "images", range(2), (3, 16, 16)).clamp(-1, 1)
-        noise = training.normal(0, "posterior", range(2), (4, 8, 8))
+        images = training.random.normal(0, "images", range(2), (3, 16, 16)).clamp(-1, 1)
+        noise = training.random.normal(0, "posterior", range(2), (4, 8, 8))
         with torch.no_grad():
             distribution = tiny_vae.encode(images).latent_dist
         expected = (distribution.mean + distribution.std * noise) * tiny_vae.config.scaling_factor
@@ -173,22 +173,22 @@ class TestLatents:
         call = {"num_inference_steps": 2, "class_labels": [1]}
         latents = pipe(generator=torch.Generator().manual_seed(0), output_type="latent", **call).images
         images = pipe(generator=torch.Generator().manual_seed(0), output_type="pt", **call).images
-        torch.testing.assert_close(training.LatentCodec(pipe.vae).decode(latents), images)
+        torch.testing.assert_close(training.data.LatentCodec(pipe.vae).decode(latents), images)
 
     def test_pixels_stay_as_they_are(self):
-        codec = training.LatentCodec()
+        codec = training.data.LatentCodec()
         batch = {"samples": torch.ones(1, 1, 8, 8)}
         assert codec.encode(batch)["samples"] is batch["samples"]
         assert codec.latent_shape(8, 1) == (1, 8, 8)
 
     def test_a_folder_without_a_finished_cache_is_refused(self, tmp_path):
         with pytest.raises(OSError, match=r"cache_latents\.py"):
-            training.LatentSamples(tmp_path)
+            training.data.LatentSamples(tmp_path)
 
 
 class TestExamples:
     def examples(self, **kwargs):
-        return training.Examples(training.Digits(train=True), 3, (1, 8, 8), 10, **kwargs)
+        return training.data.TrainingExamples(training.data.Digits(train=True), 3, (1, 8, 8), 10, **kwargs)
 
     def test_an_example_is_a_function_of_its_position(self):
         first, again = self.examples(), self.examples()
@@ -217,25 +217,25 @@ class TestExamples:
         assert all(time.dtype == np.float32 and 0 <= time <= 1 for time in times)
 
     def test_half_of_the_images_are_mirrored_where_that_is_allowed(self, image_folder):
-        samples = training.ImageSamples.from_folder(image_folder, resolution=8, flip=True)
+        samples = training.data.ImageSamples.from_folder(image_folder, resolution=8, flip=True)
         samples.read = lambda index: torch.arange(8.0).expand(3, 8, 8)
-        examples = training.Examples(samples, 0, (3, 8, 8), 2)
+        examples = training.data.TrainingExamples(samples, 0, (3, 8, 8), 2)
         mirrored = np.mean([examples[position]["samples"][0, 0, 0].item() == 7 for position in range(400)])
         assert abs(mirrored - 0.5) < 5 * math.sqrt(0.25 / 400)
         samples.flip = False
         assert not any(examples[position]["samples"][0, 0, 0] == 7 for position in range(50))
 
     def test_a_stream_gives_batches_of_the_same_kind(self, parquet):
-        stream = training.ShardedStream(
-            training.open_dataset(str(parquet), streaming=True), "image", "label", 0, resolution=8, flip=True
+        stream = training.data.ShardedStream(
+            training.data.open_dataset(str(parquet), streaming=True), "image", "label", 0, resolution=8, flip=True
         )
-        examples = training.Examples(stream, 0, (3, 8, 8), 2)
+        examples = training.data.TrainingExamples(stream, 0, (3, 8, 8), 2)
         batches = list(examples.stream(iter([range(0, 3), range(6, 9)])))
         assert batches[1]["samples"].shape == (3, 3, 8, 8)
-        assert torch.equal(batches[1]["noise"], training.normal(0, "noise", range(6, 9), (3, 8, 8)))
+        assert torch.equal(batches[1]["noise"], training.random.normal(0, "noise", range(6, 9), (3, 8, 8)))
 
     def test_the_last_digits_are_held_out(self):
-        train, held_out = training.Digits(train=True), training.Digits(train=False)
+        train, held_out = training.data.Digits(train=True), training.data.Digits(train=False)
         assert (len(train), len(held_out)) == (1497, 300)
         assert not (train.images[:, None] == held_out.images).flatten(2).all(2).any()
         assert train.images.min() == -1

@@ -6,12 +6,13 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from diffusers_terdit import TerDiTPipeline, training
+from diffusers_terdit.pipelines.schedulers import training_scheduler
 from tiny import fresh_model, optimizer_of, take_steps
 
 
 def export(model, folder, **kwargs):
-    pipe = training.to_pipeline(model, **kwargs)
-    training.save_pipeline(pipe, folder)
+    pipe = training.export.to_pipeline(model, **kwargs)
+    training.export.save_pipeline(pipe, folder)
     return pipe
 
 
@@ -22,7 +23,7 @@ class TestExport:
         before = copy.deepcopy(model.state_dict())
         exported = export(model, tmp_path, id2label={i: str(i) for i in range(10)})
         loaded = TerDiTPipeline.from_pretrained(tmp_path)
-        trained = TerDiTPipeline(model, training.training_scheduler())
+        trained = TerDiTPipeline(model, training_scheduler())
         images = [
             pipe(
                 [3, 7], num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="latent"
@@ -45,16 +46,16 @@ class TestExport:
             "scheduler",
             "transformer",
         ]
-        codes = training.packed_codes(fresh_model(1))
+        codes = training.statistics.packed_codes(fresh_model(1))
         loaded = TerDiTPipeline.from_pretrained(tmp_path).transformer
         for name, layer in loaded.ternary_layers().items():
             assert torch.equal(layer.weight_packed, codes[name])
 
     def test_scales_stay_float32_in_a_half_precision_export(self, tmp_path):
         model = fresh_model()
-        pipe = training.to_pipeline(model)
+        pipe = training.export.to_pipeline(model)
         pipe.transformer.to(torch.float16)
-        training.save_pipeline(pipe, tmp_path)
+        training.export.save_pipeline(pipe, tmp_path)
         dtypes = {
             n: t.dtype for n, t in load_file(tmp_path / "transformer/diffusion_pytorch_model.safetensors").items()
         }
@@ -78,8 +79,10 @@ class TestExport:
 
 class TestCard:
     def test_the_card_says_how_to_load_and_how_it_was_trained(self):
-        pipe = training.to_pipeline(fresh_model(), id2label={i: f"kind {i}" for i in range(10)})
-        card = ModelCard(training.model_card(pipe, "me/tiny", {"steps": "12,000"}, ["samples/a.png"], license="mit"))
+        pipe = training.export.to_pipeline(fresh_model(), id2label={i: f"kind {i}" for i in range(10)})
+        card = ModelCard(
+            training.export.model_card(pipe, "me/tiny", {"steps": "12,000"}, ["samples/a.png"], license="mit")
+        )
         assert card.data.license == "mit"
         assert card.data.library_name == "diffusers"
         assert {"terdit", "ternary", "1.58-bit", "class-conditional"} <= set(card.data.tags)
@@ -89,5 +92,5 @@ class TestCard:
         assert "zero share" in card.text
 
     def test_the_full_precision_twin_is_not_called_ternary(self):
-        card = training.model_card(training.to_pipeline(fresh_model(ternary=False)), "twin", {})
+        card = training.export.model_card(training.export.to_pipeline(fresh_model(ternary=False)), "twin", {})
         assert "ternary" not in card.replace("terdit", "")

@@ -10,7 +10,7 @@ class TestStartingWeights:
     @pytest.mark.parametrize("granularity", ["tensor", "row", 8])
     def test_the_scale_is_the_least_squares_one(self, granularity):
         weight = torch.randn(12, 16, generator=torch.Generator().manual_seed(0))
-        scale = training.least_squares_scale(weight, granularity)
+        scale = training.initialize.least_squares_scale(weight, granularity)
         ternary = ternarize(weight, granularity)
 
         def error(candidate):
@@ -20,38 +20,40 @@ class TestStartingWeights:
 
     def test_a_ternary_model_starts_from_full_precision(self):
         source, target = fresh_model(0, ternary=False), fresh_model(1)
-        assert training.transfer_weights(source, target) == []
+        assert training.initialize.transfer_weights(source, target) == []
         for name, layer in target.ternary_layers().items():
             assert torch.equal(layer.weight, source.state_dict()[f"{name}.weight"])
-            assert torch.equal(layer.weight_scale, training.least_squares_scale(layer.weight))
+            assert torch.equal(layer.weight_scale, training.initialize.least_squares_scale(layer.weight))
         assert torch.equal(target.proj_in.weight, source.proj_in.weight)
 
     def test_fine_tuning_starts_from_the_packed_codes(self):
         source, target = fresh_model(0).pack(), fresh_model(1)
         before = {name: layer.weight_packed.clone() for name, layer in source.ternary_layers().items()}
-        training.transfer_weights(source, target)
-        assert all(torch.equal(codes, before[name]) for name, codes in training.packed_codes(target).items())
+        training.initialize.transfer_weights(source, target)
+        assert all(
+            torch.equal(codes, before[name]) for name, codes in training.statistics.packed_codes(target).items()
+        )
 
     def test_a_full_precision_model_starts_from_ternary(self):
         source, target = randomize(fresh_model(0)), fresh_model(1, ternary=False)
-        training.transfer_weights(source, target)
+        training.initialize.transfer_weights(source, target)
         inputs = (torch.randn(2, 1, 8, 8), torch.tensor([3, 900]), torch.tensor([1, 10]))
         torch.testing.assert_close(target(*inputs).sample, source(*inputs).sample)
 
     def test_other_classes_get_a_fresh_label_table(self):
         source, target = fresh_model(0), fresh_model(1, num_classes=3)
-        assert training.transfer_weights(source, target) == ["class_embed.weight"]
+        assert training.initialize.transfer_weights(source, target) == ["class_embed.weight"]
 
     def test_another_shape_is_refused(self):
         with pytest.raises(ValueError, match=r"\[32, 16\]"):
-            training.transfer_weights(fresh_model(), fresh_model(ffn_dim=64))
+            training.initialize.transfer_weights(fresh_model(), fresh_model(ffn_dim=64))
 
     def test_gradual_ternarization_goes_from_full_precision_to_ternary(self):
         source, model = randomize(fresh_model(ternary=False)), fresh_model()
-        training.transfer_weights(source, model)
+        training.initialize.transfer_weights(source, model)
         inputs = (torch.randn(2, 1, 8, 8), torch.tensor([3, 900]), torch.tensor([1, 10]))
         ternary, names = model(*inputs).sample, set(model.state_dict())
-        set_strength = training.gradual_ternarization(model)
+        set_strength = training.initialize.gradual_ternarization(model)
         torch.testing.assert_close(model(*inputs).sample, source(*inputs).sample)
         set_strength(0.5)
         half = model(*inputs).sample

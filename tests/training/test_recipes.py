@@ -6,30 +6,36 @@ from tiny import fresh_model
 
 class TestLearningRate:
     def test_warmup_rises_to_the_full_rate(self):
-        factors = [training.learning_rate_factor(step, "constant", 100, warmup_steps=4) for step in range(6)]
+        factors = [training.recipes.learning_rate_factor(step, "constant", 100, warmup_steps=4) for step in range(6)]
         assert factors == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
 
     def test_wsd_is_flat_and_then_falls_to_nothing(self):
-        factors = [training.learning_rate_factor(step, "wsd", 100, decay_steps=20) for step in (0, 79, 80, 90, 99)]
+        factors = [
+            training.recipes.learning_rate_factor(step, "wsd", 100, decay_steps=20) for step in (0, 79, 80, 90, 99)
+        ]
         assert factors == pytest.approx([1, 1, 1, 0.5, 0.05])
 
     def test_cosine_is_half_at_half_time(self):
-        factors = [training.learning_rate_factor(step, "cosine", 110, warmup_steps=10) for step in (10, 60, 109)]
+        factors = [
+            training.recipes.learning_rate_factor(step, "cosine", 110, warmup_steps=10) for step in (10, 60, 109)
+        ]
         assert factors == pytest.approx([1, 0.5, 0], abs=1e-3)
 
     @pytest.mark.parametrize(("step", "rate"), [(0, 5e-4), (1_549_999, 5e-4), (1_550_000, 1e-4), (1_749_999, 1e-4)])
     def test_the_papers_two_phases(self, step, rate):
-        factor = training.learning_rate_factor(step, "piecewise_constant", 1_750_000, step_rules="1:1550000,0.2")
+        factor = training.recipes.learning_rate_factor(
+            step, "piecewise_constant", 1_750_000, step_rules="1:1550000,0.2"
+        )
         assert 5e-4 * factor == pytest.approx(rate)
 
     @pytest.mark.parametrize("rules", [None, "", "1:x,2", "1:2:3,4"])
     def test_rules_that_do_not_parse_are_shown(self, rules):
         with pytest.raises(ValueError, match="step_rules"):
-            training.learning_rate_factor(0, "piecewise_constant", 10, step_rules=rules)
+            training.recipes.learning_rate_factor(0, "piecewise_constant", 10, step_rules=rules)
 
     def test_unknown_schedule_is_refused(self):
         with pytest.raises(ValueError, match="'linear'"):
-            training.learning_rate_factor(0, "linear", 10)
+            training.recipes.learning_rate_factor(0, "linear", 10)
 
 
 class TestParameterGroups:
@@ -38,7 +44,7 @@ class TestParameterGroups:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         groups = {
             group["name"]: {**group, "names": [names[id(p)] for p in group["params"]]}
-            for group in training.parameter_groups(model, weight_decay=0.1, scale_lr_factor=0.5)
+            for group in training.recipes.parameter_groups(model, weight_decay=0.1, scale_lr_factor=0.5)
         }
         assert sorted(n for g in groups.values() for n in g["names"]) == sorted(names.values())
         assert all(name.endswith("weight_scale") for name in groups["scales"]["names"])
@@ -54,15 +60,15 @@ class TestParameterGroups:
     @pytest.mark.parametrize("granularity", ["row", 8])
     def test_scales_with_two_dimensions_do_not_decay(self, granularity):
         model = fresh_model(scale_granularity=granularity)
-        matrices = training.parameter_groups(model, weight_decay=0.1)[0]["params"]
+        matrices = training.recipes.parameter_groups(model, weight_decay=0.1)[0]["params"]
         assert not {id(p) for p in matrices} & {id(m.weight_scale) for m in model.ternary_layers().values()}
 
     def test_the_full_precision_twin_has_no_scales(self):
-        groups = training.parameter_groups(fresh_model(ternary=False))
+        groups = training.recipes.parameter_groups(fresh_model(ternary=False))
         assert [group["name"] for group in groups] == ["matrices", "vectors"]
 
     def test_frozen_parameters_are_left_out(self):
         model = fresh_model()
         model.proj_in.requires_grad_(False)
-        grouped = {id(p) for group in training.parameter_groups(model) for p in group["params"]}
+        grouped = {id(p) for group in training.recipes.parameter_groups(model) for p in group["params"]}
         assert id(model.proj_in.weight) not in grouped

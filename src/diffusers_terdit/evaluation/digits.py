@@ -46,7 +46,7 @@ def digits_classifier() -> DigitsClassifier:
 def train_digits_classifier(images: Tensor, labels: Tensor, epochs: int = 60, seed: int = 0) -> DigitsClassifier:
     """How the weights were made: images (N, 1, 8, 8) in [0, 1], shifted by up to a pixel, with noise.
 
-    `training.Digits(train=True)` holds them, in [-1, 1]. Seconds on one core.
+    `training.data.Digits(train=True)` holds them, in [-1, 1]. Seconds on one core.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():

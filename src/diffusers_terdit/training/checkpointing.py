@@ -21,7 +21,7 @@ CHECKPOINT_PREFIX = "checkpoint-"
 STATE_NAME = "training_state.json"
 
 
-def checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+def find(output_dir: str | os.PathLike) -> list[Path]:
     """Return the whole `checkpoint-N` folders in `output_dir`, sorted by N."""
     found = [path for path in Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*") if (path / STATE_NAME).is_file()]
     return sorted((p for p in found if re.fullmatch(rf"{CHECKPOINT_PREFIX}\d+", p.name)), key=_step_of)
@@ -31,9 +31,9 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix(CHECKPOINT_PREFIX))
 
 
-def rotate_checkpoints(output_dir: str | os.PathLike, limit: int | None) -> None:
+def rotate(output_dir: str | os.PathLike, limit: int | None) -> None:
     """Remove the oldest checkpoints beyond `limit`; `None` keeps all."""
-    for path in checkpoints(output_dir)[: -limit if limit else None] if limit else []:
+    for path in find(output_dir)[: -limit if limit else None] if limit else []:
         # Renamed first, so that a kill in the middle leaves no half checkpoint.
         with partial_path(path) as doomed:
             os.replace(path, doomed)
@@ -55,7 +55,7 @@ def cut_log(path: str | os.PathLike, step: int) -> None:
         partial.write_text("".join(kept), encoding="utf-8")
 
 
-def save_checkpoint(
+def save(
     folder: str | os.PathLike,
     model: ModelMixin,
     ema_model: ModelMixin,
@@ -102,10 +102,10 @@ def save_checkpoint(
             (partial / STATE_NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
 
-def load_checkpoint(
+def load(
     folder: str | os.PathLike, model: nn.Module, ema_model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Restore in place what `save_checkpoint` wrote, on any number of processes, and return its `state`.
+    """Restore in place what `save` wrote, on any number of processes, and return its `state`.
 
     The optimizer keeps its hyperparameters; only its tensors are restored.
 

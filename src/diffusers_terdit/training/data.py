@@ -220,7 +220,7 @@ class LatentSamples(Dataset):
         return self.get(index)
 
 
-class Examples(Dataset):
+class TrainingExamples(Dataset):
     """The training example at each position of a run: a sample, noise, time and label, drawn from (seed, position).
 
     Args:

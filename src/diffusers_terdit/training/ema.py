@@ -6,7 +6,7 @@ from torch import nn
 from .sharding import local_tensor
 
 
-def ema_decay(step: int, decay: float) -> float:
+def decay_at(step: int, decay: float) -> float:
     """Return min(decay, (1 + step) / (10 + step)), a decay that warms up to forget the first weights.
 
     Args:
@@ -17,7 +17,7 @@ def ema_decay(step: int, decay: float) -> float:
 
 
 @torch.no_grad()
-def update_ema(ema_model: nn.Module, model: nn.Module, decay: float) -> None:
+def update(ema_model: nn.Module, model: nn.Module, decay: float) -> None:
     """Set `ema = decay * ema + (1 - decay) * model`, in place, for all parameters.
 
     The average is a separate float32 model, so it can be sampled from, saved and packed while the other one trains;
