@@ -787,8 +787,8 @@ class TestLora:
         with pytest.raises(ValueError, match="use_dora"):
             model.add_adapter(LoraConfig(r=2, target_modules=self.TARGETS, use_dora=True))
 
-    def test_a_dequantized_model_is_of_its_own_class_again(self):
+    def test_the_model_keeps_its_class(self):
         model, _ = new("SD3")
         TernaryConfig().quantize(model)
-        assert type(model) is not SD3Transformer2DModel
+        assert type(model) is SD3Transformer2DModel
         assert type(model.dequantize()) is SD3Transformer2DModel
