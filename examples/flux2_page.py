@@ -119,7 +119,7 @@ def random_ternary(shape: torch.Size, generator: torch.Generator) -> torch.Tenso
 def random_weights(model: nn.Module, seed: int = 0):
     """(name, tensor) of every parameter of a meta model in bfloat16, one at a time."""
     generator = torch.Generator().manual_seed(seed)
-    ternary = {f"{name}.weight" for name in select_layers(model, TernaryConfig(granularity=GROUP))}
+    ternary = {f"{name}.weight" for name in select_layers(model, TernaryConfig(scale_granularity=GROUP))}
     for name, parameter in model.named_parameters():
         if name in ternary:
             yield name, random_ternary(parameter.shape, generator)
@@ -132,7 +132,7 @@ def random_weights(model: nn.Module, seed: int = 0):
 def write_dense(config: dict, folder: Path) -> dict[str, int]:
     """A folder of dense bfloat16 shards, as such models are published; the counts of its parameters."""
     model = meta_model(config)
-    layers = select_layers(model, TernaryConfig(granularity=GROUP))
+    layers = select_layers(model, TernaryConfig(scale_granularity=GROUP))
     ternary_weights = sum(linear.weight.numel() for linear in layers.values())
     folder.mkdir()
     shard: dict[str, torch.Tensor] = {}
@@ -175,7 +175,7 @@ def folder_bytes(folder: Path) -> int:
 
 def measure_import(folder: Path, how: str, peak_memory: Callable[[], float]) -> dict:
     imports, started, busy = peak_memory(), time.perf_counter(), time.process_time()
-    convert_dense_checkpoint(folder, how, granularity=GROUP)
+    convert_dense_checkpoint(folder, how, scale_granularity=GROUP)
     return {
         "imports_gib": imports,
         "peak_gib": peak_memory(),
@@ -234,7 +234,7 @@ def block_models(config: dict) -> dict[str, Flux2Transformer2DModel]:
         packed = meta_model(dense.config)
         packed.load_state_dict(weights, assign=True)
         models[f"dense, {dtype}"] = dense.eval()
-        models[f"packed, {dtype}"] = TernaryConfig(granularity=GROUP, exact=True).quantize(packed.eval())
+        models[f"packed, {dtype}"] = TernaryConfig(scale_granularity=GROUP, lossless=True).quantize(packed.eval())
     return models
 
 

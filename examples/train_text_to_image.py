@@ -54,7 +54,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--pretrained_model_name_or_path", help="PixArt-alpha pipeline to start from: folder or Hub id")
     add("--pretrained_vae_model_name_or_path", help="--demo: an AutoencoderKL of a finished run, not to train one")
     add("--ternary", action="store_true", help="make the linear layers of the blocks ternary, then train")
-    add("--granularity", default="tensor", help='what one ternary scale covers: "tensor", "row", or inputs per group')
+    add(
+        "--scale_granularity",
+        default="tensor",
+        help='what one ternary scale covers: "tensor", "row", or inputs per group',
+    )
     add("--teacher", help="pipeline whose noise prediction is learned, too: the model before it became ternary")
     add(
         "--distillation_weight", type=float, default=1.0, help="of the teacher's; the data's is 1 minus it, at least 0"
@@ -90,8 +94,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error(
             "--train_data_dir goes with --pretrained_model_name_or_path: text encoder and VAE are not trained"
         )
-    if args.granularity.isdigit():
-        args.granularity = int(args.granularity)
+    if args.scale_granularity.isdigit():
+        args.scale_granularity = int(args.scale_granularity)
     return args
 
 
@@ -339,7 +343,7 @@ def finished(model: PixArtTransformer2DModel, args: argparse.Namespace) -> PixAr
     model = copy.deepcopy(model).cpu()
     if args.ternary:
         model.dequantize()  # its weights are scale * T, which `exact` takes over as they are
-        TernaryConfig(granularity=args.granularity, exact=True).quantize(model)
+        TernaryConfig(scale_granularity=args.scale_granularity, lossless=True).quantize(model)
     return model.eval()
 
 
@@ -363,7 +367,7 @@ def main(argv=None) -> None:
     pipe.set_progress_bar_config(disable=True)
     transformer = pipe.transformer.train()
     if args.ternary:
-        TernaryConfig(granularity=args.granularity, weight_format="float").quantize(transformer)
+        TernaryConfig(scale_granularity=args.scale_granularity, weight_format="float").quantize(transformer)
     transformer.to(device)
     teacher = None
     if args.teacher:

@@ -786,8 +786,8 @@ def make_bases(folder: Path) -> None:
             )
         )  # fmt: skip
 
-    TernaryConfig(granularity="row").quantize(other()).save_pretrained(folder / "quantized")
-    dense = TernaryConfig(granularity="row").quantize(other())
+    TernaryConfig(scale_granularity="row").quantize(other()).save_pretrained(folder / "quantized")
+    dense = TernaryConfig(scale_granularity="row").quantize(other())
     dense.dequantize().save_pretrained(folder / "dense")
 
     names = {ours: theirs for theirs, ours in _TOP.items()}

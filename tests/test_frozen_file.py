@@ -98,3 +98,19 @@ def test_a_model_saved_with_the_first_names_of_ternary_config_loads():
     assert {layer.scale_granularity for layer in layers.values()} == {32}
     with torch.no_grad():
         torch.testing.assert_close(model(**vectors).sample, expected)
+
+
+def test_a_model_with_the_first_names_is_saved_with_those_of_today(tmp_path):
+    model = DiTTransformer2DModel.from_pretrained(TERNARY_CONFIG)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"] == {
+        "quant_method": "ternary",
+        "version": "1",
+        "scale_granularity": 32,
+        "weight_format": "packed",
+        "lossless": False,
+        "include": None,
+        "modules_to_not_convert": ["*.norm1.*"],
+    }
+    again = DiTTransformer2DModel.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())

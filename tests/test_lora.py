@@ -1,19 +1,24 @@
 """LoRA on ternary models through PEFT: frozen packed or float weights, adapters beside them."""
 
 import copy
+import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from huggingface_hub import create_repo, upload_folder
 from safetensors.torch import load_file, save_file
 
-from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel
+from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryConfig
 from tiny import randomize
 
 
 pytest.importorskip("peft")
-from peft import LoHaConfig, LoraConfig
+import peft
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 
 from diffusers_terdit.lora import TernaryLoraLinear
 
@@ -409,12 +414,12 @@ class TestRefusals:
         model = adapted(tiny_model(ternary=False), use_dora=True)
         assert predict(model, tiny_inputs()).isfinite().all()
         model.save_lora_adapter(tmp_path)
-        with pytest.raises(ValueError, match="use_dora: reads a dense weight"):
-            tiny_model("packed").load_lora_adapter(tmp_path)
-
-    def test_other_methods_are_refused_by_name(self, tiny_model):
-        with pytest.raises(ValueError, match=r"take LoRA adapters, got LoHaConfig.*LoraConfig"):
-            tiny_model("packed").add_adapter(LoHaConfig(r=2, target_modules=["to_q"]))
+        again = tiny_model(ternary=False)
+        again.load_lora_adapter(tmp_path)
+        assert torch.equal(predict(again, tiny_inputs()), predict(model, tiny_inputs()))
+        for given in (tmp_path, load_file(tmp_path / FILE)):  # with and without the settings of the adapter
+            with pytest.raises(ValueError, match="use_dora: reads a dense weight"):
+                tiny_model("packed").load_lora_adapter(given)
 
     def test_adapter_of_a_deeper_model_is_refused_by_layer(self, tiny_model, tiny_inputs, tmp_path):
         adapted(tiny_model("packed", num_layers=3)).save_lora_adapter(tmp_path)
@@ -459,6 +464,89 @@ class TestRefusals:
             tiny_model("packed").load_lora_adapter(tmp_path)
 
 
+OTHER_KINDS = {
+    "LoKr": {"r": 2},
+    "LoHa": {"r": 2},
+    "IA3": {"feedforward_modules": []},
+    "OFT": {"r": 0, "oft_block_size": 4},
+    "HRA": {"r": 2},
+    "AdaLora": {"total_step": 10},
+}
+
+
+def of_another_kind(kind, targets):
+    return getattr(peft, f"{kind}Config")(target_modules=targets, **OTHER_KINDS[kind])
+
+
+def ternarized_sd3():
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, out_channels=4,
+    )  # fmt: skip
+    return TernaryConfig().quantize(model).eval()
+
+
+@pytest.mark.parametrize("targets", [["to_q"], ["proj_out"]], ids=["blocks", "dense"])
+@pytest.mark.parametrize("base", ["packed", "float", "full precision", "SD3"])
+class TestOtherKinds:
+    """Adapters that are not LoRA are refused before anything is changed, also where no ternary layer takes part."""
+
+    @pytest.fixture
+    def model(self, base, tiny_model):
+        if base == "SD3":
+            return ternarized_sd3()
+        return tiny_model(ternary=False) if base == "full precision" else tiny_model(base)
+
+    @pytest.fixture
+    def unchanged(self, base, model, tiny_inputs):
+        """Raises where type, tensors or output of the model differ from what they were."""
+        inputs = tiny_inputs()
+        if base == "SD3":
+            generator = torch.Generator().manual_seed(0)
+            shapes = {
+                "hidden_states": (1, 4, 8, 8), "encoder_hidden_states": (1, 3, 16), "pooled_projections": (1, 16)
+            }  # fmt: skip
+            inputs = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+            inputs["timestep"] = torch.tensor([500.0])
+        cls, before, expected = type(model), copy.deepcopy(model.state_dict()), predict(model, inputs)
+        trained = trainable(model)
+
+        def check():
+            assert type(model) is cls
+            assert not getattr(model, "peft_config", None)
+            assert trainable(model) == trained
+            after = model.state_dict()
+            assert after.keys() == before.keys()
+            assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+            assert torch.equal(predict(model, inputs), expected)
+
+        return check
+
+    @pytest.mark.parametrize("kind", OTHER_KINDS)
+    def test_adding(self, model, unchanged, kind, targets):
+        with pytest.raises(ValueError, match=rf"take LoRA adapters, got {kind}Config.*LoraConfig"):
+            model.add_adapter(of_another_kind(kind, targets))
+        unchanged()
+
+    @pytest.mark.filterwarnings("ignore::UserWarning:peft")
+    @pytest.mark.parametrize("kind", OTHER_KINDS)
+    @pytest.mark.parametrize("with_settings", [True, False], ids=["settings", "bare"])
+    def test_loading(self, model, base, unchanged, kind, targets, with_settings, tiny_model, tmp_path):
+        dense = ternarized_sd3().dequantize() if base == "SD3" else tiny_model(ternary=False)
+        settings = of_another_kind(kind, targets)
+        peft.inject_adapter_in_model(settings, dense, "default")
+        tensors = get_peft_model_state_dict(dense, adapter_name="default")
+        saved = {"lora_adapter_metadata": json.dumps(settings.to_dict(), default=list)} if with_settings else {}
+        save_file(tensors, tmp_path / FILE, metadata={"format": "pt", **saved})
+        with pytest.raises(ValueError, match=r"take LoRA adapters, got a tensor `.*LoraConfig"):
+            model.load_lora_adapter(tmp_path, prefix=None)
+        unchanged()
+        with pytest.raises(ValueError, match=r"take LoRA adapters, got a tensor `.*LoraConfig"):
+            model.load_lora_adapter({f"transformer.{name}": t for name, t in tensors.items()}, prefix="transformer")
+        unchanged()
+
+
 class TestContactWithTheHost:
     @pytest.mark.parametrize("call", [lambda m: m.add_adapter(config()), lambda m: m.load_lora_adapter({"a": 1})])
     def test_without_peft_an_error_says_what_to_install(self, tiny_model, monkeypatch, call):
@@ -466,11 +554,23 @@ class TestContactWithTheHost:
         with pytest.raises(ImportError, match=r"diffusers-terdit\[lora\]"):
             call(tiny_model("packed"))
 
-    def test_host_builds_its_config_through_the_function_that_is_wrapped(self):
-        from diffusers.loaders import peft as peft_loader
-
-        assert callable(peft_loader._create_lora_config)
-        assert peft_loader._create_lora_config.__module__ == "diffusers.utils.peft_utils"  # no wrapper is left behind
-
     def test_peft_takes_custom_layers(self):
         assert callable(LoraConfig(target_modules=["x"])._register_custom_module)
+
+    def test_other_threads_load_into_models_of_diffusers_meanwhile(self, tiny_model, tiny_inputs, tmp_path):
+        adapted(tiny_model("packed")).save_lora_adapter(tmp_path / "ours")
+        expected = predict(adapted(tiny_model("packed")), tiny_inputs())
+        dense = ternarized_sd3().dequantize()
+        dense.add_adapter(config(target_modules=["to_q"]))
+        dense.save_lora_adapter(tmp_path / "theirs")
+        ours = [tiny_model("packed") for _ in range(8)]
+        theirs = [ternarized_sd3().dequantize() for _ in range(8)]
+        with ThreadPoolExecutor(4) as threads:
+            loads = [
+                threads.submit(model.load_lora_adapter, tmp_path / folder, prefix=None, weight_name=FILE)
+                for pair in zip(ours, theirs, strict=True)
+                for model, folder in zip(pair, ("ours", "theirs"), strict=True)
+            ]
+        assert [load.result() for load in loads] == [None] * 16
+        assert all(list(model.peft_config) == ["default_0"] for model in (*ours, *theirs))
+        assert all(torch.equal(predict(model, tiny_inputs()), expected) for model in ours)

@@ -1,10 +1,13 @@
 """`TernaryConfig` on diffusers' own models: ternarize, import, save, load, dequantize, and what is refused."""
 
 import copy
+import gc
 import json
+import pickle
 import re
 import shutil
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -26,7 +29,7 @@ from diffusers_terdit import TerDiTTransformer2DModel, TernaryConfig, TernaryLin
 from diffusers_terdit.cli import main
 from diffusers_terdit.conversion import convert_dense_checkpoint, swap_bitnet_order
 from diffusers_terdit.ops import dequantize, pack_ternary, reference, unpack_ternary
-from diffusers_terdit.quantization import exact_codes, find_granularity, least_squares_scale, pack
+from diffusers_terdit.quantization import exact_codes, find_granularity, least_squares_scale, pack, select_layers
 from tiny_flux2 import tiny_flux2_pipeline
 
 
@@ -113,7 +116,7 @@ class TestEveryModel:
     def test_ternarize_while_loading_save_and_load(self, name, tmp_path):
         model, run = new(name)
         model.save_pretrained(tmp_path / "dense")
-        config = TernaryConfig(granularity="row")
+        config = TernaryConfig(scale_granularity="row")
         packed = type(model).from_pretrained(tmp_path / "dense", quantization_config=config)
         layers = ternary_layers(packed)
         assert len(layers) == LAYERS[name]
@@ -139,7 +142,7 @@ class TestEveryModel:
         expected = run(model)
         model.save_pretrained(tmp_path)
         packed = type(model).from_pretrained(
-            tmp_path, quantization_config=TernaryConfig(exact=True, granularity=granularity)
+            tmp_path, quantization_config=TernaryConfig(lossless=True, scale_granularity=granularity)
         )
         for layer_name, layer in ternary_layers(packed).items():
             assert torch.equal(layer.dequantize(), model.get_submodule(layer_name).weight)
@@ -149,7 +152,7 @@ class TestEveryModel:
         model, run = new(name)
         expected = run(make_ternary(model))
         before = copy.deepcopy(model.state_dict())
-        TernaryConfig(exact=True, granularity=16).quantize(model)
+        TernaryConfig(lossless=True, scale_granularity=16).quantize(model)
         assert len(ternary_layers(model)) == LAYERS[name]
         model.dequantize()
         assert not ternary_layers(model)
@@ -186,7 +189,7 @@ class TestLoading:
     def saved(self, tmp_path):
         """A packed Flux2 folder with groups of 16, its model, and how to run it."""
         model, run = new("Flux2")
-        TernaryConfig(exact=True, granularity=16).quantize(make_ternary(model))
+        TernaryConfig(lossless=True, scale_granularity=16).quantize(make_ternary(model))
         model.save_pretrained(tmp_path / "saved")
         return tmp_path / "saved", model, run
 
@@ -210,7 +213,7 @@ class TestLoading:
 
     def test_scales_that_do_not_fit_stay_in_float32(self, tmp_path):
         model, run = new("SD3")
-        TernaryConfig(granularity="row").quantize(model)
+        TernaryConfig(scale_granularity="row").quantize(model)
         model.save_pretrained(tmp_path)
         tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
         assert all(t.dtype == torch.float32 for name, t in tensors.items() if name.endswith("weight_scale"))
@@ -226,7 +229,7 @@ class TestLoading:
         model, run = new("Flux2")
         model.save_pretrained(tmp_path / "one")
         model.save_pretrained(tmp_path / "many", max_shard_size="100kB")
-        config = TernaryConfig(granularity=16)
+        config = TernaryConfig(scale_granularity=16)
         one, many = (
             Flux2Transformer2DModel.from_pretrained(tmp_path / name, quantization_config=config)
             for name in ("one", "many")
@@ -257,16 +260,16 @@ class TestLoading:
     @pytest.mark.parametrize(
         ("damage", "message"),
         [
-            (lambda t: t.pop(f"{TO_Q}.weight_packed"), f"has no {TO_Q}.weight_packed"),
-            (lambda t: t.pop(f"{TO_Q}.weight_scale"), f"has no {TO_Q}.weight_scale"),
+            (lambda t: t.pop(f"{TO_Q}.weight_packed"), f"1 missing tensor.*{TO_Q}.weight_packed"),
+            (lambda t: t.pop(f"{TO_Q}.weight_scale"), f"1 missing tensor.*{TO_Q}.weight_scale"),
             (lambda t: t[f"{TO_Q}.weight_packed"].fill_(255), "holds code 3"),
             (
                 lambda t: t.update({f"{TO_Q}.weight_packed": torch.zeros(4, 4, dtype=torch.uint8)}),
-                r"weight_packed is \(4, 4\), torch.uint8",
+                r"weight_packed` has shape \[4, 4\]",
             ),
             (
                 lambda t: t.update({f"{TO_Q}.weight_packed": torch.zeros(16, 64)}),
-                r"weight_packed is \(16, 64\), torch.float32",
+                r"weight_packed` is stored as F32, expected U8",
             ),
         ],
     )
@@ -293,6 +296,20 @@ class TestLoading:
         with pytest.raises(ValueError, match=message):
             Flux2Transformer2DModel.from_pretrained(folder)
 
+    def test_a_tensor_that_the_class_does_not_have_is_left_to_diffusers(self, saved, caplog):
+        folder, model, run = saved
+        file = folder / "diffusion_pytorch_model.safetensors"
+        save_file(load_file(file) | {"of.another.release": torch.ones(1)}, file, metadata={"format": "pt"})
+        assert torch.equal(run(Flux2Transformer2DModel.from_pretrained(folder)), run(model))
+
+    def test_a_packed_tensor_in_a_float_model_says_so(self, saved):
+        folder, _, _ = saved
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] |= {"weight_format": "float", "lossless": False}
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=r"holds packed weights, but the config says weight_format='float'"):
+            Flux2Transformer2DModel.from_pretrained(folder)
+
     def test_a_config_of_a_later_version(self, saved):
         folder, _, _ = saved
         config = json.loads((folder / "config.json").read_text())
@@ -303,7 +320,7 @@ class TestLoading:
 
     def test_pipeline_quantization_config(self, tmp_path):
         tiny_flux2_pipeline().save_pretrained(tmp_path)
-        config = PipelineQuantizationConfig(quant_mapping={"transformer": TernaryConfig(granularity=16)})
+        config = PipelineQuantizationConfig(quant_mapping={"transformer": TernaryConfig(scale_granularity=16)})
         pipe = DiffusionPipeline.from_pretrained(tmp_path, quantization_config=config)
         assert ternary_layers(pipe.transformer)
         assert not ternary_layers(pipe.text_encoder)
@@ -313,9 +330,15 @@ class TestLoading:
         [
             (lambda t: t[f"{DIT_Q}.weight_scale"].fill_(float("nan")), f"`{DIT_Q}.weight_scale` holds NaN"),
             (lambda t: t["pos_embed.proj.bias"].fill_(float("inf")), "`pos_embed.proj.bias` holds NaN or infinity"),
-            (lambda t: t.update({f"{DIT_Q}.weight_packed": t[f"{DIT_Q}.weight_packed"].bool()}), "torch.bool"),
-            (lambda t: t.update({"proj_out_2.bias": t["proj_out_2.bias"].long()}), "proj_out_2.bias is torch.int64"),
-            (lambda t: t.pop("proj_out_2.bias"), "has no proj_out_2.bias"),
+            (
+                lambda t: t.update({f"{DIT_Q}.weight_packed": t[f"{DIT_Q}.weight_packed"].bool()}),
+                "stored as BOOL, expected U8",
+            ),
+            (
+                lambda t: t.update({"proj_out_2.bias": t["proj_out_2.bias"].long()}),
+                "`proj_out_2.bias` is stored as I64, expected floating point",
+            ),
+            (lambda t: t.pop("proj_out_2.bias"), "1 missing tensor.*`proj_out_2.bias`"),
         ],
     )
     def test_what_a_model_cannot_hold_is_an_error_that_names_the_file(self, tmp_path, damage, message):
@@ -329,7 +352,14 @@ class TestLoading:
         assert str(file) in str(error.value)
 
     @pytest.mark.parametrize(
-        "change", [{"include": 3}, {"exclude": 0.5}, {"exact": "a"}, {"granularity": []}, {"version": "2"}]
+        "change",
+        [
+            {"include": 3},
+            {"modules_to_not_convert": 0.5},
+            {"lossless": "a"},
+            {"scale_granularity": []},
+            {"version": "2"},
+        ],
     )
     def test_settings_of_other_types_are_an_error_that_says_where_they_stand(self, tmp_path, change):
         TernaryConfig().quantize(dit()[0]).save_pretrained(tmp_path)
@@ -343,13 +373,36 @@ class TestLoading:
 class TestChoice:
     def test_patterns(self):
         model, _ = new("Flux2")
-        TernaryConfig(include=["transformer_blocks.*", "proj_out"], exclude="*.ff_context.*").quantize(model)
+        TernaryConfig(include=["transformer_blocks.*", "proj_out"], modules_to_not_convert="*.ff_context.*").quantize(
+            model
+        )
         names = set(ternary_layers(model))
         assert "proj_out" in names
         assert "transformer_blocks.0.ff.linear_in" in names
         assert not any("ff_context" in name or "single" in name for name in names)
 
-    @pytest.mark.parametrize("option", ["include", "exclude"])
+    @pytest.mark.parametrize(
+        ("left", "kept"),
+        [
+            ("ff", lambda name: ".ff." in name),
+            ("attn.to_q", lambda name: name.endswith("attn.to_q")),
+            ("single_transformer_blocks.0", lambda name: name.startswith("single_transformer_blocks.0.")),
+            (f"{TO_Q}", lambda name: name == TO_Q),
+            (["to_q", "*.to_k"], lambda name: name.endswith(("to_q", "to_k"))),
+        ],
+    )
+    def test_names_mean_the_modules_of_that_name_wherever_they_are(self, left, kept):
+        model, _ = new("Flux2")
+        everything = select_layers(model, TernaryConfig())
+        found = select_layers(model, TernaryConfig(modules_to_not_convert=left))
+        assert found.keys() == {name for name in everything if not kept(name)}
+        assert len(found) < len(everything)
+
+    def test_parts_of_names_do_not_count(self):
+        with pytest.raises(ValueError, match="modules_to_not_convert: 'o_q' matches no linear layer"):
+            TernaryConfig(modules_to_not_convert="o_q").quantize(new("DiT")[0])
+
+    @pytest.mark.parametrize("option", ["include", "modules_to_not_convert"])
     def test_a_pattern_that_matches_nothing(self, option):
         model, _ = new("DiT")
         with pytest.raises(
@@ -360,7 +413,7 @@ class TestChoice:
     def test_nothing_left(self):
         model, _ = new("DiT")
         with pytest.raises(ValueError, match="No linear layer of DiTTransformer2DModel is chosen"):
-            TernaryConfig(exclude="*").quantize(model)
+            TernaryConfig(modules_to_not_convert="*").quantize(model)
 
     def test_outputs_that_four_does_not_divide(self):
         model, _ = new("DiT")
@@ -373,8 +426,10 @@ class TestChoice:
 
     def test_inputs_that_the_group_does_not_divide(self):
         model, _ = new("DiT")
-        with pytest.raises(ValueError, match=r"cannot be ternary: .*groups of 24.*`exclude` it"):
-            TernaryConfig(granularity=24).quantize(model)
+        with pytest.raises(
+            ValueError, match=r"cannot be ternary: .*groups of 24.*Name it in `modules_to_not_convert`"
+        ):
+            TernaryConfig(scale_granularity=24).quantize(model)
 
     def test_tied_weights(self):
         model, _ = new("DiT")
@@ -382,7 +437,7 @@ class TestChoice:
         blocks[1].attn1.to_q.weight = blocks[0].attn1.to_q.weight
         with pytest.raises(ValueError, match=r"blocks.0.attn1.to_q.weight is tied to transformer_blocks.1.attn1.to_q"):
             TernaryConfig().quantize(model)
-        TernaryConfig(exclude="*.attn1.to_q").quantize(model)
+        TernaryConfig(modules_to_not_convert="*.attn1.to_q").quantize(model)
 
     def test_a_layer_used_twice(self):
         model, _ = new("DiT")
@@ -431,12 +486,15 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"granularity": "column"}, "scale_granularity"),
-            ({"granularity": 0}, "scale_granularity"),
+            ({"scale_granularity": "column"}, "scale_granularity"),
+            ({"scale_granularity": 0}, "scale_granularity"),
             ({"weight_format": "int4"}, 'must be "packed" or "float", got \'int4\''),
-            ({"exact": True, "weight_format": "float"}, "takes over ternary codes"),
-            ({"include": [3]}, "`include` must be patterns"),
+            ({"lossless": True, "weight_format": "float"}, "takes over ternary codes"),
+            ({"include": [3]}, "`include` must be names or patterns"),
             ({"bits": 2}, "TernaryConfig has no bits"),
+            ({"granularity": 16}, r"has no granularity \(now `scale_granularity`\)"),
+            ({"exact": True}, r"has no exact \(now `lossless`\)"),
+            ({"exclude": "*.to_q"}, r"has no exclude \(now `modules_to_not_convert`\)"),
         ],
     )
     def test_wrong_settings(self, settings, message):
@@ -444,10 +502,27 @@ class TestConfig:
             TernaryConfig(**settings)
 
     def test_there_and_back(self):
-        config = TernaryConfig(granularity=128, exact=True, exclude="*.to_out.*")
+        config = TernaryConfig(scale_granularity=128, lossless=True, modules_to_not_convert="*.to_out.*")
         again = TernaryConfig.from_dict(json.loads(json.dumps(config.to_dict())))
         assert again.to_dict() == config.to_dict()
         assert "128" in repr(config)
+
+    def test_names_of_the_first_models_in_a_config_json(self):
+        found = TernaryConfig.from_dict(
+            {"quant_method": "ternary", "version": "1", "granularity": 16, "exact": True, "exclude": ["*.norm1.*"]}
+        )
+        assert found.to_dict() == TernaryConfig(16, lossless=True, modules_to_not_convert="*.norm1.*").to_dict()
+        assert set(found.to_dict()) == {
+            "quant_method", "version", "scale_granularity", "weight_format", "lossless", "include",
+            "modules_to_not_convert",
+        }  # fmt: skip
+
+    def test_a_name_that_a_first_model_excludes_is_that_of_one_layer(self):
+        model, _ = new("Flux2")
+        model.proj_out.proj_out = nn.Linear(4, 4)  # "proj_out" as a name would be this one, too
+        old = {"granularity": "tensor", "exact": False, "include": ["*proj_out*"], "exclude": ["proj_out"]}
+        again = TernaryConfig.from_dict(TernaryConfig.from_dict(old).to_dict())
+        assert list(select_layers(model, again)) == ["proj_out.proj_out"]
 
 
 class TestExactCodes:
@@ -518,7 +593,7 @@ class TestConvertDense:
         _, expected = self.picture(published)
         packed, found = self.picture(tmp_path / "packed")
         assert len(ternary_layers(packed.transformer)) == 12 + 2 * 2
-        assert packed.transformer.config.quantization_config.granularity == 32
+        assert packed.transformer.config.quantization_config.scale_granularity == 32
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
         size = sum(path.stat().st_size for path in (tmp_path / "packed" / "transformer").glob("*.safetensors"))
         dense_size = sum(path.stat().st_size for path in (published / "transformer").glob("*.safetensors"))
@@ -537,18 +612,18 @@ class TestConvertDense:
         assert main(["convert", str(published), str(tmp_path / "packed")]) == 0
         assert "one scale per 32 inputs" in capsys.readouterr().out
         self.picture(tmp_path / "packed")
-        assert main(["convert", str(published), str(tmp_path / "other"), "--granularity", "16"]) == 0
+        assert main(["convert", str(published), str(tmp_path / "other"), "--scale_granularity", "16"]) == 0
         assert main(["convert", str(published), str(tmp_path / "more"), "--vae", "auto"]) == 1
         assert "--vae is for the files of TerDiT's authors" in capsys.readouterr().err
         (tmp_path / "empty").mkdir()
-        assert main(["convert", str(tmp_path / "empty"), str(tmp_path / "more"), "--granularity", "row"]) == 1
-        assert "--granularity is for diffusers models" in capsys.readouterr().err
+        assert main(["convert", str(tmp_path / "empty"), str(tmp_path / "more"), "--scale_granularity", "row"]) == 1
+        assert "--scale_granularity is for diffusers models" in capsys.readouterr().err
 
     def test_export_is_import(self, published, tmp_path):
         folder = convert_dense_checkpoint(published, tmp_path / "first") / "transformer"
         model = Flux2Transformer2DModel.from_pretrained(folder)
         model.dequantize().half().save_pretrained(tmp_path / "dense")
-        again = convert_dense_checkpoint(tmp_path / "dense", tmp_path / "second", granularity=32)
+        again = convert_dense_checkpoint(tmp_path / "dense", tmp_path / "second", scale_granularity=32)
         first, second = (load_file(path / "diffusion_pytorch_model.safetensors") for path in (folder, again))
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
@@ -694,7 +769,7 @@ class TestBitNet:
 
 def test_a_pipeline_whose_export_was_interrupted_is_refused(tmp_path):
     model, _ = new("SD3")
-    TernaryConfig(granularity="row").quantize(model)
+    TernaryConfig(scale_granularity="row").quantize(model)
     model.save_pretrained(tmp_path)
     (tmp_path / "pipeline.saving").write_text("1")
     with pytest.raises(OSError, match=r"was interrupted, or is under way.* Save the pipeline there again"):
@@ -711,7 +786,7 @@ def test_a_single_file_is_refused(tmp_path):
 @pytest.mark.parametrize("granularity", ["tensor", 16])
 def test_compile(granularity):
     model, run = new("SD3")
-    TernaryConfig(granularity=granularity).quantize(model)
+    TernaryConfig(scale_granularity=granularity).quantize(model)
     expected = run(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -722,7 +797,7 @@ def test_compile(granularity):
 @pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
 def test_group_offload(offload_type):
     model, run = new("SD3")
-    TernaryConfig(granularity=16).quantize(model)
+    TernaryConfig(scale_granularity=16).quantize(model)
     expected = run(model)
     device = torch.device("cpu")
     options = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
@@ -739,7 +814,7 @@ class TestLora:
         from peft import LoraConfig
 
         model, run = new(name)
-        TernaryConfig(granularity=16).quantize(model)
+        TernaryConfig(scale_granularity=16).quantize(model)
         expected = run(model)
         model.add_adapter(LoraConfig(r=2, target_modules=self.TARGETS, init_lora_weights=False))
         assert isinstance(model, MODELS[name]()[0].__class__)
@@ -766,7 +841,7 @@ class TestLora:
         from peft.utils import get_peft_model_state_dict
 
         pipe = tiny_flux2_pipeline()
-        TernaryConfig(granularity=16).quantize(pipe.transformer)
+        TernaryConfig(scale_granularity=16).quantize(pipe.transformer)
         pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=self.TARGETS, init_lora_weights=False))
         layers = get_peft_model_state_dict(pipe.transformer)
         pipe.save_lora_weights(tmp_path, transformer_lora_layers=layers)
@@ -787,8 +862,35 @@ class TestLora:
         with pytest.raises(ValueError, match="use_dora"):
             model.add_adapter(LoraConfig(r=2, target_modules=self.TARGETS, use_dora=True))
 
-    def test_a_dequantized_model_is_of_its_own_class_again(self):
+    def test_the_model_keeps_its_class(self):
         model, _ = new("SD3")
+        before = set(vars(model))
+        assert type(TernaryConfig().quantize(model)) is SD3Transformer2DModel
+        model.dequantize()
+        assert type(model) is SD3Transformer2DModel
+        assert set(vars(model)) == before | {"is_quantized"}  # which diffusers sets
+
+    @pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+    def test_copies_and_pickles_take_adapters_for_themselves(self, again):
+        pytest.importorskip("peft")
+        from peft import LoraConfig
+
+        model, run = new("SD3")
         TernaryConfig().quantize(model)
-        assert type(model) is not SD3Transformer2DModel
-        assert type(model.dequantize()) is SD3Transformer2DModel
+        expected = run(model)
+        other = again(model)
+        other.add_adapter(LoraConfig(r=2, target_modules=self.TARGETS, init_lora_weights=False))
+        assert not torch.equal(run(other), expected)
+        assert torch.equal(run(model), expected)
+        assert not hasattr(model, "peft_config")
+
+    def test_a_model_is_freed_with_its_last_reference(self):
+        model, _ = new("SD3")
+        alive = weakref.ref(TernaryConfig().quantize(model))
+        gc.collect()
+        gc.disable()
+        try:
+            del model
+            assert alive() is None
+        finally:
+            gc.enable()

@@ -56,7 +56,7 @@ class Arm:
     steps: int
     learning_rate: float = 0.0
     ternary: bool = True
-    granularity: str | int = "tensor"
+    scale_granularity: str | int = "tensor"
     start: str | None = None
     teacher: str | None = None
 
@@ -69,8 +69,8 @@ LONG, CONTROL = "ternary from scratch, all steps", "full precision, trained on"
 ARMS = {
     DENSE: Arm(DENSE_STEPS, 4e-3, ternary=False),
     UNTRAINED: Arm(0, start=DENSE),
-    "ternarized, a scale per row": Arm(0, granularity="row", start=DENSE),
-    "ternarized, a scale per 32 inputs": Arm(0, granularity=32, start=DENSE),
+    "ternarized, a scale per row": Arm(0, scale_granularity="row", start=DENSE),
+    "ternarized, a scale per 32 inputs": Arm(0, scale_granularity=32, start=DENSE),
     FEW: Arm(FEW_STEPS, 2e-3, start=DENSE),
     FEW_DISTILLED: Arm(FEW_STEPS, 2e-3, start=DENSE, teacher=DENSE),
     TUNED: Arm(TUNE_STEPS, 2e-3, start=DENSE),
@@ -173,7 +173,7 @@ def model_folder(models: Path, name: str, seed: int) -> Path:
         "1",
         *SAMPLING,
     ]
-    flags += ["--ternary", "--granularity", str(arm.granularity)] if arm.ternary else []
+    flags += ["--ternary", "--scale_granularity", str(arm.scale_granularity)] if arm.ternary else []
     for flag, parent in (("--pretrained_model_name_or_path", arm.start), ("--teacher", arm.teacher)):
         flags += [flag, str(model_folder(models, parent, seed))] if parent else []
     if not arm.start:
@@ -194,7 +194,7 @@ def result_of(models: Path, name: str, seed: int) -> dict:
         return measure(PixArtAlphaPipeline.from_pretrained(folder), folder / "transformer", seed)
     pipe = PixArtAlphaPipeline.from_pretrained(model_folder(models, arm.start, seed))
     with tempfile.TemporaryDirectory() as folder:
-        TernaryConfig(granularity=arm.granularity).quantize(pipe.transformer).save_pretrained(folder)
+        TernaryConfig(scale_granularity=arm.scale_granularity).quantize(pipe.transformer).save_pretrained(folder)
         pipe.transformer = PixArtTransformer2DModel.from_pretrained(folder)
         return measure(pipe, Path(folder), seed)
 
@@ -360,8 +360,8 @@ VAE is an `AutoencoderKL` from 8x8 pixels to 4x4x4 latents, trained first, {vae_
 time is not in the CPU-minutes above).
 
 1. *{dense}*: {dense_steps} steps of 64 digits, learning rate {dense_rate:g}.
-2. *{untrained}*: `TernaryConfig(granularity=...)` on the result. The 30 linear layers of the blocks, 786,432 weights,
-   four fifths of the model. No training.
+2. *{untrained}*: `TernaryConfig(scale_granularity=...)` on the result. The 30 linear layers of the blocks, 786,432
+   weights, four fifths of the model. No training.
 3. *{tuned}*: `TernaryConfig(weight_format="float")` on the result of 1, {few_steps} (*a little*) or
    {tune_steps} steps, learning rate {tune_rate:g}, one scale per matrix. *distilled*: to the loss is added the squared
    difference to the noise that model 1 predicts.

@@ -3,18 +3,24 @@
 `tests/test_diffusers.py` fails when one of them changes, and when another file uses one.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
+from types import FunctionType
+from typing import Any
 
 import diffusers
 import torch
 from diffusers import ModelMixin
+from diffusers.configuration_utils import FrozenDict
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.hooks.group_offloading import _GROUP_OFFLOADING
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders.lora_base import _fetch_state_dict
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from diffusers.utils.peft_utils import _create_lora_config
 
 
 def register(
@@ -60,3 +66,41 @@ def has_hooks(model: torch.nn.Module) -> bool:
 def reset_step_caches(model: ModelMixin) -> None:
     """Forget what diffusers' step caches keep between the steps of one run of a sampler."""
     model._reset_stateful_cache()
+
+
+def remove_from_config(model: ModelMixin, key: str) -> None:
+    """Remove a key from a model's config, which `register_to_config` can only set."""
+    model._internal_dict = FrozenDict({name: value for name, value in model.config.items() if name != key})
+
+
+def fetch_adapter(given: Any, options: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    """Read an adapter as `load_lora_adapter` does: from a dict of tensors, a folder, a file or the Hub.
+
+    Args:
+        given: The first argument of `load_lora_adapter`.
+        options: Its keyword arguments, such as `weight_name` or `revision`.
+
+    Returns:
+        The tensors by name, and the settings that were saved with them, `None` where there are none.
+    """
+    names = ("cache_dir", "proxies", "local_files_only", "token", "revision", "subfolder", "weight_name", "metadata")
+    chosen = {name: options.get(name) for name in names}
+    chosen["force_download"] = options.get("force_download", False)
+    chosen["use_safetensors"] = options.get("use_safetensors", True)  # where no file is named; else for a pickle
+    user_agent = {"file_type": "attn_procs_weights", "framework": "pytorch"}
+    return _fetch_state_dict(given, allow_pickle=False, user_agent=user_agent, **chosen)
+
+
+def load_adapter(model: Any, tensors: dict[str, torch.Tensor], prepare: Callable[[Any], None], **options: Any) -> None:
+    """Call diffusers' `load_lora_adapter`, and `prepare` with the config that it makes, before PEFT has it.
+
+    There is no hook for that. The method runs with names of its own, so that no other thread meets a changed one.
+    """
+
+    def create(*args: Any, **kwargs: Any) -> Any:
+        config = _create_lora_config(*args, **kwargs)
+        prepare(config)
+        return config
+
+    method = PeftAdapterMixin.load_lora_adapter
+    FunctionType(method.__code__, {**method.__globals__, "_create_lora_config": create})(model, tensors, **options)

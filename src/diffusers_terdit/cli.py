@@ -153,21 +153,22 @@ def convert(args: argparse.Namespace) -> None:
                 f"{args.path} is a diffusers model: --{', --'.join(unused)} is for the files of TerDiT's authors."
                 " Leave it out."
             )
-        groups = args.granularity
+        groups = args.scale_granularity
         granularity = int(groups) if groups and groups.isdigit() else groups
         folder = convert_dense_checkpoint(args.path, args.output, granularity, component=args.component)
         model = folder / args.component if (folder / args.component).is_dir() else folder
         size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-        granularity = json.loads((model / "config.json").read_text("utf-8"))["quantization_config"]["granularity"]
+        settings = json.loads((model / "config.json").read_text("utf-8"))["quantization_config"]
+        granularity = settings["scale_granularity"]
         covers = f"{granularity} inputs" if isinstance(granularity, int) else granularity
         print(
             f"Converted {args.path} to {folder}: one scale per {covers}, {human_bytes(size)} of weights in"
             f" {model.name}. It loads with its own class after `import diffusers_terdit`."
         )
         return
-    if args.granularity:
+    if args.scale_granularity:
         raise ValueError(
-            f"--granularity is for diffusers models with dense weights; {args.path} is none. Leave it out."
+            f"--scale_granularity is for diffusers models with dense weights; {args.path} is none. Leave it out."
         )
     pipe = convert_original_checkpoint(
         args.path,
@@ -385,7 +386,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--vae", help='"auto" (the one the checkpoint names, downloaded), a folder or a Hub id; default none'
     )
-    sub.add_argument("--granularity", help='of dense weights: "tensor", "row" or inputs per scale; default found out')
+    sub.add_argument(
+        "--scale_granularity", help='of dense weights: "tensor", "row" or inputs per scale; default found out'
+    )
     sub.add_argument("--component", default="transformer", help="of a diffusers pipeline, the ternary one")
 
     sub = command(info, "Print sizes and statistics of a model or layer, and where its bytes go.")

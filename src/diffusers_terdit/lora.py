@@ -1,17 +1,19 @@
 """LoRA adapters on ternary layers, and every private name of PEFT that this package uses."""
 
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.loaders import peft as peft_loader
-from diffusers.utils import is_peft_available
+from diffusers.utils import convert_unet_state_dict_to_peft, is_peft_available
 from safetensors import SafetensorError
+
+from ._diffusers import fetch_adapter, load_adapter
 
 
 if is_peft_available():  # diffusers has imported it by now
@@ -44,6 +46,8 @@ FUSE_MESSAGE = (
 
 # What PEFT starts without reading the dense weight.
 _LORA_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+# How the names of a LoRA's tensors end after ".lora_"; AdaLoRA and others have more.
+_LORA_PARTS = {"A.weight", "B.weight", "B.bias", "embedding_A", "embedding_B", "magnitude_vector"}
 
 
 def refuse_adapters(model: torch.nn.Module, action: str) -> None:
@@ -57,7 +61,7 @@ def refuse_adapters(model: torch.nn.Module, action: str) -> None:
 
 @contextmanager
 def _peft() -> Iterator[None]:
-    """PEFT, or an error that says what to install; without its warning that a second adapter is a second adapter."""
+    """Raise if PEFT is not installed; hide its warning that a second adapter is a second adapter."""
     if not is_peft_available():
         raise ImportError("LoRA needs PEFT: pip install 'diffusers-terdit[lora]'")
     with warnings.catch_warnings():
@@ -65,43 +69,77 @@ def _peft() -> Iterator[None]:
         yield
 
 
+def _teach(model: Any, adapter_config: Any) -> None:
+    """Let a config put `TernaryLoraLinear` around ternary layers, which PEFT itself does not know."""
+    adapter_config._register_custom_module({model._adapter_layer_class: TernaryLoraLinear})
+
+
+def _refuse_other_kinds(model: Any, given: str) -> None:
+    raise ValueError(
+        f"`add_adapter` and `load_lora_adapter` of this {type(model).__name__} take LoRA adapters, got {given}. Pass a"
+        " `peft.LoraConfig`, or a file that was trained with one."
+    )
+
+
+def _check_settings(model: Any, settings: Mapping[str, Any]) -> None:
+    """Raise if a LoRA, given as the fields of its config, cannot be taken out again or needs a dense weight."""
+    rows = settings.get("trainable_token_indices")
+    null = getattr(model.config, "num_classes", None)
+    if isinstance(rows, dict) and null is not None and max(rows.get("class_embed") or [-1]) >= null:
+        raise ValueError(
+            f"The adapter trains rows {rows['class_embed']} of the label table; here row {null} is the null label."
+            " For new classes call `model.add_classes(...)` first, as when the adapter was trained."
+        )
+    beside = {name: settings.get(name) for name in ("modules_to_save", "bias")}
+    if kept := [f"{name}={value!r}" for name, value in beside.items() if value not in (None, "none", [])]:
+        raise ValueError(
+            f"{', '.join(kept)}: trains weights of the model itself, which diffusers cannot switch off or take out"
+            " again. Name the layers in `target_modules`; for rows of the label table, `trainable_token_indices`."
+        )
+    if not any(isinstance(module, model._adapter_layer_class) for module in model.modules()):
+        return
+    wrong = [name for name in ("use_dora", "kasa_config") if settings.get(name)]
+    if settings.get("init_lora_weights", True) not in _LORA_STARTS:
+        wrong.append(f"init_lora_weights={settings['init_lora_weights']!r}")
+    if wrong:
+        raise ValueError(
+            f"{', '.join(wrong)}: reads a dense weight, which a ternary layer does not have. Use plain LoRA, or adapt"
+            " the full-precision model that `model.dequantize()` gives."
+        )
+
+
+def _check_tensors(model: Any, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Raise unless an adapter holds LoRA tensors only, each with its partner and a layer of the model that it fits."""
+    modules = dict(model.named_modules())
+    sizes = {"A.weight": ("in_features", -1), "B.weight": ("out_features", 0)}
+    for key, tensor in state_dict.items():
+        name, _, part = key.partition(".lora_")
+        if part not in _LORA_PARTS and not key.endswith(".trainable_tokens_delta"):
+            _refuse_other_kinds(model, f"a tensor `{key}`")
+        if part and name not in modules:
+            raise ValueError(
+                f"The adapter's tensor `{key}` is for a layer that {type(model).__name__} does not have. {_ITS_MODEL}"
+            )
+        if part in sizes:
+            other = f"{name}.lora_{'B' if part[0] == 'A' else 'A'}.weight"
+            if other not in state_dict:
+                raise ValueError(f"The adapter has `{key}`, but no `{other}`. Save it again.")
+            attribute, dim = sizes[part]
+            size = getattr(modules[name], attribute, tensor.shape[dim])
+            if tensor.shape[dim] != size:
+                raise ValueError(
+                    f"The adapter's tensor `{key}` has shape {list(tensor.shape)}, the layer's `{attribute}` is"
+                    f" {size}. {_ITS_MODEL}"
+                )
+
+
 class TernaryAdapterMixin(PeftAdapterMixin):
-    """`PeftAdapterMixin` that knows ternary layers; PEFT itself takes `nn.Linear` and its own list of others."""
+    """`PeftAdapterMixin` that knows ternary layers; PEFT itself takes `nn.Linear` and its own list of others.
+
+    The methods call `PeftAdapterMixin` by name, not `super()`: `take_adapters` lends them to models of other classes.
+    """
 
     _adapter_layer_class: type[torch.nn.Module]
-
-    def _ternary_adapter_config(self, adapter_config: Any) -> Any:
-        """Teach a PEFT config the ternary layer, and refuse what would need its dense weight."""
-        rows = getattr(adapter_config, "trainable_token_indices", None)
-        null = getattr(self.config, "num_classes", None)  # type: ignore[attr-defined]
-        if isinstance(rows, dict) and null is not None and max(rows.get("class_embed") or [-1]) >= null:
-            raise ValueError(
-                f"The adapter trains rows {rows['class_embed']} of the label table; here row {null} is the null label."
-                " For new classes call `model.add_classes(...)` first, as when the adapter was trained."
-            )
-        beside = {name: getattr(adapter_config, name, None) for name in ("modules_to_save", "bias")}
-        if kept := [f"{name}={value!r}" for name, value in beside.items() if value not in (None, "none", [])]:
-            raise ValueError(
-                f"{', '.join(kept)}: trains weights of the model itself, which diffusers cannot switch off or take out"
-                " again. Name the layers in `target_modules`; for rows of the label table, `trainable_token_indices`."
-            )
-        if not any(isinstance(module, self._adapter_layer_class) for module in self.modules()):  # type: ignore[attr-defined]
-            return adapter_config
-        if not hasattr(adapter_config, "_register_custom_module"):
-            raise ValueError(
-                f"Ternary layers take LoRA adapters, got {type(adapter_config).__name__}. Pass a `peft.LoraConfig`, or"
-                " adapt the full-precision model that `model.dequantize()` gives."
-            )
-        wrong = [name for name in ("use_dora", "kasa_config") if getattr(adapter_config, name, None)]
-        if adapter_config.init_lora_weights not in _LORA_STARTS:
-            wrong.append(f"init_lora_weights={adapter_config.init_lora_weights!r}")
-        if wrong:
-            raise ValueError(
-                f"{', '.join(wrong)}: reads a dense weight, which a ternary layer has not. Use plain LoRA, or adapt"
-                " the full-precision model that `model.dequantize()` gives."
-            )
-        adapter_config._register_custom_module({self._adapter_layer_class: TernaryLoraLinear})
-        return adapter_config
 
     def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
         """Add a fresh LoRA adapter and make it the active one; only its weights take gradients afterwards.
@@ -111,10 +149,15 @@ class TernaryAdapterMixin(PeftAdapterMixin):
             adapter_name (`str`, defaults to `"default"`): To tell several apart.
 
         Raises:
-            ValueError: No plain LoRA (DoRA, another method, a start from the dense weight), or the name is taken.
+            ValueError: The adapter is not plain LoRA (DoRA, another method, a start from the dense weight), or the
+                name is taken. The model is then as it was.
         """
         with _peft():
-            super().add_adapter(self._ternary_adapter_config(adapter_config), adapter_name)
+            if getattr(adapter_config, "peft_type", None) != "LORA":
+                _refuse_other_kinds(self, type(adapter_config).__name__)
+            _check_settings(self, vars(adapter_config))
+            _teach(self, adapter_config)
+            PeftAdapterMixin.add_adapter(self, adapter_config, adapter_name)
 
     def load_lora_adapter(
         self, pretrained_model_name_or_path_or_dict, prefix: str | None = None, hotswap: bool = False, **kwargs: Any
@@ -123,81 +166,59 @@ class TernaryAdapterMixin(PeftAdapterMixin):
 
         Args:
             pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`): Folder, Hub repository or tensors.
-            prefix (`str`, *optional*): Of the names in the file; `save_lora_adapter` writes none.
+            prefix (`str`, *optional*): Prefix of the names in the file; `save_lora_adapter` writes none.
             hotswap (`bool`): Put the weights in the place of the adapter of that name, for compiled models.
             kwargs: `adapter_name`, `weight_name`, `revision`, `token`, ...
 
         Raises:
-            ValueError: No plain LoRA, or it is of another model: a layer is missing or has another size.
+            ValueError: The adapter is not plain LoRA, or is of another model: a layer is missing or has another size.
+                The model is then as it was.
             OSError: The file is missing or cannot be read.
         """
-        given, plain, configs = pretrained_model_name_or_path_or_dict, peft_loader._create_lora_config, []
-
-        def create(state_dict: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-            self._check_adapter(state_dict)
-            configs.append(self._ternary_adapter_config(plain(state_dict, *args, **kwargs)))
-            return configs[-1]
-
-        if kwargs.get("weight_name") is None:
-            kwargs.setdefault("use_safetensors", True)  # otherwise the host looks for a pickle
-        peft_loader._create_lora_config = create
-        try:
-            with _peft():
-                super().load_lora_adapter(given, prefix=prefix, hotswap=hotswap, **kwargs)
-        except SafetensorError as error:
-            raise OSError(
-                f"{given} holds no readable safetensors file ({error}). Download or save it again."
-            ) from error
-        finally:
-            peft_loader._create_lora_config = plain
-        if not configs:  # the host warns
-            where = "" if isinstance(given, dict) else f" in {given}"
-            raise ValueError(f"There is no LoRA{where} whose names start with {prefix!r}. Try `prefix=None`.")
-
-    def _check_adapter(self, state_dict: dict[str, torch.Tensor]) -> None:
-        """Raise unless every LoRA matrix has its partner and a layer of this model that it fits; the host warns."""
-        modules = dict(self.named_modules())  # type: ignore[attr-defined]
-        for key, tensor in state_dict.items():
-            name, _, part = key.partition(".lora_")
-            sizes = {"A.weight": ("in_features", -1), "B.weight": ("out_features", 0)}
-            if part and name not in modules:
-                raise ValueError(
-                    f"The adapter's tensor `{key}` is for a layer that {type(self).__name__} does not have."
-                    f" {_ITS_MODEL}"
-                )
-            if part in sizes:
-                other = f"{name}.lora_{'B' if part[0] == 'A' else 'A'}.weight"
-                if other not in state_dict:
-                    raise ValueError(f"The adapter has `{key}`, but no `{other}`. Save it again.")
-                attribute, dim = sizes[part]
-                size = getattr(modules[name], attribute, tensor.shape[dim])
-                if tensor.shape[dim] != size:
-                    raise ValueError(
-                        f"The adapter's tensor `{key}` has shape {list(tensor.shape)}, the layer's `{attribute}` is"
-                        f" {size}. {_ITS_MODEL}"
-                    )
+        given = pretrained_model_name_or_path_or_dict
+        with _peft():
+            try:
+                state_dict, metadata = fetch_adapter(given, kwargs)
+            except SafetensorError as error:
+                raise OSError(
+                    f"{given} holds no readable safetensors file ({error}). Download or save it again."
+                ) from error
+            start = "" if prefix is None else f"{prefix}."
+            own, settings = (
+                {key.removeprefix(start): value for key, value in (found or {}).items() if key.startswith(start)}
+                for found in (state_dict, metadata)
+            )
+            if not own:  # diffusers warns
+                where = "" if isinstance(given, dict) else f" in {given}"
+                raise ValueError(f"There is no LoRA{where} whose names start with {prefix!r}. Try `prefix=None`.")
+            if any("lora_magnitude_vector" in key for key in own):
+                settings["use_dora"] = True
+            _check_settings(self, settings)
+            _check_tensors(self, convert_unet_state_dict_to_peft(own))
+            options = {**kwargs, "prefix": prefix, "hotswap": hotswap, "metadata": metadata}
+            load_adapter(self, state_dict, partial(_teach, self), **options)
 
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
-        """Not on a ternary model; on a full-precision one as in diffusers.
+        """Raise on a ternary model; do as diffusers does on a full-precision one.
 
         Raises:
             ValueError: A ternary layer has an adapter.
         """
         if any(isinstance(module, TernaryLoraLinear) for module in self.modules()):  # type: ignore[attr-defined]
             raise ValueError(FUSE_MESSAGE)  # before a dense layer is fused
-        super().fuse_lora(*args, **kwargs)
+        PeftAdapterMixin.fuse_lora(self, *args, **kwargs)
 
     def unload_lora(self) -> None:
         """Take all adapters out; the model computes what it did before the first. Its own weights stay frozen."""
         for name, module in list(self.named_modules()):  # type: ignore[attr-defined]
-            if adapter := getattr(module, "token_adapter", None):  # the host would leave half of its wrapper
+            if adapter := getattr(module, "token_adapter", None):  # diffusers would leave half of its wrapper
                 parent, _, child = name.rpartition(".")
                 setattr(self.get_submodule(parent), child, adapter.base_layer)  # type: ignore[attr-defined]
-        super().unload_lora()
+        PeftAdapterMixin.unload_lora(self)
 
 
-class _AnyModelAdapterMixin(TernaryAdapterMixin):
-    """The same for a model of diffusers whose pipelines name their tensors "transformer...."."""
+class _LentMethods(TernaryAdapterMixin):
+    """The same for a model of diffusers, whose pipelines name its tensors "transformer...."."""
 
     def load_lora_adapter(
         self,
@@ -206,23 +227,37 @@ class _AnyModelAdapterMixin(TernaryAdapterMixin):
         hotswap: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().load_lora_adapter(pretrained_model_name_or_path_or_dict, prefix, hotswap, **kwargs)
+        TernaryAdapterMixin.load_lora_adapter(self, pretrained_model_name_or_path_or_dict, prefix, hotswap, **kwargs)
 
 
-@cache
-def _taking_adapters(cls: Any, layer_class: Any) -> type[ModelMixin]:
-    names = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_adapter_layer_class": layer_class}
-    return type(cls.__name__, (_AnyModelAdapterMixin, cls), names)
+class _LentMethod:
+    """A method of `_LentMethods` bound to one model of another class, so that copies and pickles keep it.
+
+    The reference is weak: a model in a circle would keep its memory until Python looks for circles.
+    """
+
+    def __init__(self, name: str, model: ModelMixin):
+        self.name, self.model = name, weakref.ref(model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(_LentMethods, self.name)(self.model(), *args, **kwargs)
+
+    def __reduce__(self):
+        return _LentMethod, (self.name, self.model())
 
 
-def take_adapters(model: ModelMixin, layer_class: type[torch.nn.Module] | None) -> None:
+def take_adapters(model: Any, layer_class: type[torch.nn.Module] | None) -> None:
     """Let a model of any class of diffusers carry LoRA on ternary layers; `None`: let it be as it was.
 
-    The model becomes one of a subclass of the same name, whose `add_adapter` and `load_lora_adapter` know the layer.
+    The methods that have to know the layer are put on the model itself. Its class stays as it is.
     """
-    cls = type(model)
-    plain = cls.__bases__[1] if cls.__bases__[0] is _AnyModelAdapterMixin else cls
-    if layer_class is None or not issubclass(plain, PeftAdapterMixin):
-        model.__class__ = plain
-    else:
-        model.__class__ = _taking_adapters(plain, layer_class)  # type: ignore[arg-type]
+    if isinstance(model, TernaryAdapterMixin) or not isinstance(model, PeftAdapterMixin):
+        return
+    lent = {
+        name: _LentMethod(name, model) for name in ("add_adapter", "load_lora_adapter", "fuse_lora", "unload_lora")
+    }
+    for name, value in {"_adapter_layer_class": layer_class, **lent}.items():
+        if layer_class is None:
+            vars(model).pop(name, None)
+        else:
+            setattr(model, name, value)

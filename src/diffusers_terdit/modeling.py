@@ -169,6 +169,8 @@ class TernaryModelMixin(HubMixin, ModelMixin, PortableConfigMixin):
     # fits, and so forget `dtype=`: the first one is uint8 in a packed layer.
     _supports_param_buffer_assignment = False
 
+    _weights_checked = False  # set by the loading hook, and taken away again
+
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
         # The host leaves out what was not passed by keyword; but `pack()` changes the config after construction.

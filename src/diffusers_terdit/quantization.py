@@ -1,12 +1,12 @@
-"""`TernaryConfig`: ternary layers in any diffusers model, through diffusers' own `quantization_config`.
+"""Ternary layers in any diffusers model, through diffusers' own `quantization_config`.
 
     AnyModel.from_pretrained(..., quantization_config=TernaryConfig(...))      ternarize (or import) while loading
     model.save_pretrained(folder); AnyModel.from_pretrained(folder)            loads as it was saved
     quantization.pack(model)                                                   after training in float format
     TernaryConfig(...).quantize(model); model.dequantize()                     a model in memory, and back
 
-`TernaryConfig(exact=True)` imports models that were published as dense tensors but are ternary: it finds the codes and
-scales without any loss, and refuses what is not `scale * {-1, 0, +1}`.
+`TernaryConfig(lossless=True)` imports models that were published as dense tensors but are ternary: it finds the codes
+and scales without any loss, and refuses what is not `scale * {-1, 0, +1}`.
 """
 
 from collections.abc import Iterator
@@ -18,19 +18,22 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
-from ._diffusers import DiffusersQuantizer, QuantizationConfigMixin
+from ._diffusers import DiffusersQuantizer, QuantizationConfigMixin, remove_from_config
 from .layers import TernaryLinear
 from .lora import refuse_adapters, take_adapters
 from .ops import pack_ternary, reference
 from .storage.saving import refuse_interrupted
-from .storage.weights import PACKED_SUFFIX, PACKING, SCALE_SUFFIX, VERSION, check_file, is_finite
+from .storage.weights import PACKED_SUFFIX, PACKING, SCALE_SUFFIX, VERSION, check_weights
+
+
+# Names in a config.json of the first models, and what they are called now.
+_FIRST_NAMES = {"granularity": "scale_granularity", "exact": "lossless", "exclude": "modules_to_not_convert"}
 
 
 class TernaryMethod(StrEnum):
-    """`quant_method` of a config.json."""
+    """`quant_method` in a config.json."""
 
     TERNARY = "ternary"
 
@@ -39,15 +42,18 @@ class TernaryConfig(QuantizationConfigMixin):
     """Which linear layers of a model become [`TernaryLinear`], and how.
 
     Args:
-        granularity (`str` or `int`, defaults to `"tensor"`): What one scale covers: `"tensor"`, `"row"`, or an int g
-            for groups of g inputs.
+        scale_granularity (`str` or `int`, defaults to `"tensor"`): What one scale covers: `"tensor"`, `"row"`, or an
+            int g for groups of g inputs.
         weight_format (`str`, defaults to `"packed"`): `"packed"` in two bits per weight, or `"float"` to train.
-        exact (`bool`, defaults to `False`): The weights are ternary already: take over codes and scales without loss,
-            and refuse a weight that is not. `False` rounds any weight, which ruins a model that was not trained for
-            it; train it afterwards (`weight_format="float"`).
-        include (`str` or `list[str]`, *optional*): Patterns of module names such as `"transformer_blocks.*.ff.*"`, in
-            the shell's style; default every linear layer inside the model's lists of blocks.
-        exclude (`str` or `list[str]`, *optional*): Patterns of layers to leave as they are.
+        lossless (`bool`, defaults to `False`): The weights are ternary already: take over codes and scales without
+            loss, and refuse a weight that is not ternary. `False` rounds any weight, which ruins a model that was not
+            trained for it; train it afterwards (`weight_format="float"`).
+        include (`str` or `list[str]`, *optional*): Shell-style patterns that the whole name of a layer must match,
+            such as `"transformer_blocks.*.ff.*"`; default every linear layer inside the model's lists of blocks.
+        modules_to_not_convert (`str` or `list[str]`, *optional*): Layers to leave as they are, also where `include`
+            names them. A name, as in other configs of diffusers: `"ff"`, `"attn.to_q"` or `"transformer_blocks.0"` is
+            every module of that name, wherever it is, with all layers inside; parts of a name do not count. Or a
+            shell-style pattern, which the whole name of a layer must match: `"*.norm1*"`.
 
     Raises:
         ValueError: A setting that is not one of these.
@@ -55,78 +61,86 @@ class TernaryConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        granularity: str | int = "tensor",
+        scale_granularity: str | int = "tensor",
         weight_format: str = "packed",
-        exact: bool = False,
+        lossless: bool = False,
         include: str | list[str] | None = None,
-        exclude: str | list[str] | None = None,
+        modules_to_not_convert: str | list[str] | None = None,
         **kwargs: Any,
     ):
-        unknown = set(kwargs) - {"quant_method", "version"}
+        unknown = sorted(set(kwargs) - {"quant_method", "version"})
         if unknown:
+            shown = (f"{name} (now `{_FIRST_NAMES[name]}`)" if name in _FIRST_NAMES else name for name in unknown)
             raise ValueError(
-                f"TernaryConfig has no {', '.join(sorted(unknown))}; it has granularity, weight_format, exact, include"
-                " and exclude."
+                f"TernaryConfig has no {', '.join(shown)}; it has scale_granularity, weight_format, lossless, include"
+                " and modules_to_not_convert."
             )
         if kwargs.get("version", VERSION) != VERSION:
             raise ValueError(
                 f"This model's ternary layers are of format version {kwargs['version']!r}; this release reads"
                 f" {VERSION!r}. Update diffusers-terdit."
             )
-        reference.check_scale_granularity(granularity)
-        if not isinstance(exact, bool):
-            raise ValueError(f"`exact` must be True or False, got {exact!r}.")
+        reference.check_scale_granularity(scale_granularity)
+        if not isinstance(lossless, bool):
+            raise ValueError(f"`lossless` must be True or False, got {lossless!r}.")
         if weight_format not in ("packed", "float"):
             raise ValueError(f'`weight_format` must be "packed" or "float", got {weight_format!r}.')
-        if exact and weight_format == "float":
+        if lossless and weight_format == "float":
             raise ValueError(
-                '`exact=True` takes over ternary codes: use weight_format="packed", then `unpack()` layers.'
+                '`lossless=True` takes over ternary codes: use weight_format="packed", then `unpack()` layers.'
             )
         self.quant_method = TernaryMethod.TERNARY
-        self.granularity = granularity
+        self.scale_granularity = scale_granularity
         self.weight_format = weight_format
-        self.exact = exact
+        self.lossless = lossless
         self.include = [include] if isinstance(include, str) else include
-        self.exclude = [exclude] if isinstance(exclude, str) else exclude
-        for name in ("include", "exclude"):
-            patterns = getattr(self, name)
-            if patterns is None:
+        self.modules_to_not_convert = (
+            [modules_to_not_convert] if isinstance(modules_to_not_convert, str) else modules_to_not_convert
+        )
+        for option in ("include", "modules_to_not_convert"):
+            names = getattr(self, option)
+            if names is None:
                 continue
-            if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
+            if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
                 raise ValueError(
-                    f'`{name}` must be patterns of module names, such as ["transformer_blocks.*"], got {patterns!r}.'
+                    f'`{option}` must be names or patterns of modules, such as ["transformer_blocks.*"],'
+                    f" got {names!r}."
                 )
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):
-        """From what stands in config.json."""
+        """Return the config that a config.json holds, under the names of today or of the first models."""
+        settings = {_FIRST_NAMES.get(name, name): value for name, value in config_dict.items()}
+        if isinstance(excluded := config_dict.get("exclude"), list):
+            # A name without a wildcard meant one layer then; as a pattern it still does.
+            settings["modules_to_not_convert"] = [
+                f"[{name[:1]}]{name[1:]}" if isinstance(name, str) and not set(name) & set("*?[") else name
+                for name in excluded
+            ]
         try:
-            return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+            return super().from_dict(settings, return_unused_kwargs, **kwargs)
         except (ValueError, TypeError) as error:
             raise ValueError(f"The `quantization_config` in config.json: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in config.json."""
+        """Return the settings as they are saved in config.json."""
         return {**super().to_dict(), "quant_method": self.quant_method.value, "version": VERSION}
 
-    def to_diff_dict(self) -> dict[str, Any]:
-        """What differs from the defaults."""
-        default = TernaryConfig().to_dict()
-        return {key: value for key, value in self.to_dict().items() if value != default[key] or key == "quant_method"}
+    to_diff_dict = to_dict  # what `print` shows
 
     @torch.no_grad()
     def quantize(self, model: ModelMixin) -> ModelMixin:
         """Ternarize the chosen layers of a model in memory, in place; it saves and loads as a quantized model.
 
         Args:
-            model ([`~diffusers.ModelMixin`]): Of any class of diffusers, with dense weights.
+            model ([`~diffusers.ModelMixin`]): A model of any class of diffusers, with dense weights.
 
         Returns:
             [`~diffusers.ModelMixin`]: The same model.
 
         Raises:
-            ValueError: A layer cannot be ternary, is none of `scale * {-1, 0, +1}` with `exact`, the patterns match
-                nothing, or the model is quantized already. The model is then as it was.
+            ValueError: A layer cannot be ternary, is not `scale * {-1, 0, +1}` with `lossless`, a name or pattern
+                matches nothing, or the model is quantized already. The model is then as it was.
         """
         if not isinstance(model, ModelMixin):
             raise ValueError(f"`model` must be a model of diffusers, got {type(model).__name__}.")
@@ -163,7 +177,7 @@ def pack(model: ModelMixin) -> ModelMixin:
         [`~diffusers.ModelMixin`]: The same model; it computes and is saved with two bits per weight.
 
     Raises:
-        ValueError: It is no such model, or a layer cannot be packed. The model is then as it was.
+        ValueError: It is not such a model, or a layer cannot be packed. The model is then as it was.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, TernaryQuantizer):
@@ -185,7 +199,7 @@ def pack(model: ModelMixin) -> ModelMixin:
 
 
 def select_layers(model: nn.Module, config: TernaryConfig) -> dict[str, nn.Linear]:
-    """The linear layers of a model that a config chooses, by name.
+    """Return the linear layers of a model that a config chooses, by name.
 
     Raises:
         ValueError: There are none, or one of them cannot be a ternary layer.
@@ -194,30 +208,29 @@ def select_layers(model: nn.Module, config: TernaryConfig) -> dict[str, nn.Linea
         raise ValueError(f"This {type(model).__name__} has ternary layers already; it needs no TernaryConfig.")
     names: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     linears = {name: module for name, module in names.items() if type(module) is nn.Linear}
-    blocks = [f"{name}." for name, module in names.items() if isinstance(module, nn.ModuleList)]
-
-    def chosen(name: str) -> bool:
-        if any(fnmatchcase(name, pattern) for pattern in config.exclude or []):
-            return False
-        if config.include is None:
-            return any(name.startswith(prefix) for prefix in blocks)
-        return any(fnmatchcase(name, pattern) for pattern in config.include)
-
+    blocks = tuple(f"{name}." for name, module in names.items() if isinstance(module, nn.ModuleList))
+    included = {name for name in linears if name.startswith(blocks)} if config.include is None else set()
+    excluded: set[str] = set()
     some = ", ".join(list(linears)[:5]) + (", ..." if len(linears) > 5 else "")
-    for option in ("include", "exclude"):
+    for option, chosen in (("include", included), ("modules_to_not_convert", excluded)):
         for pattern in getattr(config, option) or []:
-            if not any(fnmatchcase(name, pattern) for name in linears):
+            matched = {name for name in linears if fnmatchcase(name, pattern)}
+            if option == "modules_to_not_convert":
+                matched |= {name for name in linears if f".{pattern}." in f".{name}."}
+            if not matched:
                 raise ValueError(
                     f"{option}: {pattern!r} matches no linear layer of {type(model).__name__}, which has {some}."
                 )
-    found = {name: linear for name, linear in linears.items() if chosen(name)}
+            chosen.update(matched)
+    found = {name: linear for name, linear in linears.items() if name in included - excluded}
     if not found:
         raise ValueError(f"No linear layer of {type(model).__name__} is chosen; `include` some of {some}.")
     first: dict[int, str] = {}
     for name, linear in found.items():
         if first.setdefault(id(linear), name) != name:
             raise ValueError(
-                f"{name} and {first[id(linear)]} are one layer, used twice; `exclude` it, or make it two."
+                f"{name} and {first[id(linear)]} are one layer, used twice; name it in `modules_to_not_convert`, or"
+                " make it two."
             )
     for name, linear in found.items():
         owners = [
@@ -226,53 +239,56 @@ def select_layers(model: nn.Module, config: TernaryConfig) -> dict[str, nn.Linea
             if parameter is linear.weight and other != f"{name}.weight"
         ]
         if owners:
-            raise ValueError(f"{name}.weight is tied to {', '.join(owners)}; `exclude` the layer, or untie them.")
+            raise ValueError(
+                f"{name}.weight is tied to {', '.join(owners)}; name the layer in `modules_to_not_convert`, or untie"
+                " them."
+            )
         try:
-            reference.scale_shape(linear.out_features, linear.in_features, config.granularity)
+            reference.scale_shape(linear.out_features, linear.in_features, config.scale_granularity)
             if config.weight_format == "packed" and linear.out_features % reference.CODES_PER_BYTE:
                 raise ValueError(
                     f"a packed layer needs outputs in multiples of 4, this one has {linear.out_features}."
                 )
         except ValueError as error:
             raise ValueError(
-                f"{name} cannot be ternary: {error} `exclude` it, or choose another granularity."
+                f"{name} cannot be ternary: {error} Name it in `modules_to_not_convert`, or choose another"
+                " `scale_granularity`."
             ) from None
     return found
 
 
 def new_layer(linear: nn.Linear, config: TernaryConfig) -> TernaryLinear:
-    """A ternary layer in the place of a dense one, on the meta device."""
+    """Return a ternary layer for the place of a dense one, on the meta device."""
+    sizes = (linear.in_features, linear.out_features, linear.bias is not None)
     with torch.device("meta"):
-        return TernaryLinear(
-            linear.in_features, linear.out_features, linear.bias is not None, config.weight_format, config.granularity
-        )
+        return TernaryLinear(*sizes, config.weight_format, config.scale_granularity)
 
 
 def ternary_tensors(weight: Tensor, config: TernaryConfig, name: str) -> dict[str, Tensor]:
-    """The tensors of a ternary layer from a dense weight.
+    """Return the tensors of a ternary layer for a dense weight.
 
     Args:
         weight (`torch.Tensor`): (N, K), float.
-        config ([`TernaryConfig`]): `exact` takes over codes and scales; otherwise T = ternarize(weight), and the scale
-            is the one with the least squared error, <W, T> / <T, T>.
-        name (`str`): Of the layer, for errors.
+        config ([`TernaryConfig`]): `lossless` takes over codes and scales; otherwise T = ternarize(weight), and the
+            scale is the one with the least squared error, <W, T> / <T, T>.
+        name (`str`): Name of the layer, for errors.
 
     Returns:
         `dict[str, torch.Tensor]`: `weight_packed` (N/4, K) uint8, or `weight` (N, K) in `weight`'s dtype; and
             `weight_scale` (1,), (N, 1) or (N, K/g), float32.
 
     Raises:
-        ValueError: The weight is not finite or, with `exact`, not ternary.
+        ValueError: The weight is not finite or, with `lossless`, not ternary.
     """
-    if config.exact:
-        ternary, scale = exact_codes(weight, config.granularity, name)
+    if config.lossless:
+        ternary, scale = exact_codes(weight, config.scale_granularity, name)
         return {PACKED_SUFFIX: pack_ternary(ternary), SCALE_SUFFIX: scale}
     if not weight.isfinite().all():
         raise ValueError(
             f"{name}.weight holds NaN or infinity, which round to none of {{-1, 0, +1}}. Take an undamaged one."
         )
-    ternary = reference.round_to_ternary(weight, config.granularity)  # (N, K) float32
-    scale = least_squares_scale(weight, ternary, config.granularity)
+    ternary = reference.round_to_ternary(weight, config.scale_granularity)  # (N, K) float32
+    scale = least_squares_scale(weight, ternary, config.scale_granularity)
     if config.weight_format == "float":
         return {"weight": weight, SCALE_SUFFIX: scale}
     return {PACKED_SUFFIX: pack_ternary(ternary), SCALE_SUFFIX: scale}
@@ -360,6 +376,10 @@ class TernaryQuantizer(DiffusersQuantizer):
     """What diffusers calls while it loads a model with a [`TernaryConfig`]."""
 
     use_keep_in_fp32_modules = True
+    supports_parallel_loading = False  # shards are converted one after the other
+    is_serializable = True
+    is_trainable = True  # float weights train, packed ones carry adapters
+    is_compileable = True
     quantization_config: TernaryConfig
 
     def __init__(self, quantization_config: TernaryConfig, **kwargs: Any):
@@ -367,19 +387,25 @@ class TernaryQuantizer(DiffusersQuantizer):
         self.layers: dict[str, TernaryLinear] | None = None
         self._loaded_keys: list[str] = []
         self._kept_in_float32: list[str] = []
-        self._files = "the checkpoint"  # for errors
-        self._floats: set[str] = set()
+        self._files: list[str | Path] = []
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list) -> list[str]:
-        """Keep the list: which of its names change is known when the model is there."""
-        for file in checkpoint_files:
-            if isinstance(file, (str, Path)):
-                refuse_interrupted(Path(file).parent)  # of `training.save_pipeline`
-            if self.pre_quantized and isinstance(file, (str, Path)) and str(file).endswith(".safetensors"):
-                check_file(file, self.quantization_config.weight_format == "packed")
-        self._files = ", ".join(str(file) for file in checkpoint_files)
+        """Keep list and files: which names change is known when the model is there."""
+        self._files = checkpoint_files
         self._loaded_keys = list(loaded_keys)
+        refuse_interrupted(Path(checkpoint_files[0]).parent)  # of `training.save_pipeline`
         return self._loaded_keys
+
+    @property
+    def _where(self) -> str:
+        return ", ".join(str(file) for file in self._files)
+
+    @contextmanager
+    def _naming_files(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{self._where}: {error}") from error
 
     def _process_model_before_weight_loading(self, model, keep_in_fp32_modules=(), **kwargs):
         with self._naming_files():
@@ -387,98 +413,61 @@ class TernaryQuantizer(DiffusersQuantizer):
         self.layers = {name: new_layer(linear, self.quantization_config) for name, linear in linears.items()}
         for name, layer in self.layers.items():
             model.set_submodule(name, layer)
-        self._floats = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+        if self.pre_quantized:
+            packed = self.quantization_config.weight_format == "packed"
+            check_weights(model, self._files, packed=packed, ignore_unexpected=True)
+        else:
+            dense = {f"{name}.{key}" for name, linear in linears.items() for key, _ in linear.named_parameters()}
+            if missing := sorted(dense - set(self._loaded_keys)):
+                raise ValueError(
+                    f"{self._where} has no {missing[0]} ({len(missing)} dense tensors are missing). Download or save"
+                    " it again."
+                )
+            made = [f"{name}.{key}" for name, layer in self.layers.items() for key in layer.state_dict()]
+            self._loaded_keys[:] = [*(key for key in self._loaded_keys if key not in dense), *made]
         if isinstance(keep_in_fp32_modules, list):
             self._kept_in_float32 = keep_in_fp32_modules
             self._kept_in_float32.append(SCALE_SUFFIX)
-        if not self.pre_quantized:
-            dense = {f"{name}.weight": name for name in self.layers}
-            missing = sorted(set(dense) - set(self._loaded_keys))
-            if missing:
-                raise ValueError(
-                    f"{self._files} has no {missing[0]} ({len(missing)} dense weights are missing). Download or save"
-                    " it again."
-                )
-            made = [PACKED_SUFFIX if self.quantization_config.weight_format == "packed" else "weight", SCALE_SUFFIX]
-            kept = [key for key in self._loaded_keys if key not in dense]
-            self._loaded_keys[:] = [*kept, *(f"{name}.{key}" for name in self.layers for key in made)]
         model.register_to_config(quantization_config=self.quantization_config)
 
-    @contextmanager
-    def _naming_files(self) -> Iterator[None]:
-        try:
-            yield
-        except ValueError as error:
-            raise ValueError(f"{self._files}: {error}") from error
-
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Dense weights of the chosen layers to ternary ones, tensor by tensor; saved ones are checked."""
+        """Convert the dense weights of the chosen layers to ternary ones; those of a saved model were checked."""
         if self.layers is None:
             raise ValueError(
                 "TernaryConfig works with `from_pretrained` only; save the single file as a folder first."
             )
-        with self._naming_files():
-            return self._updated(state_dict, self.layers)
-
-    def _updated(self, state_dict: dict[str, Any], layers: dict[str, TernaryLinear]) -> dict[str, Any]:
-        for name in self._floats & state_dict.keys():
-            if not state_dict[name].is_floating_point():
-                raise ValueError(
-                    f"{name} is {state_dict[name].dtype}, the model asks for floats. Download or save the file again."
-                )
-        for name, layer in layers.items():
-            if self.pre_quantized:
-                self._check(name, layer, state_dict)
-            elif f"{name}.weight" in state_dict:
-                weight = state_dict.pop(f"{name}.weight")
-                if tuple(weight.shape) != (layer.out_features, layer.in_features):
+        for name, layer in self.layers.items():
+            weight = None if self.pre_quantized else state_dict.pop(f"{name}.weight", None)
+            if weight is None:
+                continue  # a saved model, or the weight is in another shard
+            with self._naming_files():
+                shape = (layer.out_features, layer.in_features)
+                if tuple(weight.shape) != shape or not weight.is_floating_point():
                     raise ValueError(
-                        f"{name}.weight has shape {tuple(weight.shape)}, the model asks for"
-                        f" {(layer.out_features, layer.in_features)}. Download or save file and config.json again."
+                        f"{name}.weight is {tuple(weight.shape)}, {weight.dtype}; the model asks for {shape}, floats."
+                        " Download or save file and config.json again."
                     )
                 for key, value in ternary_tensors(weight, self.quantization_config, name).items():
                     state_dict[f"{name}.{key}"] = value
         return state_dict
 
-    @staticmethod
-    def _check(name: str, layer: TernaryLinear, state_dict: dict[str, Any]) -> None:
-        for key, expected in layer.state_dict().items():
-            found = state_dict.get(f"{name}.{key}")
-            if found is None:
-                continue  # in another shard; what is missing altogether is refused below
-            fits = found.dtype == torch.uint8 if key == PACKED_SUFFIX else found.is_floating_point()
-            if tuple(found.shape) != tuple(expected.shape) or not fits:
-                raise ValueError(
-                    f"{name}.{key} is {tuple(found.shape)}, {found.dtype}; the model asks for"
-                    f" {tuple(expected.shape)}, {expected.dtype}. Download or save file and config.json again."
-                )
-            if key == PACKED_SUFFIX and reference.has_invalid_code(found):
-                raise ValueError(
-                    f"{name}.{key} holds code 3, which is not a ternary value: the file is damaged. Download it again."
-                )
-            if not is_finite(found):
-                raise ValueError(f"{name}.{key} holds NaN or infinity. Download or save the file again.")
-
-    def update_missing_keys(self, model, missing_keys: list[str], prefix: str) -> list[str]:
-        """A saved model without some of its tensors would be none: an error, where diffusers would warn."""
-        ours = {f"{name}.{key}" for name, layer in (self.layers or {}).items() for key in layer.state_dict()}
-        missing = sorted(missing_keys if self.pre_quantized else ours & set(missing_keys))
-        if missing:
-            raise ValueError(
-                f"{self._files} has no {missing[0]} ({len(missing)} tensors are missing). Was it saved with other"
-                " patterns or another weight_format?"
-            )
-        return missing_keys
-
     def _process_model_after_weight_loading(self, model, **kwargs):
         if SCALE_SUFFIX in self._kept_in_float32:
             self._kept_in_float32.remove(SCALE_SUFFIX)  # it may be the class's own list
-        model.is_quantized = False  # ternary layers take casts, so the host need not forbid them
+        model.is_quantized = False  # ternary layers take casts, so diffusers need not forbid them
         take_adapters(model, TernaryLinear)
         return model
 
     def get_state_dict_and_metadata(self, state_dict, safe_serialization=False):
-        """Scales go to the file in float16 where that holds them exactly: two bytes for a group instead of four."""
+        """Return what is saved: scales in float16 where that holds them exactly, two bytes instead of four.
+
+        Raises:
+            ValueError: `safe_serialization=False`.
+        """
+        if not safe_serialization:
+            raise ValueError(
+                "Ternary weights are saved as safetensors, not as a pickle: leave `safe_serialization=False` out."
+            )
         saved = {
             key: saved_scale(value) if key.endswith(f".{SCALE_SUFFIX}") else value for key, value in state_dict.items()
         }
@@ -494,40 +483,19 @@ class TernaryQuantizer(DiffusersQuantizer):
             layer = model.get_submodule(name)
             dtype = model.dtype if layer.weight_format == "packed" else layer.weight.dtype
             model.set_submodule(name, dense_layer(layer, dtype))
-        config = {key: value for key, value in model.config.items() if key != "quantization_config"}
-        model._internal_dict = FrozenDict(config)
+        remove_from_config(model, "quantization_config")
         take_adapters(model, None)
         return model
 
-    @property
-    def supports_parallel_loading(self) -> bool:
-        """Shards are converted one after the other."""
-        return False
-
-    @property
-    def is_serializable(self) -> bool:
-        """Yes."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Float weights train; packed ones carry adapters."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """Yes."""
-        return True
-
 
 def saved_scale(scale: Tensor) -> Tensor:
-    """In float16 where that holds every value: two bytes for a scale instead of four."""
+    """Return the scale in float16 where that holds every value: two bytes instead of four."""
     half = scale.half()
     return half if torch.equal(half.to(scale.dtype), scale) else scale
 
 
 def dense_layer(layer: TernaryLinear, dtype: torch.dtype) -> nn.Linear:
-    """`nn.Linear` with the weight `scale * T`."""
+    """Return an `nn.Linear` with the weight `scale * T`."""
     linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     linear.weight = nn.Parameter(layer.dequantize().to(dtype))
     linear.bias = layer.bias  # type: ignore[assignment]

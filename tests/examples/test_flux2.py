@@ -40,7 +40,7 @@ def small_shards(monkeypatch):
 
 def test_the_shape_is_that_of_the_published_model():
     model = flux2_page.meta_model(flux2_page.KLEIN_4B)
-    layers = flux2_page.select_layers(model, flux2_page.TernaryConfig(granularity=128))
+    layers = flux2_page.select_layers(model, flux2_page.TernaryConfig(scale_granularity=128))
     assert len(layers) == 100
     assert 3.8e9 < sum(parameter.numel() for parameter in model.parameters()) < 4.0e9
 
@@ -48,9 +48,9 @@ def test_the_shape_is_that_of_the_published_model():
 def test_what_is_written_imports_and_computes_what_the_dense_one_does(tmp_path, small_shards):
     sizes = flux2_page.write_dense(TINY, tmp_path / "dense")
     assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 2
-    convert_dense_checkpoint(tmp_path / "dense", tmp_path / "packed", granularity=flux2_page.GROUP)
+    convert_dense_checkpoint(tmp_path / "dense", tmp_path / "packed", scale_granularity=flux2_page.GROUP)
     config = json.loads((tmp_path / "packed" / "config.json").read_text())
-    assert config["quantization_config"]["granularity"] == 128
+    assert config["quantization_config"]["scale_granularity"] == 128
     dense, packed = (Flux2Transformer2DModel.from_pretrained(tmp_path / name) for name in ("dense", "packed"))
     layers = [module for module in packed.modules() if isinstance(module, TernaryLinear)]
     assert sizes["ternary_layers"] == len(layers) == 12 + 2 * 2

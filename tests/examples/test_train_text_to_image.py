@@ -170,7 +170,9 @@ class TestTraining:
 
     @pytest.mark.parametrize("granularity", ["row", "16"])
     def test_other_granularities(self, run, dense, granularity):
-        folder = run("--demo", "--ternary", "--granularity", granularity, "--pretrained_model_name_or_path", dense)
+        folder = run(
+            "--demo", "--ternary", "--scale_granularity", granularity, "--pretrained_model_name_or_path", dense
+        )
         transformer = PixArtTransformer2DModel.from_pretrained(folder, subfolder="transformer")
         assert {str(layer.scale_granularity) for layer in ternary_layers(transformer).values()} == {granularity}
 
@@ -292,7 +294,7 @@ class TestExperiment:
     def test_every_arm_runs_is_judged_and_not_run_again(self, tmp_path, monkeypatch):
         arms = {name: replace(arm, steps=arm.steps // 500) for name, arm in experiment.ARMS.items()}
         arms = {
-            name: replace(arm, granularity=16 if arm.granularity == 32 else arm.granularity)
+            name: replace(arm, scale_granularity=16 if arm.scale_granularity == 32 else arm.scale_granularity)
             for name, arm in arms.items()
         }
         monkeypatch.setattr(experiment, "ARMS", arms)

@@ -164,7 +164,7 @@ class World:
         return dit()
 
     def _new_quantized(self):
-        return TernaryConfig(granularity="row").quantize(dit())
+        return TernaryConfig(scale_granularity="row").quantize(dit())
 
     def terdit(self, *arguments) -> None:
         """A `terdit` command up to its error, which `main` prints as one line."""

@@ -202,17 +202,8 @@ def load_quantized(config=None, **changes):
     return provoke
 
 
-def pickled(**changes):
-    """The same from a .bin file."""
-
-    def provoke(w):
-        model = TernaryConfig(granularity="row").quantize(dit())
-        model.save_pretrained(w.tmp / "bin", safe_serialization=False)
-        path = w.tmp / "bin" / "diffusion_pytorch_model.bin"
-        torch.save({**torch.load(path, weights_only=True), **changes}, path)
-        type(model).from_pretrained(path.parent, use_safetensors=False)
-
-    return provoke
+def pickled(w):
+    TernaryConfig().quantize(dit()).save_pretrained(w.tmp / "bin", safe_serialization=False)
 
 
 def single_file(w):
@@ -349,15 +340,16 @@ ROWS = [
         "Step 1 of 1", "starts from latents with NaN", "those passed in, a callback's or the scheduler's"),
 
     # ternary layers in other models
-    Row("config-unknown", quantize(bits=2), ValueError, "bits", "TernaryConfig has no", "it has granularity"),
+    Row("config-unknown", quantize(bits=2), ValueError, "bits", "TernaryConfig has no", "it has scale_granularity"),
+    Row("config-first-name", quantize(exact=True), ValueError, "exact", "TernaryConfig has no", "now `lossless`"),
     Row("config-version", quantize(version="2"), ValueError, "version '2'", "reads '1'", "Update diffusers-terdit."),
-    Row("config-exact", quantize(exact="yes"), ValueError, "'yes'", "must be True or False", REASON),
+    Row("config-lossless", quantize(lossless="yes"), ValueError, "'yes'", "must be True or False", REASON),
     Row("config-format", quantize(weight_format="int8"), ValueError, "'int8'", 'must be "packed" or "float"', REASON),
-    Row("config-exact-float", quantize(exact=True, weight_format="float"), ValueError,
-        Fixed("`exact=True`"), "takes over ternary codes", 'use weight_format="packed"'),
+    Row("config-lossless-float", quantize(lossless=True, weight_format="float"), ValueError,
+        Fixed("`lossless=True`"), "takes over ternary codes", 'use weight_format="packed"'),
     Row("config-patterns", quantize(include=5), ValueError,
-        "got 5", "must be patterns of module names", '["transformer_blocks.*"]'),
-    Row("config-json", load_quantized({"quant_method": "ternary", "granularity": "column", "version": "1"}),
+        "got 5", "must be names or patterns of modules", '["transformer_blocks.*"]'),
+    Row("config-json", load_quantized({"quant_method": "ternary", "scale_granularity": "column", "version": "1"}),
         ValueError,
         "'column'", "The `quantization_config` in config.json", 'must be "tensor", "row" or a positive int'),
     Row("quantize-none", quantize(lambda: None), ValueError, "NoneType", "must be a model of diffusers", REASON),
@@ -365,15 +357,16 @@ ROWS = [
         "DiTTransformer2DModel", "is quantized already (ternary)", "call `dequantize()` first"),
     Row("quantize-terdit", ternary_already, ValueError,
         "TerDiTTransformer2DModel", "has ternary layers already", "it needs no TernaryConfig"),
-    Row("quantize-pattern", quantize(exclude="blocks.*"), ValueError,
+    Row("quantize-pattern", quantize(modules_to_not_convert="blocks.*"), ValueError,
         "'blocks.*'", "matches no linear layer", "which has "),
-    Row("quantize-none-chosen", quantize(exclude="*"), ValueError,
+    Row("quantize-none-chosen", quantize(modules_to_not_convert="*"), ValueError,
         "DiTTransformer2DModel", "No linear layer of", "`include` some of "),
     Row("quantize-shared", quantize(shared_layer), ValueError,
-        Q, "are one layer, used twice", "`exclude` it, or make it two"),
-    Row("quantize-tied", quantize(tied_layer), ValueError, Q, "is tied to", "`exclude` the layer, or untie them"),
+        Q, "are one layer, used twice", "name it in `modules_to_not_convert`, or make it two"),
+    Row("quantize-tied", quantize(tied_layer), ValueError,
+        Q, "is tied to", "name the layer in `modules_to_not_convert`, or untie them"),
     Row("quantize-outputs", quantize(odd_layer), ValueError,
-        "this one has 30", "needs outputs in multiples of 4", "`exclude` it, or choose another granularity"),
+        "this one has 30", "needs outputs in multiples of 4", "Name it in `modules_to_not_convert`, or choose"),
     Row("quantize-nan", quantize(nan_layer), ValueError, f"{Q}.weight", "NaN or infinity", "Take an undamaged one."),
     Row("quantize-exact", exact, ValueError,
         "row 0 holds 0.25 beside 1", "proj.weight is not ternary", "Another granularity may fit"),
@@ -383,21 +376,19 @@ ROWS = [
         "DiTTransformer2DModel", "was not quantized with a TernaryConfig", "Call `TernaryConfig().quantize(model)`."),
     Row("quantized-pack-nan", nan_pack, ValueError, Q, "NaN or infinity", "Take one from before training diverged."),
     Row("dense-missing", load_dense(**{f"{Q}.weight": None}), ValueError,
-        f"{Q}.weight", "1 dense weights are missing", "Download or save it again."),
-    Row("dense-ints", load_dense(**{f"{Q}.bias": torch.zeros(32, dtype=torch.int32)}), ValueError,
-        f"{Q}.bias is torch.int32", "the model asks for floats", "Download or save the file again."),
+        f"{Q}.weight", "1 dense tensors are missing", "Download or save it again."),
+    Row("dense-ints", load_dense(**{f"{Q}.weight": torch.zeros(32, 32, dtype=torch.int32)}), ValueError,
+        f"{Q}.weight is (32, 32), torch.int32", "the model asks for (32, 32), floats", "Download or save file and"),
     Row("dense-shape", load_dense(**{f"{Q}.weight": torch.zeros(32, 16)}), ValueError,
         "(32, 16)", "the model asks for (32, 32)", "Download or save file and config.json again."),
     Row("quantized-shape", load_quantized(**{f"{Q}.weight_scale": torch.ones(1)}), ValueError,
-        f"{Q}.weight_scale is (1,)", "the model asks for (32, 1)", "Download or save file and config.json again."),
+        f"`{Q}.weight_scale` has shape [1]", "the config asks for [32, 1]", "config.json and weights again, together"),
     Row("quantized-code-3", load_quantized(**{f"{Q}.weight_packed": torch.full((8, 32), 255, dtype=torch.uint8)}),
         ValueError, f"{Q}.weight_packed", "holds code 3", "Download or save it again."),
-    Row("quantized-bin-code-3", pickled(**{f"{Q}.weight_packed": torch.full((8, 32), 255, dtype=torch.uint8)}),
-        ValueError, f"{Q}.weight_packed", "holds code 3", "Download it again."),
-    Row("quantized-bin-nan", pickled(**{f"{Q}.weight_scale": torch.full((32, 1), float("nan"))}), ValueError,
-        f"{Q}.weight_scale", "holds NaN or infinity", "Download or save the file again."),
+    Row("quantized-bin", pickled, ValueError,
+        Fixed("`safe_serialization=False`"), "saved as safetensors", "leave `safe_serialization=False` out"),
     Row("quantized-missing", load_quantized(**{f"{Q}.weight_scale": None}), ValueError,
-        f"{Q}.weight_scale", "1 tensors are missing", "Was it saved with other patterns"),
+        f"{Q}.weight_scale", "1 missing tensor(s)", "config.json and weights again, together"),
     Row("quantized-single-file", single_file, ValueError,
         Fixed("single file"), "works with `from_pretrained` only", "as a folder first"),
 
@@ -410,6 +401,8 @@ ROWS = [
     Row("lora-bias", add(lambda: adapter(bias="all")), ValueError,
         "bias='all'", "trains weights of the model itself", "Name the layers in `target_modules`"),
     Row("lora-kind", add(loha), ValueError, "LoHaConfig", "take LoRA adapters", "Pass a `peft.LoraConfig`"),
+    Row("lora-file-kind", load_adapter(transformer_blocks__0__attn__to_q__hada_w1_a=torch.ones(2, 2)), ValueError,
+        "a tensor `transformer_blocks.0.attn.to_q.hada_w1_a`", "take LoRA adapters", "a file that was trained with"),
     Row("lora-dora", add(lambda: adapter(use_dora=True)), ValueError,
         "use_dora", "reads a dense weight", "Use plain LoRA"),
     Row("lora-merge", merge, ValueError,

@@ -39,11 +39,11 @@ def is_diffusers_checkpoint(path: str | os.PathLike) -> bool:
 def convert_dense_checkpoint(
     path: str | os.PathLike,
     output: str | os.PathLike,
-    granularity: str | int | None = None,
+    scale_granularity: str | int | None = None,
     component: str = "transformer",
     max_shard_size: int = 2 * 10**9,
     revision: str | None = None,
-    **patterns: Any,
+    **choice: Any,
 ) -> Path:
     """Pack a ternary model of any diffusers class whose weights were published as dense tensors, without any loss.
 
@@ -52,12 +52,12 @@ def convert_dense_checkpoint(
     Args:
         path (`str` or `os.PathLike`): Pipeline folder with a model_index.json, model folder, or Hub id.
         output (`str` or `os.PathLike`): Folder to write; it must not exist, or be empty.
-        granularity (`str` or `int`, *optional*): What one scale covers, see [`TernaryConfig`]; default the coarsest
-            that fits the first layer.
+        scale_granularity (`str` or `int`, *optional*): What one scale covers, see [`TernaryConfig`]; default the
+            coarsest that fits the first layer.
         component (`str`, defaults to `"transformer"`): The ternary model of a pipeline.
         max_shard_size (`int`, defaults to 2 GB): Bytes per file; a shard is in memory until it is written.
         revision (`str`, *optional*): Branch, tag or commit of a Hub id.
-        patterns: `include` and `exclude` of [`TernaryConfig`].
+        choice: `include` and `modules_to_not_convert` of [`TernaryConfig`].
 
     Returns:
         `pathlib.Path`: `output`; it loads with the class it was made for, after `import diffusers_terdit`.
@@ -85,7 +85,8 @@ def convert_dense_checkpoint(
             # files that are links, as in the Hub's cache, are followed
             shutil.copytree(source, partial, ignore=lambda here, names: {component} if Path(here) == source else set())
         with hub_errors(folder), writing(output):
-            _pack_model(folder, partial / component if is_pipeline else partial, granularity, max_shard_size, patterns)
+            target = partial / component if is_pipeline else partial
+            _pack_model(folder, target, scale_granularity, max_shard_size, choice)
         try:
             if output.exists():
                 output.rmdir()
@@ -102,7 +103,7 @@ def _check_free(output: Path) -> None:
 
 
 def _pack_model(
-    source: Path, output: Path, granularity: str | int | None, max_shard_size: int, patterns: dict[str, Any]
+    source: Path, output: Path, scale_granularity: str | int | None, max_shard_size: int, choice: dict[str, Any]
 ) -> None:
     """`convert_dense_checkpoint` for one model's folder."""
     raw = read_json(source / "config.json")
@@ -125,7 +126,7 @@ def _pack_model(
         ) from error
     tensors = dict(_dense_tensors(source))
     _refuse_other_layouts(source, tensors)
-    linears = select_layers(model, TernaryConfig(granularity="tensor", **patterns))
+    linears = select_layers(model, TernaryConfig(**choice))
     missing = [name for name in linears if f"{name}.weight" not in tensors]
     if missing:
         raise ValueError(
@@ -146,9 +147,9 @@ def _pack_model(
             )
         return tensor
 
-    if granularity is None:
-        granularity = find_granularity(read(f"{next(iter(linears))}.weight"), next(iter(linears)))
-    config = TernaryConfig(granularity=granularity, exact=True, **patterns)
+    if scale_granularity is None:
+        scale_granularity = find_granularity(read(f"{next(iter(linears))}.weight"), next(iter(linears)))
+    config = TernaryConfig(scale_granularity, lossless=True, **choice)
     select_layers(model, config)  # whether every layer takes it
     output.mkdir(parents=True, exist_ok=True)
     shards: list[list[str]] = []

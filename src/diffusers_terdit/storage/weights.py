@@ -312,6 +312,8 @@ def check_weights(
     paths: Iterable[str | os.PathLike],
     state_dict: dict[str, torch.Tensor] | None = None,
     ignore_mismatched_sizes: bool = False,
+    packed: bool | None = None,
+    ignore_unexpected: bool = False,
 ) -> None:
     """Raise unless `paths` hold exactly the tensors of `model`, in its format, undamaged.
 
@@ -320,13 +322,15 @@ def check_weights(
         paths: The weights file, or all shards of it.
         state_dict (`dict`, *optional*): The tensors of a single `.bin` file that was read already.
         ignore_mismatched_sizes (`bool`): Leave shapes to the host.
+        packed (`bool`, *optional*): Whether the model is packed; default as its config says.
+        ignore_unexpected (`bool`): Leave tensors that the model does not have to the host.
 
     Raises:
         ValueError: A tensor is missing, unexpected, stored twice, of the wrong shape or dtype, or holds a code that is
             not ternary; the metadata contradicts the config; or the digest does not match.
         OSError: A file cannot be read.
     """
-    packed_model = model.config.get("weight_format") == "packed"
+    packed_model = model.config.get("weight_format") == "packed" if packed is None else packed
     expected = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
     files = [
         WeightsFile(path) if str(path).endswith(".safetensors") else _PickleFile(path, state_dict) for path in paths
@@ -340,6 +344,8 @@ def check_weights(
             seen[name] = file.path
             if name not in expected:
                 _raise_format_mismatch(file.path, name, packed_model)
+                if ignore_unexpected:
+                    continue
                 raise ValueError(
                     f"{file.path}: unexpected tensor `{name}`; {type(model).__name__} has no such weight. {TOGETHER}"
                 )
