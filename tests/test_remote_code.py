@@ -222,7 +222,8 @@ class TestFiles:
                 for name in filter(None, named):
                     meanings.setdefault(name, set()).add(ast.unparse(node))
             twice = {name for name, statements in meanings.items() if len(statements) > 1}
-            assert twice <= {f"_{Path(file).stem}" for file in remote_code.ARITHMETIC}  # a function, then what it gives
+            # a function, then what it gives
+            assert twice <= {f"_{Path(file).stem}" for file in remote_code.ARITHMETIC}
             assert not re.search("filelock|huggingface_hub|numba\\b.*import|class .*Lora", text)
 
     def test_they_import_nothing_of_the_package_and_of_each_other(self, folder):

@@ -79,7 +79,7 @@ def test_steps(measure, monkeypatch, scripts):
 def test_steps_of_two_presets_keep_every_mode(measure, monkeypatch):
     # Dynamo keeps eight graphs of a block for all models together: sixteen are compiled here.
     monkeypatch.setattr(torch, "compile", partial(torch_compile, backend="eager"))
-    monkeypatch.setitem(PRESETS, "other toy", TOY | {"attention_head_dim": 8})
+    monkeypatch.setitem(SIZES, "other toy", TOY | {"attention_head_dim": 8})
     args = ["--device", "cpu", "--parts", "steps", "--presets", "toy", "other toy", "--turns", "1"]
     data, _ = measure(*args, "--dtypes", "bfloat16")
     assert data["steps"]["left_out"] == []
