@@ -236,7 +236,8 @@ class TestManaging:
 
     def test_pipeline_samples_with_the_adapter(self, tiny_pipeline):
         pipe = tiny_pipeline(weight_format="packed")
-        options = {"num_inference_steps": 3, "output_type": "latent"}
+        # A callback, as offloading, has adaLN computed step by step: otherwise the last bits may differ.
+        options = {"num_inference_steps": 3, "output_type": "latent", "callback_on_step_end": lambda *args: args[3]}
 
         def sample():
             return pipe([1, 2], generator=torch.Generator().manual_seed(0), **options).images

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmark import machine
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel
-from diffusers_terdit.models.transformer_terdit import PRESETS
+from diffusers_terdit.models.transformer_terdit import SIZES
 from diffusers_terdit.pipelines.schedulers import default_scheduler
 from gpu_benchmark import grouped, is_held, loaded, new_vae, place, random_model, resumed, save, script_command
 from kernel_benchmark import rounded
@@ -189,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: only to try the code")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
-    parser.add_argument("--presets", choices=PRESETS, nargs="+", default=["terdit-4.2b-256", "terdit-600m-256"])
+    parser.add_argument("--presets", choices=SIZES, nargs="+", default=["terdit-4.2b-256", "terdit-600m-256"])
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8], help="images of a call, guided")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--activation_bits", type=int, choices=[8, 16], help="default: exact")
