@@ -29,7 +29,8 @@ from diffusers_terdit import TerDiTTransformer2DModel, TernaryConfig, TernaryLin
 from diffusers_terdit.cli import main
 from diffusers_terdit.conversion import convert_dense_checkpoint, swap_bitnet_order
 from diffusers_terdit.ops import dequantize, pack_ternary, reference, unpack_ternary
-from diffusers_terdit.quantization import exact_codes, find_granularity, least_squares_scale, pack, select_layers
+from diffusers_terdit.ops.reference import exact_codes, find_granularity, least_squares_scale
+from diffusers_terdit.quantization import pack, select_layers
 from tiny_flux2 import tiny_flux2_pipeline
 
 

@@ -1,27 +1,14 @@
 """`TernaryLinear`, a linear layer with weights in {-1, 0, +1} and a float scale."""
 
 import math
-from importlib.util import find_spec
 from numbers import Integral
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from ._numba_warnings import INSTALL_NUMBA, warn_no_integer_kernel
 from .modeling import TernaryModelMixin, warn_half_precision_codes
-from .ops import (
-    dequantize,
-    float_linear,
-    has_integer_kernel,
-    integer_linear,
-    pack_ternary,
-    quantize_activations,
-    reference,
-    ternarize,
-    ternary_linear,
-    unpack_ternary,
-)
+from .ops import check_integers, dequantize, linear, pack_ternary, reference, ternarize, unpack_ternary
 
 
 class TernaryLinear(TernaryModelMixin):
@@ -118,19 +105,9 @@ class TernaryLinear(TernaryModelMixin):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), in the dtype of `hidden_states` (or of autocast)."""
-        bits = self._integer_bits(hidden_states)
-        if bits is not None:
-            return integer_linear(hidden_states, self.weight_packed, self.weight_scale, self.bias, bits)
-        if self.config["activation_bits"] is None:
-            return self._linear(hidden_states, self.bias)
-        codes, step = quantize_activations(hidden_states, self.config["activation_bits"])  # (..., K), (..., 1)
-        if self._computing_dtype(hidden_states) == torch.float16:
-            # Sums of codes would overflow before the step is applied: its power of two goes before the matmul.
-            power = torch.exp2(step.log2().floor().clamp(-14, 9))  # normal numbers, also times a code
-            codes, step = codes * power.to(codes.dtype), step / power
-        output = self._linear(codes, None) * step  # float32
-        output = output if self.bias is None else output + self.bias
-        return output.to(hidden_states.dtype)
+        weight = self.weight_packed if self.weight_format == "packed" else self.weight
+        trained_bits = self.config["activation_bits"]
+        return linear(hidden_states, weight, self.weight_scale, self.bias, self._requested_bits, trained_bits)
 
     def set_activation_bits(self, bits: int | str | None) -> None:
         """Round the inputs of a packed layer to integers, for speed. Never saved: it is not the layer's meaning.
@@ -155,40 +132,9 @@ class TernaryLinear(TernaryModelMixin):
                 f'This layer was trained with {trained}-bit inputs; it has no other meaning: pass {trained} or "auto",'
                 f" got {bits!r}."
             )
-        if bits in (8, 16) and not has_integer_kernel(self.weight_scale.device.type):
-            if self.weight_scale.device.type == "cpu" and find_spec("numba") is None:
-                raise ImportError(f"Integer activations of {bits} bits on a CPU need numba: {INSTALL_NUMBA}")
-            warn_no_integer_kernel(self.weight_scale.device.type)
+        if bits in (8, 16):
+            check_integers(self.weight_scale.device.type, bits)
         self._requested_bits = bits
-
-    def _integer_bits(self, hidden_states: Tensor) -> int | None:
-        """The bits of the integer kernel that computes this layer for such an input, if one does."""
-        device = hidden_states.device.type
-        requested: int | str | None = self.config["activation_bits"] or self._requested_bits
-        bits = requested if isinstance(requested, int) else None
-        if requested == "auto":
-            bits = 16 if self._computing_dtype(hidden_states) == torch.bfloat16 and device == "cpu" else None
-        if bits is None or self.weight_format != "packed":
-            return None
-        if not reference.takes_integers(self.weight_scale, self.in_features, bits):
-            return None
-        if has_integer_kernel(device):
-            return bits
-        if self._requested_bits == "auto" and device == "cpu":
-            warn_no_integer_kernel(device)
-        return None
-
-    @staticmethod
-    def _computing_dtype(hidden_states: Tensor) -> torch.dtype:
-        """Of the matmul: autocast's, or the input's."""
-        device = hidden_states.device.type
-        autocast = device != "meta" and torch.is_autocast_enabled(device)
-        return torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
-
-    def _linear(self, hidden_states: Tensor, bias: Tensor | None) -> Tensor:
-        if self.weight_format == "packed":
-            return ternary_linear(hidden_states, self.weight_packed, self.weight_scale, bias)
-        return float_linear(hidden_states, self.weight, self.weight_scale, bias)
 
     @torch.no_grad()
     def ternary_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:

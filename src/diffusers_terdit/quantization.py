@@ -281,95 +281,17 @@ def ternary_tensors(weight: Tensor, config: TernaryConfig, name: str) -> dict[st
         ValueError: The weight is not finite or, with `lossless`, not ternary.
     """
     if config.lossless:
-        ternary, scale = exact_codes(weight, config.scale_granularity, name)
+        ternary, scale = reference.exact_codes(weight, config.scale_granularity, name)
         return {PACKED_SUFFIX: pack_ternary(ternary), SCALE_SUFFIX: scale}
     if not weight.isfinite().all():
         raise ValueError(
             f"{name}.weight holds NaN or infinity, which round to none of {{-1, 0, +1}}. Take an undamaged one."
         )
     ternary = reference.round_to_ternary(weight, config.scale_granularity)  # (N, K) float32
-    scale = least_squares_scale(weight, ternary, config.scale_granularity)
+    scale = reference.least_squares_scale(weight, ternary, config.scale_granularity)
     if config.weight_format == "float":
         return {"weight": weight, SCALE_SUFFIX: scale}
     return {PACKED_SUFFIX: pack_ternary(ternary), SCALE_SUFFIX: scale}
-
-
-def _by_scale(matrix: Tensor, granularity: str | int) -> Tensor:
-    """(N, K) -> (scales, values that share one)."""
-    if granularity == "tensor":
-        return matrix.reshape(1, -1)
-    return matrix if granularity == "row" else matrix.reshape(-1, int(granularity))
-
-
-def least_squares_scale(weight: Tensor, ternary: Tensor, granularity: str | int) -> Tensor:
-    """The scale for which `scale * T` is nearest to the weight: as `weight_scale`, float32; 0 where T is 0."""
-    shape = reference.scale_shape(weight.shape[0], weight.shape[1], granularity)
-    values, codes = _by_scale(weight.float(), granularity), _by_scale(ternary.float(), granularity)
-    # float64 where the device has it: a matrix has millions of terms
-    wide = torch.float32 if weight.device.type == "mps" else torch.float64
-    scale = (values * codes).sum(1, dtype=wide) / codes.abs().sum(1, dtype=wide).clamp_min(1)
-    return scale.float().reshape(shape)
-
-
-def exact_codes(weight: Tensor, granularity: str | int, name: str) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a dense weight that is exactly `scale * {-1, 0, +1}`.
-
-    Args:
-        weight (`torch.Tensor`): (N, K), float.
-        granularity (`str` or `int`): What one scale covers.
-        name (`str`): Of the layer, for errors.
-
-    Returns:
-        Two `torch.Tensor`: T (N, K) int8 and the scale as `weight_scale`, float32: `scale * T` is the weight bit for
-            bit.
-
-    Raises:
-        ValueError: A group holds two magnitudes, or a value that is not finite; with its place and values.
-    """
-    shape = reference.scale_shape(weight.shape[0], weight.shape[1], granularity)
-    blocks = reference.row_blocks(weight)  # float32 forms of a few rows at a time
-    scales = [_by_scale(block.float().abs(), granularity).amax(1) for block in blocks]
-    if granularity == "tensor":
-        scales = [torch.stack(scales).amax(0)] * len(blocks)
-    ternary = torch.empty_like(weight, dtype=torch.int8)
-    row = 0
-    for block, scale, out in zip(blocks, scales, reference.row_blocks(ternary), strict=True):
-        values = _by_scale(block.float(), granularity)  # (scales, values that share one)
-        wrong = ((values.abs() != scale[:, None]) & (values != 0)) | ~values.isfinite()
-        if wrong.any():
-            index, place = (int(i) for i in wrong.nonzero()[0])
-            raise ValueError(
-                f"{name}.weight is not ternary: {_place(weight, values, index, place, row, granularity)} holds"
-                f" {values[index, place]:.6g} beside {scale[index]:.6g}. Another granularity may fit; without `exact`"
-                " the weight is rounded, which changes the model."
-            )
-        out.copy_(values.sign().reshape(block.shape))
-        row += len(block)
-    return ternary, (scales[0] if granularity == "tensor" else torch.cat(scales)).reshape(shape)
-
-
-def _place(weight: Tensor, values: Tensor, index: int, place: int, row: int, granularity: str | int) -> str:
-    """Words for where a value stands that is not ternary, of a block of values that begins at a row of the weight."""
-    down, column = divmod(index * values.shape[1] + place, weight.shape[1])
-    if isinstance(granularity, str):
-        return f"row {row + down}"
-    start = column - place
-    return f"row {row + down}, group {start // values.shape[1]} (inputs {start} to {start + values.shape[1] - 1})"
-
-
-def find_granularity(weight: Tensor, name: str) -> str | int:
-    """The coarsest granularity for which a dense weight is ternary: "tensor", "row", 256, 128, 64 or 32 inputs.
-
-    Raises:
-        ValueError: There is none.
-    """
-    for granularity in ("tensor", "row", *(g for g in (256, 128, 64, 32) if weight.shape[1] % g == 0)):
-        try:
-            exact_codes(weight, granularity, name)
-            return granularity
-        except ValueError as error:
-            reason = error
-    raise ValueError(f"No granularity fits the first layer: {reason}") from reason
 
 
 class TernaryQuantizer(DiffusersQuantizer):

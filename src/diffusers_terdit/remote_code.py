@@ -89,7 +89,7 @@ def warn_half_precision_codes(dtype):
     """The package warns that half precision moves codes of float weights."""
 '''
 
-_MODEL_END = '''
+_MODEL_END = """
 
 def _no_integers(bits):
     raise ImportError(f"Integer activations of {bits} bits need this package's kernels: pip install diffusers-terdit")
@@ -103,7 +103,7 @@ _torch_ops.register_kernels(
     linear_backward=_decode.linear_backward,
     integer_linear=_reference.integer_linear,
 )
-'''
+"""
 
 _TRANSFORMER_END = """
 # FirstBlockCache and MagCache of diffusers know a block by its class.

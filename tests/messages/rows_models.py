@@ -6,6 +6,7 @@ from message_table import REASON, TINY, WEIGHTS, Fixed, Row, dit, edit_json, edi
 from torch import nn
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryConfig, lora, quantization
+from diffusers_terdit.ops import reference
 from diffusers_terdit.pipelines.schedulers import default_scheduler
 
 
@@ -211,11 +212,11 @@ def single_file(w):
 
 
 def not_ternary(w):
-    quantization.find_granularity(torch.tensor([[1.0, 0.25], [0.5, -0.5]]), "proj")
+    reference.find_granularity(torch.tensor([[1.0, 0.25], [0.5, -0.5]]), "proj")
 
 
 def exact(w):
-    quantization.exact_codes(torch.tensor([[1.0, 0.25]]), "tensor", "proj")
+    reference.exact_codes(torch.tensor([[1.0, 0.25]]), "tensor", "proj")
 
 
 # fmt: off
@@ -371,7 +372,7 @@ ROWS = [
     Row("quantize-exact", exact, ValueError,
         "row 0 holds 0.25 beside 1", "proj.weight is not ternary", "Another granularity may fit"),
     Row("quantize-granularity", not_ternary, ValueError,
-        "proj.weight", "No granularity fits the first layer", "without `exact` the weight is rounded"),
+        "proj.weight", "No granularity fits the first layer", "without `lossless` the weight is rounded"),
     Row("quantized-pack", lambda w: quantization.pack(dit()), ValueError,
         "DiTTransformer2DModel", "was not quantized with a TernaryConfig", "Call `TernaryConfig().quantize(model)`."),
     Row("quantized-pack-nan", nan_pack, ValueError, Q, "NaN or infinity", "Take one from before training diverged."),

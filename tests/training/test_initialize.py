@@ -3,6 +3,7 @@ import torch
 
 from diffusers_terdit import ternarize, training
 from diffusers_terdit.ops import dequantize
+from diffusers_terdit.ops.reference import least_squares_scale
 from tiny import fresh_model, randomize
 
 
@@ -10,8 +11,8 @@ class TestStartingWeights:
     @pytest.mark.parametrize("granularity", ["tensor", "row", 8])
     def test_the_scale_is_the_least_squares_one(self, granularity):
         weight = torch.randn(12, 16, generator=torch.Generator().manual_seed(0))
-        scale = training.initialize.least_squares_scale(weight, granularity)
         ternary = ternarize(weight, granularity)
+        scale = least_squares_scale(weight, ternary, granularity)
 
         def error(candidate):
             return (dequantize(ternary, candidate) - weight).square().sum()
@@ -23,7 +24,8 @@ class TestStartingWeights:
         assert training.initialize.transfer_weights(source, target) == []
         for name, layer in target.ternary_layers().items():
             assert torch.equal(layer.weight, source.state_dict()[f"{name}.weight"])
-            assert torch.equal(layer.weight_scale, training.initialize.least_squares_scale(layer.weight))
+            expected = least_squares_scale(layer.weight, ternarize(layer.weight), "tensor")
+            assert torch.equal(layer.weight_scale, expected)
         assert torch.equal(target.proj_in.weight, source.proj_in.weight)
 
     def test_fine_tuning_starts_from_the_packed_codes(self):

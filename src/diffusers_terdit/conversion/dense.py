@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..hub.errors import hub_errors
 from ..modeling import check_config
-from ..quantization import TernaryConfig, find_granularity, saved_scale, select_layers, ternary_tensors
+from ..ops import reference
+from ..quantization import TernaryConfig, saved_scale, select_layers, ternary_tensors
 from ..storage.saving import partial_path, remove_partials, writing
 from ..storage.weights import PACKED_SUFFIX, PACKING, SCALE_SUFFIX, VERSION, check_file, read_index, read_json
 
@@ -148,7 +149,7 @@ def _pack_model(
         return tensor
 
     if scale_granularity is None:
-        scale_granularity = find_granularity(read(f"{next(iter(linears))}.weight"), next(iter(linears)))
+        scale_granularity = reference.find_granularity(read(f"{next(iter(linears))}.weight"), next(iter(linears)))
     config = TernaryConfig(scale_granularity, lossless=True, **choice)
     select_layers(model, config)  # whether every layer takes it
     output.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,8 @@ the decoded weight.
 Source: TerDiT (https://arxiv.org/abs/2405.14854), after BitNet b1.58 (https://arxiv.org/abs/2402.17764).
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,9 +31,9 @@ CODES_PER_BYTE = 4
 ROUNDING = 1.5 * 2**23
 EPS = 1e-6  # added to the absmean, as the authors do
 ZERO_BYTE = 0b01010101  # four codes of T = 0
-# Of an activation's code, by bits. Those of 16 bits are 256 * high + low with high and low signed bytes.
+# The largest code of an activation, by bits. Those of 16 bits are 256 * high + low with high and low signed bytes.
 LARGEST_CODE = {8: 127, 16: 127 * 256 + 127}
-MOST_INPUTS = {8: 2**23, 16: 2**16}  # whose products' sum stays in int32, whatever the codes
+MOST_INPUTS = {8: 2**23, 16: 2**16}  # for which int32 holds the sum of their products, whatever the codes
 
 
 def describe(given: object) -> str:
@@ -65,8 +67,8 @@ def scale_shape(out_features: int, in_features: int, scale_granularity: str | in
     return (out_features, in_features // scale_granularity)
 
 
-def group_size(weight_scale: Tensor, in_features: int) -> str | int:
-    """The granularity that a scale's shape stands for: "tensor", "row", or inputs per group."""
+def granularity_of(weight_scale: Tensor, in_features: int) -> str | int:
+    """Return the granularity that a scale's shape stands for: "tensor", "row", or inputs per group."""
     if weight_scale.dim() == 1:
         return "tensor"
     return "row" if weight_scale.shape[1] == 1 else in_features // weight_scale.shape[1]
@@ -117,37 +119,17 @@ def round_to_ternary(weight: Tensor, scale_granularity: str | int, out: Tensor |
     return out
 
 
-class _Ternarize(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, weight, scale_granularity):
-        return round_to_ternary(weight, scale_granularity).to(weight.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None  # straight through, unclipped
-
-
 def ternarize(weight: Tensor, scale_granularity: str | int = "tensor") -> Tensor:
-    """Round a weight to {-1, 0, +1}: `round(W / (mean|W| + 1e-6))`, half to even, clamped; straight-through gradient.
-
-    Args:
-        weight (`torch.Tensor`): (N, K), float. Computed in float32 whatever its dtype.
-        scale_granularity (`str` or `int`): What the mean runs over: "tensor", "row", or groups of this many inputs.
-
-    Returns:
-        `torch.Tensor`: (N, K), `weight`'s dtype, values in {-1, 0, +1}.
+    """Round a weight to {-1, 0, +1}, without a gradient; see `ops.ternarize`, which has one.
 
     Raises:
         ValueError: `weight` is not a floating-point matrix, is empty, or K is not a multiple of the group.
-
-    Source: TerDiT section 3.1 (https://arxiv.org/abs/2405.14854).
     """
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point() or weight.numel() == 0:
         raise ValueError(
             f"`ternarize` takes a non-empty floating-point matrix (out_features, in_features), got {describe(weight)}."
         )
-    check_scale_granularity(scale_granularity)
-    return _Ternarize.apply(weight, scale_granularity)
+    return round_to_ternary(weight, scale_granularity).to(weight.dtype)
 
 
 def pack_ternary(ternary: Tensor) -> Tensor:
@@ -215,53 +197,24 @@ def is_grouped(weight_scale: Tensor) -> bool:
     return weight_scale.dim() == 2 and weight_scale.shape[1] > 1
 
 
-def takes_integers(weight_scale: Tensor, in_features: int, bits: int) -> bool:
-    """Whether `integer_linear` takes a layer: one scale per matrix or row, and not too many inputs for int32."""
-    return not is_grouped(weight_scale) and in_features <= MOST_INPUTS.get(bits, 0)
-
-
 def round_activations(input: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """`quantize_activations` without autograd or checks; the codes are float32."""
+    """Round each row to integers without checks: codes (..., K) and step (..., 1), both float32."""
     top = LARGEST_CODE[bits]
     wide = input.float()
     step = wide.abs().amax(-1, keepdim=True).clamp_min(1e-12) / top
     return (wide / step).round_().clamp_(-top, top), step
 
 
-class _QuantizeActivations(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, input, bits):
-        codes, step = round_activations(input, bits)
-        ctx.save_for_backward(step)
-        ctx.mark_non_differentiable(step)
-        return codes.to(input.dtype), step
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        (step,) = ctx.saved_tensors
-        return (grad.float() / step).to(grad.dtype), None  # straight through the rounding
-
-
 def quantize_activations(input: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
-    """Round each row (token) to signed integers: `input ~ codes * step`, half to even; straight-through gradient.
-
-    Args:
-        input (`torch.Tensor`): (..., K), float. Computed in float32 whatever its dtype.
-        bits (`int`, defaults to 8): 8 gives codes from -127 to 127, 16 from -32639 to 32639 (which float32 holds, half
-            precision does not).
-
-    Returns:
-        Two `torch.Tensor`: the codes (..., K), integers in `input`'s dtype, and the step (..., 1), float32: the row's
-        largest absolute value over the largest code.
+    """Round each row to integers, without a gradient; see `ops.quantize_activations`, which has one.
 
     Raises:
         ValueError: `bits` is neither 8 nor 16.
-
-    Source: BitNet b1.58, section 2 (https://arxiv.org/abs/2402.17764).
     """
     if bits not in LARGEST_CODE:
         raise ValueError(f"`bits` must be 8 or 16, got {bits!r}.")
-    return _QuantizeActivations.apply(input, bits)
+    codes, step = round_activations(input, bits)
+    return codes.to(input.dtype), step
 
 
 def scaled_linear(input: Tensor, ternary: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -282,18 +235,24 @@ def scaled_linear(input: Tensor, ternary: Tensor, weight_scale: Tensor, bias: Te
 
 
 def split_scale(weight_scale: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """The factors of a scale that belong into the matrix, before a matmul in `dtype`, and after it; `None` for one.
+    """Return the factors of a scale for inside the matrix, before a matmul in `dtype`, and after it; `None` for one.
 
-    A grouped scale goes into the matrix. A scale per matrix or row multiplies the float32 result; in float16, where
-    sums of thousands of inputs would overflow before, its power of two goes into the matrix, which changes no bit of
-    a sum that did not overflow.
+    A grouped scale goes into the matrix. A scale per matrix or row multiplies the float32 result; in float16 its power
+    of two goes into the matrix.
     """
     if is_grouped(weight_scale):
         return weight_scale, None
-    if dtype != torch.float16:
-        return None, weight_scale
-    power = torch.exp2(weight_scale.detach().float().abs().log2().floor().clamp(-14, 15))  # normal numbers of float16
-    return power, weight_scale / power
+    return split_power(weight_scale, 15) if dtype == torch.float16 else (None, weight_scale)
+
+
+def split_power(factor: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+    """Split a factor of a float16 matmul's result in two: a power of two for before the matmul, the rest for after it.
+
+    Sums of thousands of inputs would overflow before the factor makes them small. The power of two changes no bit of a
+    sum that did not overflow. It is a normal number of float16, at most 2^largest.
+    """
+    power = torch.exp2(factor.detach().float().abs().log2().floor().clamp(-14, largest))
+    return power, factor / power
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -345,7 +304,7 @@ def ternary_linear(input: Tensor, weight_packed: Tensor, weight_scale: Tensor, b
 
 def float_linear(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """`input @ (scale * T)^T + bias` with T = ternarize(weight): (..., K) -> (..., N). See `scaled_linear`."""
-    ternary = round_to_ternary(weight, group_size(weight_scale, weight.shape[1])).to(input.dtype)
+    ternary = round_to_ternary(weight, granularity_of(weight_scale, weight.shape[1])).to(input.dtype)
     return scaled_linear(input, ternary, weight_scale, bias)
 
 
@@ -361,7 +320,7 @@ def integer_linear(
         weight_packed (`torch.Tensor`): (N/4, K), uint8.
         weight_scale (`torch.Tensor`): (1,) or (N, 1), float32.
         bias (`torch.Tensor` or `None`): (N,), float.
-        bits (`int`): 8 or 16, see `quantize_activations`.
+        bits (`int`): 8 or 16, see `ops.quantize_activations`.
 
     Returns:
         `torch.Tensor`: (..., N), `input`'s dtype.
@@ -370,6 +329,44 @@ def integer_linear(
     sums = F.linear(codes.double(), unpack_ternary(weight_packed, torch.float64)).float()
     output = scale_and_shift(sums, weight_scale, None) * step
     return (output if bias is None else output + bias.float()).to(input.dtype)
+
+
+def product(input: Tensor, weight_packed: Tensor, weight_scale: Tensor) -> Tensor:
+    """`input @ (f * T)^T` with the factor f of the scale that goes inside the matrix: (..., K) -> (..., N)."""
+    inner, _ = split_scale(weight_scale, input.dtype)
+    ternary = unpack_ternary(weight_packed, input.dtype)
+    return F.linear(input, ternary if inner is None else dequantize(ternary, inner).to(input.dtype))
+
+
+def integer_product(rows: Tensor, weight_packed: Tensor) -> Tensor:
+    """`rows @ T^T` in integers: (R, K) int8 -> (R, N) int32."""
+    return F.linear(rows.double(), unpack_ternary(weight_packed, torch.float64)).to(torch.int32)
+
+
+def integer_linear_by_bytes(
+    input: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    multiply: Callable[[Tensor, Tensor], Tensor] = integer_product,
+) -> Tensor:
+    """`integer_linear`, to the bit, from a matmul of bytes: 16 bits are two passes, of high and low bytes, in one.
+
+    `multiply` computes `integer_product`.
+    """
+    codes, step = round_activations(input.reshape(-1, input.shape[-1]), bits)  # (M, K), (M, 1)
+    if bits == 8:
+        sums = multiply(codes.to(torch.int8), weight_packed)
+    else:
+        whole = codes.to(torch.int32)  # 256 * high + low
+        low = ((whole + 128) & 255) - 128
+        high_sums, low_sums = multiply(torch.cat([(whole - low) >> 8, low]).to(torch.int8), weight_packed).chunk(2)
+        sums = 256 * high_sums + low_sums
+    output = scale_and_shift(sums, weight_scale, None) * step
+    output = output if bias is None else output + bias.float()
+    # what a row with NaN or infinity has for codes does not matter: its step is NaN, or infinite
+    return output.to(input.dtype).reshape(*input.shape[:-1], output.shape[-1])
 
 
 def linear_backward(
@@ -392,3 +389,81 @@ def linear_backward(
     if input is None:
         return input_grad, grad.new_empty(0, dtype=torch.float32), grad.new_empty(0, dtype=torch.float32)
     return input_grad, *scaled_linear_weight_grads(grad, input, ternary, weight_scale)
+
+
+def _by_scale(matrix: Tensor, scale_granularity: str | int) -> Tensor:
+    """(N, K) -> (scales, values that share one)."""
+    if scale_granularity == "tensor":
+        return matrix.reshape(1, -1)
+    return matrix if scale_granularity == "row" else matrix.reshape(-1, int(scale_granularity))
+
+
+def least_squares_scale(weight: Tensor, ternary: Tensor, scale_granularity: str | int) -> Tensor:
+    """The scale for which `scale * T` is nearest to the weight: as `weight_scale`, float32; 0 where T is 0."""
+    shape = scale_shape(weight.shape[0], weight.shape[1], scale_granularity)
+    values, codes = _by_scale(weight.float(), scale_granularity), _by_scale(ternary.float(), scale_granularity)
+    # float64 where the device has it: a matrix has millions of terms
+    wide = torch.float32 if weight.device.type == "mps" else torch.float64
+    scale = (values * codes).sum(1, dtype=wide) / codes.abs().sum(1, dtype=wide).clamp_min(1)
+    return scale.float().reshape(shape)
+
+
+def exact_codes(weight: Tensor, scale_granularity: str | int, name: str) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a dense weight that is exactly `scale * {-1, 0, +1}`.
+
+    Args:
+        weight (`torch.Tensor`): (N, K), float.
+        scale_granularity (`str` or `int`): What one scale covers.
+        name (`str`): Of the layer, for errors.
+
+    Returns:
+        Two `torch.Tensor`: T (N, K) int8 and the scale as `weight_scale`, float32: `scale * T` is the weight bit for
+            bit.
+
+    Raises:
+        ValueError: A group holds two magnitudes, or a value that is not finite; with its place and values.
+    """
+    shape = scale_shape(weight.shape[0], weight.shape[1], scale_granularity)
+    blocks = row_blocks(weight)  # float32 forms of a few rows at a time
+    scales = [_by_scale(block.float().abs(), scale_granularity).amax(1) for block in blocks]
+    if scale_granularity == "tensor":
+        scales = [torch.stack(scales).amax(0)] * len(blocks)
+    ternary = torch.empty_like(weight, dtype=torch.int8)
+    row = 0
+    for block, scale, out in zip(blocks, scales, row_blocks(ternary), strict=True):
+        values = _by_scale(block.float(), scale_granularity)  # (scales, values that share one)
+        wrong = ((values.abs() != scale[:, None]) & (values != 0)) | ~values.isfinite()
+        if wrong.any():
+            index, place = (int(i) for i in wrong.nonzero()[0])
+            raise ValueError(
+                f"{name}.weight is not ternary: {_place(weight, values, index, place, row, scale_granularity)} holds"
+                f" {values[index, place]:.6g} beside {scale[index]:.6g}. Another granularity may fit; without"
+                " `lossless` the weight is rounded, which changes the model."
+            )
+        out.copy_(values.sign().reshape(block.shape))
+        row += len(block)
+    return ternary, (scales[0] if scale_granularity == "tensor" else torch.cat(scales)).reshape(shape)
+
+
+def _place(weight: Tensor, values: Tensor, index: int, place: int, row: int, scale_granularity: str | int) -> str:
+    """Words for where a value stands that is not ternary, of a block of values that begins at a row of the weight."""
+    down, column = divmod(index * values.shape[1] + place, weight.shape[1])
+    if isinstance(scale_granularity, str):
+        return f"row {row + down}"
+    start = column - place
+    return f"row {row + down}, group {start // values.shape[1]} (inputs {start} to {start + values.shape[1] - 1})"
+
+
+def find_granularity(weight: Tensor, name: str) -> str | int:
+    """The coarsest granularity for which a dense weight is ternary: "tensor", "row", 256, 128, 64 or 32 inputs.
+
+    Raises:
+        ValueError: There is none.
+    """
+    for granularity in ("tensor", "row", *(g for g in (256, 128, 64, 32) if weight.shape[1] % g == 0)):
+        try:
+            exact_codes(weight, granularity, name)
+            return granularity
+        except ValueError as error:
+            reason = error
+    raise ValueError(f"No granularity fits the first layer: {reason}") from reason

@@ -130,7 +130,7 @@ def inspect_weights(path: str | Path) -> WeightsReport:
                         f"{file.path}: `{name}` has shape {list(shape)} and its scale {list(scale.shape)}, which is no"
                         " ternary layer. Save it again."
                     )
-                granularity = reference.group_size(scale, shape[1])
+                granularity = reference.granularity_of(scale, shape[1])
                 granularities.add(granularity)
                 zeros, numel = _count_zeros(file, name, leaf, granularity)
                 group.zeros = (group.zeros or 0) + zeros

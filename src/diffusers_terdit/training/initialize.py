@@ -53,7 +53,9 @@ def transfer_weights(source: TerDiTTransformer2DModel, target: TerDiTTransformer
     weights = source.state_dict()
     if target.config.ternary and not source.config.ternary:
         for name, layer in target.ternary_layers().items():
-            weights[f"{name}.weight_scale"] = least_squares_scale(weights[f"{name}.weight"], layer.scale_granularity)
+            weight, granularity = weights[f"{name}.weight"], layer.scale_granularity
+            ternary = reference.round_to_ternary(weight, granularity)
+            weights[f"{name}.weight_scale"] = reference.least_squares_scale(weight, ternary, granularity)
     fresh = []
     for name, value in target.state_dict().items():
         if name not in weights or weights[name].shape != value.shape:
@@ -67,20 +69,6 @@ def transfer_weights(source: TerDiTTransformer2DModel, target: TerDiTTransformer
         else:
             value.copy_(weights[name])
     return fresh
-
-
-def least_squares_scale(weight: Tensor, scale_granularity: str | int = "tensor") -> Tensor:
-    """The scale that brings `scale * ternarize(weight)` nearest to `weight`: (N, K) -> (1,), (N, 1) or (N, K/g)."""
-    ternary = reference.ternarize(weight.float(), scale_granularity)
-    shape = reference.scale_shape(weight.shape[0], weight.shape[1], scale_granularity)
-    # The mean of |W| over the weights that are not rounded to zero.
-    ones = ternary.abs().double()
-    if scale_granularity == "tensor":
-        total, count = (weight.double() * ternary).sum(), ones.sum()
-    else:
-        total = (weight.double() * ternary).unflatten(1, (shape[1], -1)).sum(2)
-        count = ones.unflatten(1, (shape[1], -1)).sum(2)
-    return (total / count.clamp(min=1)).float().reshape(shape)
 
 
 def gradual_ternarization(model: TerDiTTransformer2DModel) -> Callable[[float], None]:

@@ -1,27 +1,25 @@
-"""Integer activations: the kernels give the reference's bits, whatever the instruction set, threads or process."""
+"""Integer activations: the kernels give the reference's bits, whatever the instructions, threads or process."""
 
 import ctypes
 import multiprocessing
 import os
-import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 
-import numba
 import pytest
 import torch
-from llvmlite import ir
-from test_registration import K, N, fresh_compiler, leaf, new_layer  # noqa: F401
-from torch._dynamo.testing import CompileCounterWithBackend
+from processes import run
 
-from diffusers_terdit.ops import cpu, has_integer_kernel, integer_linear, pack_ternary, reference, ternary_linear
+from diffusers_terdit.ops import has_integer_kernel, integer_linear, pack_ternary, reference, ternary_linear
+from diffusers_terdit.ops.cpu import choose
 
 
+ir = pytest.importorskip("llvmlite.ir")  # numba's
+integer = pytest.importorskip("diffusers_terdit.ops.cpu.integer")
+lookup = pytest.importorskip("diffusers_terdit.ops.cpu.lookup")
 pytestmark = pytest.mark.skipif(not has_integer_kernel("cpu"), reason="this processor has no AVX2")
-cpu_integer = cpu.integer_kernels()
-SETS = cpu_integer.instruction_sets() if cpu_integer else ()
+KERNELS = choose.integer_kernels()  # by name
+TABLE = {kernel.name: kernel for kernel in (lookup.KERNEL, *integer.KERNELS)}
 
 SHAPES = [  # (M, N, K)
     *[(1, 4, 1), (3, 8, 5), (17, 20, 33), (64, 12, 129), (5, 260, 64), (130, 100, 31), (8, 196, 2050), (2, 384, 64)],
@@ -33,7 +31,6 @@ KINDS = {
     "gated": lambda x: torch.nn.functional.silu(x) * torch.randn_like(x),
     "outliers": lambda x: torch.where(torch.rand_like(x) < 1e-3, 20 * x, x),
 }
-LINEAR = torch.ops.diffusers_terdit.integer_linear.default
 
 
 def new_case(rows, out_features, in_features, dtype=torch.float32, granularity="tensor"):
@@ -43,31 +40,23 @@ def new_case(rows, out_features, in_features, dtype=torch.float32, granularity="
     return torch.randn(rows, in_features).to(dtype), packed, scale, torch.randn(out_features)
 
 
-def run(code, **environment):
-    """The last line that a new process prints."""
-    command = [sys.executable, "-c", "import torch\n" + code]
-    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip().split("\n")[-1]
-
-
-@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_kernel_gives_the_references_bits(shape, dtype, bits, isa):
+def test_the_kernel_gives_the_references_bits(shape, dtype, bits, kernel):
     for granularity in ("tensor", "row"):
         input, packed, scale, bias = new_case(*shape, dtype, granularity)
         for offset in (bias, None):
             expected = reference.integer_linear(input, packed, scale, offset, bits)
-            output = cpu_integer.linear(input, packed, scale, offset, bits, isa)
+            output = KERNELS[kernel](input, packed, scale, offset, bits)
             assert output.dtype == dtype
             assert torch.equal(output, expected)
 
 
-@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("bits", [8, 16])
-def test_the_sums_are_those_of_integers(bits, isa):
+def test_the_sums_are_those_of_integers(bits, kernel):
     top = reference.LARGEST_CODE[bits]
     ternary = torch.randint(-1, 2, (132, 620))
     codes = torch.randint(-top, top + 1, (37, 620))
@@ -76,7 +65,7 @@ def test_the_sums_are_those_of_integers(bits, isa):
     codes[3] = -top
     codes[:, 0] = top  # then the step is 1
     sums = codes @ ternary.T  # int64
-    output = cpu_integer.linear(codes.float(), pack_ternary(ternary), torch.ones(1), None, bits, isa)
+    output = KERNELS[kernel](codes.float(), pack_ternary(ternary), torch.ones(1), None, bits)
     assert torch.equal(output, sums.float())
     assert sums.abs().max() == 620 * top
 
@@ -120,37 +109,38 @@ def permute_written_out(module):
     return function
 
 
-@pytest.mark.parametrize("isa", [cpu_integer and cpu_integer.LOOKUP, "avx512_vnni", "avx_vnni"])
+@pytest.mark.parametrize("name", ["avx512_vnni_lookup", "avx512_vnni", "avx_vnni"])
 @pytest.mark.parametrize("bits", [8, 16])
-def test_loops_of_processors_that_this_one_is_not(isa, bits, monkeypatch):
+def test_loops_of_processors_that_this_one_is_not(name, bits, monkeypatch):
     """All but the one instruction, or two: shapes, registers, order of the integers, what comes after the sums."""
-    monkeypatch.setattr(cpu_integer, "_dot", dot_written_out)
-    monkeypatch.setattr(cpu_integer, "_permute", permute_written_out)
-    compile_once = cache(lambda isa, parts, half: cpu_integer._compile(isa, parts, half, cached=False))
-    monkeypatch.setattr(cpu_integer, "kernels", compile_once)
+    for module in (integer, lookup):
+        monkeypatch.setattr(module, "dot", dot_written_out)
+    monkeypatch.setattr(lookup, "permute", permute_written_out)
+    compile_once = cache(partial(integer.compile_functions, cached=False))
+    monkeypatch.setattr(integer, "compiled", compile_once)
     for shape in ((1, 4, 1), (17, 20, 33), (8, 196, 2050), (257, 772, 66), (40, 388, 1100)):
         input, packed, scale, bias = new_case(*shape, torch.bfloat16 if shape[0] == 17 else torch.float32, "row")
         expected = reference.integer_linear(input, packed, scale, bias, bits)
-        assert torch.equal(cpu_integer.linear(input, packed, scale, bias, bits, isa), expected)
+        assert torch.equal(integer.linear(TABLE[name], input, packed, scale, bias, bits), expected)
 
 
 def test_the_sums_of_the_most_inputs_stay_in_int32():
     inputs = reference.MOST_INPUTS[16]
     ternary = torch.tensor([[1], [-1], [1], [0]]).expand(4, inputs)
-    for isa in SETS:
-        output = cpu_integer.linear(torch.ones(1, inputs), pack_ternary(ternary), torch.ones(1), None, 16, isa)
+    for kernel in KERNELS.values():
+        output = kernel(torch.ones(1, inputs), pack_ternary(ternary), torch.ones(1), None, 16)
         torch.testing.assert_close(output, torch.tensor([[1.0, -1, 1, 0]]) * inputs, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("isa", SETS)
-def test_rows_that_are_zero_tiny_or_not_finite(isa):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rows_that_are_zero_tiny_or_not_finite(kernel):
     input, packed, scale, bias = new_case(7, 8, 12)
     for row, value in enumerate((0.0, 1e-42, 1e-13, float("nan"), float("inf"), -float("inf"))):
         input[row] *= 0 if row < 3 else 1
         input[row, 3] = value
     for dtype in (torch.float32, torch.bfloat16):
         for bits in (8, 16):
-            output = cpu_integer.linear(input.to(dtype), packed, scale, bias, bits, isa)
+            output = KERNELS[kernel](input.to(dtype), packed, scale, bias, bits)
             expected = reference.integer_linear(input.to(dtype), packed, scale, bias, bits)
             assert torch.equal(output.nan_to_num(77), expected.nan_to_num(77))
             assert output.isnan().all(1).tolist() == [False, False, False, True, True, True, False]
@@ -174,7 +164,7 @@ def test_any_memory_layout():
 @pytest.mark.parametrize("threads", [2, 3, 7])
 def test_the_number_of_threads_changes_nothing(monkeypatch, threads, openmp):
     if not openmp:
-        monkeypatch.setattr(cpu_integer, "_openmp", lambda: None)
+        monkeypatch.setattr(integer, "_openmp", lambda: None)
     input, packed, scale, bias = new_case(300, 1024, 512)
     before = torch.get_num_threads()
     expected = reference.integer_linear(input, packed, scale, bias, 16)
@@ -188,23 +178,23 @@ def test_the_number_of_threads_changes_nothing(monkeypatch, threads, openmp):
 
 def test_all_threads_take_part():
     """Each thread that comes to a job counts itself."""
-    if cpu_integer._openmp() is None:
+    if integer._openmp() is None:
         pytest.skip("torch has no OpenMP here")
     input, packed, scale, bias = new_case(300, 1024, 512)
-    seen, run = [], cpu_integer._run
+    seen, run = [], integer._run
 
     def spy(kernel, job, units, threads):
         run(kernel, job, units, threads)
-        seen.append(int(job[cpu_integer.JOB.thread]))
+        seen.append(int(job[integer.JOB.thread]))
 
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        cpu_integer._run = spy
+        integer._run = spy
         integer_linear(input, packed, scale, bias)
     finally:
         torch.set_num_threads(before)
-        cpu_integer._run = run
+        integer._run = run
     assert seen[-1] == 3
 
 
@@ -275,120 +265,13 @@ def test_the_error_against_float64(kind):
     assert error(ternary_linear(input, packed, one)) < 1e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bits", [8, 16])
-def test_the_op_passes_torchs_checks(bits, dtype):
-    for granularity in ("tensor", "row"):
-        _, packed, scale, bias = new_layer(granularity)
-        input = torch.randn(2, 5, K).to(dtype).requires_grad_()
-        torch.library.opcheck(LINEAR, (input, packed, leaf(scale), leaf(bias), bits))
-
-
-def test_the_gradient_is_that_of_the_exact_layer():
-    _, packed, scale, bias = new_layer("row")
-    grad, gradients = torch.randn(5, N), []
-    x = torch.randn(5, K)
-    for function in (ternary_linear, integer_linear):
-        inputs = leaf(x), packed, leaf(scale), leaf(bias)
-        function(*inputs).backward(grad)
-        gradients.append([inputs[0].grad, inputs[2].grad, inputs[3].grad])
-    for exact, integer in zip(*gradients, strict=True):
-        assert torch.equal(exact, integer)
-
-
-def test_compilation_without_breaks_or_more_than_one_graph(fresh_compiler):  # noqa: F811
-    _, packed, scale, bias = new_layer("tensor")
-    backend = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(integer_linear, fullgraph=True, backend=backend, dynamic=True)
-    for rows in (2, 7, 64):
-        x = torch.randn(rows, K)
-        assert torch.equal(compiled(x, packed, scale, bias), integer_linear(x, packed, scale, bias))
-    assert backend.frame_count == 1
-
-
-def test_autocast_casts_the_input():
-    _, packed, scale, bias = new_layer("tensor")
-    x = torch.randn(5, K)
-    with torch.autocast("cpu", torch.bfloat16):
-        output = integer_linear(x, packed, scale, bias)
-    assert output.dtype == torch.bfloat16
-    assert torch.equal(output, integer_linear(x.bfloat16(), packed, scale, bias))
-
-
-def test_refusals():
-    _, packed, scale, _ = new_layer("tensor")
-    x = torch.randn(5, K)
-    for arguments in (
-        (x, packed, scale, None, 4),
-        (x, packed, torch.ones(N, 2), None, 16),
-        (x, packed.float(), scale),
-        (x[:, 1:], packed, scale),
-        (torch.randn(1, 65540), torch.zeros(1, 65540, dtype=torch.uint8), scale, None, 16),
-    ):
-        with pytest.raises(ValueError, match=r"bits=4|\(12, 2\)|uint8|8 features|65540"):
-            integer_linear(*arguments)
-    with pytest.raises(ValueError, match="8 or 16, got 5"):
-        reference.quantize_activations(x, 5)
-
-
-SAME = """
-from diffusers_terdit.ops import cpu, integer_linear, pack_ternary, reference
-torch.manual_seed(0)
-case = torch.randn(9, 70), pack_ternary(torch.randint(-1, 2, (40, 70))), torch.rand(1), torch.randn(40)
-same = torch.equal(integer_linear(*case), reference.integer_linear(*case, 16))
-kernels = cpu.integer_kernels()
-print(same, kernels and ",".join(kernels.instruction_sets()))
-"""
-
-
-WITH_AVX512 = "+avx2,+avx512f,+avx512bw,+avx512vl,+avx512vnni"
-
-
-@pytest.mark.skipif("avx2" not in SETS, reason="x86 only")
-@pytest.mark.parametrize(
-    ("name", "features", "sets"),
-    [
-        ("haswell", "+avx2", "avx2"),
-        ("alderlake", "+avx2,+avxvnni", "avx_vnni,avx2"),
-        ("cascadelake", WITH_AVX512, "avx512_vnni,avx_vnni,avx2"),
-        ("znver4", WITH_AVX512, "avx512_vnni_lookup,avx512_vnni,avx_vnni,avx2"),
-        ("nehalem", "+sse4.2", "None"),
-    ],
-)
-def test_code_for_another_processor(tmp_path, name, features, sets):
-    if ("avxvnni" in features and "avx_vnni" not in SETS) or ("avx512" in features and "avx512_vnni" not in SETS):
-        pytest.skip("this processor does not run it")
-    environment = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
-    if name == "alderlake" and not _has_flag("avx_vnni"):
-        pytest.skip("avx_vnni without avx512 is another encoding, which this processor does not run")
-    assert run(SAME, **environment) == f"True {sets}"
-
-
-def _has_flag(flag):
-    try:
-        with open("/proc/cpuinfo") as file:
-            return f" {flag} " in file.read()
-    except OSError:
-        return False
-
-
-def test_without_numba(monkeypatch):
-    cpu.integer_kernels.cache_clear()
-    monkeypatch.setattr(cpu, "find_spec", lambda name: None)
-    try:
-        assert not has_integer_kernel("cpu")
-        case = new_case(9, 40, 70)
-        assert torch.equal(integer_linear(*case), reference.integer_linear(*case, 16))
-    finally:
-        cpu.integer_kernels.cache_clear()
-
-
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mprotect"), reason="no mprotect")
 def test_nothing_is_read_beyond_the_arrays():
     """They end where a page begins that may not be read."""
     code = """
 import ctypes, mmap, torch
-from diffusers_terdit.ops import cpu, pack_ternary, reference
+from diffusers_terdit.ops import pack_ternary, reference
+from diffusers_terdit.ops.cpu import choose
 
 def before_a_wall(tensor):
     size, page = tensor.numel() * tensor.element_size(), mmap.PAGESIZE
@@ -399,44 +282,15 @@ def before_a_wall(tensor):
     behind = torch.frombuffer(memory, dtype=tensor.dtype, offset=wall - size, count=tensor.numel())
     return behind.view_as(tensor).copy_(tensor)
 
-kernels = cpu.integer_kernels()
 for m, n, k in ((5, 256, 1024), (9, 40, 72), (3, 192, 300), (17, 260, 1156)):
     case = torch.randn(m, k), pack_ternary(torch.randint(-1, 2, (n, k))), torch.rand(n, 1), torch.randn(n)
     behind = [before_a_wall(tensor) for tensor in case]
-    for isa in kernels.instruction_sets():
+    for name, kernel in choose.integer_kernels().items():
         for bits in (8, 16):
-            assert torch.equal(kernels.linear(*behind, bits, isa), reference.integer_linear(*case, bits)), (isa, n, k)
+            assert torch.equal(kernel(*behind, bits), reference.integer_linear(*case, bits)), (name, n, k)
 print("done")
 """
     assert run(code) == "done"
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """A folder with compiled code, of a run that found none."""
-    folder = tmp_path_factory.mktemp("compiled")
-    assert run(SAME, NUMBA_CACHE_DIR=str(folder)).startswith("True")
-    return folder
-
-
-def test_compiled_code_is_kept_between_runs(compiled):
-    def files():
-        return {path: path.stat().st_mtime_ns for path in compiled.rglob("*.nb*")}
-
-    first = files()
-    assert len(first) >= 4  # index and code of two functions
-    assert run(SAME, NUMBA_CACHE_DIR=str(compiled)).startswith("True")
-    assert files() == first
-
-
-@pytest.mark.parametrize("length", [0, 40])
-def test_damaged_compiled_code_is_compiled_again(compiled, tmp_path, length):
-    shutil.copytree(compiled, tmp_path, dirs_exist_ok=True)
-    paths = [*tmp_path.rglob("*.nb*")]
-    for path in paths:
-        path.write_bytes(path.read_bytes()[:length])
-    assert run(SAME, NUMBA_CACHE_DIR=str(tmp_path)).startswith("True")
-    assert sum(path.stat().st_size > length for path in paths) >= 4, {p.name: p.stat().st_size for p in paths}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
@@ -457,15 +311,3 @@ if not child:
 print(os.waitpid(child, 0)[1])
 """
     assert run(code) == "0"
-
-
-def test_no_place_for_compiled_code(monkeypatch):
-    monkeypatch.setattr(numba.core.caching.CompileResultCacheImpl, "_locator_classes", [])
-    with pytest.raises(RuntimeError, match="cache"):
-        cpu_integer._compile(SETS[0], 2, False, cached=True)
-    cpu_integer.kernels.cache_clear()
-    try:
-        case = new_case(3, 8, 16)
-        assert torch.equal(integer_linear(*case), reference.integer_linear(*case, 16))
-    finally:
-        cpu_integer.kernels.cache_clear()

@@ -3,15 +3,28 @@
 import numpy as np
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
+from weights import TOLERANCE, new_weight, relative_error
 
-from diffusers_terdit.ops import dequantize, float_linear, pack_ternary, reference, ternarize, ternary_linear
+from diffusers_terdit import ops
+from diffusers_terdit.ops import (
+    choose_kernel,
+    dequantize,
+    float_linear,
+    integer_linear,
+    pack_ternary,
+    reference,
+    ternarize,
+    ternary_linear,
+    torch_ops,
+)
 
 
 N, K, GROUP = 12, 8, 4
 GRANULARITIES = ["tensor", "row", GROUP]
 LINEAR = torch.ops.diffusers_terdit.linear.default
 BACKWARD = torch.ops.diffusers_terdit.linear_backward.default
+INTEGER_LINEAR = torch.ops.diffusers_terdit.integer_linear.default
 
 INPUTS = {
     "1-D": lambda: torch.randn(K),
@@ -201,6 +214,46 @@ def test_an_adapter_on_a_frozen_layer_keeps_no_input():
     assert sorted(tensor.shape for tensor in kept) == sorted([packed.shape, scale.shape])
 
 
+@pytest.mark.parametrize("scale_granularity", GRANULARITIES)
+@pytest.mark.parametrize("bits", [None, "auto", 8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_linear_is_the_op_that_was_chosen(dtype, bits, scale_granularity):
+    weight, packed, scale, bias = new_layer(scale_granularity)
+    x = torch.randn(5, K).to(dtype)
+    chosen = choose_kernel(x.device, dtype, N, K, scale_granularity, requested_bits=bits).bits
+    expected = (
+        ternary_linear(x, packed, scale, bias) if chosen is None else integer_linear(x, packed, scale, bias, chosen)
+    )
+    assert torch.equal(ops.linear(x, packed, scale, bias, bits), expected)
+    assert torch.equal(ops.linear(x, weight, scale, bias, bits), float_linear(x, weight, scale, bias))
+
+
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")  # torch does
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ops.linear,
+        lambda *layer: ops.linear(*layer, requested_bits=8),
+        lambda *layer: ops.linear(*layer, trained_bits=8),
+    ],
+    ids=["auto", "8 bits", "trained with 8 bits"],
+)
+def test_linear_compiles_to_one_dynamic_graph_with_gradients(chosen, fresh_compiler):
+    weight, packed, scale, bias = new_layer("row")
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(chosen, fullgraph=True, backend=backend, dynamic=True)
+    for either in (packed, leaf(weight)):
+        for rows in (2, 7, 64):
+            grads, x = [], torch.randn(rows, K)
+            for function in (compiled, chosen):
+                leaves = leaf(x), either, leaf(scale), leaf(bias)
+                output = function(*leaves)
+                output.square().sum().backward()
+                grads.append([output, *(tensor.grad for tensor in leaves if tensor.is_floating_point())])
+            assert all(torch.equal(got, right) for got, right in zip(*grads, strict=True))
+    assert backend.frame_count == 2  # one for each format
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scale_granularity", GRANULARITIES)
 def test_autocast_gives_its_dtype_and_float32_gradients(scale_granularity, dtype):
@@ -220,8 +273,13 @@ def test_autocast_gives_its_dtype_and_float32_gradients(scale_granularity, dtype
 
 def test_autocast_leaves_float64_alone():
     _, packed, scale, bias = new_layer("tensor")
+    x = torch.randn(5, K).double()
+    expected = ternary_linear(x, packed, scale, bias)
     with torch.autocast("cpu", torch.bfloat16):
-        assert ternary_linear(torch.randn(5, K).double(), packed, scale, bias).dtype == torch.float64
+        for function in (ternary_linear, ops.linear):
+            output = function(x, packed, scale, bias)
+            assert output.dtype == torch.float64
+            assert torch.equal(output, expected)
 
 
 def test_autocast_does_not_reach_the_arithmetic_inside_the_op():
@@ -318,3 +376,163 @@ def test_the_two_weight_formats_are_not_mistaken_for_each_other():
     for wrong in (packed, weight.long()):
         with pytest.raises(ValueError, match="must be floating point"):
             float_linear(torch.randn(5, K), wrong, scale, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [8, 16])
+def test_the_integer_op_passes_torchs_checks(bits, dtype):
+    for granularity in ("tensor", "row"):
+        _, packed, scale, bias = new_layer(granularity)
+        input = torch.randn(2, 5, K).to(dtype).requires_grad_()
+        torch.library.opcheck(INTEGER_LINEAR, (input, packed, leaf(scale), leaf(bias), bits))
+
+
+def test_the_gradient_of_the_integer_op_is_that_of_the_exact_one():
+    _, packed, scale, bias = new_layer("row")
+    grad, gradients = torch.randn(5, N), []
+    x = torch.randn(5, K)
+    for function in (ternary_linear, integer_linear):
+        inputs = leaf(x), packed, leaf(scale), leaf(bias)
+        function(*inputs).backward(grad)
+        gradients.append([inputs[0].grad, inputs[2].grad, inputs[3].grad])
+    for exact, integer in zip(*gradients, strict=True):
+        assert torch.equal(exact, integer)
+
+
+def test_one_dynamic_graph_serves_every_batch_of_integers(fresh_compiler):
+    _, packed, scale, bias = new_layer("tensor")
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(integer_linear, fullgraph=True, backend=backend, dynamic=True)
+    for rows in (2, 7, 64):
+        x = torch.randn(rows, K)
+        assert torch.equal(compiled(x, packed, scale, bias), integer_linear(x, packed, scale, bias))
+    assert backend.frame_count == 1
+
+
+def test_autocast_casts_the_input_of_the_integer_op():
+    _, packed, scale, bias = new_layer("tensor")
+    x = torch.randn(5, K)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = integer_linear(x, packed, scale, bias)
+    assert output.dtype == torch.bfloat16
+    assert torch.equal(output, integer_linear(x.bfloat16(), packed, scale, bias))
+
+
+def test_what_integers_do_not_take_is_a_value_error():
+    _, packed, scale, _ = new_layer("tensor")
+    x = torch.randn(5, K)
+    for arguments in (
+        (x, packed, scale, None, 4),
+        (x, packed, torch.ones(N, 2), None, 16),
+        (x, packed.float(), scale),
+        (x[:, 1:], packed, scale),
+        (torch.randn(1, 65540), torch.zeros(1, 65540, dtype=torch.uint8), scale, None, 16),
+    ):
+        with pytest.raises(ValueError, match=r"bits=4|\(12, 2\)|uint8|8 features|65540"):
+            integer_linear(*arguments)
+    with pytest.raises(ValueError, match="8 or 16, got 5"):
+        reference.quantize_activations(x, 5)
+
+
+class TestWhatTheCompilerSees:
+    """On a GPU; here the tensors lie on the CPU."""
+
+    @pytest.fixture(autouse=True)
+    def _as_on_a_gpu(self, monkeypatch):
+        monkeypatch.setattr(torch_ops, "_is_fused", lambda input: torch.compiler.is_compiling())
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()
+
+    def compiled(self, function, *inputs):
+        """What the compiled function gives, and the operations of its one graph."""
+        record = AotEagerAndRecordGraphs()
+        output = torch.compile(function, backend=record, fullgraph=True)(*inputs)
+        (graph,) = record.fw_graphs
+        return output, [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("granularity", ["tensor", "row", 8])
+    def test_the_scale_stands_beside_the_product(self, granularity, dtype):
+        packed, scale, bias = new_weight(36, 72, granularity)
+        x = torch.randn(5, 72, dtype=dtype)
+        output, nodes = self.compiled(ternary_linear, x, packed, scale, bias)
+        assert nodes.count("diffusers_terdit.product.default") == 1
+        assert "diffusers_terdit.linear.default" not in nodes
+        assert any(node.startswith("aten.add") for node in nodes)
+        assert any(node.startswith("aten.mul") for node in nodes) == (granularity != 8)
+        expected = reference.ternary_linear(x.double(), packed, scale, bias)
+        assert relative_error(output, expected) < TOLERANCE[dtype]
+
+    @pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd is returning a function")
+    def test_a_scale_that_is_trained_takes_the_whole_op(self):
+        packed, scale, _ = new_weight(36, 72)
+        output, nodes = self.compiled(ternary_linear, torch.randn(5, 72), packed, scale.requires_grad_())
+        assert "diffusers_terdit.linear.default" in nodes
+        output.sum().backward()
+        assert scale.grad is not None
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("bits", [16, 8])
+    def test_the_rounding_of_activations_stands_beside_the_product(self, bits):
+        packed, scale, bias = new_weight(32, 64)
+        x = torch.randn(40, 64)
+        output, nodes = self.compiled(lambda x: integer_linear(x, packed, scale, bias, bits), x)
+        assert nodes.count("diffusers_terdit.integer_product.default") == 1
+        assert any(node.startswith("aten.round") for node in nodes)
+        assert torch.equal(output, reference.integer_linear(x, packed, scale, bias, bits))
+
+    def test_the_whole_network_is_one_graph(self, tiny_model, tiny_inputs):
+        model = tiny_model("packed")
+        inputs = tiny_inputs()
+        for bits, op in ((None, "product"), (16, "integer_product")):
+            model.set_activation_bits(bits)
+            with torch.no_grad():
+                expected = model(**inputs).sample
+                output, nodes = self.compiled(lambda *x: model(*x, return_dict=False)[0], *inputs.values())
+            assert nodes.count(f"diffusers_terdit.{op}.default") == len(model.ternary_layers())
+            assert relative_error(output, expected.double()) < 1e-3
+
+    def test_gradients_to_the_input(self, tiny_model, tiny_inputs):
+        model = tiny_model("packed").requires_grad_(False)
+        inputs = {**tiny_inputs(), "hidden_states": tiny_inputs()["hidden_states"].requires_grad_()}
+        grads = []
+        for function in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+            function(**inputs).sample.square().sum().backward()
+            grads.append(inputs["hidden_states"].grad.clone())
+            inputs["hidden_states"].grad = None
+        torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)
+
+
+class TestProduct:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    @pytest.mark.parametrize("granularity", ["tensor", "row", 8])
+    def test_torchs_checks(self, granularity, dtype):
+        packed, scale, _ = new_weight(36, 72, granularity)
+        x = torch.randn(5, 72, dtype=dtype, requires_grad=True)
+        torch.library.opcheck(torch.ops.diffusers_terdit.product.default, (x, packed, scale))
+
+    def test_torchs_checks_of_the_integer_product(self):
+        packed, _, _ = new_weight(32, 64)
+        rows = torch.randint(-127, 128, (5, 64), dtype=torch.int8)
+        torch.library.opcheck(torch.ops.diffusers_terdit.integer_product.default, (rows, packed))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    @pytest.mark.parametrize("granularity", ["tensor", "row", 8])
+    def test_with_the_scale_beside_it_is_the_linear(self, granularity, dtype):
+        packed, scale, bias = new_weight(36, 72, granularity)
+        grads, outputs = [], []
+        for fused in (False, True):
+            x = torch.randn(5, 72, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+            if fused:
+                _, outer = reference.split_scale(scale, dtype)
+                product = torch.ops.diffusers_terdit.product(x, packed, scale)
+                output = reference.scale_and_shift(product, outer, bias).to(dtype)
+            else:
+                output = ternary_linear(x, packed, scale, bias)
+            output.float().square().sum().backward()
+            outputs.append(output.detach())
+            grads.append(x.grad)
+        tolerance = {"rtol": 3e-3, "atol": 3e-3} if dtype == torch.float16 else {}
+        torch.testing.assert_close(*outputs, **tolerance)
+        torch.testing.assert_close(*grads, **tolerance)

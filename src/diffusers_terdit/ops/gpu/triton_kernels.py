@@ -1,6 +1,6 @@
 """The one GPU kernel of this package, in Triton: two bits per weight to a matrix of any dtype.
 
-The matmuls themselves are the vendor's (`gpu.py`). Imported only where Triton is installed.
+The matmuls themselves are the vendor's (`decode.py`). Imported only where Triton is installed.
 """
 
 import torch

@@ -1,0 +1,217 @@
+"""What the integer kernels share: the processor's features, instructions in LLVM's IR, and compilation to C functions.
+
+Imported only where numba is installed. An intrinsic takes addresses as integers; strides are in bytes.
+"""
+
+import hashlib
+from collections.abc import Callable
+from functools import cache
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import numba
+from llvmlite import ir
+from numba import types
+from numba.core.caching import FunctionCache
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+
+
+class Processor(NamedTuple):
+    """The processor that numba compiles for: this machine's, or the one that NUMBA_CPU_NAME and _FEATURES name."""
+
+    name: str  # as LLVM spells it: "znver4"
+    features: frozenset[str]  # "+avx2", ...
+
+
+@cache
+def processor() -> Processor:
+    """Return the processor that numba compiles for."""
+    _, name, listed = cpu_target.target_context.codegen().magic_tuple()
+    return Processor(name, frozenset(listed.split(",")))
+
+
+@cache
+def _digest_of_sources() -> str:
+    """Digest of all files of this folder, of which a kernel is put together."""
+    digest = hashlib.sha256()
+    for file in sorted(files(__package__).iterdir(), key=lambda file: file.name):
+        if file.name.endswith(".py"):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def c_function(cached: bool) -> Callable[[Callable], Any]:
+    """Compile a function of an address to a C function, from numba's cache on disk if wanted and there.
+
+    A damaged file there, which numba stops at, is written anew.
+    """
+
+    def compiled(function: Callable) -> Any:
+        # It names the files of the cache. numba itself looks for changes in the file of the function alone, not in
+        # those of what the function calls.
+        function.__qualname__ += f"-{_digest_of_sources()}"
+        decorate = numba.cfunc(types.void(types.intp), nogil=True, cache=cached)
+        try:
+            return decorate(function)
+        except Exception:
+            if not cached:
+                raise
+            FunctionCache(function).flush()
+            return decorate(function)
+
+    return compiled
+
+
+# ---- for code generators ----
+
+
+def dot(module: ir.Module, lanes: int) -> ir.Function:
+    """`vpdpbusd`: (sums, unsigned bytes, signed bytes) -> sums, a product of four bytes in each lane of 32 bits."""
+    ints = ir.VectorType(ir.IntType(32), lanes)
+    name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
+    return module.declare_intrinsic(name, (), ir.FunctionType(ints, [ints, ints, ints]))
+
+
+def permute(module: ir.Module) -> ir.Function:
+    """`vpermw`: (table, indices) -> the table's words at the indices, of which the low five bits count."""
+    shorts = ir.VectorType(ir.IntType(16), 32)
+    return module.declare_intrinsic("llvm.x86.avx512.permvar.hi.512", (), ir.FunctionType(shorts, [shorts, shorts]))
+
+
+def at(builder: ir.IRBuilder, address: ir.Value, offset: int, type_: ir.Type) -> ir.Value:
+    """Return the pointer to a value `offset` bytes after an address."""
+    return builder.inttoptr(builder.add(address, ir.IntType(64)(offset)), type_.as_pointer())
+
+
+def everywhere(builder: ir.IRBuilder, value: ir.Value, type_: ir.VectorType) -> ir.Value:
+    """Return the vector with a value in every lane."""
+    undefined, i32 = ir.Constant(type_, ir.Undefined), ir.IntType(32)
+    filled = builder.insert_element(undefined, value, i32(0))
+    return builder.shuffle_vector(filled, undefined, ir.Constant(ir.VectorType(i32, type_.count), [0] * type_.count))
+
+
+# ---- for compiled functions ----
+
+
+@intrinsic
+def as_float(typing_context, bits):
+    """The float32 of these 32 bits."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), codegen
+
+
+@intrinsic(prefer_literal=True)
+def pointer(typing_context, address, element):
+    """The pointer that `numba.carray` makes an array of; `element` is the name of a type."""
+    result = types.CPointer(getattr(types, element.literal_value))
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return result(address, element), codegen
+
+
+@intrinsic
+def take(typing_context, address):
+    """The int64 at an address, then one more there: every thread gets another number."""
+
+    def codegen(context, builder, signature, args):
+        i64 = ir.IntType(64)
+        return builder.atomic_rmw("add", builder.inttoptr(args[0], i64.as_pointer()), i64(1), "seq_cst")
+
+    return types.int64(address), codegen
+
+
+@intrinsic(prefer_literal=True)
+def transpose(typing_context, lanes, source, source_stride, target, target_stride):
+    """`lanes` x `lanes` words of 32 bits: target[j, i] = source[i, j]."""
+    size = lanes.literal_value
+
+    def codegen(context, builder, signature, args):
+        _, source, source_stride, target, target_stride = args
+        i64, vector = ir.IntType(64), ir.VectorType(ir.IntType(32), size)
+
+        def row(address, stride, number):
+            return builder.inttoptr(builder.add(address, builder.mul(stride, i64(number))), vector.as_pointer())
+
+        rows = [builder.load(row(source, source_stride, number), align=1) for number in range(size)]
+        distance = 1
+        while distance < size:  # swap the off-diagonal quarters of ever larger squares
+            low = [lane if not lane & distance else size + lane - distance for lane in range(size)]
+            high = [lane + distance if not lane & distance else size + lane for lane in range(size)]
+            for number in range(size):
+                if not number & distance:
+                    one, other = rows[number], rows[number + distance]
+                    masks = [ir.Constant(ir.VectorType(ir.IntType(32), size), mask) for mask in (low, high)]
+                    rows[number] = builder.shuffle_vector(one, other, masks[0])
+                    rows[number + distance] = builder.shuffle_vector(one, other, masks[1])
+            distance *= 2
+        for number in range(size):
+            builder.store(rows[number], row(target, target_stride, number), align=1)
+        return context.get_dummy_value()
+
+    return types.void(lanes, types.uintp, types.intp, types.uintp, types.intp), codegen
+
+
+@intrinsic(prefer_literal=True)
+def finish(
+    typing_context,
+    vectors,
+    lanes,
+    parts,
+    half,
+    high,
+    low,
+    high_offset,
+    low_offset,
+    step,
+    scales,
+    shifts,
+    output,
+    apart,
+):
+    """A row of a panel: output = sum * scale * step + shift, sum = 256 (high - its offset) + low - its offset.
+
+    With one part `high` is all there is; with `half` 1 the output is bfloat16, rounded half to even, else float32.
+    `apart` is the stride from one vector of the output to the next.
+    """
+    count, to_half, two = lanes.literal_value, half.literal_value, parts.literal_value == 2
+    size = 4 * count
+
+    def codegen(context, builder, signature, args):
+        high, low, high_offset, low_offset, step, scales, shifts, output, apart = args[4:]
+        i32 = ir.IntType(32)
+        ints, floats, shorts = (ir.VectorType(type_, count) for type_ in (i32, ir.FloatType(), ir.IntType(16)))
+
+        def constant(value):
+            return ir.Constant(ints, [value] * count)
+
+        high_offset, low_offset = (everywhere(builder, offset, ints) for offset in (high_offset, low_offset))
+        step = everywhere(builder, step, floats)
+        for offset in range(0, size * vectors.literal_value, size):
+            total = builder.sub(builder.load(at(builder, high, offset, ints), align=1), high_offset)
+            if two:
+                rest = builder.sub(builder.load(at(builder, low, offset, ints), align=1), low_offset)
+                total = builder.add(builder.shl(total, constant(8)), rest)
+            scale = builder.load(at(builder, scales, offset, floats), align=1)
+            shift = builder.load(at(builder, shifts, offset, floats), align=1)
+            value = builder.fadd(builder.fmul(builder.fmul(builder.sitofp(total, floats), scale), step), shift)
+            if to_half:
+                word = builder.bitcast(value, ints)
+                odd = builder.and_(builder.lshr(word, constant(16)), constant(1))
+                rounded = builder.add(word, builder.add(odd, constant(0x7FFF)))
+                word = builder.select(builder.fcmp_ordered("==", value, value), rounded, word)
+                word = builder.trunc(builder.lshr(word, constant(16)), shorts)
+                builder.store(word, at(builder, output, 0, shorts), align=1)
+            else:
+                builder.store(value, at(builder, output, 0, floats), align=1)
+            output = builder.add(output, apart)
+        return context.get_dummy_value()
+
+    address, integer = types.uintp, types.int32
+    numbers = address, address, integer, integer, types.float32, address, address, address, types.intp
+    return types.void(vectors, lanes, parts, half, *numbers), codegen

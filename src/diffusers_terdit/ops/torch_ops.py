@@ -1,0 +1,551 @@
+"""Ternary arithmetic as torch ops: schema, fake tensors, autograd, input checks.
+
+`ternary_linear` (packed weight) and `float_linear` (float weight, ternarized on the fly: what training computes) are
+one op each for every device and scale: torch picks the kernel, `torch.compile` sees one node, and autograd gives
+gradients to the input, the scale, the bias and the float weight. Backward decodes or ternarizes again instead of
+keeping the ternary matrix. `integer_linear` rounds the input to integers first, for speed. `linear` is what a layer
+calls: it asks `choose_kernel` which of them runs.
+
+`reference` computes each op on any device. Kernels for a device register themselves here with `register_kernels`.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from . import reference
+
+
+logger = logging.getLogger(__name__)
+
+
+# ---- rounding ----
+
+
+def straight_through(grad: Tensor) -> Tensor:
+    """Return the gradient of a float weight, given that of its ternary matrix: the same, unclipped.
+
+    Source: Bengio et al. (https://arxiv.org/abs/1308.3432), as TerDiT (https://arxiv.org/abs/2405.14854) uses it.
+    """
+    return grad
+
+
+class _Ternarize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, scale_granularity):
+        return reference.ternarize(weight, scale_granularity)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return straight_through(grad), None
+
+
+def ternarize(weight: Tensor, scale_granularity: str | int = "tensor") -> Tensor:
+    """Round a weight to {-1, 0, +1}: `round(W / (mean|W| + 1e-6))`, half to even, clamped; straight-through gradient.
+
+    Args:
+        weight (`torch.Tensor`): (N, K), float. Computed in float32 whatever its dtype.
+        scale_granularity (`str` or `int`): What the mean runs over: "tensor", "row", or groups of this many inputs.
+
+    Returns:
+        `torch.Tensor`: (N, K), `weight`'s dtype, values in {-1, 0, +1}.
+
+    Raises:
+        ValueError: `weight` is not a floating-point matrix, is empty, or K is not a multiple of the group.
+
+    Source: TerDiT section 3.1 (https://arxiv.org/abs/2405.14854).
+    """
+    return _Ternarize.apply(weight, scale_granularity)
+
+
+class _QuantizeActivations(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, bits):
+        codes, step = reference.quantize_activations(input, bits)
+        ctx.save_for_backward(step)
+        ctx.mark_non_differentiable(step)
+        return codes, step
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        (step,) = ctx.saved_tensors
+        return (grad.float() / step).to(grad.dtype), None  # the codes are `input / step`, as if nothing were rounded
+
+
+def quantize_activations(input: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Round each row (token) to signed integers: `input ~ codes * step`, half to even; straight-through gradient.
+
+    Args:
+        input (`torch.Tensor`): (..., K), float. Computed in float32 whatever its dtype.
+        bits (`int`, defaults to 8): 8 gives codes from -127 to 127, 16 from -32639 to 32639 (which float32 holds, half
+            precision does not).
+
+    Returns:
+        Two `torch.Tensor`: the codes (..., K), integers in `input`'s dtype, and the step (..., 1), float32: the row's
+        largest absolute value over the largest code.
+
+    Raises:
+        ValueError: `bits` is neither 8 nor 16.
+
+    Source: BitNet b1.58, section 2 (https://arxiv.org/abs/2402.17764).
+    """
+    return _QuantizeActivations.apply(input, bits)
+
+
+# ---- the ops ----
+
+
+def _outside_autocast(kernel):
+    """End autocast at the op: inside, it would undo the kernels' own choice of dtype."""
+
+    @wraps(kernel)
+    def run(tensor, *args):
+        with torch.autocast(tensor.device.type, enabled=False):
+            return kernel(tensor, *args)
+
+    return run
+
+
+@custom_op("diffusers_terdit::linear", mutates_args=())
+@_outside_autocast
+def _linear(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    function = reference.ternary_linear if weight.dtype == torch.uint8 else reference.float_linear
+    return function(input, weight, weight_scale, bias)
+
+
+@custom_op("diffusers_terdit::linear_backward", mutates_args=())
+@_outside_autocast
+def _linear_backward(
+    grad: Tensor, input: Tensor | None, weight: Tensor, weight_scale: Tensor, need_input_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if weight.dtype == torch.uint8:
+        ternary = reference.unpack_ternary(weight, grad.dtype)
+    else:
+        granularity = reference.granularity_of(weight_scale, weight.shape[1])
+        ternary = reference.round_to_ternary(weight, granularity).to(grad.dtype)
+    return reference.linear_backward(grad, input, ternary, weight_scale, need_input_grad)
+
+
+@custom_op("diffusers_terdit::integer_linear", mutates_args=())
+@_outside_autocast
+def _integer_linear(
+    input: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int
+) -> Tensor:
+    return reference.integer_linear(input, weight_packed, weight_scale, bias, bits)
+
+
+# On a GPU `torch.compile` sees these two and plain operations around them, which it fuses with their neighbors.
+
+
+@custom_op("diffusers_terdit::product", mutates_args=())
+@_outside_autocast
+def _product(input: Tensor, weight_packed: Tensor, weight_scale: Tensor) -> Tensor:
+    return reference.product(input, weight_packed, weight_scale)
+
+
+@custom_op("diffusers_terdit::integer_product", mutates_args=())
+def _integer_product(rows: Tensor, weight_packed: Tensor) -> Tensor:
+    return reference.integer_product(rows, weight_packed)
+
+
+def _is_fused(input: Tensor) -> bool:
+    """Whether `torch.compile` is to fuse what surrounds a matmul: on a GPU it costs as much as a tenth of it."""
+    return torch.compiler.is_compiling() and input.device.type == "cuda"
+
+
+def _out_features(weight: Tensor) -> int:
+    return weight.shape[0] * (reference.CODES_PER_BYTE if weight.dtype == torch.uint8 else 1)
+
+
+@_linear.register_fake
+def _(input, weight, weight_scale, bias):
+    return input.new_empty(*input.shape[:-1], _out_features(weight))
+
+
+@_integer_linear.register_fake
+def _(input, weight_packed, weight_scale, bias, bits):
+    return input.new_empty(*input.shape[:-1], _out_features(weight_packed))
+
+
+@_product.register_fake
+def _(input, weight_packed, weight_scale):
+    return input.new_empty(*input.shape[:-1], _out_features(weight_packed))
+
+
+@_integer_product.register_fake
+def _(rows, weight_packed):
+    return rows.new_empty(len(rows), _out_features(weight_packed), dtype=torch.int32)
+
+
+@_linear_backward.register_fake
+def _(grad, input, weight, weight_scale, need_input_grad):
+    input_grad = grad.new_empty(*grad.shape[:-1], weight.shape[1]) if need_input_grad else grad.new_empty(0)
+    if input is None:
+        return input_grad, grad.new_empty(0, dtype=torch.float32), grad.new_empty(0, dtype=torch.float32)
+    weight_grad = weight.new_empty(_out_features(weight), weight.shape[1], dtype=torch.float32)
+    return input_grad, weight_grad, torch.empty_like(weight_scale, dtype=torch.float32)
+
+
+def _save_for_backward(ctx, inputs, output):
+    input, weight, weight_scale, bias, *_ = inputs
+    needs_input = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    ctx.save_for_backward(input if needs_input else None, weight, weight_scale)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, grad):
+    input, weight, weight_scale = ctx.saved_tensors
+    need_input, need_weight, need_scale, need_bias, *_ = ctx.needs_input_grad
+    input_grad, ternary_grad, scale_grad = _linear_backward(grad, input, weight, weight_scale, need_input)
+    return (
+        input_grad if need_input else None,
+        straight_through(ternary_grad).to(weight.dtype) if need_weight else None,
+        scale_grad.to(weight_scale.dtype) if need_scale else None,
+        grad.reshape(-1, grad.shape[-1]).float().sum(0).to(ctx.bias_dtype) if need_bias else None,
+    )
+
+
+def _integer_backward(ctx, grad):
+    return *_backward(ctx, grad), None  # that of `ternary_linear`, as if the input were not rounded
+
+
+def _save_for_product_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _product_backward(ctx, grad):
+    weight_packed, weight_scale = ctx.saved_tensors
+    inner, _ = reference.split_scale(weight_scale, grad.dtype)
+    scale = torch.ones_like(weight_scale[:1]) if inner is None else inner
+    input_grad, _, _ = _linear_backward(grad, None, weight_packed, scale, True)
+    return input_grad, None, None
+
+
+_linear.register_autograd(_backward, setup_context=_save_for_backward)
+_product.register_autograd(_product_backward, setup_context=_save_for_product_backward)
+_integer_linear.register_autograd(_integer_backward, setup_context=_save_for_backward)
+
+
+# ---- which kernel runs ----
+
+
+class Choice(NamedTuple):
+    """The kernel that computes a layer on a device, and why it is this one."""
+
+    kernel: str
+    bits: int | None  # 8 or 16: it rounds each row of the input to integers; `None`: it rounds nothing
+    reason: str
+
+
+class Case(NamedTuple):
+    """A layer and its input, as far as the choice of a kernel depends on them."""
+
+    dtype: torch.dtype  # of the matmul: autocast's, or the input's
+    out_features: int  # N
+    in_features: int  # K
+    scale_granularity: str | int
+    packed: bool
+    requested_bits: int | str | None  # the caller's choice of speed: 8, 16, None or "auto"
+    trained_bits: int | None  # what the layer was trained with: 8 or None
+
+    def why_exact(self, bits: int | None) -> str | None:
+        """Return why no device computes this layer in integers of these bits, or `None` where one may."""
+        if bits is None:
+            return f"{self.dtype} is not rounded unless asked for"
+        if not self.packed:
+            return "a float weight is ternarized in every call"
+        if self.scale_granularity not in ("tensor", "row"):
+            return "integers need one scale per matrix or row"
+        if self.in_features > reference.MOST_INPUTS[bits]:
+            return f"int32 does not hold sums of {self.in_features} inputs of {bits} bits"
+        return None
+
+    def why_rounded(self) -> str:
+        """Return why this layer is computed in integers."""
+        if self.trained_bits:
+            return f"the layer was trained with {self.trained_bits}-bit inputs"
+        if self.requested_bits == "auto":
+            return "16-bit integers are faster and more accurate than bfloat16 arithmetic"
+        return f"{self.requested_bits}-bit inputs were asked for"
+
+
+class _Device(NamedTuple):
+    choose: Callable[[torch.device, Case], Choice]
+    check_integers: Callable[[int], None]
+
+
+_devices: dict[str, _Device] = {}
+
+
+def register_kernels(
+    device_type: str,
+    choose: Callable[[torch.device, Case], Choice],
+    check_integers: Callable[[int], None],
+    linear: Callable[..., Tensor],
+    linear_backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    integer_linear: Callable[..., Tensor],
+    product: Callable[..., Tensor] = reference.product,
+    integer_product: Callable[..., Tensor] = reference.integer_product,
+) -> None:
+    """Let a type of device compute the ops with kernels of its own.
+
+    Args:
+        device_type (`str`): "cpu", "cuda", ...
+        choose (`Callable`): (device, case) -> the [`Choice`] that these kernels make.
+        check_integers (`Callable`): (bits) -> nothing; see `check_integers`.
+        linear (`Callable`): Kernel of the op of this name, as all that follow.
+        linear_backward (`Callable`): See `reference.linear_backward`.
+        integer_linear (`Callable`): See `reference.integer_linear`.
+        product (`Callable`): See `reference.product`.
+        integer_product (`Callable`): See `reference.integer_product`.
+    """
+    _devices[device_type] = _Device(choose, check_integers)
+    _linear.register_kernel(device_type)(_outside_autocast(linear))
+    _linear_backward.register_kernel(device_type)(_outside_autocast(linear_backward))
+    _integer_linear.register_kernel(device_type)(_outside_autocast(integer_linear))
+    _product.register_kernel(device_type)(_outside_autocast(product))
+    _integer_product.register_kernel(device_type)(integer_product)
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Log a warning the first time."""
+    logger.warning(message)
+
+
+@cache
+def decide(device: torch.device, *case: Any) -> Choice:
+    """Return the choice for a [`Case`] and log it at level DEBUG; `choose_kernel` names the arguments."""
+    if device.type in _devices:
+        choice = _devices[device.type].choose(device, Case(*case))
+    else:
+        choice = Choice("reference", None, f"there are no kernels for {device.type}")
+    logger.debug(f"{Case(*case)} on {device}: {choice}")
+    return choice
+
+
+@torch.compiler.assume_constant_result
+def choose_kernel(
+    device: torch.device,
+    dtype: torch.dtype,
+    out_features: int,
+    in_features: int,
+    scale_granularity: str | int = "tensor",
+    packed: bool = True,
+    requested_bits: int | str | None = "auto",
+    trained_bits: int | None = None,
+) -> Choice:
+    """Return which kernel `linear` runs, and why. A line at level DEBUG says so, once for each distinct case.
+
+    Args:
+        device (`torch.device`): Of the layer.
+        dtype (`torch.dtype`): Of the input, or autocast's.
+        out_features (`int`): N.
+        in_features (`int`): K.
+        scale_granularity (`str` or `int`): "tensor", "row", or inputs per group.
+        packed (`bool`): Two bits per weight; `False`: float format.
+        requested_bits (`int`, `str` or `None`): As in `linear`.
+        trained_bits (`int`, *optional*): As in `linear`.
+
+    Returns:
+        [`Choice`]: Name of the kernel, bits of the integers that it rounds the input to or `None`, and the reason.
+    """
+    return decide(device, dtype, out_features, in_features, scale_granularity, packed, requested_bits, trained_bits)
+
+
+def has_integer_kernel(device_type: str) -> bool:
+    """Whether `integer_linear` is fast on such a device: a CPU with AVX2 and numba, a GPU with 8-bit tensor cores."""
+    return choose_kernel(torch.device(device_type), torch.float32, 8, 8, requested_bits=8).bits is not None
+
+
+def check_integers(device_type: str, bits: int) -> None:
+    """Warn, once, where a caller asks for integers and no kernel of the device computes in them.
+
+    Raises:
+        ImportError: A package is missing that such a kernel needs.
+    """
+    if device_type in _devices:
+        _devices[device_type].check_integers(bits)
+    else:
+        warn_once(f"There are no integer kernels for this {device_type} device; ternary layers compute exactly.")
+
+
+# ---- what is called ----
+
+
+def _check_packed(weight_packed: Tensor) -> None:
+    if weight_packed.dtype != torch.uint8:
+        raise ValueError(f"`weight_packed` must be uint8, as `pack_ternary` gives it, got {weight_packed.dtype}.")
+
+
+def _check_float(weight: Tensor) -> None:
+    if not weight.is_floating_point():
+        raise ValueError(f"`weight` must be floating point, got {weight.dtype}; `ternary_linear` takes packed codes.")
+
+
+def _checked_input(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Raise a `ValueError` on shapes and dtypes that do not fit; cast the input as autocast would."""
+    if weight.dim() != 2:
+        raise ValueError(f"The weight must be a matrix, got shape {tuple(weight.shape)}.")
+    out_features, in_features = _out_features(weight), weight.shape[1]
+    if input.dim() == 0 or input.shape[-1] != in_features or not input.is_floating_point():
+        raise ValueError(
+            f"`input` must be floating point with {in_features} features in its last dimension, got"
+            f" {tuple(input.shape)}, {input.dtype}."
+        )
+    shape, grouped = tuple(weight_scale.shape), weight_scale.dim() == 2
+    fits = shape == (1,) or (grouped and shape[0] == out_features and shape[1] > 0 and in_features % shape[1] == 0)
+    if not fits or not weight_scale.is_floating_point():
+        raise ValueError(
+            f"`weight_scale` must be floating point of shape (1,), ({out_features}, 1) or ({out_features},"
+            f" {in_features} / group), got {shape}, {weight_scale.dtype}."
+        )
+    if bias is not None and (tuple(bias.shape) != (out_features,) or not bias.is_floating_point()):
+        raise ValueError(
+            f"`bias` must be floating point of shape ({out_features},), got {tuple(bias.shape)}, {bias.dtype}."
+        )
+    device_type = input.device.type
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    return input.to(torch.get_autocast_dtype(device_type)) if autocast and input.dtype != torch.float64 else input
+
+
+def _exact(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The op for either format of the weight."""
+    fused = _is_fused(input) and weight.dtype == torch.uint8
+    if fused and not (torch.is_grad_enabled() and weight_scale.requires_grad):
+        _, outer = reference.split_scale(weight_scale, input.dtype)
+        return reference.scale_and_shift(_product(input, weight, weight_scale), outer, bias).to(input.dtype)
+    return _linear(input, weight, weight_scale, bias)
+
+
+def _in_integers(input: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
+    if _is_fused(input) and not torch.is_grad_enabled():
+        return reference.integer_linear_by_bytes(input, weight_packed, weight_scale, bias, bits, _integer_product)
+    return _integer_linear(input, weight_packed, weight_scale, bias, bits)
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    requested_bits: int | str | None = "auto",
+    trained_bits: int | None = None,
+) -> Tensor:
+    """`input @ (scale * T)^T + bias`, by the kernel that `choose_kernel` names: what a layer computes.
+
+    Args:
+        input (`torch.Tensor`): (..., K), float. Cast to the autocast dtype inside autocast.
+        weight (`torch.Tensor`): (N/4, K) uint8, packed; or (N, K) float, ternarized on the fly.
+        weight_scale (`torch.Tensor`): (1,), (N, 1) or (N, K/g), float32. Applied in float32.
+        bias (`torch.Tensor`, *optional*): (N,), float.
+        requested_bits (`int`, `str` or `None`): 8 or 16 lets a kernel round each row of the input to integers, for
+            speed; `None` does not; "auto" does where that is at least as accurate as arithmetic in the dtype.
+        trained_bits (`int`, *optional*): 8 rounds each row of the input to integers on every device: the layer's
+            meaning. The gradient passes straight through.
+
+    Returns:
+        `torch.Tensor`: (..., N), the (autocast) dtype of `input`.
+
+    Raises:
+        ValueError: A shape or dtype does not fit.
+    """
+    packed = weight.dtype == torch.uint8
+    if not packed:
+        _check_float(weight)
+    cast = _checked_input(input, weight, weight_scale, bias)
+    # constants, also where `torch.compile` has symbols for the sizes: what counts a range must know its length
+    out_features, in_features = len(range(_out_features(weight))), len(range(weight.shape[1]))
+    granularity = reference.granularity_of(weight_scale, in_features)
+    bits = choose_kernel(
+        cast.device, cast.dtype, out_features, in_features, granularity, packed, requested_bits, trained_bits
+    ).bits
+    if bits is not None:
+        return _in_integers(cast, weight, weight_scale, bias, bits)
+    if trained_bits is None:
+        return _exact(cast, weight, weight_scale, bias)
+    codes, step = quantize_activations(input, trained_bits)  # (..., K), (..., 1)
+    if cast.dtype == torch.float16:
+        power, step = reference.split_power(step, 9)  # a code times it is a normal number of float16, too
+        codes = codes * power.to(codes.dtype)
+    output = _exact(codes.to(cast.dtype), weight, weight_scale, None) * step  # float32
+    return (output if bias is None else output + bias).to(input.dtype)
+
+
+def ternary_linear(input: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`input @ (scale * T)^T + bias` with T decoded from two bits per weight.
+
+    Args:
+        input (`torch.Tensor`): (..., K), float. Cast to the autocast dtype inside autocast.
+        weight_packed (`torch.Tensor`): (N/4, K), uint8, as `pack_ternary` gives it.
+        weight_scale (`torch.Tensor`): (1,), (N, 1) or (N, K/g), float32. Applied in float32.
+        bias (`torch.Tensor`, *optional*): (N,), float.
+
+    Returns:
+        `torch.Tensor`: (..., N), the (autocast) dtype of `input`.
+
+    Raises:
+        ValueError: A shape or dtype does not fit.
+    """
+    _check_packed(weight_packed)
+    input = _checked_input(input, weight_packed, weight_scale, bias)
+    return _exact(input, weight_packed, weight_scale, bias)
+
+
+def float_linear(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`input @ (scale * ternarize(weight))^T + bias`, differentiable: what training computes.
+
+    Args:
+        input (`torch.Tensor`): (..., K), float. Cast to the autocast dtype inside autocast; the weight is ternarized
+            from its own dtype first.
+        weight (`torch.Tensor`): (N, K), float; its gradient is the ternary weight's (straight through). The
+            ternarizing mean runs over what one scale covers.
+        weight_scale (`torch.Tensor`): (1,), (N, 1) or (N, K/g), float32. Applied in float32.
+        bias (`torch.Tensor`, *optional*): (N,), float.
+
+    Returns:
+        `torch.Tensor`: (..., N), the (autocast) dtype of `input`. Equal to `ternary_linear` of the packed weight.
+
+    Raises:
+        ValueError: A shape or dtype does not fit.
+    """
+    _check_float(weight)
+    input = _checked_input(input, weight, weight_scale, bias)
+    return _exact(input, weight, weight_scale, bias)
+
+
+def integer_linear(
+    input: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None, bits: int = 16
+) -> Tensor:
+    """`ternary_linear` with each row of the input rounded to integers, whose products with T are summed exactly.
+
+    The gradient is that of `ternary_linear`. Where `has_integer_kernel` is false this is slow.
+
+    Args:
+        input (`torch.Tensor`): (..., K), float; K up to 65,536 with 16 bits. Cast to the autocast dtype inside
+            autocast. A row with NaN or infinity gives a row of NaN.
+        weight_packed (`torch.Tensor`): (N/4, K), uint8.
+        weight_scale (`torch.Tensor`): (1,) or (N, 1), float32.
+        bias (`torch.Tensor`, *optional*): (N,), float.
+        bits (`int`, defaults to 16): 16: the rounding is 12 to 75 times finer than bfloat16's arithmetic. 8: relative
+            error around 1 %.
+
+    Returns:
+        `torch.Tensor`: (..., N), the (autocast) dtype of `input`; float32 arithmetic after the integer sums.
+
+    Raises:
+        ValueError: A shape, dtype or number of bits does not fit.
+    """
+    _check_packed(weight_packed)
+    input = _checked_input(input, weight_packed, weight_scale, bias)
+    if reference.is_grouped(weight_scale) or input.shape[-1] > reference.MOST_INPUTS.get(bits, 0):
+        raise ValueError(
+            "Integer activations need 8 bits, or 16 and at most 65,536 inputs, and one scale per matrix or row; got"
+            f" {bits=}, {input.shape[-1]} inputs, `weight_scale` {tuple(weight_scale.shape)}."
+        )
+    return _in_integers(input, weight_packed, weight_scale, bias, bits)

@@ -1,0 +1,153 @@
+"""Which kernel a CPU gets, why, and what is said where there is a better one."""
+
+import logging
+
+import pytest
+import torch
+from weights import new_weight
+
+from diffusers_terdit.ops import (
+    check_integers,
+    choose_kernel,
+    has_integer_kernel,
+    integer_linear,
+    linear,
+    reference,
+    ternary_linear,
+    torch_ops,
+)
+from diffusers_terdit.ops.cpu import choose
+
+
+CPU = torch.device("cpu")
+INSTALL = "pip install 'diffusers-terdit[cpu]'"
+FASTER = f"bfloat16 on this CPU would be faster and more accurate with numba: {INSTALL}"
+NO_AVX2 = "This processor has no AVX2, which the integer kernels need; ternary layers compute exactly."
+
+
+@pytest.fixture
+def best(monkeypatch):
+    """The name of the best kernel, where any is there."""
+    if not choose.integer_kernels():
+        monkeypatch.setattr(choose, "integer_kernels", lambda: {"some": reference.integer_linear})
+    return next(iter(choose.integer_kernels()))
+
+
+@pytest.fixture(params=["no numba", "no AVX2"])
+def missing(request, monkeypatch):
+    """A machine without the integer kernels, and why."""
+    monkeypatch.setattr(choose, "integer_kernels", dict)
+    monkeypatch.setattr(choose, "find_spec", lambda name: None if request.param == "no numba" else object())
+    torch_ops.warn_once.cache_clear()
+    yield request.param
+    torch_ops.warn_once.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+def test_only_bfloat16_is_rounded_by_itself(best, dtype):
+    assert choose_kernel(CPU, dtype, 64, 64).bits is None
+    assert "not rounded unless asked for" in choose_kernel(CPU, dtype, 64, 64).reason
+    assert choose_kernel(CPU, torch.bfloat16, 64, 64)[:2] == (best, 16)
+    assert choose_kernel(CPU, torch.bfloat16, 64, 64, requested_bits=None).bits is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("bits", [8, 16])
+def test_what_was_asked_for(best, bits, dtype):
+    assert choose_kernel(CPU, dtype, 64, 64, "row", requested_bits=bits) == (
+        best,
+        bits,
+        f"{bits}-bit inputs were asked for",
+    )
+
+
+def test_what_a_layer_was_trained_with_comes_first(best):
+    for requested in ("auto", 8):
+        choice = choose_kernel(CPU, torch.bfloat16, 64, 64, requested_bits=requested, trained_bits=8)
+        assert choice == (best, 8, "the layer was trained with 8-bit inputs")
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ({"scale_granularity": 32}, "one scale per matrix or row"),
+        ({"packed": False}, "a float weight is ternarized in every call"),
+        ({"in_features": 2**16 + 4}, "int32 does not hold sums of 65540 inputs of 16 bits"),
+    ],
+)
+def test_what_no_integer_kernel_takes(best, case, reason):
+    case = {"out_features": 64, "in_features": 64, **case}
+    choice = choose_kernel(CPU, torch.bfloat16, **case)
+    assert choice.bits is None
+    assert reason in choice.reason
+
+
+def test_the_dtype_of_an_exact_matmul(monkeypatch):
+    for supported, dtype in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda supported=supported: supported)
+        choice = choose_kernel(CPU, torch.bfloat16, 64, 64, requested_bits=None)
+        assert choice.kernel == f"exact, matmul in torch.{dtype}"
+
+
+def test_without_integer_kernels(missing, caplog):
+    assert not has_integer_kernel("cpu")
+    packed, scale, bias = new_weight(40, 72)
+    x = torch.randn(9, 72)
+    assert torch.equal(integer_linear(x, packed, scale, bias), reference.integer_linear(x, packed, scale, bias, 16))
+    for bits in ("auto", 16):
+        half = x.bfloat16()
+        assert torch.equal(linear(half, packed, scale, bias, bits), ternary_linear(half, packed, scale, bias))
+    choice = choose_kernel(CPU, torch.bfloat16, 64, 64)
+    assert choice.bits is None
+    assert choice.reason == f"the integer kernels need {'AVX2' if missing == 'no AVX2' else f'numba: {INSTALL}'}"
+    assert [record.getMessage() for record in caplog.records] == [FASTER if missing == "no numba" else NO_AVX2]
+
+
+def test_nothing_is_said_where_nothing_was_to_be_had(missing, caplog):
+    for dtype, bits in ((torch.float32, "auto"), (torch.bfloat16, None), (torch.bfloat16, 16)):
+        choose_kernel(CPU, dtype, 64, 64, requested_bits=bits)
+    choose_kernel(CPU, torch.bfloat16, 64, 64, scale_granularity=32)
+    assert not caplog.records
+
+
+def test_asking_in_vain(missing, caplog):
+    for bits in (8, 16):
+        if missing == "no numba":
+            with pytest.raises(ImportError, match=rf"of {bits} bits on a CPU need numba: pip install"):
+                check_integers("cpu", bits)
+        else:
+            check_integers("cpu", bits)
+    assert [record.getMessage() for record in caplog.records] == ([] if missing == "no numba" else [NO_AVX2])
+
+
+def test_without_numba_there_are_none(monkeypatch):
+    choose.integer_kernels.cache_clear()
+    monkeypatch.setattr(choose, "find_spec", lambda name: None)
+    try:
+        assert choose.integer_kernels() == {}
+    finally:
+        choose.integer_kernels.cache_clear()
+
+
+def test_each_decision_is_logged_once_at_debug(best, caplog):
+    torch_ops.decide.cache_clear()
+    packed, scale, bias = new_weight(40, 72)
+    x = torch.randn(9, 72).bfloat16()
+    with caplog.at_level(logging.DEBUG, "diffusers_terdit"):
+        for _ in range(2):
+            linear(x, packed, scale, bias)
+            linear(x.float(), packed, scale, bias)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2
+    assert "dtype=torch.bfloat16, out_features=40, in_features=72" in lines[0]
+    assert f"on cpu: Choice(kernel='{best}', bits=16" in lines[0]
+    assert "bits=None, reason='torch.float32 is not rounded unless asked for'" in lines[1]
+
+
+def test_a_device_without_kernels():
+    assert choose_kernel(torch.device("meta"), torch.bfloat16, 64, 64, requested_bits=8) == (
+        "reference",
+        None,
+        "there are no kernels for meta",
+    )
+    assert not has_integer_kernel("meta")

@@ -1,0 +1,142 @@
+"""Which decoder and which matmul a GPU gets."""
+
+import pytest
+import torch
+from weights import new_weight, relative_error
+
+from diffusers_terdit.ops import check_integers, choose_kernel, has_integer_kernel, ternary_linear, torch_ops
+from diffusers_terdit.ops.gpu import choose, decode
+
+
+CUDA = torch.device("cuda", 0)
+
+
+class TestDecoder:
+    """Where Triton cannot run, one line says so and PyTorch decodes."""
+
+    @pytest.fixture(autouse=True)
+    def _forget(self, caplog):
+        caplog.set_level("INFO", logger=choose.logger.name)
+        choose.decoder.cache_clear()
+        yield
+        choose.decoder.cache_clear()
+
+    def test_no_triton(self, monkeypatch, caplog):
+        monkeypatch.setattr(choose, "find_spec", lambda name: None)
+        for _ in range(2):
+            assert choose.decoder(torch.device("cuda", 0)) is decode.unpack
+        assert [record.message for record in caplog.records if "Triton is not installed" in record.message]
+        assert len(caplog.records) == 1
+
+    def test_an_old_gpu(self, monkeypatch, caplog):
+        monkeypatch.setattr(choose, "find_spec", lambda name: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "An old card")
+        assert choose.decoder(torch.device("cuda", 0)) is decode.unpack
+        assert "An old card is too old" in caplog.text
+
+    def test_triton_that_cannot_launch(self, monkeypatch, caplog, triton_kernels):
+        def unpack(*args):
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nMore.")
+
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(triton_kernels, "unpack", unpack)
+        assert choose.decoder(torch.device("cpu")) is decode.unpack
+        assert "Failed to find C compiler" in caplog.text
+        assert "More." not in caplog.text
+
+    def test_a_kernel_that_is_wrong_is_not_used(self, monkeypatch, caplog, triton_kernels):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(triton_kernels, "unpack", lambda packed, dtype: torch.zeros(4 * len(packed), 9))
+        assert choose.decoder(torch.device("cpu")) is decode.unpack
+        assert "wrong results" in caplog.text
+
+    def test_one_that_works(self, monkeypatch, triton_kernels):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        assert choose.decoder(torch.device("cpu")) is triton_kernels.unpack
+
+
+class TestChoose:
+    @pytest.fixture(params=[(7, 0), (7, 5), (9, 0)], ids=str)
+    def recent(self, request, monkeypatch):
+        """Whether the GPU that there seems to be has 8-bit tensor cores."""
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: request.param)
+        return request.param >= (7, 5)
+
+    def test_nothing_is_rounded_unless_asked_for(self, recent):
+        for bits in ("auto", None):
+            choice = choose_kernel(CUDA, torch.bfloat16, 64, 64, requested_bits=bits)
+            assert choice == (
+                "exact, matmul in torch.bfloat16",
+                None,
+                "torch.bfloat16 is not rounded unless asked for",
+            )
+
+    @pytest.mark.parametrize(
+        ("sizes", "kernel"),
+        [((64, 64), "integers, matmul in torch.int8"), ((36, 64), "integers, matmul in torch.float64")],
+        ids=str,
+    )
+    def test_integers_need_tensor_cores(self, recent, sizes, kernel):
+        assert has_integer_kernel("cuda") is recent
+        for bits, trained in ((8, None), (16, None), ("auto", 8)):
+            choice = choose_kernel(CUDA, torch.float32, *sizes, requested_bits=bits, trained_bits=trained)
+            assert choice[:2] == ((kernel, trained or bits) if recent else ("exact, matmul in torch.float32", None))
+            assert recent or "compute capability 7.5" in choice.reason
+
+    def test_asking_in_vain_is_said_once(self, recent, caplog):
+        torch_ops.warn_once.cache_clear()
+        for _ in range(2):
+            check_integers("cuda", 8)
+        lines = [record.getMessage() for record in caplog.records]
+        message = "There are no integer kernels for this cuda device; ternary layers compute exactly."
+        assert lines == ([] if recent else [message])
+        torch_ops.warn_once.cache_clear()
+
+
+class TestLayers:
+    """Layers on a GPU."""
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("bits", [None, 16, 8])
+    def test_a_whole_network_on_a_gpu(self, tiny_model, tiny_inputs, bits, dtype):
+        model = tiny_model("packed")
+        with torch.inference_mode():
+            expected = model(**tiny_inputs()).sample
+            model.to("cuda", dtype).set_activation_bits(bits)
+            inputs = {name: value.to("cuda") for name, value in tiny_inputs(dtype=dtype).items()}
+            output = model(**inputs).sample
+            compiled = torch.compile(model, fullgraph=True)(**inputs).sample
+        tolerance = {None: 0, 16: 0, 8: 0.1}[bits] + {torch.float32: 1e-3}.get(dtype, 3e-2)
+        assert relative_error(output.cpu(), expected) < tolerance
+        assert relative_error(compiled.cpu(), expected) < tolerance
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("bits", [None, 8])
+    def test_a_cuda_graph_gives_the_same(self, tiny_model, tiny_inputs, bits):
+        model = tiny_model("packed").to("cuda", torch.bfloat16)
+        model.set_activation_bits(bits)
+        inputs = {name: value.to("cuda") for name, value in tiny_inputs(dtype=torch.bfloat16).items()}
+        with torch.inference_mode():
+            expected = model(**inputs).sample
+            compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+            for _ in range(4):
+                output = compiled(**inputs).sample.clone()
+        assert relative_error(output, expected.double()) < 2e-2
+
+    @pytest.mark.gpu
+    def test_two_streams_do_not_share_a_decoded_weight(self):
+        packed, scale, _ = new_weight(2048, 2048, device="cuda")
+        other = packed.roll(1, 0)
+        x = torch.randn(64, 2048, device="cuda")
+        expected = [ternary_linear(x, weight, scale) for weight in (packed, other)]
+        torch.cuda.synchronize()
+        streams = [torch.cuda.Stream() for _ in range(2)]
+        for _ in range(20):
+            outputs = []
+            for stream, weight in zip(streams, (packed, other), strict=True):
+                with torch.cuda.stream(stream):
+                    outputs.append(ternary_linear(x, weight, scale))
+            torch.cuda.synchronize()
+            assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
