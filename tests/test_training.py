@@ -1,11 +1,7 @@
 import copy
-import errno
 import json
 import logging
 import math
-import os
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -251,25 +247,6 @@ class TestStatistics:
 
 
 class TestFolders:
-    def test_a_folder_appears_whole_or_not_at_all(self, tmp_path):
-        def fail_half_way():
-            with training.new_folder(tmp_path / "x") as partial:
-                (partial / "a").write_text("1")
-                raise RuntimeError
-
-        with pytest.raises(RuntimeError):
-            fail_half_way()
-        assert list(tmp_path.iterdir()) == []
-
-        with training.new_folder(tmp_path / "x") as partial:
-            (partial / "a").write_text("1")
-            assert not (tmp_path / "x").exists()
-        with training.new_folder(tmp_path / "x") as partial:
-            (partial / "b").write_text("2")
-            assert (tmp_path / "x" / "a").exists()
-        assert [path.name for path in (tmp_path / "x").iterdir()] == ["b"]
-        assert [path.name for path in tmp_path.iterdir()] == ["x"]
-
     def test_only_whole_checkpoints_are_found_and_the_oldest_go(self, tmp_path):
         for step in (100, 20, 3):
             (tmp_path / f"checkpoint-{step}").mkdir()
@@ -285,74 +262,6 @@ class TestFolders:
         assert len(training.checkpoints(tmp_path)) == 3
         training.rotate_checkpoints(tmp_path, 2)
         assert [path.name for path in training.checkpoints(tmp_path)] == ["checkpoint-20", "checkpoint-100"]
-
-    def test_a_killed_exchange_leaves_a_whole_folder_or_none(self, tmp_path, monkeypatch):
-        """A checkpoint is overwritten by a run that goes on from an earlier one."""
-
-        class Killed(BaseException): ...
-
-        def removed_in_part(path, **kwargs):
-            next(file for file in Path(path).iterdir() if file.name != training.STATE_NAME).unlink()
-            raise Killed
-
-        def save(text):
-            with training.new_folder(tmp_path / "checkpoint-1") as partial:
-                for name in ("model", training.STATE_NAME):
-                    (partial / name).write_text(text)
-
-        save("old")
-        with monkeypatch.context() as patch:
-            patch.setattr(shutil, "rmtree", removed_in_part)
-            with pytest.raises(Killed):
-                save("new")
-        assert all((folder / "model").exists() for folder in training.checkpoints(tmp_path))
-        save("new")
-        assert (tmp_path / "checkpoint-1" / "model").read_text() == "new"
-
-    def test_two_writers_of_a_folder_do_not_mix(self, tmp_path):
-        with training.new_folder(tmp_path / "x") as one:
-            (one / "a").write_text("1")
-            with training.new_folder(tmp_path / "x") as two:
-                (two / "b").write_text("2")
-            (one / "c").write_text("1")
-        assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["a", "c"]
-
-    def test_a_file_appears_whole_or_not_at_all(self, tmp_path):
-        path = tmp_path / "x.json"
-        path.write_text("old")
-
-        def fail_half_way():
-            with training.new_file(path) as partial:
-                partial.write_text("ne")
-                (partial.parent / ".tmpA1b2C3").write_text("n")  # as safetensors does
-                raise OSError(errno.ENOSPC, "No space left on device")
-
-        with pytest.raises(OSError, match=rf"{path} cannot be written: No space left on device. Make room there"):
-            fail_half_way()
-        assert path.read_text() == "old"
-        with training.new_file(path) as partial:
-            partial.write_text("new")
-        assert path.read_text() == "new"
-        assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
-
-    @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
-    def test_a_run_has_its_folder_for_itself_and_removes_what_killed_ones_left(self, tmp_path):
-        (tmp_path / f"a.{os.getpid()}-00000000.partial").mkdir()  # of a process that had this one's number
-        (tmp_path / "parts").mkdir()
-        (tmp_path / "parts" / "b.999999999-00000000.partial").write_text("half")
-        (tmp_path / "c.partial").write_text("not of this package")
-        with training.output_folder(tmp_path):
-            assert sorted(path.name for path in tmp_path.rglob("*")) == ["c.partial", "parts"]
-            child = os.fork()
-            if not child:
-                try:
-                    with training.output_folder(tmp_path, seconds=0.1):
-                        os._exit(0)
-                except OSError as error:
-                    os._exit(3 if f"Another run is writing into {tmp_path}" in str(error) else 4)
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
-        with training.output_folder(tmp_path):
-            pass
 
 
 class TestLog:
