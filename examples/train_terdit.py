@@ -542,8 +542,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, batch_size: int) -
         parts = facts(args, step, batch_size, num_samples), images, args.license
         training.save_card(training.model_card(pipe, name, *parts), args.output_dir, args.license)
         if args.push_to_hub:
-            ignored = ["checkpoint-*", "*.partial"]
-            repo = training.push_pipeline(pipe, args.output_dir, name, *parts, args.hub_token, ignored)
+            repo = training.push_pipeline(pipe, args.output_dir, name, *parts, args.hub_token, ["checkpoint-*"])
             logger.info(f"pushed to {repo}")
         logger.info(f"{args.output_dir} is a pipeline: TerDiTPipeline.from_pretrained({str(args.output_dir)!r})")
     accelerator.wait_for_everyone()

@@ -26,7 +26,7 @@ from .layers import TernaryLinear
 from .lora import refuse_adapters, take_adapters
 from .ops import pack_ternary, reference
 from .storage.saving import refuse_interrupted
-from .storage.weights import PACKED_SUFFIX, PACKING, SCALE_SUFFIX, VERSION, check_file, is_finite
+from .storage.weights import PACKED_SUFFIX, PACKING, SCALE_SUFFIX, VERSION, check_file, require_safetensors
 
 
 class TernaryMethod(StrEnum):
@@ -375,7 +375,7 @@ class TernaryQuantizer(DiffusersQuantizer):
         for file in checkpoint_files:
             if isinstance(file, (str, Path)):
                 refuse_interrupted(Path(file).parent)  # of `training.save_pipeline`
-            if self.pre_quantized and isinstance(file, (str, Path)) and str(file).endswith(".safetensors"):
+            if self.pre_quantized and isinstance(file, (str, Path)):
                 check_file(file, self.quantization_config.weight_format == "packed")
         self._files = ", ".join(str(file) for file in checkpoint_files)
         self._loaded_keys = list(loaded_keys)
@@ -452,12 +452,6 @@ class TernaryQuantizer(DiffusersQuantizer):
                     f"{name}.{key} is {tuple(found.shape)}, {found.dtype}; the model asks for"
                     f" {tuple(expected.shape)}, {expected.dtype}. Download or save file and config.json again."
                 )
-            if key == PACKED_SUFFIX and reference.has_invalid_code(found):
-                raise ValueError(
-                    f"{name}.{key} holds code 3, which is not a ternary value: the file is damaged. Download it again."
-                )
-            if not is_finite(found):
-                raise ValueError(f"{name}.{key} holds NaN or infinity. Download or save the file again.")
 
     def update_missing_keys(self, model, missing_keys: list[str], prefix: str) -> list[str]:
         """A saved model without some of its tensors would be none: an error, where diffusers would warn."""
@@ -479,6 +473,7 @@ class TernaryQuantizer(DiffusersQuantizer):
 
     def get_state_dict_and_metadata(self, state_dict, safe_serialization=False):
         """Scales go to the file in float16 where that holds them exactly: two bytes for a group instead of four."""
+        require_safetensors(safe_serialization)
         saved = {
             key: saved_scale(value) if key.endswith(f".{SCALE_SUFFIX}") else value for key, value in state_dict.items()
         }

@@ -202,19 +202,6 @@ def load_quantized(config=None, **changes):
     return provoke
 
 
-def pickled(**changes):
-    """The same from a .bin file."""
-
-    def provoke(w):
-        model = TernaryConfig(granularity="row").quantize(dit())
-        model.save_pretrained(w.tmp / "bin", safe_serialization=False)
-        path = w.tmp / "bin" / "diffusion_pytorch_model.bin"
-        torch.save({**torch.load(path, weights_only=True), **changes}, path)
-        type(model).from_pretrained(path.parent, use_safetensors=False)
-
-    return provoke
-
-
 def single_file(w):
     quantization.TernaryQuantizer(TernaryConfig(), pre_quantized=False).maybe_update_state_dict({})
 
@@ -392,10 +379,6 @@ ROWS = [
         f"{Q}.weight_scale is (1,)", "the model asks for (32, 1)", "Download or save file and config.json again."),
     Row("quantized-code-3", load_quantized(**{f"{Q}.weight_packed": torch.full((8, 32), 255, dtype=torch.uint8)}),
         ValueError, f"{Q}.weight_packed", "holds code 3", "Download or save it again."),
-    Row("quantized-bin-code-3", pickled(**{f"{Q}.weight_packed": torch.full((8, 32), 255, dtype=torch.uint8)}),
-        ValueError, f"{Q}.weight_packed", "holds code 3", "Download it again."),
-    Row("quantized-bin-nan", pickled(**{f"{Q}.weight_scale": torch.full((32, 1), float("nan"))}), ValueError,
-        f"{Q}.weight_scale", "holds NaN or infinity", "Download or save the file again."),
     Row("quantized-missing", load_quantized(**{f"{Q}.weight_scale": None}), ValueError,
         f"{Q}.weight_scale", "1 tensors are missing", "Was it saved with other patterns"),
     Row("quantized-single-file", single_file, ValueError,
