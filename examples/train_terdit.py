@@ -544,7 +544,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, batch_size: int) -
         parts = facts(args, step, batch_size, num_samples), images, args.license
         training.export.save_card(training.export.model_card(pipe, name, *parts), args.output_dir, args.license)
         if args.push_to_hub:
-            ignored = ["checkpoint-*", "*.partial"]
+            ignored = ["checkpoint-*"]
             repo = training.export.push_pipeline(pipe, args.output_dir, name, *parts, args.hub_token, ignored)
             logger.info(f"pushed to {repo}")
         logger.info(f"{args.output_dir} is a pipeline: TerDiTPipeline.from_pretrained({str(args.output_dir)!r})")

@@ -35,7 +35,6 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-BIN = "diffusion_pytorch_model.bin"
 PTH, ARGS = "consolidated_ema_ternary.00-of-01.pth", "model_args.pth"
 MEMORY = 1 << 30  # bytes of address space that loading a model of some kilobytes may take
 # A class of diffusers: where its config has lost the sizes, diffusers builds its default model, 1.4 GiB and unfilled.
@@ -144,7 +143,7 @@ def to_bytes(tensor) -> bytes:
 
 
 def weights_in(files: Files) -> list[str]:
-    names = [n for n in files if n.endswith((".safetensors", ".bin", PTH))]
+    names = [n for n in files if n.endswith((".safetensors", PTH))]
     return [n for n in names if "vae" not in n and isinstance(files[n], bytes)]
 
 
@@ -185,7 +184,7 @@ def truncate(rng, files, root):
         start = 8 + struct.unpack("<Q", data[:8])[0]
         ends = [start + e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"]
         cuts += [start, start - 1, start + 1, *ends, *(end - 1 for end in ends), *(end + 1 for end in ends)]
-    elif path.endswith((".pth", ".bin")):
+    elif path.endswith(".pth"):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             cuts += [info.header_offset + rng.choice([-1, 0, 1]) for info in archive.infolist()]
     cut = max(0, rng.choice(cuts))
@@ -683,14 +682,14 @@ def pickled(rng, files, root):
         data = buffer.getvalue()
     else:
         data = dump_pickle(value)
-    candidates = sorted(n for n in files if n.endswith((".safetensors", ".pth", ".bin")))
+    candidates = sorted(n for n in files if n.endswith((".safetensors", ".pth")))
     path = rng.choice(candidates)
-    if path.endswith(".safetensors") and rng.random() < 0.6:  # the pickle that diffusers falls back to
+    if path.endswith(".safetensors") and rng.random() < 0.6:  # the pickle that diffusers would fall back to
         del files[path]
         path = path.replace("safetensors", "bin")
         for name in [n for n in files if n.endswith(INDEX)]:
             files[name.replace("safetensors", "bin")] = files.pop(name).replace(b".safetensors", b".bin")
-    if path.endswith((".bin", ".pth")) and way == 3 and isinstance(files.get(path), bytes):
+    if path.endswith(".pth") and way == 3 and isinstance(files.get(path), bytes):
         # the payload inside a healthy archive, beside the tensors' own bytes
         with zipfile.ZipFile(io.BytesIO(files[path])) as old:
             buffer = io.BytesIO()
@@ -723,7 +722,7 @@ def noise(rng, files, root):
 
 OURS = ["layer", "model", "sharded", "pipeline"]
 SAFETENSORS = [*OURS, "quantized", "dense"]
-ALL = [*SAFETENSORS, "bin", "original"]
+ALL = [*SAFETENSORS, "original"]
 FAULTS = {
     "bit flips in headers": (flip_header, ALL),
     "bit flips in data": (flip_data, ALL),
@@ -733,10 +732,10 @@ FAULTS = {
     "swapped or renamed tensors": (swap, ALL),
     "duplicate tensors": (duplicate, SAFETENSORS),
     "missing or extra tensors and files": (remove, ALL),
-    "code 3": (code_three, ["layer", "model", "pipeline", "quantized", "bin", "original"]),
+    "code 3": (code_three, ["layer", "model", "pipeline", "quantized", "original"]),
     "NaN and infinity": (not_finite, ALL),
-    "absurd sizes in configs and arguments": (absurd_config, [*OURS, "bin", "dense", "original"]),
-    "odd values in configs and arguments": (odd_config, [*OURS, "bin", "dense", "original"]),
+    "absurd sizes in configs and arguments": (absurd_config, [*OURS, "dense", "original"]),
+    "odd values in configs and arguments": (odd_config, [*OURS, "dense", "original"]),
     "quantization_config": (odd_quantization, ["quantized"]),
     "absurd safetensors headers": (absurd_header, SAFETENSORS),
     "index files and paths": (bad_index, ["sharded"]),
@@ -771,7 +770,6 @@ def make_bases(folder: Path) -> None:
     randomize(TernaryLinear(16, 8, scale_granularity=4)).pack().save_pretrained(folder / "layer")
     model = randomize(TerDiTTransformer2DModel(**tiny_config())).pack()
     model.save_pretrained(folder / "model")
-    model.save_pretrained(folder / "bin", safe_serialization=False)
     twin = randomize(TerDiTTransformer2DModel(**tiny_config(scale_granularity="row")))
     twin.save_pretrained(folder / "sharded", max_shard_size="4KB")
     pixels = randomize(TerDiTTransformer2DModel(**tiny_config(in_channels=3))).pack()
@@ -828,8 +826,6 @@ def load(kind: str, folder: Path, plain: bool):
         return TernaryLinear.from_pretrained(folder, **memory)
     if kind in ("model", "sharded"):
         return TerDiTTransformer2DModel.from_pretrained(folder, **memory)
-    if kind == "bin":
-        return TerDiTTransformer2DModel.from_pretrained(folder, use_safetensors=False, **memory)
     if kind == "pipeline":
         return TerDiTPipeline.from_pretrained(folder)
     if kind == "quantized":
@@ -874,19 +870,12 @@ def expected_tensors(kind: str, files: Files) -> dict[str, tuple[str, list[int],
             new = convert_name(name) + ("_packed" if tensor.dtype == torch.uint8 else "")
             found[new] = (_NAMES[tensor.dtype], list(tensor.shape), to_bytes(tensor))
         return found
-    if kind == "bin":
-        state_dict = torch.load(io.BytesIO(files[BIN]), weights_only=True)
-        return {n: (_NAMES[t.dtype], list(t.shape), to_bytes(t)) for n, t in state_dict.items()}
     prefix = "transformer/" if kind == "pipeline" else ""
     index = files.get(prefix + INDEX)
     names = sorted(set(json.loads(index)["weight_map"].values())) if isinstance(index, bytes) else [WEIGHTS]
     found = {}
     for name in names:
         path = prefix + name
-        if path not in files and path.replace("safetensors", "bin") in files:  # what diffusers falls back to
-            state_dict = torch.load(io.BytesIO(files[path.replace("safetensors", "bin")]), weights_only=True)
-            found |= {n: (_NAMES[t.dtype], list(t.shape), to_bytes(t)) for n, t in state_dict.items()}
-            continue
         tensors, metadata = tensors_of(files[path])
         if "terdit.sha256" in metadata and metadata["terdit.sha256"] != digest(tensors):
             raise AssertionError(f"{path} does not match its digest, and loaded")
@@ -1086,7 +1075,7 @@ class Worker:
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": str(Path(__file__).parent),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
         }
         self.log = open(folder / "worker.log", "ab")  # noqa: SIM115 - as long as the process
         self.process = subprocess.Popen(
@@ -1227,7 +1216,7 @@ def markdown(report: dict) -> str:
             " *different*, loaded but not what the files say; *ran code*, a payload made the canary file;"
             " *memory*, out of address space.",
             "",
-            "*layer*: a packed `TernaryLinear`; *model*, *bin*: a packed transformer as safetensors and as a pickle;"
+            "*layer*: a packed `TernaryLinear`; *model*: a packed transformer;"
             " *sharded*: a float one in several files with an index; *pipeline*: a `TerDiTPipeline`; *quantized*:"
             " diffusers' `DiTTransformer2DModel` with a `TernaryConfig`; *dense*: input of `convert_dense_checkpoint`;"
             " *original*: of `convert_original_checkpoint`. A layer, a model and shards are read by `inspect_weights`,"

@@ -64,8 +64,8 @@ class TestJudge:
         elif change == "lost":
             (folder / "config.json").unlink()
         else:
-            (folder / "new.1-00000000.partial").mkdir()
-            (folder / "new.1-00000000.partial" / "config.json").write_text("{}")
+            (folder / "new.00000000.partial").mkdir()
+            (folder / "new.00000000.partial" / "config.json").write_text("{}")
         with pytest.raises(AssertionError, match="other bytes" if change == "torn" else "files differ"):
             models.finished("shards", folder)
 

@@ -1,6 +1,8 @@
 """What tests share besides fixtures."""
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from diffusers_terdit import TerDiTTransformer2DModel, training
 
@@ -42,3 +44,17 @@ def take_steps(model, optimizer, steps, start=0):
         (output[:, :1] - samples).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def read_weights(path):
+    """Tensors and metadata of a safetensors file."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 - not a dict
+
+
+def rewrite_weights(path, edit, keep_metadata=False):
+    """Change the tensors of a weights file; without its metadata nothing but the tensors themselves can tell."""
+    tensors, metadata = read_weights(path)
+    edit(tensors)
+    tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, path, metadata if keep_metadata else {"format": "pt"})

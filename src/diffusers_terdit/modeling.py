@@ -4,7 +4,6 @@ What diffusers accepts with a warning or in silence is an error here, by the che
 saved carries metadata and digests.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -16,10 +15,9 @@ from typing import Any, get_args, get_type_hints
 
 import diffusers
 import torch
+from accelerate.utils import convert_file_size_to_int
 from diffusers import ConfigMixin, ModelMixin
-from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, logging
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 from .hub.errors import hub_errors
 from .hub.push import HubMixin
@@ -34,7 +32,11 @@ from .storage.weights import (
     check_weights,
     read_index,
     read_json,
+    refuse_pickles,
+    require_safetensors,
     state_dict_digest,
+    with_variant,
+    write_weights,
 )
 
 
@@ -192,16 +194,17 @@ class TernaryModelMixin(HubMixin, ModelMixin, PortableConfigMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         default_dtype = torch.get_default_dtype()
-        refuse_interrupted(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        refuse_interrupted(folder)
+        refuse_pickles(folder)
         loading = _loading.set(True)
         try:
             with hub_errors(pretrained_model_name_or_path, kwargs.get("revision")):
-                stem, suffix = SAFE_WEIGHTS_INDEX_NAME.rsplit(".", 1)
-                variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
-                folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-                index = folder / f"{stem}{variant}.{suffix}"
-                if index.is_file() and kwargs.get("use_safetensors") is not False:
+                index = folder / with_variant(SAFE_WEIGHTS_INDEX_NAME, kwargs.get("variant"))
+                if index.is_file():
                     read_index(index)
+                # whatever formats a pipeline is asked to read its VAE from
+                kwargs |= {"use_safetensors": True, "use_flashpack": False}
                 output = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         finally:
             _loading.reset(loading)
@@ -220,8 +223,7 @@ class TernaryModelMixin(HubMixin, ModelMixin, PortableConfigMixin):
     ):
         files = list(resolved_model_file)
         refuse_interrupted(Path(files[0]).parent)
-        single = state_dict if len(files) == 1 and not str(files[0]).endswith(".safetensors") else None
-        check_weights(model, files, single, kwargs.get("ignore_mismatched_sizes", False))
+        check_weights(model, files, kwargs.get("ignore_mismatched_sizes", False))
         kwargs["keep_in_fp32_modules"] = [*(kwargs.get("keep_in_fp32_modules") or []), SCALE_SUFFIX]
         differing = sorted(set(loaded_keys) ^ set(model.state_dict()))
         if differing:  # the files were found complete, so it is the index that is wrong
@@ -250,13 +252,13 @@ class TernaryModelMixin(HubMixin, ModelMixin, PortableConfigMixin):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save config and weights, with metadata and a digest in each safetensors file.
+        """Save config and weights, with metadata and a digest in each weights file.
 
         Args:
             save_directory (`str` or `os.PathLike`): Made if it does not exist.
             is_main_process (`bool`): Whether this process writes the config and clears old weights.
-            save_function: Passed to diffusers; unused with safetensors.
-            safe_serialization (`bool`): Write safetensors; `False` writes a `.bin` pickle, without metadata or digest.
+            save_function: Unused; diffusers has it for other formats.
+            safe_serialization (`bool`): Only `True`: safetensors.
             variant (`str`, *optional*): Written into the file's name, as in
                 `diffusion_pytorch_model.<variant>.safetensors`.
             max_shard_size (`int` or `str`): Bytes, or a string such as `"5GB"`.
@@ -264,62 +266,28 @@ class TernaryModelMixin(HubMixin, ModelMixin, PortableConfigMixin):
             kwargs: The other arguments of `push_to_hub`.
 
         Raises:
-            ValueError: `save_directory` is a file, or the model carries adapters.
+            ValueError: `save_directory` is a file, another format is asked for, or the model carries adapters.
             OSError: It cannot be written; what was there before is still there. Only where the last step, moving the
                 files, breaks off, the folder holds neither model, and says so when it is loaded.
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"`save_directory` must be a folder, {save_directory} is a file.")
+        require_safetensors(safe_serialization, kwargs.pop("use_flashpack", False))
         refuse_adapters(self, "saving the model")
-        folder = Path(save_directory)
-        flashpack = kwargs.pop("use_flashpack", False)
-        stem = ".".join(filter(None, (SAFETENSORS_WEIGHTS_NAME.split(".")[0], variant)))
-        with replacing(folder, folder / f"{stem}.saving", clear=is_main_process) as partial:
-            if not safe_serialization or flashpack:
-                super().save_pretrained(
-                    partial,
-                    is_main_process=is_main_process,
-                    save_function=save_function,
-                    safe_serialization=safe_serialization,
-                    variant=variant,
-                    max_shard_size=max_shard_size,
-                    use_flashpack=flashpack,
-                )
-            else:
-                self._save_safetensors(partial, variant, max_shard_size, is_main_process)
-        if push_to_hub:
-            self._push_folder(folder, variant=variant, **kwargs)
-
-    def _save_safetensors(
-        self, folder: Path, variant: str | None, max_shard_size: int | str, is_main_process: bool
-    ) -> None:
-        def named(name: str) -> str:  # "a.safetensors" -> "a.<variant>.safetensors", as diffusers does
-            stem, suffix = name.rsplit(".", 1)
-            return f"{stem}.{variant}.{suffix}" if variant else name
-
+        folder, limit = Path(save_directory), convert_file_size_to_int(max_shard_size)
         state_dict = self.state_dict()
-        pattern = named(SAFETENSORS_WEIGHTS_NAME).replace(".safetensors", "{suffix}.safetensors")
-        split = split_torch_state_dict_into_shards(state_dict, filename_pattern=pattern, max_shard_size=max_shard_size)
         metadata = {"format": "pt", "terdit.version": VERSION}
         if self.config.get("weight_format") == "packed":
             metadata["terdit.packing"] = PACKING
-        shards = split.filename_to_tensors
-        digests = {name: state_dict_digest({n: state_dict[n] for n in names}) for name, names in shards.items()}
-        if split.is_sharded:
-            metadata["terdit.model"] = hashlib.sha256("".join(digests.values()).encode()).hexdigest()
-        for filename, names in shards.items():
-            path = folder / filename
-            path.touch()
-            mode = path.stat().st_mode  # safetensors would leave the file to its owner alone
-            shard = {name: state_dict[name].detach().contiguous() for name in names}
-            save_file(shard, path, metadata={**metadata, "terdit.sha256": digests[filename]})
-            path.chmod(mode)
-        if split.is_sharded:
-            index = {"metadata": {**split.metadata, **metadata}, "weight_map": split.tensor_to_filename}
-            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (folder / named(SAFE_WEIGHTS_INDEX_NAME)).write_text(text, encoding="utf-8")
-        if is_main_process:
-            self.to_json_file(folder / self.config_name)
+        if sum(tensor.nbytes for tensor in state_dict.values()) > limit:
+            metadata["terdit.model"] = state_dict_digest(state_dict)
+        marker = folder / with_variant("diffusion_pytorch_model.saving", variant)
+        with replacing(folder, marker, clear=is_main_process) as partial:
+            write_weights(partial, state_dict.items(), metadata, limit, variant)
+            if is_main_process:
+                self.to_json_file(partial / self.config_name)
+        if push_to_hub:
+            self._push_folder(folder, variant=variant, **kwargs)
 
 
 class StrictPipelineMixin(HubMixin, PortableConfigMixin):
@@ -364,6 +332,7 @@ class StrictPipelineMixin(HubMixin, PortableConfigMixin):
             OSError: It cannot be written; what was there before is still there. Only where the last step, moving the
                 files, breaks off, the folder holds neither pipeline, and says so when it is loaded.
         """
+        require_safetensors(safe_serialization, kwargs.pop("use_flashpack", False))
         if os.path.isfile(save_directory):
             raise ValueError(f"`save_directory` must be a folder, {save_directory} is a file.")
         refuse_adapters(self.transformer, "saving the pipeline")  # type: ignore[attr-defined]

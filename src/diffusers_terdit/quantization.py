@@ -25,7 +25,7 @@ from .layers import TernaryLinear
 from .lora import refuse_adapters, take_adapters
 from .ops import pack_ternary, reference
 from .storage.saving import refuse_interrupted
-from .storage.weights import PACKED_SUFFIX, PACKING, SCALE_SUFFIX, VERSION, check_weights
+from .storage.weights import PACKED_SUFFIX, PACKING, SCALE_SUFFIX, VERSION, check_weights, require_safetensors
 
 
 # Names in a config.json of the first models, and what they are called now.
@@ -386,10 +386,7 @@ class TernaryQuantizer(DiffusersQuantizer):
         Raises:
             ValueError: `safe_serialization=False`.
         """
-        if not safe_serialization:
-            raise ValueError(
-                "Ternary weights are saved as safetensors, not as a pickle: leave `safe_serialization=False` out."
-            )
+        require_safetensors(safe_serialization)
         saved = {
             key: saved_scale(value) if key.endswith(f".{SCALE_SUFFIX}") else value for key, value in state_dict.items()
         }

@@ -152,15 +152,18 @@ class TestPush:
         again = TerDiTTransformer2DModel.from_pretrained(REPO, subfolder="small")
         assert torch.equal(again.proj_in.weight, model.proj_in.weight)
 
-    def test_of_pickles_and_variants(self, fake_hub, tiny_model):
+    def test_of_a_variant(self, fake_hub, tiny_model):
         model = tiny_model("packed")
-        model.save_pretrained(
-            "folder", safe_serialization=False, push_to_hub=True, repo_id=REPO, token=fake_hub.token, variant="a"
-        )
-        assert "diffusion_pytorch_model.a.bin" in fake_hub.repos[REPO].files()
+        model.save_pretrained("folder", push_to_hub=True, repo_id=REPO, token=fake_hub.token, variant="a")
+        assert "diffusion_pytorch_model.a.safetensors" in fake_hub.repos[REPO].files()
         assert 'variant="a"' in fake_hub.repos[REPO].files()["README.md"].decode().replace("'", '"')
-        again = TerDiTTransformer2DModel.from_pretrained(REPO, variant="a", use_safetensors=False)
+        again = TerDiTTransformer2DModel.from_pretrained(REPO, variant="a")
         assert torch.equal(again.proj_in.weight, model.proj_in.weight)
+
+    def test_of_a_pickle_is_refused_before_a_repository_is_made(self, fake_hub, tiny_model):
+        with pytest.raises(ValueError, match="saved as safetensors only"):
+            tiny_model().push_to_hub(REPO, token=fake_hub.token, safe_serialization=False)
+        assert REPO not in fake_hub.repos
 
     def test_replaces_shards_whose_index_would_win_over_a_single_file(self, fake_hub, tiny_pipeline):
         pipe, other = tiny_pipeline(weight_format="packed"), tiny_pipeline(weight_format="packed", num_layers=1)
@@ -355,19 +358,19 @@ class TestTraining:
             ["samples/1.png"],
             "mit",
             hub.token,
-            ["checkpoint-*", "*.partial"],
+            ["checkpoint-*"],
         )
 
     def test_the_card_is_that_of_the_repository_and_checkpoints_stay(self, fake_hub, tiny_pipeline, tmp_path):
         pipe = tiny_pipeline(weight_format="packed")
         training.export.save_pipeline(pipe, "out")
-        for name in ("checkpoint-5/model.safetensors", "samples/1.png", "log.jsonl", "x.partial"):
+        for name in ("checkpoint-5/model.safetensors", "samples/1.png", "log.jsonl", "x.partial", "terdit-run.lock"):
             (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
             (tmp_path / "out" / name).write_bytes(b"-")
         assert self.push(fake_hub, pipe) == "user/digits"
         files = fake_hub.repos["user/digits"].files()
         assert {"log.jsonl", "samples/1.png", "model_index.json"} < set(files)
-        assert not [name for name in files if "checkpoint" in name or "partial" in name]
+        assert not [name for name in files if "checkpoint" in name or name.endswith((".partial", ".lock"))]
         card = files["README.md"].decode()
         assert 'from_pretrained("user/digits")' in card
         assert "| steps | 12,000 |" in card

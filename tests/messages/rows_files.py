@@ -8,6 +8,7 @@ import zipfile
 import diffusers
 import torch
 from diffusers import ModelMixin
+from filelock import FileLock
 from message_table import PTH, REASON, WEIGHTS, Fixed, Row, edit_json, edit_pth, edit_tensors
 from safetensors.torch import load_file, save_file
 
@@ -88,11 +89,8 @@ def interrupted(w):
 
 
 def busy(w):
-    with (w.tmp / "x.saving").open("w") as file:
-        file.write(str(os.getppid()))
-        file.flush()
-        assert saving.locked(file.fileno())
-        saving._take(w.tmp / "x.saving", seconds=0)
+    with FileLock(w.tmp / "terdit-saving.lock"), saving.replacing(w.tmp, w.tmp / "x.saving", seconds=0):
+        pass
 
 
 def deep(w):
@@ -137,18 +135,13 @@ def index_differs(w):
     TerDiTTransformer2DModel.from_pretrained(folder)
 
 
-def pickled(damage=None, **changes):
-    """A layer in a .bin file, with a change of its tensors or bytes."""
+def pickled(w):
+    TernaryLinear(8, 8).save_pretrained(w.tmp, safe_serialization=False)
 
-    def provoke(w):
-        TernaryLinear(8, 8, weight_format="packed").save_pretrained(w.tmp / "bin", safe_serialization=False)
-        path = w.tmp / "bin" / "diffusion_pytorch_model.bin"
-        torch.save({**torch.load(path, weights_only=True), **changes}, path)
-        if damage:
-            damage(path)
-        TernaryLinear.from_pretrained(path.parent, use_safetensors=False)
 
-    return provoke
+def only_a_pickle(w):
+    (w.saved("layer") / WEIGHTS).rename(w.tmp / "layer" / "diffusion_pytorch_model.bin")
+    TernaryLinear.from_pretrained(w.tmp / "layer")
 
 
 def flip(path):
@@ -326,7 +319,11 @@ def converts(kind, *arguments):
 ROWS = [
     # saving and loading
     Row("load-interrupted", interrupted, OSError, "TMP/layer", "was interrupted, or is under way", "there again"),
-    Row("save-busy", busy, OSError, f"Process {os.getppid()}", "is saving into TMP", "Save elsewhere, or try again"),
+    Row("save-busy", busy, OSError, "TMP", "Another process is saving into", "Save elsewhere, or try again"),
+    Row("save-pickle", pickled, ValueError,
+        "safe_serialization=False", "Ternary weights are saved as safetensors only", "Leave it out."),
+    Row("load-pickle", only_a_pickle, OSError,
+        "TMP/layer has its weights in a pickle", "are read from safetensors only", "take a copy with"),
     Row("index-json", index("{"), ValueError, f"TMP/layer/{INDEX}", "is not JSON", AGAIN),
     Row("index-list", index([]), ValueError, "holds list", f"TMP/layer/{INDEX}", AGAIN),
     Row("index-no-map", index({"metadata": {}}), ValueError, f"TMP/layer/{INDEX}", "has no `weight_map`", AGAIN),
@@ -390,13 +387,6 @@ ROWS = [
         "digits/transformer", "a file is not what it should be", "Save it again."),
     Row("load-repository", lambda w: (w.hub, TerDiTPipeline.from_pretrained("user/nothing")), OSError,
         "user/nothing", "no repository", "check the name, or log in with `hf auth login`"),
-    Row("bin-damaged", pickled(damage=flip), OSError,
-        "TMP/bin/diffusion_pytorch_model.bin", "does not have its checksum", "Download or save it again."),
-    Row("bin-memory", pickled(bias=torch.zeros(()).expand(8)), OSError,
-        "`bias` has shape [8]", "memory for fewer numbers", AGAIN),
-    Row("bin-code-3", pickled(weight_packed=CODE_3), ValueError, "`weight_packed`", "holds code 3", AGAIN),
-    Row("bin-nan", pickled(bias=NAN), ValueError,
-        "`bias`", "holds NaN or infinity", "download it again, or take an earlier one"),
     Row("pth-pickle", original(arguments={"x": Payload()}), ValueError,
         "TMP/original/model_args.pth", "holds more than tensors and plain values", "do not trust this file"),
     Row("pth-cut", original(cut_pth), OSError, f"TMP/original/{PTH}", "truncated or damaged?", "Download it again."),
@@ -406,6 +396,8 @@ ROWS = [
         f"TMP/original/{PTH}", "does not have its checksum", "Download it again."),
     Row("pth-list", original(lambda path: torch.save([1], path)), ValueError,
         f"TMP/original/{PTH}", "does not hold a dict of tensors", AGAIN),
+    Row("pth-memory", original(x=torch.zeros(()).expand(8)), ValueError,
+        "tensor `x` has shape [8]", "memory for fewer numbers", AGAIN),
     Row("pth-sparse", original(x=torch.zeros(3).to_sparse()), ValueError,
         "tensor `x` is torch.sparse_coo", "expected a dense one on the CPU", "Save it again."),
 

@@ -203,10 +203,6 @@ def load_quantized(config=None, **changes):
     return provoke
 
 
-def pickled(w):
-    TernaryConfig().quantize(dit()).save_pretrained(w.tmp / "bin", safe_serialization=False)
-
-
 def single_file(w):
     quantization.TernaryQuantizer(TernaryConfig(), pre_quantized=False).maybe_update_state_dict({})
 
@@ -386,8 +382,6 @@ ROWS = [
         f"`{Q}.weight_scale` has shape [1]", "the config asks for [32, 1]", "config.json and weights again, together"),
     Row("quantized-code-3", load_quantized(**{f"{Q}.weight_packed": torch.full((8, 32), 255, dtype=torch.uint8)}),
         ValueError, f"{Q}.weight_packed", "holds code 3", "Download or save it again."),
-    Row("quantized-bin", pickled, ValueError,
-        Fixed("`safe_serialization=False`"), "saved as safetensors", "leave `safe_serialization=False` out"),
     Row("quantized-missing", load_quantized(**{f"{Q}.weight_scale": None}), ValueError,
         f"{Q}.weight_scale", "1 missing tensor(s)", "config.json and weights again, together"),
     Row("quantized-single-file", single_file, ValueError,

@@ -1,19 +1,25 @@
-"""Overwriting a folder: killed, without space, by two processes at once. Old model, new model, or a clear error."""
+"""Files and folders that are whole or absent: killed, without space, by two processes at once, or locked."""
 
 import errno
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 
-from diffusers_terdit import DiffusionPipeline, TerDiTPipeline, TerDiTTransformer2DModel, TernaryLinear, modeling
+from diffusers_terdit import DiffusionPipeline, TerDiTPipeline, TerDiTTransformer2DModel, TernaryLinear
 from diffusers_terdit.storage import saving
+from diffusers_terdit.storage import weights as weights_format
+
+
+forks = pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
 
 
 def weights(model):
@@ -30,6 +36,11 @@ def two_models(tmp_path, tiny_config):
         model.save_pretrained(tmp_path / name)
         known[eps] = weights(model)
     return tmp_path, known
+
+
+def left_in(folder):
+    """What is temporary in a folder."""
+    return [path.name for pattern in ("*.partial", "*.saving", "*.lock") for path in folder.rglob(pattern)]
 
 
 def is_one_of(folder, known):
@@ -63,7 +74,7 @@ def save_forever(folder, target, size):
         os._exit(1)
 
 
-@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+@forks
 @pytest.mark.parametrize("kills", [15, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("size", ["10GB", "50kB"])
 def test_killed_at_any_moment(two_models, size, kills):
@@ -80,8 +91,7 @@ def test_killed_at_any_moment(two_models, size, kills):
     assert whole
     TerDiTTransformer2DModel.from_pretrained(folder / "one").save_pretrained(target, max_shard_size=size)
     assert is_one_of(target, known)  # it took over from what was killed
-    assert not list(target.glob("*.partial"))
-    assert not list(target.glob("*.saving"))
+    assert not left_in(target)
 
 
 @pytest.mark.parametrize("size", ["10GB", "50kB"])
@@ -92,7 +102,7 @@ def test_killed_at_every_step_of_the_exchange(two_models, size, monkeypatch):
     class Killed(BaseException): ...
 
     done = 0
-    for last in range(40):
+    for last in range(60):
         target = folder / f"target{last}"
         TerDiTTransformer2DModel.from_pretrained(folder / "one").save_pretrained(target, max_shard_size="50kB")
         steps = iter(range(last))
@@ -109,7 +119,7 @@ def test_killed_at_every_step_of_the_exchange(two_models, size, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(saving.os, "replace", counted(os.replace))
             patch.setattr(Path, "unlink", counted(Path.unlink))
-            patch.setattr(saving, "_take", counted(saving._take))
+            patch.setattr(Path, "touch", counted(Path.touch))
             try:
                 model.save_pretrained(target, max_shard_size=size)
             except Killed:
@@ -133,7 +143,7 @@ def test_without_space_the_old_model_stays(two_models, monkeypatch):
 
     for name in ("save_file", "to_json_file"):
         with monkeypatch.context() as patch:
-            patch.setattr(modeling, name, full) if name == "save_file" else patch.setattr(type(model), name, full)
+            patch.setattr(weights_format if name == "save_file" else type(model), name, full)
             with pytest.raises(OSError, match="No space left"):
                 model.save_pretrained(folder / "one")
         assert is_one_of(folder / "one", known)
@@ -144,7 +154,7 @@ def test_without_space_the_old_model_stays(two_models, monkeypatch):
         ]
 
 
-@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+@forks
 def test_a_file_size_limit_is_an_error_and_the_old_model_stays(two_models):
     """The real thing: the system refuses to write more than 20 kB."""
     folder, known = two_models
@@ -159,10 +169,10 @@ def test_a_file_size_limit_is_an_error_and_the_old_model_stays(two_models):
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
     assert is_one_of(folder / "one", known)
-    assert not list((folder / "one").glob("*.partial"))
+    assert not left_in(folder / "one")
 
 
-@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+@forks
 def test_two_processes_at_once(two_models):
     folder, known = two_models
     target = folder / "target"
@@ -178,33 +188,30 @@ def test_two_processes_at_once(two_models):
     is_one_of(target, known)
 
 
-def test_shards_of_two_models_do_not_mix(two_models, tmp_path):
-    folder, _ = two_models
-    for name in ("one", "two"):
-        TerDiTTransformer2DModel.from_pretrained(folder / name).save_pretrained(
-            folder / f"{name}-shards", max_shard_size="50kB"
-        )
-    shard = sorted(path.name for path in (folder / "one-shards").glob("*.safetensors"))[0]
-    (folder / "one-shards" / shard).write_bytes((folder / "two-shards" / shard).read_bytes())
-    with pytest.raises(ValueError, match="holds shards of several models"):
-        TerDiTTransformer2DModel.from_pretrained(folder / "one-shards")
-
-
-@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
-def test_a_marker_of_a_process_that_still_runs_and_then_is_killed(tmp_path, monkeypatch):
+@forks
+def test_an_exchange_of_a_process_that_still_runs_and_then_is_killed(tmp_path, monkeypatch):
     layer = TernaryLinear(8, 8)
     layer.save_pretrained(tmp_path)
-    ready, taken = os.pipe()
+    ready, begun = os.pipe()
     child = os.fork()
     if not child:
-        saving._take(tmp_path / "diffusion_pytorch_model.saving")
-        os.write(taken, b"1")
-        time.sleep(60)
-        os._exit(0)
+        replace = os.replace
+
+        def stop(source, target):
+            if Path(target).parent == tmp_path:
+                os.write(begun, b"1")
+                time.sleep(60)
+            replace(source, target)
+
+        saving.os.replace = stop
+        try:
+            layer.save_pretrained(tmp_path)
+        finally:
+            os._exit(0)
     os.read(ready, 1)
     try:
-        monkeypatch.setattr(saving._take, "__defaults__", (0.1,))
-        with pytest.raises(OSError, match=f"Process {child} is saving into {tmp_path}"):
+        monkeypatch.setattr(saving.replacing.__wrapped__, "__defaults__", (True, 0.1))
+        with pytest.raises(OSError, match=f"Another process is saving into {tmp_path}"):
             layer.save_pretrained(tmp_path)
         with pytest.raises(OSError, match="was interrupted, or is under way"):
             TernaryLinear.from_pretrained(tmp_path)
@@ -216,6 +223,7 @@ def test_a_marker_of_a_process_that_still_runs_and_then_is_killed(tmp_path, monk
     layer.save_pretrained(tmp_path)
     assert torch.equal(TernaryLinear.from_pretrained(tmp_path).weight, layer.weight)
     assert load_file(tmp_path / "diffusion_pytorch_model.safetensors").keys() == layer.state_dict().keys()
+    assert not left_in(tmp_path)
 
 
 class TestPipeline:
@@ -259,51 +267,56 @@ class TestPipeline:
             tiny_pipeline().save_pretrained(tmp_path / "file")
 
 
-@pytest.mark.parametrize("safe", [True, False])
-def test_weights_of_the_other_format_do_not_stay_beside_the_new_config(two_models, safe):
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("diffusion_pytorch_model.safetensors", ("diffusion_pytorch_model", "")),
+        ("diffusion_pytorch_model.bin", ("diffusion_pytorch_model", "")),
+        ("diffusion_pytorch_model-00001-of-00002.safetensors", ("diffusion_pytorch_model", "")),
+        ("diffusion_pytorch_model.safetensors.index.json", ("diffusion_pytorch_model", "")),
+        ("diffusion_pytorch_model.fp16.safetensors", ("diffusion_pytorch_model", "fp16")),
+        ("diffusion_pytorch_model.fp16-00001-of-00002.safetensors", ("diffusion_pytorch_model", "fp16")),
+        ("diffusion_pytorch_model.safetensors.index.fp16.json", ("diffusion_pytorch_model", "fp16")),
+        ("pytorch_lora_weights.safetensors", ("pytorch_lora_weights", "")),
+        ("config.json", None),
+        ("diffusion_pytorch_model.safetensors.txt", None),
+    ],
+)
+def test_weights_files_of_one_model_share_name_and_variant(file, expected):
+    assert saving.weights_name(file) == expected
+
+
+def test_weights_of_another_layout_do_not_stay_beside_the_new_config(two_models):
     folder, known = two_models
     model = TerDiTTransformer2DModel.from_pretrained(folder / "two")
-    TerDiTTransformer2DModel.from_pretrained(folder / "one").save_pretrained(folder / "x", safe_serialization=not safe)
-    (folder / "x" / "pytorch_lora_weights.safetensors").write_text("another's")
-    model.save_pretrained(folder / "x", variant="fp16", safe_serialization=safe)
-    assert len(list((folder / "x").glob("diffusion_pytorch_model*"))) == 2  # another variant is another model
-    model.save_pretrained(folder / "x", safe_serialization=safe)
+    TerDiTTransformer2DModel.from_pretrained(folder / "one").save_pretrained(folder / "x", max_shard_size="50kB")
+    for name in ("pytorch_lora_weights.safetensors", "diffusion_pytorch_model.bin"):
+        (folder / "x" / name).write_text("another's")
+    model.save_pretrained(folder / "x", variant="fp16")
+    assert len(list((folder / "x").glob("diffusion_pytorch_model*"))) > 4  # another variant is another model
+    model.save_pretrained(folder / "x")
     loaded = TerDiTTransformer2DModel.from_pretrained(folder / "x")
     assert loaded.config.norm_eps == 1e-4
     assert torch.equal(weights(loaded), known[1e-4])
-    assert sorted(path.name for path in (folder / "x").iterdir()) == sorted(
-        [
-            "config.json",
-            f"diffusion_pytorch_model.{'safetensors' if safe else 'bin'}",
-            f"diffusion_pytorch_model.fp16.{'safetensors' if safe else 'bin'}",
-            "pytorch_lora_weights.safetensors",
-        ]
-    )
-
-
-@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
-def test_a_pickle_that_does_not_fit_is_an_error_and_the_old_model_stays(two_models):
-    folder, known = two_models
-    child = os.fork()
-    if not child:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        try:
-            model = TerDiTTransformer2DModel.from_pretrained(folder / "two")
-            model.save_pretrained(folder / "one", safe_serialization=False)
-        except OSError as error:
-            os._exit(3 if str(error).startswith(f"{folder / 'one'} cannot be written") else 4)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
-    assert is_one_of(folder / "one", known)
+    assert sorted(path.name for path in (folder / "x").iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.fp16.safetensors",
+        "diffusion_pytorch_model.safetensors",
+        "pytorch_lora_weights.safetensors",
+    ]
 
 
 def test_a_rename_that_fails_is_noticed_and_the_next_save_mends_it(tmp_path, monkeypatch):
-    layer = TernaryLinear(8, 8)
+    layer, replace = TernaryLinear(8, 8), os.replace
     layer.save_pretrained(tmp_path)
+
+    def fail(source, target):
+        if Path(target).parent == tmp_path:
+            raise OSError(errno.EIO, "Input/output error")
+        replace(source, target)
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            saving.os, "replace", lambda *args: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error"))
-        )
+        patch.setattr(saving.os, "replace", fail)
         with pytest.raises(OSError, match="Input/output"):
             layer.save_pretrained(tmp_path)
     with pytest.raises(OSError, match="was interrupted"):
@@ -314,7 +327,78 @@ def test_a_rename_that_fails_is_noticed_and_the_next_save_mends_it(tmp_path, mon
     assert torch.equal(TernaryLinear.from_pretrained(tmp_path).weight, layer.weight)
 
 
-class TestNewFilesAndFolders:
+class TestPartials:
+    def test_only_those_that_nobody_holds_are_removed(self, tmp_path):
+        left = tmp_path / "x.0123abcd.partial"
+        left.mkdir()
+        (left / "x").write_text("half")
+        others = ["c.partial", "my.data.partial"]
+        for name in others:
+            (tmp_path / name).mkdir()
+        with saving.partial_path(tmp_path / "x") as mine:
+            mine.write_text("new")
+            saving.remove_partials(tmp_path)
+            assert mine.read_text() == "new"
+            assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, mine.parent.name])
+        assert sorted(path.name for path in tmp_path.iterdir()) == others
+
+    def test_those_of_another_name_stay(self, tmp_path):
+        for name in ("x.0123abcd.partial", "y.0123abcd.partial"):
+            (tmp_path / name).mkdir()
+        saving.remove_partials(tmp_path, "x")
+        assert [path.name for path in tmp_path.iterdir()] == ["y.0123abcd.partial"]
+
+    @forks
+    def test_that_of_a_killed_process_is_removed_once_it_is_dead(self, tmp_path):
+        ready, begun = os.pipe()
+        child = os.fork()
+        if not child:
+            with saving.new_file(tmp_path / "x") as partial:
+                partial.write_text("half")
+                os.write(begun, b"1")
+                time.sleep(60)
+            os._exit(0)
+        os.read(ready, 1)
+        saving.remove_partials(tmp_path)
+        assert len(list(tmp_path.iterdir())) == 1
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        saving.remove_partials(tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("moment", ["held", "gone"])
+    def test_a_process_that_removes_them_before_they_are_held_is_no_error(self, tmp_path, monkeypatch, moment):
+        """Between the making of the folder and its lock, another process takes it for one that was left."""
+        mkdir, locks = Path.mkdir, []
+
+        def make(path, *args, **kwargs):
+            mkdir(path, *args, **kwargs)
+            if path.suffix == ".partial" and not locks:
+                locks.append(FileLock(path / saving._OWNER))
+                locks[0].acquire()
+                if moment == "gone":
+                    shutil.rmtree(path)
+                    locks[0].release()
+
+        monkeypatch.setattr(Path, "mkdir", make)
+        with saving.new_file(tmp_path / "x") as partial:
+            partial.write_text("new")
+        assert (tmp_path / "x").read_text() == "new"
+        locks[0].release()
+        saving.remove_partials(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+    def test_a_full_disk_leaves_none(self, tmp_path, monkeypatch):
+        def full(self, **kwargs):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(FileLock, "acquire", full)
+        with pytest.raises(OSError, match="Make room there"), saving.new_file(tmp_path / "x"):
+            pass
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestFolders:
     def test_a_folder_appears_whole_or_not_at_all(self, tmp_path):
         def fail_half_way():
             with saving.new_folder(tmp_path / "x") as partial:
@@ -333,6 +417,39 @@ class TestNewFilesAndFolders:
             assert (tmp_path / "x" / "a").exists()
         assert [path.name for path in (tmp_path / "x").iterdir()] == ["b"]
         assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+    @pytest.mark.parametrize("last", range(3))
+    def test_a_killed_exchange_leaves_a_whole_folder_or_none(self, tmp_path, monkeypatch, last):
+        """Each rename, and the removal of the old folder, is the last thing that happens."""
+        steps = iter(range(last))
+
+        class Killed(BaseException): ...
+
+        def counted(function):
+            def run(*args, **kwargs):
+                if next(steps, None) is None:
+                    raise Killed
+                return function(*args, **kwargs)
+
+            return run
+
+        def save(text):
+            with saving.new_folder(tmp_path / "x") as partial:
+                for name in ("a", "b"):
+                    (partial / name).write_text(text)
+
+        save("old")
+        with monkeypatch.context() as patch:
+            patch.setattr(saving.os, "replace", counted(os.replace))
+            patch.setattr(saving.shutil, "rmtree", counted(shutil.rmtree))
+            with pytest.raises(Killed):
+                save("new")
+        found = [(tmp_path / "x" / name).read_text() for name in "ab"] if (tmp_path / "x").exists() else None
+        assert found == [["old", "old"], None, ["new", "new"]][last]
+        save("new")
+        assert (tmp_path / "x" / "a").read_text() == "new"
+        saving.remove_partials(tmp_path)
+        assert not left_in(tmp_path)
 
     def test_two_writers_of_a_folder_do_not_mix(self, tmp_path):
         with saving.new_folder(tmp_path / "x") as one:
@@ -360,14 +477,13 @@ class TestNewFilesAndFolders:
         assert path.read_text() == "new"
         assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
 
-    @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+    @forks
     def test_a_run_has_its_folder_for_itself_and_removes_what_killed_ones_left(self, tmp_path):
-        (tmp_path / f"a.{os.getpid()}-00000000.partial").mkdir()  # of a process that had this one's number
-        (tmp_path / "parts").mkdir()
-        (tmp_path / "parts" / "b.999999999-00000000.partial").write_text("half")
-        (tmp_path / "c.partial").write_text("not of this package")
+        for name in ("a.0123abcd.partial", "parts/b.0123abcd.partial", "c.partial"):
+            (tmp_path / name).mkdir(parents=True)
         with saving.output_folder(tmp_path):
-            assert sorted(path.name for path in tmp_path.rglob("*")) == ["c.partial", "parts"]
+            found = sorted(path.name for path in tmp_path.rglob("*"))
+            assert found == ["c.partial", "parts", "terdit-run.lock"]
             child = os.fork()
             if not child:
                 try:
@@ -376,5 +492,32 @@ class TestNewFilesAndFolders:
                 except OSError as error:
                     os._exit(3 if f"Another run is writing into {tmp_path}" in str(error) else 4)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
-        with saving.output_folder(tmp_path):
+        for _ in range(2):
+            with saving.output_folder(tmp_path):
+                pass
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["c.partial", "parts"]
+
+    def test_other_processes_of_a_run_share_its_folder(self, tmp_path):
+        with saving.output_folder(tmp_path), saving.output_folder(tmp_path, is_main_process=False):
             pass
+
+    @forks
+    def test_a_lock_file_that_is_removed_when_it_is_let_go_keeps_others_out(self, tmp_path):
+        """Three processes add to a number in turns; two of them at once would lose some of it."""
+        (tmp_path / "number").write_text("0")
+        children = []
+        for _ in range(3):
+            children.append(os.fork())
+            if not children[-1]:
+                try:
+                    for _ in range(40):
+                        with saving.output_folder(tmp_path, seconds=60):
+                            number = int((tmp_path / "number").read_text())
+                            time.sleep(0.001)
+                            (tmp_path / "number").write_text(str(number + 1))
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+        assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+        assert (tmp_path / "number").read_text() == "120"
+        assert [path.name for path in tmp_path.iterdir()] == ["number"]

@@ -15,7 +15,6 @@ from diffusers import ModelMixin
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import HfApi, snapshot_download
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..hub.errors import hub_errors
@@ -23,7 +22,16 @@ from ..modeling import check_config
 from ..ops import reference
 from ..quantization import TernaryConfig, saved_scale, select_layers, ternary_tensors
 from ..storage.saving import partial_path, remove_partials, writing
-from ..storage.weights import PACKED_SUFFIX, PACKING, SCALE_SUFFIX, VERSION, check_file, read_index, read_json
+from ..storage.weights import (
+    PACKED_SUFFIX,
+    PACKING,
+    SCALE_SUFFIX,
+    VERSION,
+    check_file,
+    read_index,
+    read_json,
+    write_weights,
+)
 
 
 def is_diffusers_checkpoint(path: str | os.PathLike) -> bool:
@@ -152,42 +160,19 @@ def _pack_model(
         scale_granularity = reference.find_granularity(read(f"{next(iter(linears))}.weight"), next(iter(linears)))
     config = TernaryConfig(scale_granularity, lossless=True, **choice)
     select_layers(model, config)  # whether every layer takes it
+
+    def packed() -> Iterator[tuple[str, Tensor]]:
+        for name in tensors:
+            layer = name.removesuffix(".weight")
+            if layer != name and layer in linears:
+                for key, tensor in ternary_tensors(read(name), config, layer).items():
+                    yield f"{layer}.{key}", saved_scale(tensor) if key == SCALE_SUFFIX else tensor
+            else:
+                yield name, read(name)
+
     output.mkdir(parents=True, exist_ok=True)
-    shards: list[list[str]] = []
-    shard: dict[str, Tensor] = {}
     metadata = {"format": "pt", "terdit.version": VERSION, "terdit.packing": PACKING}
-
-    def flush() -> None:
-        if shard:
-            save_file(shard, output / f"shard-{len(shards)}", metadata=metadata)
-            shards.append(list(shard))
-            shard.clear()
-
-    total = 0
-    for name in tensors:
-        layer = name.removesuffix(".weight")
-        weight = read(name)
-        packed = layer in linears and name.endswith(".weight")
-        made = ternary_tensors(weight, config, layer) if packed else {name: weight}
-        for key, tensor in made.items():
-            full = f"{layer}.{key}" if packed else key
-            tensor = saved_scale(tensor) if full.endswith(SCALE_SUFFIX) else tensor
-            if sum(t.nbytes for t in shard.values()) + tensor.nbytes > max_shard_size:
-                flush()
-            shard[full] = tensor.contiguous()
-            total += tensor.nbytes
-    flush()
-    stem, suffix = SAFETENSORS_WEIGHTS_NAME.rsplit(".", 1)
-    files = [
-        f"{stem}-{i + 1:05d}-of-{len(shards):05d}.{suffix}" if len(shards) > 1 else SAFETENSORS_WEIGHTS_NAME
-        for i in range(len(shards))
-    ]
-    for i, file in enumerate(files):
-        (output / f"shard-{i}").rename(output / file)
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (output / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+    write_weights(output, packed(), metadata, max_shard_size)
     raw.pop("_name_or_path", None)
     raw["quantization_config"] = config.to_dict()
     (output / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", "utf-8")

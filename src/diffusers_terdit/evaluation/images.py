@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
-import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..storage.saving import new_file
 from .gaussian import GaussianStatistics, frechet_distance
 from .samples import check_images, open_samples
 from .scores import InceptionScore, precision_and_recall
@@ -70,18 +68,8 @@ class ImageStatistics:
         metadata = {"format": FORMAT, "version": "1", "fields": json.dumps(fields)}
         metadata["sha256"] = _file_digest(tensors, metadata)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A folder, since safetensors has files of its own there while it writes.
-        folder = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-        partial = folder / path.name
-        try:
-            folder.mkdir()
-            partial.touch()
-            mode = partial.stat().st_mode  # safetensors would leave the file to its owner alone
+        with new_file(path) as partial:
             save_file(tensors, partial, metadata)
-            partial.chmod(mode)
-            os.replace(partial, path)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     @classmethod
     def load(cls, path: str | Path) -> ImageStatistics:

@@ -21,6 +21,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..storage.saving import scrub_paths
+from ..storage.weights import require_safetensors
 from .errors import hub_errors
 from .model_card import PICTURES, encode_pictures, merge_cards, model_card, own_text, read_text
 
@@ -89,7 +90,7 @@ def push_folder(
         OSError: The Hub does not allow it, or cannot be reached.
     """
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    ignore = [".git/*", ".cache/*", *ignore]
+    ignore = [".git/*", ".cache/*", "*.partial", "terdit-*.lock", *ignore]
     files = {name: path for path in paths if not _matches(name := path.relative_to(folder).as_posix(), ignore)}
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     added: dict[str, str | bytes] = {prefix + name: str(path) for name, path in files.items()}
@@ -193,7 +194,7 @@ class HubMixin:
             private (`bool`, *optional*): Of a repository that is made.
             token (`str`, *optional*): Default the one of `hf auth login`.
             create_pr (`bool`): Open a pull request instead.
-            safe_serialization (`bool`): See `save_pretrained`.
+            safe_serialization (`bool`): Only `True`: safetensors.
             variant (`str`, *optional*): See `save_pretrained`.
             subfolder (`str`, *optional*): Folder of the repository; then no card is written.
             revision (`str`, *optional*): Branch, made from `main` if it does not exist.
@@ -208,11 +209,13 @@ class HubMixin:
 
         Raises:
             OSError: The Hub does not allow it, or cannot be reached.
-            ValueError: `images` hold something else, or the metadata of the repository's README.md is not YAML.
+            ValueError: Another format is asked for, `images` hold something else, or the metadata of the repository's
+                README.md is not YAML.
         """
+        require_safetensors(safe_serialization)
         repo_id = create_repository(repo_id, private, token, revision)  # what is not allowed, before the work
         with TemporaryDirectory() as folder:
-            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)  # type: ignore[attr-defined]
+            self.save_pretrained(folder, variant=variant)  # type: ignore[attr-defined]
             return self._push_folder(
                 Path(folder),
                 repo_id=repo_id,

@@ -111,7 +111,7 @@ def inspect_weights(path: str | Path) -> WeightsReport:
     for file in files:
         tensor_bytes = 0
         for name, (dtype, shape) in file.tensors.items():
-            begin, end = file._offsets[name]
+            begin, end = file.offsets[name]
             tensor_bytes += end - begin
             leaf = name.split(".")[-1]
             scale_name = name.removesuffix(leaf) + SCALE_SUFFIX

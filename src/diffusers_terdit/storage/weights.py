@@ -9,7 +9,7 @@ Weights are written with this safetensors metadata, and checked against it where
     terdit.version  "1"
     terdit.packing  "row-chunk-2bit", when the file belongs to a packed model (the bytes: ops/reference.py)
     terdit.sha256   digest of the file's tensors, see `digest`
-    terdit.model    of a shard: sha256 of all shards' digests, so that shards of two models do not mix
+    terdit.model    of a shard: digest of the whole model's tensors, so that shards of two models do not mix
 """
 
 import hashlib
@@ -26,10 +26,12 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
 import numpy as np
 import torch
 from diffusers import ModelMixin
-from diffusers.utils import logging
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, logging
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from ..ops import reference
+from .saving import new_file
 
 
 logger = logging.get_logger(__name__)
@@ -56,23 +58,14 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _FLOAT_NAMES = {name for dtype, name in DTYPE_NAMES.items() if dtype.is_floating_point}
-# As an unsigned integer without its sign, a float is NaN or infinite from this value on; E4M3 has no infinity.
-_NOT_FINITE = {
-    "F64": ("<u8", 0x7FF0000000000000),
-    "F32": ("<u4", 0x7F800000),
-    "F16": ("<u2", 0x7C00),
-    "BF16": ("<u2", 0x7F80),
-    "F8_E4M3": ("u1", 0x7F),
-    "F8_E5M2": ("u1", 0x7C),
-}
 TOGETHER = "Download or save config.json and weights again, together."
-_DAMAGED = "which is not a ternary value. Download or save it again."
 # What loading code raises on files that are not what they should be, beside ValueError and OSError.
 BROKEN = (LookupError, TypeError, AttributeError, NameError, ArithmeticError, RecursionError, SafetensorError)
 
 
-def digest(tensors: Iterable[tuple[str, str, tuple[int, ...], Iterable[bytes | memoryview]]]) -> str:
+def digest(tensors: Iterable[tuple[str, str, tuple[int, ...], Iterable[bytes | bytearray | memoryview]]]) -> str:
     """sha256 over tensors in the order of their names: name, dtype, shape and bytes.
 
     Args:
@@ -93,6 +86,82 @@ def state_dict_digest(state_dict: dict[str, torch.Tensor]) -> str:
         return name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), [data.data]
 
     return digest(entry(name) for name in sorted(state_dict))
+
+
+def require_safetensors(safe_serialization: bool, use_flashpack: bool = False) -> None:
+    """Raise a `ValueError` where a save asks for another format."""
+    if not safe_serialization or use_flashpack:
+        asked = "use_flashpack=True" if use_flashpack else f"safe_serialization={safe_serialization}"
+        raise ValueError(f"Ternary weights are saved as safetensors only, got {asked}. Leave it out.")
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raise an `OSError` where the only weights in a folder are pickles, which are not read."""
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise OSError(
+            f"{folder} has its weights in a pickle, {pickles[0]}; ternary weights are read from safetensors only. Save"
+            " the model again, or take a copy with a .safetensors file."
+        )
+
+
+def with_variant(name: str, variant: str | None) -> str:
+    """A file's name with a variant before its last suffix, as in diffusers: "a.fp16.b" for "a.b"."""
+    stem, suffix = name.rsplit(".", 1)
+    return f"{stem}.{variant}.{suffix}" if variant else name
+
+
+def write_weights(
+    folder: Path,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    metadata: dict[str, str],
+    max_shard_size: int,
+    variant: str | None = None,
+) -> None:
+    """Write tensors into one safetensors file, or into shards with an index; every file with its digest.
+
+    Args:
+        folder (`Path`): Exists.
+        tensors (`Iterable[tuple[str, torch.Tensor]]`): Names and tensors. Taken one at a time; those of one shard are
+            held until it is written.
+        metadata (`dict[str, str]`): Of every file and of the index.
+        max_shard_size (`int`): Bytes of tensors per file; a larger tensor has a file of its own.
+        variant (`str`, *optional*): Written into the files' names.
+
+    Raises:
+        OSError: The disk is full or not writable.
+    """
+    shards: list[list[str]] = []
+    total = 0
+    for shard in _shards(tensors, max_shard_size):
+        with new_file(folder / f"shard-{len(shards)}") as path:
+            save_file(shard, path, {**metadata, "terdit.sha256": state_dict_digest(shard)})
+        shards.append(list(shard))
+        total += sum(tensor.nbytes for tensor in shard.values())
+    stem, suffix = with_variant(SAFETENSORS_WEIGHTS_NAME, variant).rsplit(".", 1)
+    parts = [f"-{i + 1:05d}-of-{len(shards):05d}" for i in range(len(shards))] if len(shards) > 1 else [""]
+    files = [f"{stem}{part}.{suffix}" for part in parts]
+    for i, file in enumerate(files):
+        (folder / f"shard-{i}").rename(folder / file)
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": total, **metadata}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / with_variant(SAFE_WEIGHTS_INDEX_NAME, variant)).write_text(text, encoding="utf-8")
+
+
+def _shards(tensors: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
+    """State dicts of at most `limit` bytes; each is empty once the next one is asked for."""
+    shard: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > limit:
+            yield shard
+            shard.clear()
+            size = 0
+        shard[name] = tensor.detach().contiguous()
+        size += tensor.nbytes
+    yield shard
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
@@ -131,10 +200,17 @@ def read_index(path: str | os.PathLike) -> list[Path]:
 
 
 class WeightsFile:
-    """Names, dtypes and shapes of one weights file, and its bytes in chunks: nothing stays in memory.
+    """One weights file: what its header says, and its bytes in chunks; no tensor is held.
 
-    Reads instead of mapping, because a second mapping of the file would count twice in the process's resident memory.
+    Attributes:
+        path (`Path`): The file.
+        metadata (`dict[str, str]`): Its metadata.
+        tensors (`dict[str, tuple[str, tuple[int, ...]]]`): Dtype, as in `DTYPE_NAMES`, and shape by name.
+        offsets (`dict[str, tuple[int, int]]`): Where the bytes of a tensor begin and end in the file.
     """
+
+    # The header is read twice because `safe_open` does not say where the bytes are, and gives them by mapping the
+    # whole file: measured, a packed model of 285 MB then took 285 MB more to check, and 5 MB in chunks.
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
@@ -149,37 +225,40 @@ class WeightsFile:
                 f"{path} is not a readable safetensors file ({error}). Download or save it again."
             ) from error
         header.pop("__metadata__", None)
-        self.tensors: dict[str, tuple[str, tuple[int, ...]]] = {
-            name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()
-        }
-        self._offsets = {name: entry["data_offsets"] for name, entry in header.items()}
-        self._start = 8 + length
+        self.tensors = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        start = 8 + length
+        offsets = {name: entry["data_offsets"] for name, entry in header.items()}
+        self.offsets = {name: (start + begin, start + end) for name, (begin, end) in offsets.items()}
 
-    def chunks(self, name: str, size: int = 1 << 20) -> Iterator[bytes]:
-        begin, end = self._offsets[name]
+    def chunks(self, name: str, size: int = 1 << 20) -> Iterator[bytearray]:
+        """The bytes of a tensor, in pieces of at most `size`."""
+        begin, end = self.offsets[name]
         with open(self.path, "rb") as file:
-            file.seek(self._start + begin)
+            file.seek(begin)
             for position in range(begin, end, size):
-                yield file.read(min(size, end - position))
+                yield bytearray(file.read(min(size, end - position)))
 
-    def checked_chunks(self, name: str) -> Iterator[bytes]:
+    def _checked_chunks(self, name: str) -> Iterator[bytearray]:
         """The chunks of a tensor; raises at a code that is not ternary, and at NaN and infinity."""
         packed = name.split(".")[-1] == PACKED_SUFFIX
-        unsigned, limit = _NOT_FINITE.get(self.tensors[name][0], (None, 0))
+        dtype = torch.uint8 if packed else _DTYPES.get(self.tensors[name][0], torch.uint8)
         for chunk in self.chunks(name):
-            if packed:
-                codes = np.frombuffer(chunk, np.uint8)
-                if (codes & codes >> 1 & reference.ZERO_BYTE).any():
-                    raise ValueError(f"{self.path}: tensor `{name}` holds code 3, {_DAMAGED}")
-            elif unsigned is not None:
-                numbers = np.frombuffer(chunk, unsigned)
-                if ((numbers & (1 << 8 * numbers.itemsize - 1) - 1) >= limit).any():
-                    raise ValueError(not_finite(self.path, name))
+            values = torch.frombuffer(chunk, dtype=dtype)
+            if packed and reference.has_invalid_code(values):
+                raise ValueError(
+                    f"{self.path}: tensor `{name}` holds code 3, which is not a ternary value. Download or save it"
+                    " again."
+                )
+            if not is_finite(values):
+                raise ValueError(
+                    f"{self.path}: tensor `{name}` holds NaN or infinity. The file is damaged, or its training had"
+                    " diverged: download it again, or take an earlier one."
+                )
             yield chunk
 
     def check_contents(self) -> None:
         """Compare with the digest in the metadata, and look for codes that are not ternary, in one pass."""
-        found = digest((n, *self.tensors[n], self.checked_chunks(n)) for n in sorted(self.tensors))
+        found = digest((n, *self.tensors[n], self._checked_chunks(n)) for n in sorted(self.tensors))
         expected = self.metadata.get("terdit.sha256")
         if expected is None:
             logger.info(f"{self.path} carries no digest, so its contents were not checked for damage.")
@@ -194,7 +273,7 @@ def load_pickle(path: str | os.PathLike, *allowed: type) -> Any:
     """Read a PyTorch file of tensors and plain values, memory-mapped where it can be, without running code from it.
 
     Args:
-        path (`str` or `os.PathLike`): A `.pth` or `.bin` file.
+        path (`str` or `os.PathLike`): A `.pth` file.
         allowed: Classes that it may build besides.
 
     Raises:
@@ -264,14 +343,6 @@ def check_tensors(path: str | os.PathLike, state_dict: Any) -> None:
             )
 
 
-def not_finite(path: str | os.PathLike, name: str) -> str:
-    """What is said of a tensor with NaN or infinity, from which every picture would be black."""
-    return (
-        f"{path}: tensor `{name}` holds NaN or infinity. The file is damaged, or its training had diverged: download"
-        " it again, or take an earlier one."
-    )
-
-
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity; a few rows at a time in memory."""
     if not tensor.is_floating_point():
@@ -280,37 +351,9 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return all(bool((block.float() if block.element_size() == 1 else block).isfinite().all()) for block in blocks)
 
 
-class _PickleFile:
-    """The same, for a `.bin` file, whose tensors diffusers has read with `weights_only=True`."""
-
-    def __init__(self, path: str | os.PathLike, state_dict: dict[str, torch.Tensor] | None):
-        self.path = Path(path)
-        self.metadata: dict[str, str] = {}
-        try:
-            if state_dict is None:  # a shard, which diffusers has not read yet
-                state_dict = load_pickle(path)
-            else:
-                _check_archive(path)
-            check_tensors(path, state_dict)
-        except (ValueError, BadZipFile, NotImplementedError) as error:  # as diffusers does with a single file
-            raise OSError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from error
-        except OSError as error:
-            raise OSError(f"{path} is damaged: {error}. Download or save it again.") from error
-        self._state_dict = state_dict
-        self.tensors = {n: (DTYPE_NAMES.get(t.dtype, str(t.dtype)), tuple(t.shape)) for n, t in state_dict.items()}
-
-    def check_contents(self) -> None:
-        for name, tensor in self._state_dict.items():
-            if name.split(".")[-1] == PACKED_SUFFIX and reference.has_invalid_code(tensor):
-                raise ValueError(f"{self.path}: tensor `{name}` holds code 3, {_DAMAGED}")
-            if not is_finite(tensor):
-                raise ValueError(not_finite(self.path, name))
-
-
 def check_weights(
     model: ModelMixin,
     paths: Iterable[str | os.PathLike],
-    state_dict: dict[str, torch.Tensor] | None = None,
     ignore_mismatched_sizes: bool = False,
     packed: bool | None = None,
     ignore_unexpected: bool = False,
@@ -320,7 +363,6 @@ def check_weights(
     Args:
         model ([`ModelMixin`]): May be on the meta device.
         paths: The weights file, or all shards of it.
-        state_dict (`dict`, *optional*): The tensors of a single `.bin` file that was read already.
         ignore_mismatched_sizes (`bool`): Leave shapes to the host.
         packed (`bool`, *optional*): Whether the model is packed; default as its config says.
         ignore_unexpected (`bool`): Leave tensors that the model does not have to the host.
@@ -332,9 +374,7 @@ def check_weights(
     """
     packed_model = model.config.get("weight_format") == "packed" if packed is None else packed
     expected = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
-    files = [
-        WeightsFile(path) if str(path).endswith(".safetensors") else _PickleFile(path, state_dict) for path in paths
-    ]
+    files = [WeightsFile(path) for path in paths]
     seen: dict[str, Path] = {}
     for file in files:
         check_metadata(file.path, file.metadata, packed_model)
