@@ -1,6 +1,5 @@
 """Pack ternary models of any diffusers class that were published as dense tensors, such as Bonsai."""
 
-import json
 import os
 import re
 import shutil
@@ -21,7 +20,7 @@ from ..hub.errors import hub_errors
 from ..modeling import check_config
 from ..ops import reference
 from ..quantization import TernaryConfig, saved_scale, select_layers, ternary_tensors
-from ..storage.saving import partial_path, remove_partials, writing
+from ..storage.saving import partial_path, remove_partials, write_json, writing
 from ..storage.weights import (
     PACKED_SUFFIX,
     PACKING,
@@ -175,7 +174,7 @@ def _pack_model(
     write_weights(output, packed(), metadata, max_shard_size)
     raw.pop("_name_or_path", None)
     raw["quantization_config"] = config.to_dict()
-    (output / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", "utf-8")
+    write_json(output / "config.json", raw)
 
 
 def _dense_tensors(folder: Path) -> Iterator[tuple[str, Path]]:

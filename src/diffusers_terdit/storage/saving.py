@@ -253,7 +253,7 @@ def scrub_paths(folder: str | os.PathLike) -> None:
     for path in [*Path(folder).glob("*config.json"), *Path(folder).glob("*/*config.json")]:
         config = json.loads(path.read_text("utf-8"))
         if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            write_json(path, config)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..ops import reference
-from .saving import new_file
+from .saving import new_file, write_json
 
 
 logger = logging.get_logger(__name__)
@@ -146,8 +146,7 @@ def write_weights(
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": total, **metadata}, "weight_map": weight_map}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / with_variant(SAFE_WEIGHTS_INDEX_NAME, variant)).write_text(text, encoding="utf-8")
+        write_json(folder / with_variant(SAFE_WEIGHTS_INDEX_NAME, variant), index)
 
 
 def _shards(tensors: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
