@@ -315,7 +315,7 @@ class TernaryQuantizer(DiffusersQuantizer):
         """Keep list and files: which names change is known when the model is there."""
         self._files = checkpoint_files
         self._loaded_keys = list(loaded_keys)
-        refuse_interrupted(Path(checkpoint_files[0]).parent)  # of `training.save_pipeline`
+        refuse_interrupted(Path(checkpoint_files[0]).parent)  # of `training.export.save_pipeline`
         return self._loaded_keys
 
     @property

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from diffusers_terdit import TernaryLinear
 from diffusers_terdit.storage.inspection import HEADERS, inspect_weights
-from diffusers_terdit.training import ternary_statistics
+from diffusers_terdit.training.statistics import ternary_statistics
 from tiny import rewrite_weights
 
 

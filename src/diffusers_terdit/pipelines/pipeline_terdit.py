@@ -46,6 +46,7 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents"]
+    _call: object  # the running call; there only while one runs
 
     def __init__(
         self,
