@@ -31,7 +31,8 @@ from tqdm import tqdm
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, pack_ternary
 from diffusers_terdit import layers as package_layers
 from diffusers_terdit.models.transformer_terdit import SIZES
-from diffusers_terdit.ops import dequantize, gpu, integer_linear, ternary_linear
+from diffusers_terdit.ops import dequantize, integer_linear, ternary_linear
+from diffusers_terdit.ops.gpu import choose, decode
 from diffusers_terdit.pipelines.schedulers import default_scheduler
 from kernel_benchmark import SCALE, SHAPES, guided_input, new_input, relative_error, rounded, shape, unpack_every_call
 from kernel_page import table
@@ -131,7 +132,7 @@ def place(device: str, machine: str) -> str:
     if device == "cpu":
         return f"no GPU: a trial of the code on {machine}; {', '.join(versions)}"
     properties = torch.cuda.get_device_properties(0)
-    decoder = "Triton" if gpu.kernels(torch.device("cuda", 0)) is not None else "PyTorch"
+    decoder = "PyTorch" if choose.decoder(torch.device("cuda", 0)) is decode.unpack else "Triton"
     return (
         f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}; {machine};"
         f" {', '.join(versions)}; weights decoded by {decoder}"
@@ -211,7 +212,7 @@ def measure_layer(
         DENSE: (lambda x: nn.functional.linear(x, dense), half),
         REFERENCE: (lambda x: with_tf32(lambda: unpack_every_call(x, packed, scale, None)), x),
         "exact": (lambda x: ternary_linear(x, packed, scale), half),
-        "decode alone": (lambda x: gpu.decode(packed, x.dtype), half),
+        "decode alone": (lambda x: choose.decoder(x.device)(packed, x.dtype), half),
         "int16": (lambda x: integer_linear(x, packed, scale, bits=16), half),
         "int8": (lambda x: integer_linear(x, packed, scale, bits=8), half),
     }
@@ -417,12 +418,12 @@ def with_tf32(call: Callable[[], object]) -> object:
 
 def as_the_authors(call: Callable[[], object]) -> object:
     """Run a packed float32 model as the authors' code does: TF32, and a new float32 weight in every call."""
-    original = package_layers.ternary_linear
-    package_layers.ternary_linear = unpack_every_call
+    original = package_layers.linear
+    package_layers.linear = lambda *arguments: unpack_every_call(*arguments[:4])
     try:
         return with_tf32(call)
     finally:
-        package_layers.ternary_linear = original
+        package_layers.linear = original
 
 
 # Small cards

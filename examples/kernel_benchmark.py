@@ -29,7 +29,8 @@ from tqdm import tqdm
 import kernel_page
 from diffusers_terdit import TerDiTTransformer2DModel, pack_ternary
 from diffusers_terdit.models.transformer_terdit import SIZES
-from diffusers_terdit.ops import cpu, dequantize, integer_linear, reference, ternary_linear, unpack_ternary
+from diffusers_terdit.ops import dequantize, integer_linear, reference, ternary_linear, unpack_ternary
+from diffusers_terdit.ops.cpu import choose, decode
 
 
 SHAPES = [  # (outputs, inputs): attention, feed-forward in and out, adaLN, of 600M and of 4.2B
@@ -138,8 +139,7 @@ def run(args: argparse.Namespace, machine: str, command: str) -> None:
 
 def instruction_sets() -> tuple[str, ...]:
     """In which the integer kernels can run here, best first."""
-    kernels = cpu.integer_kernels()
-    return () if kernels is None else kernels.instruction_sets()
+    return tuple(choose.integer_kernels())
 
 
 @contextlib.contextmanager
@@ -148,7 +148,8 @@ def only(isa: str | None) -> Iterator[None]:
     if isa is None:
         yield
         return
-    with patch.object(cpu.integer_kernels(), "instruction_sets", lambda: (isa,)):
+    kernel = choose.integer_kernels()[isa]
+    with patch.object(choose, "integer_kernels", lambda: {isa: kernel}):
         yield
 
 
@@ -199,7 +200,7 @@ def left_out(isa: str | None) -> list[str]:
     reasons = [] if isa else ["int16 float32", "int16 bfloat16", "int8 float32", "int8 bfloat16"]
     if not has_fast_bfloat16():
         reasons.append("dense bfloat16")
-        if cpu.matmul_dtype(torch.bfloat16) == torch.bfloat16:  # the processor could, the libraries may not
+        if decode.matmul_dtype(torch.bfloat16) == torch.bfloat16:  # the processor could, the libraries may not
             reasons.append("exact bfloat16")
     return reasons
 

@@ -5,6 +5,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel
+from diffusers_terdit.ops import torch_ops
+from diffusers_terdit.ops.cpu import choose
 from diffusers_terdit.pipelines.schedulers import default_scheduler
 from fake_hub import fake_hub  # noqa: F401 - a fixture
 from tiny import randomize
@@ -97,3 +99,15 @@ def tiny_pipeline(tiny_model, tiny_vae):
         return pipe
 
     return make
+
+
+@pytest.fixture
+def no_integer_kernels(monkeypatch):
+    """A machine without numba."""
+    monkeypatch.setattr(choose, "integer_kernels", dict)
+    monkeypatch.setattr(choose, "find_spec", lambda name: None)
+    for function in (torch_ops.decide, torch_ops.warn_once):
+        function.cache_clear()
+    yield
+    for function in (torch_ops.decide, torch_ops.warn_once):
+        function.cache_clear()

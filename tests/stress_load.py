@@ -30,7 +30,8 @@ from safetensors.torch import load_file
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel
 from diffusers_terdit.checkpoints import bundled
-from diffusers_terdit.ops import cpu
+from diffusers_terdit.ops import has_integer_kernel
+from diffusers_terdit.ops.cpu import choose
 from diffusers_terdit.pipelines.schedulers import default_scheduler
 
 
@@ -120,7 +121,7 @@ def cycles(folder: Path) -> Iterator[Callable[[int], None]]:
     """`from_pretrained`, two images, delete; two pipelines in six dtypes and modes. Each mode always gives the same
     bits."""
     save_with_vae(folder / "vae")
-    bits = [None, "auto", None, 8, 16, None] if cpu.integer_kernels() else [None] * 6
+    bits = [None, "auto", None, 8, 16, None] if has_integer_kernel("cpu") else [None] * 6
     modes = list(zip(["float32", "bfloat16", "float16", "float32", "float32", "bfloat16"], bits, strict=True))
     first: dict[int, torch.Tensor] = {}
 
@@ -312,7 +313,7 @@ def threads(folder: Path) -> Iterator[Callable[[int], None]]:
     import copy
 
     pipe = digits()
-    pipe.transformer.set_activation_bits(16 if cpu.integer_kernels() else None)
+    pipe.transformer.set_activation_bits(16 if has_integer_kernel("cpu") else None)
     expected = sample(pipe)
 
     def body(cycle: int) -> None:
@@ -447,8 +448,7 @@ def main() -> None:
     counts = dict.fromkeys(SCENARIOS, arguments.cycles // 5)
     counts |= dict.fromkeys(("load, sample, delete", "safetensors alone"), arguments.cycles)
     report = run(counts | {"images": arguments.images // 100})
-    kernels = cpu.integer_kernels()
-    isa = kernels.instruction_sets()[0] if kernels else "without integer kernels"
+    isa = next(iter(choose.integer_kernels()), "without integer kernels")
     report["machine"] = f"{platform.machine()} CPU ({isa}), one thread"
     report["versions"] = (
         f"Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}"

@@ -11,7 +11,7 @@ from diffusers import ConfigMixin, ModelMixin
 from safetensors import safe_open
 from torch import nn
 
-from diffusers_terdit import TernaryLinear, _numba_warnings, ternarize
+from diffusers_terdit import TernaryLinear, ternarize
 from diffusers_terdit.modeling import warn_half_precision_codes
 from diffusers_terdit.ops import has_integer_kernel, reference, ternary_linear
 
@@ -569,17 +569,6 @@ class TestIntegerActivations:
 needs_kernel = pytest.mark.skipif(not has_integer_kernel("cpu"), reason="no AVX2 or no numba")
 
 
-@pytest.fixture
-def no_kernel(monkeypatch):
-    """A machine without numba."""
-    monkeypatch.setattr("diffusers_terdit.layers.has_integer_kernel", lambda device: False)
-    monkeypatch.setattr("diffusers_terdit.layers.find_spec", lambda name: None)
-    monkeypatch.setattr("diffusers_terdit._numba_warnings.find_spec", lambda name: None)
-    _numba_warnings.warn_no_integer_kernel.cache_clear()
-    yield
-    _numba_warnings.warn_no_integer_kernel.cache_clear()
-
-
 class TestSetActivationBits:
     """`set_activation_bits`: the caller's choice of speed, never the layer's meaning."""
 
@@ -639,19 +628,17 @@ class TestSetActivationBits:
             assert torch.equal(layer(x), exact)
 
     @needs_kernel
-    def test_a_layer_trained_with_8_bits_computes_the_same_by_either_way(self, monkeypatch):
-        for granularity in ("tensor", "row"):
-            layer, x = self.new_layer(activation_bits=8, scale_granularity=granularity), torch.randn(2, 5, 24)
-            with_kernel = layer(x)
-            unpacked = copy.deepcopy(layer).unpack()
-            with monkeypatch.context() as patch:
-                patch.setattr("diffusers_terdit.layers.has_integer_kernel", lambda device: False)
-                assert torch.equal(layer(x), with_kernel)
-            assert torch.equal(unpacked(x), with_kernel)
-            layer.set_activation_bits(8)
-            for bits in (16, None):
-                with pytest.raises(ValueError, match="trained with 8-bit"):
-                    layer.set_activation_bits(bits)
+    @pytest.mark.parametrize("granularity", ["tensor", "row"])
+    def test_a_layer_trained_with_8_bits_computes_the_same_by_either_way(self, granularity, request):
+        layer, x = self.new_layer(activation_bits=8, scale_granularity=granularity), torch.randn(2, 5, 24)
+        layer.set_activation_bits(8)
+        for bits in (16, None):
+            with pytest.raises(ValueError, match="trained with 8-bit"):
+                layer.set_activation_bits(bits)
+        with_kernel = layer(x)
+        assert torch.equal(copy.deepcopy(layer).unpack()(x), with_kernel)
+        request.getfixturevalue("no_integer_kernels")
+        assert torch.equal(layer(x), with_kernel)
 
     @needs_kernel
     def test_the_model_keeps_the_gated_layers_at_16_bits(self, tiny_model):
@@ -673,7 +660,7 @@ class TestSetActivationBits:
         with pytest.raises(ValueError, match='None, 8, 16 or "auto"'):
             self.new_layer().set_activation_bits(bits)
 
-    def test_without_numba_one_line_says_what_to_install(self, no_kernel, caplog):
+    def test_without_numba_one_line_says_what_to_install(self, no_integer_kernels, caplog):
         layer = self.new_layer()
         for bits in (8, 16):
             with pytest.raises(

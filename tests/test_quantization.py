@@ -29,7 +29,6 @@ from diffusers_terdit import TerDiTTransformer2DModel, TernaryConfig, TernaryLin
 from diffusers_terdit.cli import main
 from diffusers_terdit.conversion import convert_dense_checkpoint, swap_bitnet_order
 from diffusers_terdit.ops import dequantize, pack_ternary, reference, unpack_ternary
-from diffusers_terdit.ops.reference import exact_codes, find_granularity, least_squares_scale
 from diffusers_terdit.quantization import pack, select_layers
 from tiny_flux2 import tiny_flux2_pipeline
 
@@ -103,7 +102,7 @@ def make_ternary(model, granularity=16, dtype=torch.float16, include="blocks"):
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and include in name:
                 ternary = reference.round_to_ternary(module.weight, granularity)
-                scale = least_squares_scale(module.weight, ternary, granularity).to(dtype).float()
+                scale = reference.least_squares_scale(module.weight, ternary, granularity).to(dtype).float()
                 module.weight.copy_(dequantize(ternary, scale))
     return model
 
@@ -127,7 +126,7 @@ class TestEveryModel:
             weight = model.get_submodule(layer_name).weight.detach()
             ternary = reference.round_to_ternary(weight, "row")
             assert torch.equal(layer.ternary_weight(), ternary)
-            assert torch.equal(layer.weight_scale, least_squares_scale(weight, ternary, "row"))
+            assert torch.equal(layer.weight_scale, reference.least_squares_scale(weight, ternary, "row"))
         expected = run(packed)
         packed.save_pretrained(tmp_path / "packed")
         for again in (
@@ -524,51 +523,6 @@ class TestConfig:
         old = {"granularity": "tensor", "exact": False, "include": ["*proj_out*"], "exclude": ["proj_out"]}
         again = TernaryConfig.from_dict(TernaryConfig.from_dict(old).to_dict())
         assert list(select_layers(model, again)) == ["proj_out.proj_out"]
-
-
-class TestExactCodes:
-    @pytest.mark.parametrize("granularity", ["tensor", "row", 8])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-    def test_codes_and_scales_come_back(self, dtype, granularity):
-        ternary = torch.randint(-1, 2, (12, 24))
-        scale = (torch.rand(reference.scale_shape(12, 24, granularity)) + 0.1).to(dtype).float()
-        codes, found = exact_codes(dequantize(ternary, scale).to(dtype), granularity, "layer")
-        assert torch.equal(dequantize(codes, found), dequantize(ternary, scale))
-        assert codes.dtype == torch.int8
-
-    def test_a_group_of_zeros(self):
-        weight = torch.zeros(4, 16)
-        weight[0, 8:] = 0.5
-        codes, scale = exact_codes(weight, 8, "layer")
-        assert torch.equal(dequantize(codes, scale), weight)
-        assert scale[0].tolist() == [0, 0.5]
-
-    @pytest.mark.parametrize(
-        ("granularity", "place"),
-        [("tensor", "row 6 holds"), ("row", "row 6 holds"), (8, r"row 6, group 2 \(inputs 16 to 23\) holds")],
-    )
-    def test_what_is_not_ternary_is_named(self, granularity, place):
-        weight = torch.ones(8, 32)
-        weight[6, 17] = 0.25
-        with pytest.raises(ValueError, match=rf"transformer.layer.weight is not ternary: {place} 0.25 beside 1"):
-            exact_codes(weight, granularity, "transformer.layer")
-
-    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    def test_what_is_not_finite(self, value):
-        weight = torch.ones(8, 32)
-        weight[3, 3] = value
-        with pytest.raises(ValueError, match="is not ternary: row 3"):
-            exact_codes(weight, "row", "layer")
-
-    @pytest.mark.parametrize("granularity", ["tensor", "row", 128, 32])
-    def test_the_granularity_is_found(self, granularity):
-        ternary = torch.randint(-1, 2, (8, 256))
-        scale = torch.rand(reference.scale_shape(8, 256, granularity)) + 0.1
-        assert find_granularity(dequantize(ternary, scale), "layer") == granularity
-
-    def test_a_weight_without_any(self):
-        with pytest.raises(ValueError, match="No granularity fits the first layer"):
-            find_granularity(torch.randn(8, 64), "layer")
 
 
 class TestConvertDense:

@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -27,7 +26,8 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel
 from diffusers_terdit.checkpoints import bundled
-from diffusers_terdit.ops import cpu, has_integer_kernel, reference
+from diffusers_terdit.ops import has_integer_kernel, reference
+from diffusers_terdit.ops.cpu import choose
 from diffusers_terdit.pipelines.schedulers import default_scheduler
 from tiny import randomize
 
@@ -186,12 +186,10 @@ def compiled(case: Case, backend: str = "aot_eager") -> Iterator[float]:
 
 def integer_kernels(case: Case) -> Iterator[float]:
     """Every instruction set that this processor has, and plain PyTorch."""
-    pipe, kernels = case.pipe(), cpu.integer_kernels()
-    for name in kernels.instruction_sets()[1:]:
-        with patch.object(kernels, "instruction_sets", lambda name=name: (name,)):
+    pipe, kernels = case.pipe(), choose.integer_kernels()
+    for name, kernel in [*list(kernels.items())[1:], ("reference", reference.integer_linear)]:
+        with patch.object(choose, "integer_kernels", lambda name=name, kernel=kernel: {name: kernel}):
             yield difference(pictures(pipe), case.expected)
-    with patch.object(cpu, "integer_kernels", lambda: SimpleNamespace(linear=reference.integer_linear)):
-        yield difference(pictures(pipe), case.expected)
 
 
 def saving(case: Case) -> Iterator[float]:

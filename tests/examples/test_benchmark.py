@@ -1,3 +1,4 @@
+import importlib
 import json
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from PIL import Image
 
 from diffusers_terdit import TerDiTTransformer2DModel
 from diffusers_terdit.models.transformer_terdit import SIZES
-from diffusers_terdit.ops import cpu, has_integer_kernel, integer_linear, ternary_linear, unpack_ternary
+from diffusers_terdit.ops import has_integer_kernel, integer_linear, ternary_linear, unpack_ternary
+from diffusers_terdit.ops.cpu import choose
 
 
 ROOT = Path(__file__).parents[2]
@@ -475,27 +477,26 @@ class TestKernels:
 
     @needs_integers
     def test_isa_forces_the_kernels(self, scripts, measure, monkeypatch, tmp_path):
-        kernels, asked = cpu.integer_kernels(), set()
-        sets, compiled = kernels.instruction_sets(), kernels.kernels
+        integer = importlib.import_module("diffusers_terdit.ops.cpu.integer")  # which needs numba
+        sets, compiled, asked = tuple(choose.integer_kernels()), integer.compiled, set()
 
-        def spy(isa, *args):
-            asked.add(isa)
-            return compiled(isa, *args)
+        def spy(kernel, *args):
+            asked.add(kernel.name)
+            return compiled(kernel, *args)
 
-        monkeypatch.setattr(kernels, "kernels", spy)
+        monkeypatch.setattr(integer, "compiled", spy)
         (place,) = measure("kernels", "--shapes", "24x20", "--rows", "3", "--turns", "1", "--isa", sets[-1])["places"]
         assert asked == {sets[-1]}
-        assert kernels.instruction_sets() == sets
+        assert tuple(choose.integer_kernels()) == sets
         assert (place["isa"], place["forced"]) == (sets[-1], len(sets) > 1)
         page = (tmp_path / "kernels.md").read_text("utf-8")
         assert f"## {scripts['kernel_page'].ISA_NAMES[sets[-1]]}, {torch.get_num_threads()} thread" in page
         assert ("held to" in page) == (len(sets) > 1)
 
     @pytest.mark.parametrize("command", ["kernels", "step"])
-    def test_without_integer_kernels_the_page_says_so(self, measure, monkeypatch, tmp_path, fast_bfloat16, command):
-        monkeypatch.setattr(cpu, "integer_kernels", lambda: None)
+    @pytest.mark.usefixtures("no_integer_kernels", "fast_bfloat16")
+    def test_without_integer_kernels_the_page_says_so(self, measure, monkeypatch, tmp_path, command):
         monkeypatch.setitem(SIZES, "toy", TOY)
-        monkeypatch.setattr("diffusers_terdit.layers.has_integer_kernel", lambda device: False)
         args = ["--shapes", "24x20", "--rows", "3"] if command == "kernels" else ["--presets", "toy"]
         (place,) = measure(command, *args, "--turns", "1")["places"]
         assert (place["isa"], place["numba"]) == (None, None)
@@ -566,7 +567,7 @@ class TestKernels:
 
     @needs_integers
     def test_an_instruction_set_that_is_not_there(self, measure, monkeypatch):
-        monkeypatch.setattr(cpu.integer_kernels(), "instruction_sets", lambda: ("avx2",))
+        monkeypatch.setattr(choose, "integer_kernels", lambda: {"avx2": None})
         with pytest.raises(SystemExit, match="--isa avx512_vnni: the integer kernels can run here in avx2"):
             measure("kernels", "--isa", "avx512_vnni")
 

@@ -5,8 +5,9 @@ import torch
 from diffusers import DDPMScheduler
 from message_table import REASON, Fixed, Row
 
-from diffusers_terdit import TernaryLinear, layers, losses, pack_ternary, ternarize, unpack_ternary
+from diffusers_terdit import TernaryLinear, losses, pack_ternary, ternarize, unpack_ternary
 from diffusers_terdit.ops import float_linear, integer_linear, reference, ternary_linear
+from diffusers_terdit.ops.cpu import choose
 from diffusers_terdit.pipelines.schedulers import default_scheduler
 
 
@@ -17,8 +18,8 @@ ALPHAS = default_scheduler().alphas_cumprod
 
 
 def no_numba(w):
-    w.monkeypatch.setattr(layers, "has_integer_kernel", lambda device_type: False)
-    w.monkeypatch.setattr(layers, "find_spec", lambda name: None)
+    w.monkeypatch.setattr(choose, "integer_kernels", dict)
+    w.monkeypatch.setattr(choose, "find_spec", lambda name: None)
     TernaryLinear(8, 8, weight_format="packed").set_activation_bits(16)
 
 

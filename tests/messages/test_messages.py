@@ -28,8 +28,8 @@ ELSEWHERE = {
         for name in ("train_terdit", "cache_latents", "evaluate")
     },
     # No user meets these two: they are caught, and logged.
-    ("src/diffusers_terdit/ops/gpu.py", "too old for it"): "tests/ops/test_gpu.py::TestKernels::test_an_old_gpu",
-    ("src/diffusers_terdit/ops/gpu.py", "wrong results"): "needs a GPU whose compiler is wrong",
+    ("src/diffusers_terdit/ops/gpu/choose.py", "too old for it"): "tests/ops/gpu/test_choose.py::TestDecoder",
+    ("src/diffusers_terdit/ops/gpu/choose.py", "wrong results"): "needs a GPU whose compiler is wrong",
 }
 
 provoked: dict[str, set] = {}  # sites by row

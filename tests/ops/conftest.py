@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from diffusers_terdit.ops import torch_ops
 from diffusers_terdit.ops.cpu import scratch
 
 
@@ -15,3 +16,10 @@ def _garbage_in_new_memory(monkeypatch):
     torch.use_deterministic_algorithms(True)  # also fills what `torch.empty` returns with NaN or the largest integer
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_decision_from_another_test():
+    torch_ops.decide.cache_clear()
+    yield
+    torch_ops.decide.cache_clear()

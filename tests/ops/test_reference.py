@@ -340,3 +340,60 @@ def test_ternary_linear_is_the_dense_layer_of_scale_times_ternary(scale_granular
     np.testing.assert_allclose(dequantize(ternary, scale).numpy(), dense, rtol=1e-6)
     output = reference.ternary_linear(inputs, pack_ternary(ternary), scale, bias)
     np.testing.assert_allclose(output.numpy(), inputs.double().numpy() @ dense.T + bias.numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row", 8])
+def test_the_scale_is_the_least_squares_one(granularity):
+    weight = random_matrix(12, 16)
+    ternary = ternarize(weight, granularity)
+    scale = reference.least_squares_scale(weight, ternary, granularity)
+
+    def error(candidate):
+        return (dequantize(ternary, candidate) - weight).square().sum()
+
+    assert all(error(scale) < error(scale * factor) for factor in (0.99, 1.01))
+
+
+class TestExactCodes:
+    @pytest.mark.parametrize("granularity", ["tensor", "row", 8])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    def test_codes_and_scales_come_back(self, dtype, granularity):
+        ternary = torch.randint(-1, 2, (12, 24))
+        scale = (torch.rand(reference.scale_shape(12, 24, granularity)) + 0.1).to(dtype).float()
+        codes, found = reference.exact_codes(dequantize(ternary, scale).to(dtype), granularity, "layer")
+        assert torch.equal(dequantize(codes, found), dequantize(ternary, scale))
+        assert codes.dtype == torch.int8
+
+    def test_a_group_of_zeros(self):
+        weight = torch.zeros(4, 16)
+        weight[0, 8:] = 0.5
+        codes, scale = reference.exact_codes(weight, 8, "layer")
+        assert torch.equal(dequantize(codes, scale), weight)
+        assert scale[0].tolist() == [0, 0.5]
+
+    @pytest.mark.parametrize(
+        ("granularity", "place"),
+        [("tensor", "row 6 holds"), ("row", "row 6 holds"), (8, r"row 6, group 2 \(inputs 16 to 23\) holds")],
+    )
+    def test_what_is_not_ternary_is_named(self, granularity, place):
+        weight = torch.ones(8, 32)
+        weight[6, 17] = 0.25
+        with pytest.raises(ValueError, match=rf"transformer.layer.weight is not ternary: {place} 0.25 beside 1"):
+            reference.exact_codes(weight, granularity, "transformer.layer")
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_what_is_not_finite(self, value):
+        weight = torch.ones(8, 32)
+        weight[3, 3] = value
+        with pytest.raises(ValueError, match="is not ternary: row 3"):
+            reference.exact_codes(weight, "row", "layer")
+
+    @pytest.mark.parametrize("granularity", ["tensor", "row", 128, 32])
+    def test_the_granularity_is_found(self, granularity):
+        ternary = torch.randint(-1, 2, (8, 256))
+        scale = torch.rand(reference.scale_shape(8, 256, granularity)) + 0.1
+        assert reference.find_granularity(dequantize(ternary, scale), "layer") == granularity
+
+    def test_a_weight_without_any(self):
+        with pytest.raises(ValueError, match="No granularity fits the first layer"):
+            reference.find_granularity(torch.randn(8, 64), "layer")

@@ -339,7 +339,7 @@ def _divide_tiles(shape: Shape, quarter_rows: int, tiles: int, threads: int) -> 
 
 
 def _scratch_words_of_tiles(shape: Shape, words: int, share: int) -> int:
-    """Hold a transposed panel, a block of codes, its sums, a row of results, scales, shifts; or a row's integers."""
+    """Hold a panel transposed, a block of codes, its sums, a row of results, scales, shifts; or a row's integers."""
     return (words + shape.steps + shape.strip + 3) * shape.vectors * shape.lanes
 
 
