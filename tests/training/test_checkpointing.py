@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from diffusers_terdit import training
 from diffusers_terdit.storage.saving import new_folder
-from tiny import fresh_model, optimizer_of, take_steps
+from tiny_training import fresh_model, optimizer_of, take_steps
 
 
 class TestFolders:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusers_terdit import training
-from tiny import fresh_model
+from tiny_training import fresh_model
 
 
 class TestAverage:

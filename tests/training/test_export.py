@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from diffusers_terdit import TerDiTPipeline, training
 from diffusers_terdit.pipelines.schedulers import training_scheduler
-from tiny import fresh_model, optimizer_of, take_steps
+from tiny_training import fresh_model, optimizer_of, take_steps
 
 
 def export(model, folder, **kwargs):

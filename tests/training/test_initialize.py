@@ -4,7 +4,8 @@ import torch
 from diffusers_terdit import ternarize, training
 from diffusers_terdit.ops import dequantize
 from diffusers_terdit.ops.reference import least_squares_scale
-from tiny import fresh_model, randomize
+from tiny import randomize
+from tiny_training import fresh_model
 
 
 class TestStartingWeights:

@@ -1,7 +1,7 @@
 import pytest
 
 from diffusers_terdit import training
-from tiny import fresh_model
+from tiny_training import fresh_model
 
 
 class TestLearningRate:
