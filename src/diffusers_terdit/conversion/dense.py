@@ -76,6 +76,7 @@ def convert_dense_checkpoint(
         OSError: A file or repository cannot be read, or `output` is not empty.
     """
     output = Path(output)
+    remove_partials(output.parent, output.name)
     _check_free(output)
     source = Path(path)
     if not source.is_dir() and (source.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path))):
@@ -87,7 +88,6 @@ def convert_dense_checkpoint(
     folder = source / component if is_pipeline else source
     if not (folder / "config.json").is_file():
         raise OSError(f"{folder} has no config.json; `path` must be a diffusers pipeline or model, in folders.")
-    remove_partials(output.parent, output.name)
     with writing(output), partial_path(output) as partial:
         if is_pipeline:
             # files that are links, as in the Hub's cache, are followed

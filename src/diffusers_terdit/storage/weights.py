@@ -150,17 +150,22 @@ def write_weights(
 
 
 def _shards(tensors: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
-    """State dicts of at most `limit` bytes; each is empty once the next one is asked for."""
+    """State dicts of at most `limit` bytes, as huggingface_hub splits; each is empty once the next is asked for."""
     shard: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in tensors:
-        if shard and size + tensor.nbytes > limit:
+        contiguous = tensor.detach().contiguous()
+        if tensor.nbytes > limit:
+            yield {name: contiguous}
+            continue
+        if size + tensor.nbytes > limit:
             yield shard
             shard.clear()
             size = 0
-        shard[name] = tensor.detach().contiguous()
+        shard[name] = contiguous
         size += tensor.nbytes
-    yield shard
+    if shard:
+        yield shard
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
