@@ -308,24 +308,6 @@ def test_info_prints_labels(capsys):
     assert capsys.readouterr().out.splitlines()[3] == "    3  three"
 
 
-def test_info_says_which_kernel_runs_and_why(capsys):
-    assert main(["info", "digits", "--kernels"]) == 0
-    header, *rows = (re.split(r" {2,}", line) for line in capsys.readouterr().out.splitlines())
-    assert header == ["outputs x inputs", "scales", "dtype", "kernel", "because"]
-    assert {tuple(row[:3]) for row in rows} == {
-        (size, "tensor", dtype)
-        for size in ("64 x 64", "192 x 64", "64 x 192", "384 x 64")
-        for dtype in ("float32", "bfloat16", "float16")
-    }
-    for _, _, dtype, kernel, reason in rows:
-        integers = dtype == "bfloat16" and has_integer_kernel("cpu")
-        assert kernel.endswith("16 bits") == integers
-        assert kernel.startswith("exact") != integers
-        assert ("not rounded unless asked for" in reason) == (dtype != "bfloat16")
-    assert main(["info", "digits", "--kernels", "nope"]) == 1
-    assert "Device 'nope' cannot be used here" in capsys.readouterr().err
-
-
 def test_push_uploads_the_files_as_they_are(fake_hub, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("HF_TOKEN", fake_hub.token)
     shutil.copytree(bundled(), tmp_path / "mine")

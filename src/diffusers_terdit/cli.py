@@ -1,14 +1,12 @@
 """The `terdit` command: parse, call one function, print."""
 
 import argparse
-import itertools
 import json
 import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Collection, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +19,6 @@ from .checkpoints import bundled
 from .conversion import convert_dense_checkpoint, convert_original_checkpoint, is_diffusers_checkpoint
 from .hub.errors import hub_errors
 from .hub.model_card import human_bytes
-from .ops import choose_kernel
 from .pipelines.pipeline_terdit import TerDiTPipeline
 from .pipelines.schedulers import scheduler_by_name
 from .storage.inspection import HEADERS, inspect_weights
@@ -195,8 +192,6 @@ def info(args: argparse.Namespace) -> None:
         if not id2label:
             raise ValueError(f"{args.model} names no labels; its classes are numbers. Leave out --labels.")
         print("\n".join(f"{key:>5}  {id2label[key]}" for key in sorted(id2label, key=int)))
-    elif args.kernels:
-        _print_kernels(path, usable_device(args.kernels))
     else:
         _print_info(path)
 
@@ -215,31 +210,6 @@ def _download_weights(repo_id: str) -> Path:
         part = "transformer/" if (folder / "model_index.json").is_file() else ""
         patterns = [f"{part}config.json", f"{part}diffusion_pytorch_model*.safetensors*"]
         return Path(snapshot_download(repo_id, allow_patterns=[*configs, *patterns]))
-
-
-def _print_kernels(path: Path, device: torch.device) -> None:
-    """Print which kernel computes the ternary layers of a model on a device, and why, by dtype of their inputs."""
-    report = inspect_weights(path / "transformer" if _model_index(path) else path)
-    trained = report.config.get("activation_bits")
-    rows = [("outputs x inputs", "scales", "dtype", "kernel", "because")]
-    for (outputs, inputs, granularity), dtype in itertools.product(sorted(report.shapes, key=str), DTYPES):
-        choice = choose_kernel(
-            device, getattr(torch, dtype), outputs, inputs, granularity, report.packing is not None, "auto", trained
-        )
-        kernel = choice.kernel if choice.bits is None else f"{choice.kernel}, {choice.bits} bits"
-        words = (kernel.replace("torch.", ""), choice.reason.replace("torch.", ""))
-        rows.append((f"{outputs} x {inputs}", str(granularity), dtype, *words))
-    _print_table(rows)
-
-
-def _print_table(rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> None:
-    """Print rows in columns; those with `numbers` end at the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [
-            f"{c:>{w}}" if i in numbers else f"{c:<{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
 
 
 def _print_info(path: Path) -> None:
@@ -267,8 +237,7 @@ def _print_info(path: Path) -> None:
         rows = [("size", f"one layer, {config['in_features']} inputs, {config['out_features']} outputs")]
     if index:
         rows.append(("scheduler", index["scheduler"][1]))
-    granularities = sorted({granularity for _, _, granularity in report.shapes}, key=str)
-    covers = ", ".join(f"group of {g}" if isinstance(g, int) else g for g in granularities)
+    covers = ", ".join(f"group of {g}" if isinstance(g, int) else g for g in sorted(report.granularities, key=str))
     packing = f"packed ({report.packing}, version {report.version})" if report.packing else "floats"
     others = total.weights - weights - scales.weights
     ratio = 4 * total.weights / total.bytes
@@ -312,8 +281,12 @@ def _print_info(path: Path) -> None:
         dtypes = " ".join(sorted(group.dtypes))
         table.append((name, dtypes, counted, f"{group.bytes:,}", f"{group.bytes / total.bytes:.1%}", zeros))
     table.append(("total", "", f"{total.weights:,}", f"{total.bytes:,}", "100.0%", ""))
-    print()
-    _print_table(table, numbers=range(2, 6))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in [table[0], *table[1:]]:
+        cells = [
+            f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        print(("\n" if row is table[0] else "") + "  ".join(cells).rstrip())
 
 
 def pack(args: argparse.Namespace) -> None:
@@ -426,13 +399,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder of a pipeline, model or layer, safetensors file, Hub id, or name of a bundled checkpoint",
     )
     sub.add_argument("--labels", action="store_true", help="print the class ids and their names instead")
-    sub.add_argument(
-        "--kernels",
-        nargs="?",
-        const="cpu",
-        metavar="DEVICE",
-        help="print which kernel computes its layers on a device, and why; default cpu",
-    )
 
     sub = command(pack, "Save a pipeline with its ternary weights in two bits each.")
     sub.add_argument("model", help="pipeline folder or Hub id")

@@ -52,8 +52,7 @@ class WeightsReport:
         layers (`int`): Ternary layers.
         dead_layers (`list[str]`): Those whose weights are all zero.
         scales (`torch.Tensor`): All ternary scales, float32, one dimension.
-        shapes (`set`): (outputs, inputs, what one scale covers) of the ternary layers, the last `"tensor"`, `"row"` or
-            inputs per group.
+        granularities (`set`): What one scale covers: `"tensor"`, `"row"`, or inputs per group.
         packing (`str` or `None`): As in the files' metadata; `None` where the ternary weights are floats.
         version (`str` or `None`): Of the format, as in the metadata; `None` in files of others.
         has_digest (`bool`): Whether every file carries a digest; it matched.
@@ -65,7 +64,7 @@ class WeightsReport:
     layers: int
     dead_layers: list[str]
     scales: torch.Tensor
-    shapes: set[tuple[int, int, str | int]]
+    granularities: set[str | int]
     packing: str | None
     version: str | None
     has_digest: bool
@@ -103,7 +102,7 @@ def inspect_weights(path: str | Path) -> WeightsReport:
     groups: dict[str, Group] = {}
     dead: list[str] = []
     scales: list[torch.Tensor] = []
-    layers: set[tuple[int, int, str | int]] = set()
+    granularities: set[str | int] = set()
     packed = any(name.split(".")[-1] == PACKED_SUFFIX for name in shapes)
     for file in files:
         check_metadata(file.path, file.metadata, packed)
@@ -132,8 +131,7 @@ def inspect_weights(path: str | Path) -> WeightsReport:
                         " ternary layer. Save it again."
                     )
                 granularity = reference.granularity_of(scale, shape[1])
-                rows = shape[0] * (reference.CODES_PER_BYTE if leaf == PACKED_SUFFIX else 1)
-                layers.add((rows, shape[1], granularity))
+                granularities.add(granularity)
                 zeros, numel = _count_zeros(file, name, leaf, granularity)
                 group.zeros = (group.zeros or 0) + zeros
                 if zeros == numel:
@@ -148,7 +146,7 @@ def inspect_weights(path: str | Path) -> WeightsReport:
         layers=sum(name.endswith(SCALE_SUFFIX) for name in shapes),
         dead_layers=sorted(dead),
         scales=torch.cat(scales) if scales else torch.empty(0),
-        shapes=layers,
+        granularities=granularities,
         packing=metadata.get("terdit.packing"),
         version=metadata.get("terdit.version"),
         has_digest=all("terdit.sha256" in file.metadata for file in files),
