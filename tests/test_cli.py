@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from diffusers_terdit import TerDiTPipeline, TernaryLinear
 from diffusers_terdit.checkpoints import bundled
-from diffusers_terdit.cli import build_parser, human_bytes, main
-from diffusers_terdit.ops import has_integer_kernel
+from diffusers_terdit.cli import DTYPES, build_parser, human_bytes, main
+from diffusers_terdit.ops import choose_kernel, has_integer_kernel
 
 
 ROOT = Path(__file__).parent.parent
@@ -268,6 +268,28 @@ def test_info_of_a_layer_and_of_a_file(tmp_path, capsys):
         assert re.search(r"^ternary codes +2-bit +128 +32 ", printed, re.MULTILINE)
         assert "8, one per row" in printed
         assert ("16 inputs, 8 outputs" in printed) == path.is_dir()
+
+
+@pytest.mark.parametrize("weight_format", ["packed", "float"])
+def test_info_says_which_kernel_computes_the_layers(tmp_path, capsys, tiny_model, weight_format):
+    tiny_model(weight_format).save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path), "--kernels"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    rows = [re.split("  +", row) for row in rows if row.startswith("cpu")]
+    assert re.split("  +", header) == ["device", "dtype", "layers", "kernel", "inputs", "why"]
+    assert {dtype for _, dtype, *_ in rows} == set(DTYPES)
+    for _, dtype, layers, *shown in rows:
+        kernel, bits, reason = choose_kernel(
+            torch.device("cpu"), getattr(torch, dtype), 32, 32, packed=weight_format == "packed"
+        )
+        assert shown == [kernel, f"{bits}-bit" if bits else "not rounded", reason]
+        assert layers == "16"
+
+
+def test_info_names_the_kernels_of_ternary_layers_only(tmp_path, capsys, tiny_model):
+    tiny_model(ternary=False).save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path), "--kernels"]) == 1
+    assert "no ternary layers" in capsys.readouterr().err
 
 
 def test_info_refuses_damage(tmp_path, capsys):

@@ -7,6 +7,8 @@ import re
 import shutil
 import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,6 +21,7 @@ from .checkpoints import bundled
 from .conversion import convert_dense_checkpoint, convert_original_checkpoint, is_diffusers_checkpoint
 from .hub.errors import hub_errors
 from .hub.model_card import human_bytes
+from .ops import choose_kernel
 from .pipelines.pipeline_terdit import TerDiTPipeline
 from .pipelines.schedulers import scheduler_by_name
 from .storage.inspection import HEADERS, inspect_weights
@@ -192,6 +195,8 @@ def info(args: argparse.Namespace) -> None:
         if not id2label:
             raise ValueError(f"{args.model} names no labels; its classes are numbers. Leave out --labels.")
         print("\n".join(f"{key:>5}  {id2label[key]}" for key in sorted(id2label, key=int)))
+    elif args.kernels:
+        _print_kernels(path / "transformer" if _model_index(path) else path)
     else:
         _print_info(path)
 
@@ -281,12 +286,35 @@ def _print_info(path: Path) -> None:
         dtypes = " ".join(sorted(group.dtypes))
         table.append((name, dtypes, counted, f"{group.bytes:,}", f"{group.bytes / total.bytes:.1%}", zeros))
     table.append(("total", "", f"{total.weights:,}", f"{total.bytes:,}", "100.0%", ""))
+    print()
+    _print_table(table, "<<>>>>")
+
+
+def _print_table(table: Sequence[tuple[str, ...]], alignment: str) -> None:
+    """Print columns, each aligned to the left (`<`) or right (`>`)."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in [table[0], *table[1:]]:
-        cells = [
-            f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        print(("\n" if row is table[0] else "") + "  ".join(cells).rstrip())
+    for row in table:
+        cells = (f"{cell:{side}{width}}" for cell, side, width in zip(row, alignment, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
+def _print_kernels(path: Path) -> None:
+    """Print which kernels compute the ternary layers on this machine, and why."""
+    report = inspect_weights(path)
+    if not report.layers:
+        raise ValueError(f"{path} has no ternary layers, for which a kernel is chosen. Leave out --kernels.")
+    packed = "2-bit" in report.total("ternary ").dtypes
+    table = [("device", "dtype", "layers", "kernel", "inputs", "why")]
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for dtype in DTYPES:
+            choices: Counter = Counter()
+            for shape, layers in report.shapes.items():
+                trained = report.config.get("activation_bits")
+                case = getattr(torch, dtype), *shape, packed
+                choices[choose_kernel(torch.device(device), *case, trained_bits=trained)] += layers
+            for (kernel, bits, reason), layers in choices.items():
+                table.append((device, dtype, str(layers), kernel, f"{bits}-bit" if bits else "not rounded", reason))
+    _print_table(table, "<<><<<")
 
 
 def pack(args: argparse.Namespace) -> None:
@@ -399,6 +427,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder of a pipeline, model or layer, safetensors file, Hub id, or name of a bundled checkpoint",
     )
     sub.add_argument("--labels", action="store_true", help="print the class ids and their names instead")
+    sub.add_argument("--kernels", action="store_true", help="print which kernels compute it here, and why, instead")
 
     sub = command(pack, "Save a pipeline with its ternary weights in two bits each.")
     sub.add_argument("model", help="pipeline folder or Hub id")

@@ -6,7 +6,7 @@ from diffusers import DDPMScheduler
 from message_table import REASON, Fixed, Row
 
 from diffusers_terdit import TernaryLinear, losses, pack_ternary, ternarize, unpack_ternary
-from diffusers_terdit.ops import float_linear, integer_linear, reference, ternary_linear
+from diffusers_terdit.ops import float_linear, integer_linear, linear, reference, ternary_linear
 from diffusers_terdit.ops.cpu import choose
 from diffusers_terdit.pipelines.schedulers import default_scheduler
 
@@ -50,6 +50,8 @@ ROWS = [
         "torch.uint8", "must be floating point", "`ternary_linear` takes packed codes"),
     Row("op-integer-float-codes", lambda w: integer_linear(ones(2, 8), ones(8, 8), ones(1)), ValueError,
         "torch.float32", "must be uint8", "`pack_ternary`"),
+    Row("op-requested-bits", lambda w: linear(ones(2, 8), CODES, ones(1), requested_bits=4), ValueError,
+        "got 4", '`requested_bits` must be None, 8, 16 or "auto"', REASON),
     Row("op-integer-bits", lambda w: integer_linear(ones(2, 8), CODES, ones(1), bits=4), ValueError,
         "bits=4", "need 8 bits, or 16 and at most 65,536 inputs", REASON),
     Row("ternarize-granularity", lambda w: ternarize(ones(4, 8), "column"), ValueError,

@@ -536,6 +536,8 @@ ROWS = [
         "TMP/original", "--scale_granularity is for diffusers models with dense weights", "Leave it out."),
     Row("terdit-labels", info_of("layer", "--labels"), ValueError,
         "TMP/layer", "names no labels", "Leave out --labels."),
+    Row("terdit-kernels", info_of("dense", "--kernels"), ValueError,
+        "TMP/dense", "has no ternary layers", "Leave out --kernels."),
     Row("terdit-info-pipeline", info_of("pipe", _class_name="DiTPipeline"), ValueError,
         "holds a DiTPipeline", "not a TerDiTPipeline", "Pass the folder of a model in it."),
     Row("terdit-info-json", broken_index, ValueError, "TMP/model_index.json", "is not JSON", AGAIN),

@@ -234,6 +234,11 @@ _integer_linear.register_autograd(_integer_backward, setup_context=_save_for_bac
 # ---- which kernel runs ----
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """Return a dtype's name without "torch."."""
+    return str(dtype).removeprefix("torch.")
+
+
 class Choice(NamedTuple):
     """The kernel that computes a layer on a device, and why it is this one."""
 
@@ -256,7 +261,7 @@ class Case(NamedTuple):
     def why_exact(self, bits: int | None) -> str | None:
         """Return why no device computes this layer in integers of these bits, or `None` where one may."""
         if bits is None:
-            return f"{self.dtype} is not rounded unless asked for"
+            return f"{name_of(self.dtype)} is not rounded unless asked for"
         if not self.packed:
             return "a float weight is ternarized in every call"
         if self.scale_granularity not in ("tensor", "row"):
@@ -321,11 +326,14 @@ def warn_once(message: str) -> None:
 @cache
 def decide(device: torch.device, *case: Any) -> Choice:
     """Return the choice for a [`Case`] and log it at level DEBUG; `choose_kernel` names the arguments."""
+    given = Case(*case)
+    if given.requested_bits not in (None, 8, 16, "auto"):
+        raise ValueError(f'`requested_bits` must be None, 8, 16 or "auto", got {given.requested_bits!r}.')
     if device.type in _devices:
-        choice = _devices[device.type].choose(device, Case(*case))
+        choice = _devices[device.type].choose(device, given)
     else:
         choice = Choice("reference", None, f"there are no kernels for {device.type}")
-    logger.debug(f"{Case(*case)} on {device}: {choice}")
+    logger.debug(f"{given} on {device}: {choice}")
     return choice
 
 
@@ -354,6 +362,9 @@ def choose_kernel(
 
     Returns:
         [`Choice`]: Name of the kernel, bits of the integers that it rounds the input to or `None`, and the reason.
+
+    Raises:
+        ValueError: Other `requested_bits`.
     """
     return decide(device, dtype, out_features, in_features, scale_granularity, packed, requested_bits, trained_bits)
 
@@ -453,7 +464,7 @@ def linear(
         `torch.Tensor`: (..., N), the (autocast) dtype of `input`.
 
     Raises:
-        ValueError: A shape or dtype does not fit.
+        ValueError: A shape or dtype does not fit, or other `requested_bits`.
     """
     packed = weight.dtype == torch.uint8
     if not packed:

@@ -1,5 +1,6 @@
 """What weights files hold, read from the files: no model is built, and one tensor at a time is in memory."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +54,7 @@ class WeightsReport:
         dead_layers (`list[str]`): Those whose weights are all zero.
         scales (`torch.Tensor`): All ternary scales, float32, one dimension.
         granularities (`set`): What one scale covers: `"tensor"`, `"row"`, or inputs per group.
+        shapes (`Counter`): Ternary layers by outputs, inputs and what one scale covers.
         packing (`str` or `None`): As in the files' metadata; `None` where the ternary weights are floats.
         version (`str` or `None`): Of the format, as in the metadata; `None` in files of others.
         has_digest (`bool`): Whether every file carries a digest; it matched.
@@ -65,6 +67,7 @@ class WeightsReport:
     dead_layers: list[str]
     scales: torch.Tensor
     granularities: set[str | int]
+    shapes: Counter[tuple[int, int, str | int]]
     packing: str | None
     version: str | None
     has_digest: bool
@@ -103,6 +106,7 @@ def inspect_weights(path: str | Path) -> WeightsReport:
     dead: list[str] = []
     scales: list[torch.Tensor] = []
     granularities: set[str | int] = set()
+    layer_shapes: Counter[tuple[int, int, str | int]] = Counter()
     packed = any(name.split(".")[-1] == PACKED_SUFFIX for name in shapes)
     for file in files:
         check_metadata(file.path, file.metadata, packed)
@@ -132,6 +136,8 @@ def inspect_weights(path: str | Path) -> WeightsReport:
                     )
                 granularity = reference.granularity_of(scale, shape[1])
                 granularities.add(granularity)
+                outputs = shape[0] * (reference.CODES_PER_BYTE if leaf == PACKED_SUFFIX else 1)
+                layer_shapes[outputs, shape[1], granularity] += 1
                 zeros, numel = _count_zeros(file, name, leaf, granularity)
                 group.zeros = (group.zeros or 0) + zeros
                 if zeros == numel:
@@ -147,6 +153,7 @@ def inspect_weights(path: str | Path) -> WeightsReport:
         dead_layers=sorted(dead),
         scales=torch.cat(scales) if scales else torch.empty(0),
         granularities=granularities,
+        shapes=layer_shapes,
         packing=metadata.get("terdit.packing"),
         version=metadata.get("terdit.version"),
         has_digest=all("terdit.sha256" in file.metadata for file in files),

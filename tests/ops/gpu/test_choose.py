@@ -67,21 +67,21 @@ class TestChoose:
         for bits in ("auto", None):
             choice = choose_kernel(CUDA, torch.bfloat16, 64, 64, requested_bits=bits)
             assert choice == (
-                "exact, matmul in torch.bfloat16",
+                "exact, matmul in bfloat16",
                 None,
-                "torch.bfloat16 is not rounded unless asked for",
+                "bfloat16 is not rounded unless asked for",
             )
 
     @pytest.mark.parametrize(
         ("sizes", "kernel"),
-        [((64, 64), "integers, matmul in torch.int8"), ((36, 64), "integers, matmul in torch.float64")],
+        [((64, 64), "integers, matmul in int8"), ((36, 64), "integers, matmul in float64")],
         ids=str,
     )
     def test_integers_need_tensor_cores(self, recent, sizes, kernel):
         assert has_integer_kernel("cuda") is recent
         for bits, trained in ((8, None), (16, None), ("auto", 8)):
             choice = choose_kernel(CUDA, torch.float32, *sizes, requested_bits=bits, trained_bits=trained)
-            assert choice[:2] == ((kernel, trained or bits) if recent else ("exact, matmul in torch.float32", None))
+            assert choice[:2] == ((kernel, trained or bits) if recent else ("exact, matmul in float32", None))
             assert recent or "compute capability 7.5" in choice.reason
 
     def test_asking_in_vain_is_said_once(self, recent, caplog):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..torch_ops import Case, Choice, register_kernels, warn_once
+from ..torch_ops import Case, Choice, name_of, register_kernels, warn_once
 from . import decode
 
 
@@ -46,7 +46,7 @@ def choose(device: torch.device, case: Case) -> Choice:
         if case.requested_bits == "auto":
             faster = f"bfloat16 on this CPU would be faster and more accurate with numba: {INSTALL_NUMBA}"
             warn_once(NO_AVX2 if find_spec("numba") else faster)
-    return Choice(f"exact, matmul in {decode.matmul_dtype(case.dtype)}", None, reason)
+    return Choice(f"exact, matmul in {name_of(decode.matmul_dtype(case.dtype))}", None, reason)
 
 
 def check_integers(bits: int) -> None:

@@ -27,9 +27,9 @@ HALF_TURN = 640  # bytes: the indices of two tables and two steps of codes, of a
 
 @intrinsic
 def _tables(typing_context, x, count, tables):
-    """Of `x` (count, 3, 4 rows, 4) int8 `tables` (count, 4, 4 rows, 32) int16; addresses.
+    """`tables` (count, 4, 4 rows, 32) int16 of the sums that `x` (count, 3, 4 rows, 4) int8 can give; addresses.
 
-    Entry c0 + 3 c1 + 9 c2 is c0 x0 + c1 x1 + c2 x2, of the bytes at one place of three steps.
+    Entry c0 + 3 c1 + 9 c2 is c0 x0 + c1 x1 + c2 x2, where x0, x1, x2 are the bytes at one place of three steps.
     """
 
     def codegen(context, builder, signature, args):
@@ -56,10 +56,10 @@ def _tables(typing_context, x, count, tables):
 
 @intrinsic
 def _cut(typing_context, words, count, target):
-    """Packed `words` (7 count, 16) uint32, those to look up first -> what `_tile` reads; addresses.
+    """`target`, what `_tile` reads, from packed `words` (7 count, 16) uint32, those to look up first; addresses.
 
-    The vectors are the quarters. Those of the indices hold two, an output of one and one of the next in turn, and two
-    tables: a byte each.
+    A vector of codes is a quarter's. A vector of indices is two quarters', an output of one and one of the other in
+    turn, with a byte for each of two tables.
     """
 
     def codegen(context, builder, signature, args):
@@ -261,7 +261,7 @@ def _divide(shape: Shape, quarter_rows: int, tiles: int, threads: int) -> tuple[
 def _scratch_words(shape: Shape, words: int, share: int) -> int:
     """Hold a block of a transposed panel, a tile's tables, a row of results; per panel scales, shifts, codes, sums.
 
-    Before that, a row's integers.
+    Or hold a row's integers, before that.
     """
     panel, turns = shape.vectors * shape.lanes, shape.steps // shape.turn
     shared = shape.steps * shape.lanes + turns * 256 + panel

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 
 from .. import reference
-from ..torch_ops import Case, Choice, register_kernels, warn_once
+from ..torch_ops import Case, Choice, name_of, register_kernels, warn_once
 from . import decode
 
 
@@ -54,9 +54,9 @@ def choose(device: torch.device, case: Case) -> Choice:
     if reason is None and not _is_recent(device):
         reason = f"integers need 8-bit tensor cores, compute capability {'.'.join(map(str, OLDEST))}"
     if reason is not None:
-        return Choice(f"exact, matmul in {case.dtype}", None, reason)
+        return Choice(f"exact, matmul in {name_of(case.dtype)}", None, reason)
     fits = decode.takes_integers(case.out_features, case.in_features)
-    return Choice(f"integers, matmul in {torch.int8 if fits else torch.float64}", bits, case.why_rounded())
+    return Choice(f"integers, matmul in {'int8' if fits else 'float64'}", bits, case.why_rounded())
 
 
 def check_integers(bits: int) -> None:
@@ -77,9 +77,9 @@ register_kernels(
     "cuda",
     choose,
     check_integers,
-    linear=_with_decoder(decode.linear),
-    linear_backward=_with_decoder(decode.linear_backward),
-    integer_linear=_with_decoder(decode.integer_linear),
-    product=_with_decoder(decode.product),
-    integer_product=_with_decoder(decode.integer_product),
+    _with_decoder(decode.linear),
+    _with_decoder(decode.linear_backward),
+    _with_decoder(decode.integer_linear),
+    _with_decoder(decode.product),
+    _with_decoder(decode.integer_product),
 )
