@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, evaluation, losses, training
+from diffusers_terdit.hub.push import push_saved
 from diffusers_terdit.pipelines.schedulers import training_scheduler
 from diffusers_terdit.storage.saving import new_file, output_folder, writing
 
@@ -541,12 +542,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator, batch_size: int) -
         images = [f"samples/{path.name}" for path in grids[-1:]]
         name = args.hub_model_id or args.output_dir.name
         num_samples = None if args.streaming else len(samples)
-        parts = facts(args, step, batch_size, num_samples), images, args.license
-        training.export.save_card(training.export.model_card(pipe, name, *parts), args.output_dir, args.license)
+        options = training.export.card_options(pipe, facts(args, step, batch_size, num_samples), images, args.license)
+        training.export.save_card(pipe, args.output_dir, name, options)
         if args.push_to_hub:
-            ignored = ["checkpoint-*"]
-            repo = training.export.push_pipeline(pipe, args.output_dir, name, *parts, args.hub_token, ignored)
-            logger.info(f"pushed to {repo}")
+            commit = push_saved(pipe, args.output_dir, options, name, token=args.hub_token, ignore=["checkpoint-*"])
+            logger.info(f"pushed to {commit.repo_url.repo_id}")
         logger.info(f"{args.output_dir} is a pipeline: TerDiTPipeline.from_pretrained({str(args.output_dir)!r})")
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import sys
+import warnings
 from pathlib import Path
 
 import diffusers
@@ -15,7 +16,7 @@ from diffusers.models import model_loading_utils
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 import diffusers_terdit
-from diffusers_terdit import _diffusers
+from diffusers_terdit import TernaryLinear, _diffusers
 from diffusers_terdit.models.transformer_terdit import TerDiTBlock
 
 
@@ -27,6 +28,7 @@ HOMES = {"_diffusers.py", "lora.py"}
 INTERFACE = {
     # methods that diffusers calls
     "_dequantize",
+    "_dict_from_json_file",
     "_load_pretrained_model",
     "_process_model_after_weight_loading",
     "_process_model_before_weight_loading",
@@ -147,3 +149,13 @@ class TestContactWithTheHost:
         _diffusers.remove_from_config(vae, "latent_channels")
         assert "latent_channels" not in vae.config
         assert vae.config["block_out_channels"] == (32,)
+
+
+def test_registration_replaces_nothing_of_the_host(monkeypatch):
+    own = object()
+    monkeypatch.setattr(diffusers, "TernaryLinear", own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _diffusers.register("diffusers_terdit", classes=(TernaryLinear,), blocks=(), quantizers={})
+    assert diffusers.TernaryLinear is own
+    assert LOADABLE_CLASSES["diffusers_terdit"] == {"ModelMixin": ["save_pretrained", "from_pretrained"]}

@@ -34,7 +34,7 @@ BLOCK = re.compile(
 )
 # Python that nothing here runs. A new one has to be added to these numbers, so that none slips through.
 MARKED = {"needs a GPU": 1, "needs the Hub": 2}
-RUN_ELSEWHERE = {"hub.md": (4, "hub/test_push.py")}
+RUN_ELSEWHERE = {"hub.md": (4, "hub/test_loading.py")}
 # Programs of others in the commands, which are not checked.
 FOREIGN = {"npm": 1, "tar": 1, "train_autoencoderkl.py": 1}
 

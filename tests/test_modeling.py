@@ -6,12 +6,14 @@ import resource
 import subprocess
 import sys
 
+import diffusers
 import pytest
 import torch
 from diffusers import AutoModel, DiffusionPipeline, ModelMixin
 from safetensors.torch import save_file
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryLinear
+from diffusers_terdit.modeling import check_config
 from tiny import read_weights, rewrite_weights
 
 
@@ -495,6 +497,29 @@ class TestHostileFiles:
         with pytest.raises(ValueError, match="num_train_timesteps") as error:
             TerDiTPipeline.from_pretrained(tmp_path)
         assert str(path) in str(error.value)
+
+    @pytest.mark.parametrize(
+        ("file", "change"),
+        [
+            ("scheduler/scheduler_config.json", {"beta_schedule": "laplace"}),
+            ("scheduler/scheduler_config.json", {"beta_start": 0, "unknown": {}}),
+            ("vae/config.json", {"sample_size": [8, 8]}),
+            ("vae/config.json", {"scaling_factor": 1, "shift_factor": None}),
+        ],
+        ids=str,
+    )
+    def test_what_diffusers_takes_beyond_its_annotations_loads(self, tiny_pipeline, tmp_path, file, change):
+        tiny_pipeline(vae=True).save_pretrained(tmp_path)
+        (tmp_path / file).write_text(json.dumps(json.loads((tmp_path / file).read_text()) | change))
+        assert TerDiTPipeline.from_pretrained(tmp_path)
+
+    def test_every_scheduler_fits_its_annotations(self):
+        names = {name for name in dir(diffusers) if name.endswith("Scheduler")} - {"VQDiffusionScheduler"}
+        classes = [getattr(diffusers, name) for name in sorted(names)]
+        classes = [cls for cls in classes if "num_train_timesteps" in inspect.signature(cls).parameters]
+        assert len(classes) > 30
+        for cls in classes:
+            check_config(cls.__name__, json.loads(cls().to_json_string()), cls)
 
     def test_scheduler_setting_that_diffusers_has_not_is_a_value_error(self, tiny_pipeline, tmp_path):
         tiny_pipeline().save_pretrained(tmp_path)

@@ -20,6 +20,7 @@ from packaging.version import Version
 
 from diffusers_terdit import TerDiTPipeline, convert_original_checkpoint, training
 from diffusers_terdit.cli import main
+from diffusers_terdit.hub.push import push_saved
 
 
 ROOT = Path(__file__).parent.parent
@@ -346,7 +347,7 @@ def test_a_token_is_in_no_log_message_file_or_request_body(
     loaded = TerDiTPipeline.from_pretrained("user/mine", **given)
     loaded.save_pretrained("saved", push_to_hub=True, repo_id="user/again", **given)
     training.export.save_pipeline(pipe, "trained")
-    training.export.push_pipeline(pipe, "trained", "user/trained", {"steps": "1"}, **given)
+    push_saved(pipe, "trained", training.export.card_options(pipe, {"steps": "1"}), "user/trained", **given)
     with pytest.raises((OSError, ValueError)) as missing:
         convert_original_checkpoint("user/mine", **given)
     if source != "argument":
@@ -381,7 +382,8 @@ def test_no_path_of_this_machine_is_saved_or_pushed(fake_hub, tiny_pipeline, tmp
     pipe.save_pretrained(tmp_path / "whole")
     pipe.transformer.save_pretrained(tmp_path / "model")
     training.export.save_pipeline(pipe, tmp_path / "trained")
-    training.export.save_card(training.export.model_card(pipe, "trained", {"steps": "1"}), tmp_path / "trained")
+    options = training.export.card_options(pipe, {"steps": "1"})
+    training.export.save_card(pipe, tmp_path / "trained", "trained", options)
     optimizer = torch.optim.AdamW(pipe.transformer.parameters())
     training.checkpointing.save(tmp_path / "checkpoint-1", pipe.transformer, pipe.transformer, optimizer, {"step": 1})
     for name in ("whole", "model", "trained", "checkpoint-1"):

@@ -20,7 +20,8 @@ from PIL import Image
 from .checkpoints import bundled
 from .conversion import convert_dense_checkpoint, convert_original_checkpoint, is_diffusers_checkpoint
 from .hub.errors import hub_errors
-from .hub.model_card import human_bytes
+from .hub.model_card import CardOptions, human_bytes, read_card
+from .hub.push import push_saved
 from .ops import choose_kernel
 from .pipelines.pipeline_terdit import TerDiTPipeline
 from .pipelines.schedulers import scheduler_by_name
@@ -339,16 +340,15 @@ def push(args: argparse.Namespace) -> None:
             target = Path(folder, name)
             target.parent.mkdir(parents=True, exist_ok=True)
             (shutil.copytree if (source / name).is_dir() else shutil.copyfile)(source / name, target)
-        commit = pipe._push_folder(
-            Path(folder),
-            repo_id=args.repo_id,
-            private=args.private or None,
-            commit_message=args.commit_message,
+        commit = push_saved(
+            pipe,
+            folder,
+            CardOptions(args.license, args.base_model, images),
+            args.repo_id,
+            args.private or None,
+            args.commit_message,
             create_pr=args.create_pr,
             revision=args.revision,
-            license=args.license,
-            base_model=args.base_model,
-            images=images,
         )
     print(f"Pushed {args.model} to {commit.pr_url or commit.commit_url}")
 
@@ -358,7 +358,7 @@ def _card_files(folder: Path) -> list[str]:
     card = folder / "README.md"
     if not card.is_file():
         return []
-    shown = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", card.read_text("utf-8"))
+    shown = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", read_card(card).text)
     inside = {name for name in shown if (folder / name).is_file() and ".." not in Path(name).parts}
     return ["README.md", *sorted(name for name in inside if not Path(name).is_absolute())]
 

@@ -4,20 +4,26 @@ What diffusers accepts with a warning or in silence is an error here, by the che
 saved carries metadata and digests.
 """
 
+import inspect
 import json
 import math
 import os
 import re
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import diffusers
+import numpy as np
 import torch
 from accelerate.utils import convert_file_size_to_int
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin, ModelMixin, SchedulerMixin
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 from .hub.errors import hub_errors
 from .hub.push import HubMixin
@@ -46,18 +52,23 @@ _loading: ContextVar[bool] = ContextVar("loading", default=False)
 
 
 MAX_BLOCKS = 1000  # of a config: modules are built before the weights are read, at a millisecond each
-_MAX_INT = 2**31 - 1
-_MAX_FLOAT = torch.finfo(torch.float32).max
 _MAX_TIMESTEPS = 10**6  # a scheduler allocates several numbers for each
+_MAX_INT = 2**31 - 1
+# What the constructors of diffusers' classes raise for numbers that they cannot use and for choices that they do not
+# have: NotImplementedError is a RuntimeError, UnboundLocalError comes from an `if` without an `else`.
+REFUSALS = (ArithmeticError, RuntimeError, UnboundLocalError, ValueError)
+_DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+_MAX_FLOAT = torch.finfo(torch.float32).max
 
 
 def check_config(where: str | os.PathLike, config: Any, cls: type | None = None) -> None:
     """Raise a `ValueError` where a config asks for what cannot be, before anything is built from it.
 
     Args:
-        where: The file or folder, for the error.
-        config: As read from JSON.
-        cls (`type`, *optional*): Class to build, whose annotations the values must fit; integers are sizes.
+        where (`str` or `os.PathLike`): File or class, for the message.
+        config: What the JSON file holds.
+        cls (`type`, *optional*): Class to build: the annotations of its `__init__` say what the config must hold. An
+            integer is a size, 1 or more, unless the default is less.
     """
     if not isinstance(config, dict):
         raise ValueError(f"{where}: the config is {type(config).__name__}, expected an object.")
@@ -67,55 +78,100 @@ def check_config(where: str | os.PathLike, config: Any, cls: type | None = None)
         if isinstance(value, bool) or not isinstance(value, int):
             continue
         limit = MAX_BLOCKS if re.search(r"layers|blocks|depth", key) else _MAX_INT
+        limit = _MAX_TIMESTEPS if key == "num_train_timesteps" else limit
         if abs(value) > limit:
             shown = value if abs(value) < 10**20 else f"a number of {value.bit_length()} bits"
             raise ValueError(f"{where}: the config asks for {key}={shown}, more than {limit}; nothing was allocated.")
-    hints = {} if cls is None else get_type_hints(cls.__init__)  # type: ignore[misc]
-    for key, hint in hints.items():
-        if key in config and not any(_fits(config[key], kind) for kind in get_args(hint) or [hint]):
-            names = " or ".join(
-                "a positive int" if kind is int else kind.__name__ for kind in get_args(hint) or [hint]
+    quantization = config.get("quantization_config")
+    if quantization is not None and not (isinstance(quantization, dict) and "quant_method" in quantization):
+        raise ValueError(
+            f"{where}: the config has quantization_config={quantization!r:.80}, expected one with a `quant_method`."
+        )
+    if cls is None:
+        return
+    hints = get_type_hints(cls.__init__)  # type: ignore[misc]
+    for key, parameter in inspect.signature(cls).parameters.items():
+        hint, default = hints.get(key, Any), parameter.default
+        value = config.get(key, default)
+        if value is parameter.empty and hint is not Any:
+            raise ValueError(
+                f"{where}: the config has no {key}, which a {cls.__name__} needs. Download or save it again, or load"
+                f" it as what it says it is: {config.get('_class_name')!r:.80}."
             )
-            raise ValueError(f"{where}: the config has {key}={config[key]!r:.80}, expected {names}.")
+        least = min(default, 1) if isinstance(default, int) else 1
+        is_default = type(value) is type(default) and (value == default or isinstance(value, bool))
+        if not is_default and not _fits(value, hint, least):
+            positive = int in (hint, *get_args(hint)) and least == 1
+            expected = "a positive int" if positive else inspect.formatannotation(hint)
+            raise ValueError(f"{where}: the config has {key}={value!r:.80}, expected {expected}.")
 
 
-def _fits(value: Any, kind: type) -> bool:
+def _fits(value: Any, hint: Any, least: float) -> bool:
+    """Whether a value read from JSON fits an annotation; an int must be `least` or more."""
+    kind, arguments = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_fits(value, argument, least) for argument in arguments)
+    if kind is Literal:  # the type alone: diffusers' classes take choices that their annotations leave out
+        return type(value) in map(type, arguments)
     if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        return isinstance(value, int) and not isinstance(value, bool) and value >= least
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, kind)
+    if kind in (list, tuple, np.ndarray):  # all of them a list in JSON
+        kinds = (float,) if kind is np.ndarray else tuple(a for a in arguments if a is not Ellipsis) or (Any,)
+        return isinstance(value, (list, tuple)) and all(
+            any(_fits(item, kind, -math.inf) for kind in kinds) for item in value
+        )
+    return not isinstance(kind, type) or isinstance(value, kind)
 
 
-def check_pipeline_config(where: str, config: dict[str, Any]) -> None:
-    """The same for a model_index.json of `TerDiTPipeline`, and for the sizes in the scheduler's config."""
-    for key, value in config.items():
-        if isinstance(value, list) and key != "_class_name":
-            named = len(value) == 2 and all(isinstance(part, str) and part for part in value)
-            if not named and not (key == "vae" and value == [None, None]):
-                raise ValueError(f"{where}: `{key}` is {value!r:.80}, expected the names of a library and a class.")
-    name = config.get("_class_name", "")
-    if not isinstance(name, str) and not (isinstance(name, list) and all(isinstance(part, str) for part in name)):
-        raise ValueError(f"{where}: `_class_name` is {name!r:.80}, expected the name of a class.")
-    for key, expected in (("transformer", "TerDiTTransformer2DModel"), ("scheduler", "")):
-        component = config.get(key)
-        known = isinstance(component, list) and (component[1] == expected if expected else component[0] == "diffusers")
-        if not known:
-            kind = f"a {expected}" if expected else "a scheduler of diffusers"
-            raise ValueError(f"{where}: `{key}` is {component!r:.80}, expected {kind}.")
-    vae = config.get("vae")
-    if vae is not None and not isinstance(vae, list):
-        raise ValueError(f"{where}: `vae` is {vae!r:.80}, expected the names of a library and a class.")
-    labels = config.get("id2label")
-    if labels is not None and not (isinstance(labels, dict) and all(isinstance(v, str) for v in labels.values())):
-        raise ValueError(f"{where}: `id2label` is {labels!r:.80}, expected names by class id.")
-    scheduler = Path(where).parent / "scheduler" / "scheduler_config.json"
-    if scheduler.is_file():
-        settings = read_json(scheduler)
-        check_config(scheduler, settings)
-        steps = settings.get("num_train_timesteps", 1000)
-        if not _fits(steps, int) or steps > _MAX_TIMESTEPS:
-            raise ValueError(f"{scheduler}: num_train_timesteps={steps!r:.80}, expected 1 to {_MAX_TIMESTEPS}.")
+def _is_pair(value: Any) -> bool:
+    """Whether a value names a library, or a module, and a class in it."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(name, str) and name for name in value)
+
+
+def check_pipeline_config(where: str | os.PathLike, config: Any) -> None:
+    """Raise a `ValueError` where a model_index.json, or the config of a part in a folder beside it, cannot be.
+
+    Args:
+        where (`str` or `os.PathLike`): The file.
+        config: What it holds.
+    """
+    check_config(where, config)
+    parts = {key: value for key, value in config.items() if isinstance(value, list) and key != "_class_name"}
+    for key, value in parts.items():
+        if not _is_pair(value) and not (key == "vae" and value == [None, None]):
+            raise ValueError(f"{where}: `{key}` is {value!r:.80}, expected the names of a library and a class.")
+    classes: dict[str, Any] = {
+        key: getattr(diffusers, name, None) for key, (library, name) in parts.items() if library == "diffusers"
+    }
+    classes = {key: cls for key, cls in classes.items() if isinstance(cls, type) and issubclass(cls, ConfigMixin)}
+    name, labels = config.get("_class_name"), config.get("id2label") or {}
+    for key, fits, expected in (
+        ("_class_name", isinstance(name, str) or _is_pair(name), "the name of a class"),
+        ("transformer", parts.get("transformer", "  ")[1] == "TerDiTTransformer2DModel", "a TerDiTTransformer2DModel"),
+        ("scheduler", issubclass(classes.get("scheduler", object), SchedulerMixin), "a scheduler of diffusers"),
+        ("vae", "vae" in parts or "vae" not in config, "the names of a library and a class"),
+        ("guidance_channels", _fits(config.get("guidance_channels"), int | None, 1), "a positive int or null"),
+        ("id2label", isinstance(labels, dict) and _fits(list(labels.values()), list[str], 1), "names by class id"),
+    ):
+        if not fits:
+            raise ValueError(f"{where}: `{key}` is {config.get(key)!r:.80}, expected {expected}.")
+    for key, cls in classes.items():
+        path = Path(where).parent / key / cls.config_name
+        if path.is_file():
+            settings = read_json(path)
+            if isinstance(size := settings.get("sample_size"), list) and size:
+                settings["sample_size"] = size[0]  # as diffusers' VAE takes height and width
+            check_config(path, settings, cls)
+            if issubclass(cls, SchedulerMixin):
+                known = {key: settings[key] for key in inspect.signature(cls).parameters if key in settings}
+                try:
+                    cls(**known)
+                except REFUSALS as error:
+                    raise ValueError(
+                        f"{path}: these settings make no {cls.__name__} ({error}). Save it again, or update diffusers."
+                    ) from error
 
 
 @cache
@@ -132,18 +188,14 @@ class PortableConfigMixin(ConfigMixin):
     """`ConfigMixin` that saves no path of this machine, and that remote code leaves no trace in."""
 
     @classmethod
-    def load_config(cls, pretrained_model_name_or_path=None, **kwargs):
-        name = str(pretrained_model_name_or_path)
-        where = os.path.join(name, kwargs.get("subfolder") or "", cls.config_name)
-        try:
-            output = super().load_config(pretrained_model_name_or_path, **kwargs)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} cannot be read: {error} Download or save it again.") from error
-        config = output[0] if isinstance(output, tuple) else output
-        check_config(where, config, cls if issubclass(cls, ModelMixin) else None)
-        if not issubclass(cls, ModelMixin):
-            check_pipeline_config(where, config)
-        return output
+    def _dict_from_json_file(cls, json_file):
+        """Read a config, from a folder or a download, and check it."""
+        config = read_json(json_file)
+        if issubclass(cls, ModelMixin):
+            check_config(json_file, config, cls)
+        else:
+            check_pipeline_config(json_file, config)
+        return config
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
@@ -158,6 +210,18 @@ class PortableConfigMixin(ConfigMixin):
             if isinstance(value, list) and len(value) == 2 and str(value[0]).startswith("diffusers_modules."):
                 config[key] = ["diffusers_terdit", value[1]]  # a component that was loaded with its own code
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def _check_index(name: str | os.PathLike, variant: str | None, subfolder: str | None, **options: Any) -> None:
+    """Check the index of a model in several files, if it has one, after a download where it is on the Hub."""
+    filename = with_variant(SAFE_WEIGHTS_INDEX_NAME, variant)
+    if os.path.isdir(name):
+        index = Path(name, subfolder or "", filename)
+        if index.is_file():
+            read_index(index)
+        return
+    with suppress(EntryNotFoundError, HFValidationError):  # the latter: neither a folder nor a Hub id
+        read_index(hf_hub_download(str(name), filename, subfolder=subfolder, **options), present=False)
 
 
 class TernaryModelMixin(HubMixin, ModelMixin, PortableConfigMixin):
@@ -200,9 +264,8 @@ class TernaryModelMixin(HubMixin, ModelMixin, PortableConfigMixin):
         loading = _loading.set(True)
         try:
             with hub_errors(pretrained_model_name_or_path, kwargs.get("revision")):
-                index = folder / with_variant(SAFE_WEIGHTS_INDEX_NAME, kwargs.get("variant"))
-                if index.is_file():
-                    read_index(index)
+                options = {key: kwargs[key] for key in _DOWNLOAD_OPTIONS if key in kwargs}
+                _check_index(pretrained_model_name_or_path, kwargs.get("variant"), kwargs.get("subfolder"), **options)
                 # whatever formats a pipeline is asked to read its VAE from
                 kwargs |= {"use_safetensors": True, "use_flashpack": False}
                 output = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -287,7 +350,7 @@ class TernaryModelMixin(HubMixin, ModelMixin, PortableConfigMixin):
             if is_main_process:
                 self.to_json_file(partial / self.config_name)
         if push_to_hub:
-            self._push_folder(folder, variant=variant, **kwargs)
+            self._push_saved(folder, variant=variant, **kwargs)
 
 
 class StrictPipelineMixin(HubMixin, PortableConfigMixin):
@@ -342,4 +405,4 @@ class StrictPipelineMixin(HubMixin, PortableConfigMixin):
             super().save_pretrained(partial, safe_serialization, variant, max_shard_size)  # type: ignore[misc]
             scrub_paths(partial)
         if push_to_hub:
-            self._push_folder(folder, variant=variant, **kwargs)
+            self._push_saved(folder, variant=variant, **kwargs)

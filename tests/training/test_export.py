@@ -6,6 +6,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from diffusers_terdit import TerDiTPipeline, training
+from diffusers_terdit.hub.model_card import model_card
 from diffusers_terdit.pipelines.schedulers import training_scheduler
 from tiny_training import fresh_model, optimizer_of, take_steps
 
@@ -80,9 +81,8 @@ class TestExport:
 class TestCard:
     def test_the_card_says_how_to_load_and_how_it_was_trained(self):
         pipe = training.export.to_pipeline(fresh_model(), id2label={i: f"kind {i}" for i in range(10)})
-        card = ModelCard(
-            training.export.model_card(pipe, "me/tiny", {"steps": "12,000"}, ["samples/a.png"], license="mit")
-        )
+        options = training.export.card_options(pipe, {"steps": "12,000"}, ["samples/a.png"], license="mit")
+        card = ModelCard(model_card(pipe, "me/tiny", options))
         assert card.data.license == "mit"
         assert card.data.library_name == "diffusers"
         assert {"terdit", "ternary", "1.58-bit", "class-conditional"} <= set(card.data.tags)
@@ -92,5 +92,6 @@ class TestCard:
         assert "zero share" in card.text
 
     def test_the_full_precision_twin_is_not_called_ternary(self):
-        card = training.export.model_card(training.export.to_pipeline(fresh_model(ternary=False)), "twin", {})
+        pipe = training.export.to_pipeline(fresh_model(ternary=False))
+        card = model_card(pipe, "twin", training.export.card_options(pipe, {}))
         assert "ternary" not in card.replace("terdit", "")

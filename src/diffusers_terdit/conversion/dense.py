@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..hub.errors import hub_errors
-from ..modeling import check_config
+from ..modeling import REFUSALS, check_config
 from ..ops import reference
 from ..quantization import TernaryConfig, saved_scale, select_layers, ternary_tensors
 from ..storage.saving import partial_path, remove_partials, write_json, writing
@@ -115,20 +115,20 @@ def _pack_model(
 ) -> None:
     """`convert_dense_checkpoint` for one model's folder."""
     raw = read_json(source / "config.json")
-    check_config(source / "config.json", raw)
     cls: Any = getattr(diffusers, str(raw.get("_class_name")), None)
     if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
         raise ValueError(
             f"{source}/config.json names the class {raw.get('_class_name')!r}, which diffusers has not. Pass a model"
             " of diffusers, or update it."
         )
+    check_config(source / "config.json", raw, cls)
     if settings := raw.get("quantization_config"):
-        method = settings.get("quant_method") if isinstance(settings, dict) else settings
+        method = settings["quant_method"]
         raise ValueError(f"{source} is quantized already ({method!s:.80}); convert the repository of dense weights.")
     try:
         with init_empty_weights(), torch.device("meta"):  # also what a class computes for itself
             model = cls.from_config(raw)  # type: ignore[attr-defined]
-    except RuntimeError as error:
+    except REFUSALS as error:
         raise ValueError(
             f"{source}/config.json does not build: {str(error).splitlines()[0]} Download it again."
         ) from error

@@ -1,10 +1,8 @@
 """Turn what goes wrong with a Hub repository into an error that names it and says what to do."""
 
 import os
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -15,53 +13,41 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import httpx
+from safetensors import SafetensorError
 
 from ..storage.saving import UnwritableError
-from ..storage.weights import BROKEN
 
 
 @contextmanager
 def hub_errors(name: str | os.PathLike, revision: str | None = None, writing: bool = False) -> Iterator[None]:
-    """Turn what goes wrong with a Hub repository into an `OSError` that names it and says what to do.
+    """Name the repository or folder in what a file, a disk or the Hub brings about; let programming errors through.
 
-    What a file's contents bring about while reading is a `ValueError` with the name, for a local folder too.
+    An `OSError` says what to do about the Hub, or that a file cannot be read; a `ValueError` about contents of a file
+    gets the name, where it lacks one.
 
     Args:
         name (`str` or `os.PathLike`): Repository or folder.
         revision (`str`, *optional*): Branch, tag or commit.
-        writing (`bool`): Whether the token needs to write.
+        writing (`bool`): Whether this is an upload.
     """
     try:
         yield
     except UnwritableError:
         raise
-    except (ValueError, *BROKEN) as error:
-        if writing or isinstance(error, OSError) or (isinstance(error, ValueError) and str(name) in str(error)):
+    except (OSError, SafetensorError, httpx.TransportError, RuntimeError) as error:
+        upload = isinstance(error, RuntimeError)  # what huggingface_hub makes of a failed upload of a large file
+        if upload and not writing:
             raise
-        reason = (
-            str(error)
-            if isinstance(error, ValueError)
-            else f"a file is not what it should be ({error!r:.300}). Save it again."
-        )
-        raise ValueError(f"{name}: {reason}") from error
-    except (OSError, HfHubHTTPError, httpx.TransportError, RuntimeError) as error:  # the last from LFS uploads
         message = None if os.path.isdir(name) else _hub_message(str(name), revision, writing, error)
-        nameless = isinstance(error, OSError) and str(name) not in str(error)
-        if isinstance(error, NotImplementedError) and _passes(error, "configuration_utils.py", "from_config"):
-            raise ValueError(
-                f"{name}: a config asks for what diffusers has not ({error}). Save it again, or update diffusers."
-            ) from error
-        if message is None and not writing and (nameless or _passes(error, "torch/serialization.py")):
+        if message is None and not writing and str(name) not in str(error):
             message = f"{name}: a file cannot be read ({error}). Download or save it again."
         if message is None:
             raise
         raise OSError(message) from error
-
-
-def _passes(error: BaseException, file: str, function: str = "") -> bool:
-    """Whether an error came through a function, or any function of a file."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return any(Path(frame.filename).as_posix().endswith(file) and function in (frame.name, "") for frame in frames)
+    except ValueError as error:
+        if writing or str(name) in str(error):
+            raise
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _hub_message(name: str, revision: str | None, writing: bool, error: BaseException) -> str | None:

@@ -1,19 +1,18 @@
 """The model card, README.md: metadata in YAML, then Markdown.
 
-The generated part stands between two marks and is written anew by every push. Everything else in the card, metadata
-too, belongs to its author and is kept.
+Every push renews the part between two marks. Everything else in the card, metadata too, stays as its author wrote it.
 """
 
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.utils import yaml_dump
+from huggingface_hub import CardData, RepoCard, try_to_load_from_cache
 from PIL import Image
 
 from ..storage.weights import ORIGINAL, PACKED_SUFFIX, SCALE_SUFFIX
@@ -23,11 +22,62 @@ BEGIN = "<!-- diffusers-terdit: written anew by every push, up to the closing ma
 END = "<!-- /diffusers-terdit -->"
 PICTURES = "card_images"  # folder of the repository
 SMALLEST_SIDE = 128  # pixels of a picture in a card
-_FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?(?:\n|\Z)", re.DOTALL | re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class CardOptions:
+    """What a model card says beyond what the model itself tells.
+
+    Args:
+        license (`str`, *optional*): Identifier as on the Hub. Only the caller knows what data and origin allow.
+        base_model (`str`, *optional*): Hub id of what the model was made from; by default the repository that it was
+            converted or loaded from, where that is known.
+        images (`list` or `dict` of `PIL.Image.Image`, *optional*): Pictures to upload; the keys are captions.
+        files (`dict[str, str]`, *optional*): Paths, relative to the card, of pictures that are there, by caption.
+        facts (`dict`, *optional*): How the model was trained, row by row.
+
+    Raises:
+        ValueError: `images` holds something else.
+    """
+
+    license: str | None = None
+    base_model: str | None = None
+    images: Mapping[str, Image.Image] | Sequence[Image.Image] | None = None
+    files: Mapping[str, str] | None = None
+    facts: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        for caption, image in self._by_caption().items():
+            if not isinstance(image, Image.Image):
+                raise ValueError(
+                    f"`images` must hold PIL images, as a list or by caption, got {type(image).__name__} for"
+                    f" {caption!r}."
+                )
+
+    def _by_caption(self) -> Mapping[str, Image.Image]:
+        images = self.images or {}
+        return images if isinstance(images, Mapping) else {f"sample {i + 1}": im for i, im in enumerate(images)}
+
+    def paths(self) -> dict[str, str]:
+        """Return the paths of all pictures in the repository, by caption."""
+        made = {str(caption): f"{PICTURES}/{i:02d}.png" for i, caption in enumerate(self._by_caption())}
+        return {**(self.files or {}), **made}
+
+    def encoded(self) -> dict[str, bytes]:
+        """Return the `images` as PNG files, by path; small ones are enlarged without smoothing."""
+        encoded = {}
+        for caption, image in self._by_caption().items():
+            factor = -(-SMALLEST_SIDE // min(image.size))
+            if factor > 1:
+                image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+            buffer = io.BytesIO()
+            image.convert("RGB").save(buffer, "png", optimize=True)
+            encoded[self.paths()[str(caption)]] = buffer.getvalue()
+        return encoded
 
 
 def human_bytes(size: float) -> str:
-    """12345678 -> "12.3 MB"."""
+    """Return a number of bytes in words: 12345678 -> "12.3 MB"."""
     for unit in ("bytes", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
@@ -35,134 +85,114 @@ def human_bytes(size: float) -> str:
     return f"{size:.2f} GB"
 
 
-def model_card(
-    model: Any,
-    name: str,
-    facts: Mapping[str, Any] | None = None,
-    images: Mapping[str, str] | None = None,
-    license: str | None = None,
-    base_model: str | None = None,
-    load_arguments: Mapping[str, Any] | None = None,
-) -> str:
-    """Text of a README.md.
+def model_card(model: Any, name: str, options: CardOptions, **load_arguments: Any) -> str:
+    """Return the text of a README.md.
 
     Args:
         model ([`TerDiTPipeline`], [`TerDiTTransformer2DModel`] or [`TernaryLinear`]): What the card is about.
         name (`str`): Repository or folder to load it from, also the title.
-        facts (`dict`, *optional*): How it was trained, row by row.
-        images (`dict[str, str]`, *optional*): Paths of pictures, relative to the card, by caption.
-        license (`str`, *optional*): Identifier as on the Hub. Only the caller knows what data and origin allow.
-        base_model (`str`, *optional*): Hub id of what it was made from; default the one it was converted or loaded
-            from, where that is known.
-        load_arguments (`dict`, *optional*): Arguments of `from_pretrained` besides the name: `revision`, `variant`.
+        options ([`CardOptions`]): What the model does not tell.
+        load_arguments: Arguments of `from_pretrained` besides the name, such as `revision`; `None` is left out.
     """
     transformer = getattr(model, "transformer", model)
     config = transformer.config
     is_layer = "in_features" in config
     ternary = is_layer or config["ternary"]
     tags = ["terdit", *(["ternary", "1.58-bit"] if ternary else []), *([] if is_layer else ["class-conditional"])]
-    metadata = {
+    metadata: dict[str, Any] = {
         "library_name": "diffusers",
         # The Hub has no task for images from labels; of its tasks this one asks for no text.
         "pipeline_tag": "unconditional-image-generation" if transformer is not model else None,
-        "license": license,
-        "base_model": base_model or _origin(model, name),
+        "license": options.license,
+        "base_model": options.base_model or _origin(model, name),
         "tags": [*tags, "diffusers"],
     }
-    arguments = "".join(f", {key}={value!r}" for key, value in (load_arguments or {}).items() if value is not None)
+    arguments = "".join(f", {key}={value!r}" for key, value in load_arguments.items() if value is not None)
     sections = [f"# {name}", _description(model, ternary)]
-    if images:
-        sections.append("\n".join(f"![{_one_line(caption)}]({path})" for caption, path in images.items()))
+    if pictures := options.paths():
+        sections.append("\n".join(f"![{_one_line(caption)}]({path})" for caption, path in pictures.items()))
     sections += ["```python\n" + _snippet(model, f"{json.dumps(name)}{arguments}") + "\n```", _sizes(model)]
-    if facts:
-        rows = [f"| {_one_line(key)} | {_one_line(value)} |" for key, value in facts.items()]
+    if options.facts:
+        rows = [f"| {_one_line(key)} | {_one_line(value)} |" for key, value in options.facts.items()]
         sections.append("\n".join(["## Training", "", "| | |", "| --- | --- |", *rows]))
     original = config.get(ORIGINAL)
     if original:
         repo_id = original["repo_id"]
         source = f" in [{repo_id}](https://huggingface.co/{repo_id})" if repo_id else ""
         rows = [f"| {file} | `{sha}` |" for file, sha in original["sha256"].items()]
-        what = "The weights that training started from were" if facts else "The weights were"
+        what = "The weights that training started from were" if options.facts else "The weights were"
         text = f"{what} converted from files of TerDiT's authors{source}:"
         sections.append("\n".join(["## Original", "", text, "", "| file | sha256 |", "| --- | --- |", *rows]))
-    return _assemble(metadata, "\n\n".join([BEGIN, *sections, END]) + "\n")
+    return f"---\n{CardData(**metadata).to_yaml()}\n---\n\n" + "\n\n".join([BEGIN, *sections, END]) + "\n"
 
 
-def merge_cards(
-    generated: str,
-    existing: str | None,
-    where: str = "README.md",
-    overrides: Iterable[str] = (),
-    append: bool = False,
-) -> str:
-    """An existing card with what it lacks: its author's text and metadata stay, the generated part is renewed.
-
-    A text without the marks is its author's alone. Tags are united; any other metadata of the existing card is kept.
+def read_card(path: Path, where: str | None = None) -> RepoCard:
+    """Return the card in a file.
 
     Args:
-        generated (`str`): What `model_card` gives.
-        existing (`str`, *optional*): The card that is there.
-        where (`str`): Name of the existing one, for errors.
-        overrides (`Iterable[str]`): Metadata that the caller asked for: taken from the generated card.
-        append (`bool`): Put the generated part behind a text without marks, instead of leaving it out.
+        path (`Path`): The file.
+        where (`str`, *optional*): What the message calls it; by default its path.
 
     Raises:
-        ValueError: The metadata of the existing card is not YAML.
+        ValueError: It is not UTF-8, or its metadata is not YAML of `key: value` lines.
     """
-    if existing is None or not existing.strip():
-        return generated
-    new, new_text = _split(generated, "the generated card")
-    old, old_text = _split(existing, where)
-    merged = {**new, **old, **{key: new[key] for key in overrides if key in new}}
-    old_tags = old.get("tags") or []
-    old_tags = [old_tags] if isinstance(old_tags, str) else old_tags
-    merged["tags"] = [*old_tags, *(tag for tag in new.get("tags", []) if tag not in old_tags)]
-    begin, end = old_text.find(BEGIN), old_text.find(END)
-    if 0 <= begin < end:
-        text = old_text[:begin] + new_text.strip() + old_text[end + len(END) :]
-    elif append and old_text.strip():
-        text = f"{old_text.rstrip()}\n\n{new_text.strip()}\n"
-    else:
-        text = old_text if old_text.strip() else new_text
-    if merged == old:  # its comments and order stay, too
-        return existing[: len(existing) - len(old_text)] + text
-    return _assemble(merged, text)
-
-
-def own_text(card: str | None, where: str = "README.md") -> str:
-    """What a card holds besides metadata and the generated part."""
-    text = _split(card or "", where)[1]
-    begin, end = text.find(BEGIN), text.find(END)
-    return (text[:begin] + text[end + len(END) :] if 0 <= begin < end else text).strip()
-
-
-def _split(card: str, where: str) -> tuple[dict[str, Any], str]:
-    """Metadata and text."""
-    found = _FRONT_MATTER.match(card)
-    if not found:
-        return {}, card
     try:
-        metadata = yaml.safe_load(found[1])
-    except yaml.YAMLError as error:
-        raise ValueError(f"The metadata at the top of {where} is not YAML: {error}. Correct it first.") from error
-    if metadata is not None and not isinstance(metadata, dict):
-        raise ValueError(f"The metadata at the top of {where} must be `key: value` lines. Correct it first.")
-    return metadata or {}, card[found.end() :]
+        return RepoCard.load(path)
+    except OSError:
+        raise
+    except Exception as error:  # of YAML, whose package only huggingface_hub imports; or a key that is no string
+        raise ValueError(f"{where or path} cannot be read as a model card: {error}. Correct it first.") from error
 
 
-def _assemble(metadata: Mapping[str, Any], text: str) -> str:
-    kept = {key: value for key, value in metadata.items() if value is not None}
-    gap = "" if text.startswith(("\n", "\r")) else "\n"
-    return f"---\n{yaml_dump(kept, sort_keys=False).strip()}\n---\n{gap}{text}"
+def merge_cards(generated: str, existing: RepoCard | None, options: CardOptions, append: bool = False) -> str:
+    """Return an existing card with its generated part renewed, and with the metadata that it lacks.
+
+    Its author's text and metadata stay; only a license and a base model in `options` replace theirs. Tags are united.
+    A text without the marks is its author's alone.
+
+    Args:
+        generated (`str`): What `model_card` returns.
+        existing ([`~huggingface_hub.RepoCard`], *optional*): The card that is there.
+        options ([`CardOptions`]): Those of the generated card.
+        append (`bool`): Put the generated part behind a text without marks, instead of leaving it out.
+    """
+    if existing is None:
+        return generated
+    new, merged = RepoCard(generated), copy(existing)
+    given = {key: value for key in ("license", "base_model") if (value := getattr(options, key))}
+    tags = existing.data.get("tags", [])
+    tags = tags if isinstance(tags, list) else [tags]
+    tags = [*tags, *(tag for tag in new.data["tags"] if tag not in tags)]
+    merged.data = CardData(**{**new.data.to_dict(), **existing.data.to_dict(), **given, "tags": tags})
+    around = _around(existing.text)
+    if around:
+        merged.text = new.text.strip().join(around)
+    elif not existing.text.strip():
+        merged.text = new.text
+    elif append:
+        merged.text = f"{existing.text.rstrip()}\n\n{new.text.strip()}\n"
+    return str(merged)
+
+
+def own_text(card: RepoCard | None) -> str:
+    """Return what a card holds besides metadata and the generated part."""
+    text = "" if card is None else card.text
+    return "".join(_around(text) or text).strip()
+
+
+def _around(text: str) -> tuple[str, str] | None:
+    """Return the text before and after the generated part, or `None` where there is no such part."""
+    begin, end = text.find(BEGIN), text.find(END)
+    return (text[:begin], text[end + len(END) :]) if 0 <= begin < end else None
 
 
 def _one_line(value: Any) -> str:
-    """For a cell of a table."""
+    """Return the text of a table's cell."""
     return " ".join(str(value).split()).replace("|", "\\|")
 
 
 def _origin(model: Any, name: str) -> str | None:
-    """Hub id of what a model was converted or loaded from, where that is sure."""
+    """Return the Hub id of what a model was converted or loaded from, where that is sure."""
     original = getattr(model, "transformer", model).config.get(ORIGINAL)
     if original:
         return original["repo_id"]
@@ -198,7 +228,7 @@ def _description(model: Any, ternary: bool) -> str:
 
 
 def _snippet(model: Any, arguments: str) -> str:
-    """Python that loads and runs what is in the repository."""
+    """Return Python that loads and runs what is in the repository."""
     name, config = type(model).__name__, getattr(model, "transformer", model).config
     variable = "pipe" if hasattr(model, "transformer") else "layer" if "in_features" in config else "transformer"
     load = f"{variable} = {name}.from_pretrained({arguments})"
@@ -220,7 +250,7 @@ def _snippet(model: Any, arguments: str) -> str:
 
 
 def _sizes(model: Any) -> str:
-    """A table of what the weights take."""
+    """Return a table of the bytes that the weights take."""
     transformer = getattr(model, "transformer", model)
     here: dict[str, list[int]] = {"ternary weights": [0, 0], "their scales": [0, 0], "other weights": [0, 0]}
     packed = 0
@@ -252,43 +282,3 @@ def _sizes(model: Any) -> str:
     if packed and transformer.config["weight_format"] == "float":
         lines += ["", f"The ternary weights are float here, to train on; packed, they take {human_bytes(packed)}."]
     return "\n".join(lines)
-
-
-def read_text(path: Path) -> str:
-    """A card in a file.
-
-    Raises:
-        ValueError: It is not UTF-8.
-    """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:  # with the line ends of its author
-            return file.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}). Correct it first.") from error
-
-
-def encode_pictures(
-    images: Mapping[str, Image.Image] | Sequence[Image.Image] | None,
-) -> tuple[dict[str, str], dict[str, bytes]]:
-    """PNG files for a card: paths by caption, and bytes by path. Small images are enlarged without smoothing.
-
-    Raises:
-        ValueError: Something else than an image.
-    """
-    images = {} if images is None else images
-    by_caption = images if isinstance(images, Mapping) else {f"sample {i + 1}": im for i, im in enumerate(images)}
-    paths: dict[str, str] = {}
-    files: dict[str, bytes] = {}
-    for index, (caption, image) in enumerate(by_caption.items()):
-        if not isinstance(image, Image.Image):
-            raise ValueError(
-                f"`images` must hold PIL images, as a list or by caption, got {type(image).__name__} for {caption!r}."
-            )
-        factor = -(-SMALLEST_SIDE // min(image.size))
-        if factor > 1:
-            image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-        buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, "png", optimize=True)
-        paths[str(caption)] = f"{PICTURES}/{index:02d}.png"
-        files[paths[str(caption)]] = buffer.getvalue()
-    return paths, files

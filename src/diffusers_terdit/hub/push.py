@@ -1,9 +1,9 @@
 """Upload a model in one commit that loses nothing of what the repository holds."""
 
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -12,6 +12,7 @@ from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
     CommitOperationDelete,
+    RepoCard,
     create_branch,
     create_commit,
     create_repo,
@@ -19,24 +20,24 @@ from huggingface_hub import (
     list_repo_files,
 )
 from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 
-from ..storage.saving import scrub_paths
+from ..storage.saving import scrub_paths, weights_name
 from ..storage.weights import require_safetensors
 from .errors import hub_errors
-from .model_card import PICTURES, encode_pictures, merge_cards, model_card, own_text, read_text
+from .model_card import PICTURES, CardOptions, merge_cards, model_card, own_text, read_card
 
 
 logger = logging.get_logger(__name__)
 
-
-_WEIGHTS = re.compile(
-    r"diffusion_pytorch_model(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)"
-    r"|diffusion_pytorch_model\.(?:safetensors|bin)\.index(?:\.(?P<index_variant>[^.]+))?\.json"
-)
+# What the Hub does not take, and what processes that write into a folder have there meanwhile.
+_NEVER = [".git/", "*/.git/", ".cache/", "*/.cache/", "*.partial", "*.partial/", "terdit-*.lock", "*/terdit-*.lock"]
 
 
-def create_repository(repo_id: str, private: bool | None, token: str | None, revision: str | None = None) -> str:
-    """Make a repository, and a branch of it, unless they exist; its id with the name of its owner.
+def create_repository(
+    repo_id: str, private: bool | None = None, token: str | None = None, revision: str | None = None
+) -> str:
+    """Create a repository, and a branch of it, unless they exist; return its id with the name of its owner.
 
     Raises:
         OSError: The Hub does not allow it, or cannot be reached.
@@ -48,122 +49,112 @@ def create_repository(repo_id: str, private: bool | None, token: str | None, rev
     return repo_id
 
 
-def read_card(repo_id: str, revision: str | None = None, token: str | None = None) -> str | None:
-    """The README.md of a repository; `None` where there is none."""
-    try:
-        path = hf_hub_download(repo_id, "README.md", revision=revision, token=token)
-    except EntryNotFoundError:
-        return None
-    return read_text(Path(path))
-
-
-def push_folder(
-    folder: Path,
-    repo_id: str,
-    card: str | None,
-    overrides: Iterable[str] = (),
-    pictures: Mapping[str, bytes] | None = None,
-    commit_message: str = "Upload",
+def push_saved(
+    model: Any,
+    folder: str | os.PathLike,
+    options: CardOptions,
+    repo_id: str | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
     token: str | None = None,
     create_pr: bool = False,
+    variant: str | None = None,
     subfolder: str | None = None,
     revision: str | None = None,
     ignore: Sequence[str] = (),
 ) -> CommitInfo:
-    """Upload the files of a folder in one commit, with a card, and delete the weights that they replace.
+    """Upload a folder that holds a saved model, with a card, in one commit; delete the weights that it replaces.
 
     Args:
-        folder (`Path`): Gets the card that is uploaded, too.
-        repo_id (`str`): An existing repository, with the name of its owner.
-        card (`str`, *optional*): What `model_card` gives, to merge with the cards of the folder and the repository.
-        overrides (`Iterable[str]`): See `merge_cards`.
-        pictures (`dict[str, bytes]`, *optional*): Further files by path.
-        commit_message (`str`): Title of the commit.
-        token (`str`, *optional*): Default the one of `hf auth login`.
+        model ([`TerDiTPipeline`], [`TerDiTTransformer2DModel`] or [`TernaryLinear`]): What was saved.
+        folder (`str` or `os.PathLike`): The folder. It gets the uploaded card, too, and its configs lose the paths of
+            this machine.
+        options ([`CardOptions`]): What the card says beyond the model.
+        repo_id (`str`, *optional*): Repository, created if it does not exist; by default named as the folder.
+        private (`bool`, *optional*): Whether a created repository is private.
+        commit_message (`str`, *optional*): By default "Upload" and the name of the class.
+        token (`str`, *optional*): By default that of `hf auth login`.
         create_pr (`bool`): Open a pull request instead.
-        subfolder (`str`, *optional*): Folder of the repository to upload into.
-        revision (`str`, *optional*): An existing branch; default `main`.
+        variant (`str`, *optional*): Variant under which the weights were saved.
+        subfolder (`str`, *optional*): Folder of the repository to upload into; then there is no card.
+        revision (`str`, *optional*): Branch, created from `main` if it does not exist.
         ignore (`Sequence[str]`): Patterns of paths in the folder that stay here, such as `"checkpoint-*"`.
 
     Raises:
-        ValueError: The metadata of a card is not YAML.
         OSError: The Hub does not allow it, or cannot be reached.
+        ValueError: A README.md that is there cannot be read.
     """
-    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    ignore = [".git/*", ".cache/*", "*.partial", "terdit-*.lock", *ignore]
-    files = {name: path for path in paths if not _matches(name := path.relative_to(folder).as_posix(), ignore)}
+    folder = Path(folder)
+    scrub_paths(folder)
+    repo_id = create_repository(repo_id or folder.resolve().name, private, token, revision)
+    paths = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    added: dict[str, str | bytes] = {prefix + name: str(path) for name, path in files.items()}
+    added: dict[str, str | bytes] = {
+        prefix + path: str(folder / path) for path in filter_repo_objects(paths, ignore_patterns=[*_NEVER, *ignore])
+    }
     with hub_errors(repo_id, revision, writing=True):
-        if card is not None:
-            merged = _merged_card(card, folder, repo_id, revision, token, overrides, append=bool(pictures))
-            added["README.md"] = merged.encode()
-        added |= pictures or {}
+        if not subfolder:
+            card = model_card(model, repo_id, options, revision=revision, variant=variant)
+            added["README.md"] = _merged(
+                card, folder, repo_id, _card_there(repo_id, revision, token), options
+            ).encode()
+            added |= options.encoded()
         present = list_repo_files(repo_id, revision=revision, token=token)
-        operations = [CommitOperationAdd(path, content) for path, content in added.items()]
         logger.info(f"Uploading {len(added)} files to {repo_id}.")
         return create_commit(
             repo_id,
-            [*operations, *(CommitOperationDelete(path) for path in _replaced(present, added))],
-            commit_message=commit_message,
+            [
+                *(CommitOperationAdd(path, content) for path, content in added.items()),
+                *(CommitOperationDelete(path) for path in _replaced(present, added)),
+            ],
+            commit_message=commit_message or f"Upload {type(model).__name__}",
             token=token,
             create_pr=create_pr,
             revision=revision,
         )
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a path, or a folder that it is in, matches a pattern."""
-    parents = [str(parent) for parent in PurePosixPath(name).parents[:-1]]
-    return any(fnmatch(part, pattern) for part in (name, *parents) for pattern in patterns)
+def _card_there(repo_id: str, revision: str | None, token: str | None) -> RepoCard | None:
+    """Return the card of a repository, or `None` where there is none."""
+    try:
+        path = hf_hub_download(repo_id, "README.md", revision=revision, token=token)
+    except EntryNotFoundError:
+        return None
+    return read_card(Path(path), f"README.md of {repo_id}")
 
 
-def _merged_card(
-    generated: str,
-    folder: Path,
-    repo_id: str,
-    revision: str | None,
-    token: str | None,
-    overrides: Iterable[str],
-    append: bool,
-) -> str:
-    """The card to upload, also written into the folder; of two with text of their own each stays where it is."""
-    path, where = folder / "README.md", f"README.md of {repo_id}"
-    theirs, ours = read_card(repo_id, revision, token), read_text(path) if path.exists() else None
-    our_text, their_text = own_text(ours, str(path)), own_text(theirs, where)
+def _merged(card: str, folder: Path, repo_id: str, theirs: RepoCard | None, options: CardOptions) -> str:
+    """Return the card to upload, and write it into the folder; where both have a text of an author, each keeps it."""
+    path = folder / "README.md"
+    ours = read_card(path) if path.exists() else None
+    our_text, their_text, append = own_text(ours), own_text(theirs), bool(options.images)
     if our_text and their_text and our_text != their_text:
         logger.warning(
             f"{repo_id} has a README.md of its own, which was kept; the one in the folder was not uploaded. To replace"
             f" it: `hf upload {repo_id} README.md`."
         )
-        return merge_cards(generated, theirs, where, overrides, append)
-    last, where = (ours, str(path)) if our_text else (theirs, where)
-    first = theirs if our_text else ours
-    card = merge_cards(merge_cards(generated, first, overrides=overrides), last, where, overrides, append)
+        return merge_cards(card, theirs, options, append)
+    first, last = (theirs, ours) if our_text else (ours, theirs)
+    card = merge_cards(merge_cards(card, first, options), last, options, append)
     path.write_bytes(card.encode())
     return card
 
 
-def _replaced(present: Iterable[str], added: Iterable[str]) -> list[str]:
-    """Weights in the repository that belong to the uploaded ones' earlier state.
+def _replaced(present: Iterable[str], added: Collection[str]) -> list[str]:
+    """Return the files in the repository that belong to an earlier state of the uploaded weights and pictures.
 
-    An index of shards would win over a new single file, and shards over nothing.
+    An index of shards would win over a new single file, and shards would stay for nothing.
     """
 
-    def key(path: str) -> tuple[str, str | None] | None:
+    def key(path: str) -> tuple[str, tuple[str, str]] | None:
         folder, _, name = path.rpartition("/")
-        found = _WEIGHTS.fullmatch(name)
-        return (folder, found["variant"] or found["index_variant"]) if found else None
+        weights = weights_name(name)
+        if weights is None and folder == PICTURES and re.fullmatch(r"\d\d+\.png", name):
+            weights = ("pictures", "")
+        return weights and (folder, weights)
 
-    added = set(added)
     renewed = {key(path) for path in added} - {None}
-    pictures = any(path.startswith(f"{PICTURES}/") for path in added)
-    return [
-        path
-        for path in present
-        if path not in added
-        and (key(path) in renewed or (pictures and re.fullmatch(rf"{PICTURES}/\d\d+\.png", path) is not None))
-    ]
+    return [path for path in present if path not in added and key(path) in renewed]
 
 
 class HubMixin:
@@ -189,18 +180,18 @@ class HubMixin:
         A README.md that the repository has keeps its author's text and metadata; the generated part is renewed.
 
         Args:
-            repo_id (`str`): Repository, made if it does not exist.
-            commit_message (`str`, *optional*): Default "Upload" and the name of the class.
-            private (`bool`, *optional*): Of a repository that is made.
-            token (`str`, *optional*): Default the one of `hf auth login`.
+            repo_id (`str`): Repository, created if it does not exist.
+            commit_message (`str`, *optional*): By default "Upload" and the name of the class.
+            private (`bool`, *optional*): Whether a created repository is private.
+            token (`str`, *optional*): By default that of `hf auth login`.
             create_pr (`bool`): Open a pull request instead.
             safe_serialization (`bool`): Only `True`: safetensors.
             variant (`str`, *optional*): See `save_pretrained`.
             subfolder (`str`, *optional*): Folder of the repository; then no card is written.
-            revision (`str`, *optional*): Branch, made from `main` if it does not exist.
+            revision (`str`, *optional*): Branch, created from `main` if it does not exist.
             license (`str`, *optional*): For the card, an identifier as on the Hub. None is guessed.
-            base_model (`str`, *optional*): For the card: Hub id of what this was made from; default the one it was
-                converted or loaded from, where that is known.
+            base_model (`str`, *optional*): For the card: Hub id of what this was made from; by default the repository
+                that it was converted or loaded from, where that is known.
             images (`list` or `dict` of `PIL.Image.Image`, *optional*): Pictures for the card, with captions as keys;
                 such as `pipe(...).images`.
 
@@ -209,57 +200,34 @@ class HubMixin:
 
         Raises:
             OSError: The Hub does not allow it, or cannot be reached.
-            ValueError: Another format is asked for, `images` hold something else, or the metadata of the repository's
-                README.md is not YAML.
+            ValueError: Another format is asked for, `images` holds something else, or the README.md of the repository
+                cannot be read.
         """
         require_safetensors(safe_serialization)
-        repo_id = create_repository(repo_id, private, token, revision)  # what is not allowed, before the work
+        options = CardOptions(license, base_model, images)
+        repo_id = create_repository(repo_id, private, token, revision)  # what is not allowed fails before the work
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, variant=variant)  # type: ignore[attr-defined]
-            return self._push_folder(
-                Path(folder),
-                repo_id=repo_id,
+            return push_saved(
+                self,
+                folder,
+                options,
+                repo_id,
                 commit_message=commit_message,
                 token=token,
                 create_pr=create_pr,
                 variant=variant,
                 subfolder=subfolder,
                 revision=revision,
-                license=license,
-                base_model=base_model,
-                images=images,
             )
 
-    def _push_folder(
+    def _push_saved(
         self,
         folder: Path,
-        repo_id: str | None = None,
-        private: bool | None = None,
-        commit_message: str | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        variant: str | None = None,
-        subfolder: str | None = None,
-        revision: str | None = None,
         license: str | None = None,
         base_model: str | None = None,
         images: Any = None,
-    ) -> Any:
-        scrub_paths(folder)
-        repo_id = create_repository(repo_id or folder.resolve().name, private, token, revision)
-        shown, pictures = encode_pictures(images)
-        arguments = {"revision": revision, "variant": variant}
-        text = None if subfolder else model_card(self, repo_id, None, shown, license, base_model, arguments)
-        given = {"license": license, "base_model": base_model}
-        return push_folder(
-            folder,
-            repo_id,
-            text,
-            [key for key, value in given.items() if value],
-            pictures,
-            commit_message or f"Upload {type(self).__name__}",
-            token,
-            create_pr,
-            subfolder,
-            revision,
-        )
+        **upload: Any,
+    ) -> None:
+        """Upload what `save_pretrained` wrote, with the arguments of `push_to_hub`."""
+        push_saved(self, folder, CardOptions(license, base_model, images), **upload)

@@ -61,8 +61,6 @@ DTYPE_NAMES = {
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _FLOAT_NAMES = {name for dtype, name in DTYPE_NAMES.items() if dtype.is_floating_point}
 TOGETHER = "Download or save config.json and weights again, together."
-# What loading code raises on files that are not what they should be, beside ValueError and OSError.
-BROKEN = (LookupError, TypeError, AttributeError, NameError, ArithmeticError, RecursionError, SafetensorError)
 
 
 def digest(tensors: Iterable[tuple[str, str, tuple[int, ...], Iterable[bytes | bytearray | memoryview]]]) -> str:
@@ -181,8 +179,12 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     return found
 
 
-def read_index(path: str | os.PathLike) -> list[Path]:
-    """The weights files that an index names, which lie beside it.
+def read_index(path: str | os.PathLike, present: bool = True) -> list[Path]:
+    """Return the weights files that an index names, all of them in its folder.
+
+    Args:
+        path (`str` or `os.PathLike`): The index.
+        present (`bool`): Whether the files must be there already.
 
     Raises:
         ValueError: It is no index, or leads outside its folder.
@@ -198,7 +200,7 @@ def read_index(path: str | os.PathLike) -> list[Path]:
     for name in names:
         if name in ("", ".", "..") or set(name) & set("/\\\0"):
             raise ValueError(f"{path} names {name!r}; a shard is a plain file name, in the folder of the index.")
-        if not (Path(path).parent / name).is_file():
+        if present and not (Path(path).parent / name).is_file():
             raise OSError(f"{path} names {name}, which is not there. Download or save the model again.")
     return [Path(path).parent / name for name in names]
 
@@ -297,17 +299,10 @@ def load_pickle(path: str | os.PathLike, *allowed: type) -> Any:
         ) from error
     except FileNotFoundError:
         raise
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        AssertionError,
-        BadZipFile,
-        MemoryError,
-        struct.error,
-        *BROKEN,
-    ) as error:
+    except (  # what an unpickler comes upon in damaged bytes: names, indices, opcodes and sizes that cannot be
+        ArithmeticError, AssertionError, AttributeError, BadZipFile, EOFError, LookupError, MemoryError, NameError,
+        OSError, RuntimeError, TypeError, ValueError, struct.error,
+    ) as error:  # fmt: skip
         raise OSError(
             f"{path} is not a readable PyTorch file: truncated or damaged? ({error}) Download it again."
         ) from error

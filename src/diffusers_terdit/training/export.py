@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,7 @@ import torch
 from diffusers import AutoencoderKL, SchedulerMixin
 from PIL import Image, ImageDraw, ImageFont
 
-from ..hub import model_card as cards
-from ..hub import push
+from ..hub.model_card import CardOptions, merge_cards, model_card, read_card
 from ..models.transformer_terdit import TerDiTTransformer2DModel
 from ..pipelines.pipeline_terdit import TerDiTPipeline
 from ..pipelines.schedulers import training_scheduler
@@ -76,83 +75,39 @@ def save_pipeline(pipe: TerDiTPipeline, save_directory: str | os.PathLike) -> No
         pipe.save_pretrained(partial)
 
 
-def model_card(
-    pipe: TerDiTPipeline, name: str, facts: dict[str, Any], images: Sequence[str] = (), license: str | None = None
-) -> str:
-    """Text of a README.md for a trained model.
+def card_options(
+    pipe: TerDiTPipeline, facts: Mapping[str, Any], images: Sequence[str] = (), license: str | None = None
+) -> CardOptions:
+    """Return what the card of a trained model says: how it was trained, and statistics of its ternary weights.
 
     Args:
         pipe ([`TerDiTPipeline`]): What was trained.
-        name (`str`): Repository or folder to load it from, also the title.
-        facts (`dict[str, Any]`): How it was trained, row by row: data, steps, images seen, learning rate, ...
+        facts (`dict[str, Any]`): How, row by row: data, steps, images seen, learning rate, ...
         images (`Sequence[str]`): Paths of pictures, relative to the card.
         license (`str`, *optional*): Identifier as on the Hub. Only the caller knows what the data allows.
     """
     statistics = {key: value for key, value in ternary_statistics(pipe.transformer).items() if key != "dead_layers"}
     rows = {**facts, **{key.replace("_", " "): f"{value:.4g}" for key, value in statistics.items()}}
-    pictures = {f"samples {i + 1}" if i else "samples": path for i, path in enumerate(images)}
-    return cards.model_card(pipe, name, rows, pictures, license)
+    files = {f"samples {i + 1}" if i else "samples": path for i, path in enumerate(images)}
+    return CardOptions(license, files=files, facts=rows)
 
 
-def save_card(text: str, save_directory: str | os.PathLike, license: str | None = None) -> None:
-    """Write a `model_card` into a folder; a README.md that is there keeps its author's text and metadata.
+def save_card(pipe: TerDiTPipeline, save_directory: str | os.PathLike, name: str, options: CardOptions) -> None:
+    """Write a model card into a folder; a README.md that is there keeps its author's text and metadata.
 
     Args:
-        text (`str`): The card.
+        pipe ([`TerDiTPipeline`]): What the card is about.
         save_directory (`str` or `os.PathLike`): See `save_pipeline`.
-        license (`str`, *optional*): That of the card, where it is to replace an older one.
+        name (`str`): Repository or folder to load it from, also the title.
+        options ([`CardOptions`]): See `card_options`.
 
     Raises:
-        ValueError: The metadata of the README.md that is there is not YAML.
+        ValueError: The README.md that is there cannot be read.
     """
     path = Path(save_directory) / "README.md"
-    existing = cards.read_text(path) if path.exists() else None
-    merged = cards.merge_cards(text, existing, str(path), ["license"] if license else [])
+    existing = read_card(path) if path.exists() else None
     with new_file(path) as partial:
-        partial.write_bytes(merged.encode())
-
-
-def push_pipeline(
-    pipe: TerDiTPipeline,
-    save_directory: str | os.PathLike,
-    repo_id: str,
-    facts: dict[str, Any],
-    images: Sequence[str] = (),
-    license: str | None = None,
-    token: str | None = None,
-    ignore: Sequence[str] = (),
-) -> str:
-    """Upload what `save_pipeline` wrote, and what lies beside it, with a `model_card` that names the repository.
-
-    Args:
-        pipe ([`TerDiTPipeline`]): What was trained.
-        save_directory (`str` or `os.PathLike`): See `save_pipeline`.
-        repo_id (`str`): Made if it does not exist.
-        facts (`dict[str, Any]`): See `model_card`, as for `images` and `license`.
-        images (`Sequence[str]`): See there; paths in the folder.
-        license (`str`, *optional*): See there.
-        token (`str`, *optional*): Default the one of `hf auth login`.
-        ignore (`Sequence[str]`): Patterns of paths in the folder that stay here, such as `"checkpoint-*"`.
-
-    Returns:
-        `str`: The repository, with the name of its owner.
-
-    Raises:
-        OSError: The Hub does not allow it, or cannot be reached.
-        ValueError: The metadata of a README.md that is there is not YAML.
-    """
-    repo_id = push.create_repository(repo_id, None, token)
-    text = model_card(pipe, repo_id, facts, images, license)
-    push.push_folder(
-        Path(save_directory),
-        repo_id,
-        text,
-        ["license"] if license else [],
-        commit_message=f"Upload {type(pipe).__name__}",
-        token=token,
-        ignore=ignore,
-    )
-    return repo_id
+        partial.write_bytes(merge_cards(model_card(pipe, name, options), existing, options).encode())
 
 
 def image_grid(
