@@ -1,12 +1,8 @@
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from diffusers_terdit import training
-from diffusers_terdit.storage.saving import new_folder
 from tiny_training import fresh_model, optimizer_of, take_steps
 
 
@@ -26,29 +22,6 @@ class TestFolders:
         assert len(training.checkpointing.find(tmp_path)) == 3
         training.checkpointing.rotate(tmp_path, 2)
         assert [path.name for path in training.checkpointing.find(tmp_path)] == ["checkpoint-20", "checkpoint-100"]
-
-    def test_a_killed_exchange_leaves_a_whole_folder_or_none(self, tmp_path, monkeypatch):
-        """A checkpoint is overwritten by a run that goes on from an earlier one."""
-
-        class Killed(BaseException): ...
-
-        def removed_in_part(path, **kwargs):
-            next(file for file in Path(path).iterdir() if file.name != training.checkpointing.STATE_NAME).unlink()
-            raise Killed
-
-        def save(text):
-            with new_folder(tmp_path / "checkpoint-1") as partial:
-                for name in ("model", training.checkpointing.STATE_NAME):
-                    (partial / name).write_text(text)
-
-        save("old")
-        with monkeypatch.context() as patch:
-            patch.setattr(shutil, "rmtree", removed_in_part)
-            with pytest.raises(Killed):
-                save("new")
-        assert all((folder / "model").exists() for folder in training.checkpointing.find(tmp_path))
-        save("new")
-        assert (tmp_path / "checkpoint-1" / "model").read_text() == "new"
 
 
 class TestLog:
