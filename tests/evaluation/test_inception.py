@@ -7,7 +7,6 @@ CPU; this package's network gave the same bits there.
 """
 
 import hashlib
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,22 +16,11 @@ from safetensors.torch import load_file
 
 from diffusers_terdit.evaluation import image_statistics, network_name
 from diffusers_terdit.evaluation.inception import InceptionV3, resize
+from tiny_inception import formula_weight, shapes, weights_path  # noqa: F401 - fixtures
 
 
 VECTORS = Path(__file__).parents[1] / "data" / "inception-vectors.safetensors"
 SIZES = {0: (40, 56), 1: (320, 301)}  # one that is enlarged, one that shrinks
-
-
-def formula_weight(name, shape):
-    """Uniform numbers seeded by the tensor's name, scaled so that activations keep their size."""
-    uniform = np.random.RandomState(zlib.crc32(name.encode())).random_sample(shape)
-    if len(shape) > 1:
-        values = (uniform - 0.5) * np.sqrt(24 / np.prod(shape[1:]))
-    elif name.endswith(("running_var", "bn.weight")):
-        values = 0.5 + uniform
-    else:
-        values = uniform - 0.5
-    return torch.from_numpy(values.astype(np.float32))
 
 
 def formula_images(seed, count=2):
@@ -41,32 +29,6 @@ def formula_images(seed, count=2):
 
 def to_network(images):
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    """Names and shapes of the tensors, from the error that an empty file gets."""
-    empty = tmp_path_factory.mktemp("inception") / "empty.pth"
-    torch.save({}, empty)
-    found = {}
-
-    class Recorder(InceptionV3):
-        def state_dict(self):
-            state = super().state_dict()
-            found.update({name: tuple(tensor.shape) for name, tensor in state.items() if "num_batches" not in name})
-            return state
-
-    with pytest.raises(ValueError, match="is missing"):
-        Recorder(empty)
-    return found
-
-
-@pytest.fixture(scope="module")
-def weights_path(shapes, tmp_path_factory):
-    path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.save({name: formula_weight(name, shape) for name, shape in shapes.items()}, path)
-    yield path
-    path.unlink()  # 96 MB
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
-from test_inception import shapes, weights_path  # noqa: F401 - fixtures
 
 from diffusers_terdit import TerDiTPipeline, cli, evaluation, training
 from diffusers_terdit.evaluation.digits import digits_classifier, train_digits_classifier
 from diffusers_terdit.evaluation.inception import InceptionV3
 from diffusers_terdit.pipelines.schedulers import training_scheduler
+from tiny_inception import shapes, weights_path  # noqa: F401 - fixtures
 
 
 ROOT = Path(__file__).parents[2]
