@@ -1,5 +1,7 @@
 """A file of Inception weights that follow a formula, for tests of the network and of what measures with it."""
 
+import zlib
+
 import numpy as np
 import pytest
 import torch
