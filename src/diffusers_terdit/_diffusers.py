@@ -54,15 +54,6 @@ def is_offloaded(model: torch.nn.Module) -> bool:
     )
 
 
-def has_hooks(model: torch.nn.Module) -> bool:
-    """Whether offloading, step caches or layerwise casting keep the state of a run in the model or a part of it."""
-    return is_offloaded(model) or any(
-        registry.hooks
-        for module in model.modules()
-        if (registry := getattr(module, "_diffusers_hook", None)) is not None
-    )
-
-
 def reset_step_caches(model: ModelMixin) -> None:
     """Forget what diffusers' step caches keep between the steps of one run of a sampler."""
     model._reset_stateful_cache()

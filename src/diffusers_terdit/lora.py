@@ -61,7 +61,7 @@ def refuse_adapters(model: torch.nn.Module, action: str) -> None:
 
 @contextmanager
 def _peft() -> Iterator[None]:
-    """Raise if PEFT is not installed; hide its warning that a second adapter is a second adapter."""
+    """Raise if PEFT is not installed; hide its warning about adding a second adapter."""
     if not is_peft_available():
         raise ImportError("LoRA needs PEFT: pip install 'diffusers-terdit[lora]'")
     with warnings.catch_warnings():
@@ -233,7 +233,7 @@ class _LentMethods(TernaryAdapterMixin):
 class _LentMethod:
     """A method of `_LentMethods` bound to one model of another class, so that copies and pickles keep it.
 
-    The reference is weak: a model in a circle would keep its memory until Python looks for circles.
+    The reference is weak: a cycle would hold the model's memory until Python collects garbage.
     """
 
     def __init__(self, name: str, model: ModelMixin):
@@ -247,7 +247,7 @@ class _LentMethod:
 
 
 def take_adapters(model: Any, layer_class: type[torch.nn.Module] | None) -> None:
-    """Let a model of any class of diffusers carry LoRA on ternary layers; `None`: let it be as it was.
+    """Let a model of any class of diffusers carry LoRA on ternary layers; `None` undoes this.
 
     The methods that have to know the layer are put on the model itself. Its class stays as it is.
     """

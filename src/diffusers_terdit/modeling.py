@@ -51,7 +51,7 @@ logger = logging.get_logger(__name__)
 _loading: ContextVar[bool] = ContextVar("loading", default=False)
 
 
-MAX_BLOCKS = 1000  # of a config: modules are built before the weights are read, at a millisecond each
+MAX_BLOCKS = 1000  # of a config: each takes a millisecond to build, before the weights are read
 _MAX_TIMESTEPS = 10**6  # a scheduler allocates several numbers for each
 _MAX_INT = 2**31 - 1
 # What the constructors of diffusers' classes raise for numbers that they cannot use and for choices that they do not
@@ -62,7 +62,7 @@ _MAX_FLOAT = torch.finfo(torch.float32).max
 
 
 def check_config(where: str | os.PathLike, config: Any, cls: type | None = None) -> None:
-    """Raise a `ValueError` where a config asks for what cannot be, before anything is built from it.
+    """Raise a `ValueError` where a config asks for the impossible, before anything is built from it.
 
     Args:
         where (`str` or `os.PathLike`): File or class, for the message.
@@ -185,7 +185,7 @@ def warn_half_precision_codes(dtype: torch.dtype | None) -> None:
 
 
 class PortableConfigMixin(ConfigMixin):
-    """`ConfigMixin` that saves no path of this machine, and that remote code leaves no trace in."""
+    """`ConfigMixin` that saves no local paths and no trace of remote code."""
 
     @classmethod
     def _dict_from_json_file(cls, json_file):
@@ -203,7 +203,7 @@ class PortableConfigMixin(ConfigMixin):
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     def to_json_string(self) -> str:
-        """The config as JSON, without `_name_or_path`."""
+        """Return the config as JSON, without `_name_or_path`."""
         config = json.loads(super().to_json_string())
         config.pop("_name_or_path", None)
         for key, value in config.items():
@@ -213,7 +213,7 @@ class PortableConfigMixin(ConfigMixin):
 
 
 def _check_index(name: str | os.PathLike, variant: str | None, subfolder: str | None, **options: Any) -> None:
-    """Check the index of a model in several files, if it has one, after a download where it is on the Hub."""
+    """Check the index of a sharded model, if it has one; download it first where the model is on the Hub."""
     filename = with_variant(SAFE_WEIGHTS_INDEX_NAME, variant)
     if os.path.isdir(name):
         index = Path(name, subfolder or "", filename)

@@ -1,8 +1,8 @@
 """Export this package's code for repositories that bring their own.
 
 diffusers runs a repository's code after `trust_remote_code=True`, and takes one file per component. Such a file is a
-preamble over diffusers' own mixins, then files of this package as they are, in a fixed order. A file of arithmetic
-becomes a function that returns its names, as a module would; layer, network and pipeline stand at the top level.
+preamble over diffusers' own mixins, then files of this package without their imports, in a fixed order. A file of
+arithmetic becomes a function that returns its names, as a module would; the others stay at module level.
 Locks, strict checks, the Hub, adapters and the integer kernels stay in the package.
 """
 
@@ -271,7 +271,7 @@ def _parts(text: str) -> tuple[set[str], list[str], str]:
             outside.add(ast.unparse(node))
         else:
             module = (node.module or "").rpartition(".")[2]
-            for name in (alias.name for alias in node.names):  # what is nowhere here is in the preamble
+            for name in (alias.name for alias in node.names):  # a name defined nowhere here comes from the preamble
                 if name in stems:
                     inside.append(f"{name} = _{name}")
                 elif module in stems or (module == "ops" and name in OPS):

@@ -451,6 +451,23 @@ class TestFolders:
         saving.remove_partials(tmp_path)
         assert not left_in(tmp_path)
 
+    def test_a_folder_that_cannot_be_moved_leaves_the_old_one(self, tmp_path, monkeypatch):
+        (tmp_path / "x").mkdir()
+        (tmp_path / "x" / "a").write_text("old")
+        moves = []
+
+        def replace(source, target, plain=os.replace):
+            moves.append(source)
+            if len(moves) == 2:
+                raise OSError(errno.EIO, "Input/output error")
+            plain(source, target)
+
+        monkeypatch.setattr(saving.os, "replace", replace)
+        with pytest.raises(OSError, match="cannot be written"), saving.new_folder(tmp_path / "x") as partial:
+            (partial / "a").write_text("new")
+        assert [path.name for path in tmp_path.iterdir()] == ["x"]
+        assert (tmp_path / "x" / "a").read_text() == "old"
+
     def test_two_writers_of_a_folder_do_not_mix(self, tmp_path):
         with saving.new_folder(tmp_path / "x") as one:
             (one / "a").write_text("1")

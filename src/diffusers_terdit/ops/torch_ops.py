@@ -1,7 +1,7 @@
 """Ternary arithmetic as torch ops: schema, fake tensors, autograd, input checks.
 
 `ternary_linear` (packed weight) and `float_linear` (float weight, ternarized on the fly: what training computes) are
-one op each for every device and scale: torch picks the kernel, `torch.compile` sees one node, and autograd gives
+one op for every device and scale: torch picks the kernel, `torch.compile` sees one node, and autograd gives
 gradients to the input, the scale, the bias and the float weight. Backward decodes or ternarizes again instead of
 keeping the ternary matrix. `integer_linear` rounds the input to integers first, for speed. `linear` is what a layer
 calls: it asks `choose_kernel` which of them runs.
@@ -154,7 +154,7 @@ def _integer_product(rows: Tensor, weight_packed: Tensor) -> Tensor:
 
 
 def _is_fused(input: Tensor) -> bool:
-    """Whether `torch.compile` is to fuse what surrounds a matmul: on a GPU it costs as much as a tenth of it."""
+    """Whether `torch.compile` is to fuse what surrounds a matmul, which on a GPU costs up to a tenth of it."""
     return torch.compiler.is_compiling() and input.device.type == "cuda"
 
 
@@ -303,7 +303,7 @@ def register_kernels(
         device_type (`str`): "cpu", "cuda", ...
         choose (`Callable`): (device, case) -> the [`Choice`] that these kernels make.
         check_integers (`Callable`): (bits) -> nothing; see `check_integers`.
-        linear (`Callable`): Kernel of the op of this name, as all that follow.
+        linear (`Callable`): Kernel of the op of the same name, as are those below.
         linear_backward (`Callable`): See `reference.linear_backward`.
         integer_linear (`Callable`): See `reference.integer_linear`.
         product (`Callable`): See `reference.product`.
@@ -470,7 +470,7 @@ def linear(
     if not packed:
         _check_float(weight)
     cast = _checked_input(input, weight, weight_scale, bias)
-    # constants, also where `torch.compile` has symbols for the sizes: what counts a range must know its length
+    # `len(range(...))` makes ints of sizes for which `torch.compile` has symbols
     out_features, in_features = len(range(_out_features(weight))), len(range(weight.shape[1]))
     granularity = reference.granularity_of(weight_scale, in_features)
     bits = choose_kernel(

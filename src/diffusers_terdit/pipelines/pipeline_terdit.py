@@ -278,7 +278,7 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Set `pipe._interrupt = True` in a callback to stop denoising; the rest of the steps is skipped."""
+        """Whether to skip the remaining steps. Set `pipe._interrupt = True` in a callback."""
         return self._interrupt
 
     @contextmanager
@@ -383,7 +383,7 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
             self._interrupt = False
             reset_step_caches(self.transformer)  # an interrupted call leaves them full
             device = self._execution_device
-            dtype = self.transformer.dtype  # walks over all modules
+            dtype = self.transformer.dtype  # looked up once: the property scans all modules
             channels = self.transformer.config.in_channels
 
             # 2. Labels, (B,), and the null label of the unconditional half
@@ -400,8 +400,8 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
             )
             extra_step_kwargs = self.prepare_extra_step_kwargs(generator)
 
-            # 4. adaLN, which sees only timesteps and labels, for many steps at once; not where a callback may change
-            # the model between steps, or where its weights come and go with `forward`
+            # 4. Compute adaLN for many steps at once, since it depends only on timestep and label; not where a
+            # callback may change the model between steps, or where offloading moves its weights
             ahead = None
             if callback_on_step_end is None and not is_offloaded(self.transformer):
                 null = [self.transformer.null_label] if self.do_classifier_free_guidance else []

@@ -1,4 +1,4 @@
-"""Schedulers: the default, by name, and which of diffusers' can sample which model."""
+"""The default scheduler, schedulers by name, and which of diffusers' schedulers can sample which model."""
 
 import difflib
 import inspect
@@ -21,7 +21,7 @@ LEARNED = ("learned", "learned_range")  # DDPM's `variance_type` for a variance 
 
 
 def default_scheduler() -> DDPMScheduler:
-    """Return the sampler TerDiT is trained for: 1000 linear steps, learned variance, no clipping, from 999 to 0."""
+    """Return the scheduler TerDiT is trained with: 1000 linear steps, learned variance, no clipping, from 999 to 0."""
     return DDPMScheduler(
         num_train_timesteps=1000,
         beta_start=1e-4,
@@ -124,7 +124,7 @@ def check_scheduler(scheduler: SchedulerMixin, learn_sigma: bool) -> None:
 def timesteps_device(scheduler: SchedulerMixin, device: torch.device) -> torch.device:
     """Return where a scheduler's timesteps belong: on the CPU beside its tables, so that no look-up waits for a GPU.
 
-    LTX's scheduler keeps the tables that it multiplies latents by with its timesteps, so there on the latents' device.
+    LTX's scheduler multiplies latents by tables that it keeps with its timesteps, so they go on the latents' device.
     """
     return device if isinstance(scheduler, LTXEulerAncestralRFScheduler) else torch.device("cpu")
 

@@ -54,7 +54,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path, seconds: float, refusal: str) -> Iterator[None]:
-    """Hold a lock file that is gone in the end; the system frees the lock of a process that is killed.
+    """Hold a lock file that is removed on exit; the system frees the lock of a process that is killed.
 
     Raises:
         OSError: With the message `refusal`: after `seconds` another process, or thread, still has it.
@@ -67,7 +67,7 @@ def _locked(path: Path, seconds: float, refusal: str) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # Windows removes no file that is open; there, the release does
+        with suppress(OSError):  # Windows cannot remove an open file; the release removes it there
             path.unlink()  # while it is held: a process that waits for it notices, and makes another
         lock.release()
 
@@ -131,7 +131,7 @@ def replacing(folder: Path, marker: Path, clear: bool = True, seconds: float = 1
 
     Args:
         folder (`Path`): Made if it does not exist.
-        marker (`Path`): In the folder, or in one of its folders, that every loader of the files asks about.
+        marker (`Path`): In the folder, or in one of its folders, that every loader of the files looks for.
         clear (`bool`): Whether to remove the weights that are replaced.
         seconds (`float`): How long to wait for another process that is moving its files.
 
@@ -174,8 +174,7 @@ def refuse_interrupted(folder: Path) -> None:
 def output_folder(path: str | os.PathLike, is_main_process: bool = True, seconds: float = 10.0) -> Iterator[None]:
     """Keep a folder for one run: make it, try to write there, and remove what killed runs left half-written.
 
-    Another run that wants the folder waits, and is refused in the end. The system ends this with the process, however
-    it ends.
+    A second run waits, then is refused. The system releases the lock however the process ends.
 
     Args:
         path (`str` or `os.PathLike`): The folder.
@@ -199,9 +198,9 @@ def output_folder(path: str | os.PathLike, is_main_process: bool = True, seconds
 
 @contextmanager
 def new_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A file that appears whole or not at all: yields another path, which is renamed to `path` at the end.
+    """Write a file that appears whole or not at all: yield another path, which is renamed to `path` at the end.
 
-    It is in a folder of its own, because safetensors has files beside it while it writes.
+    It is in a folder of its own, because safetensors creates temporary files beside it while it writes.
 
     Raises:
         OSError: The disk is full or not writable; what was at `path` is still there.
@@ -218,7 +217,7 @@ def new_file(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder that appears whole or not at all: yields another one, which is renamed to `path` at the end.
+    """Write a folder that appears whole or not at all: yield another one, which is renamed to `path` at the end.
 
     A folder that was at `path` is replaced. On an error the new folder is removed.
 
@@ -231,9 +230,15 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         yield partial
         for file in [*partial.rglob("*"), partial]:
             _sync(file)
+        old = partial.with_name(f"{path.name}.old")
         if path.exists():  # moved as a whole: a folder that is removed file by file may look whole
-            os.replace(path, partial.with_name(f"{path.name}.old"))
-        os.replace(partial, path)
+            os.replace(path, old)
+        try:
+            os.replace(partial, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
         _sync(path.parent)
 
 

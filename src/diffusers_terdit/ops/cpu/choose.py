@@ -1,7 +1,8 @@
-"""Which kernel computes a ternary layer on a CPU, and why: this is the one place that decides it.
+"""Choose the kernel that computes a ternary layer on a CPU, and say why: the one place that decides it.
 
 Exact arithmetic is `decode`. Integers are computed by the first kernel of `integer_kernels` that this processor runs.
-All of them give the same bits, those of `reference.integer_linear`, which is used where there is none.
+All of them give the same bits, those of `reference.integer_linear`. Where there is none, layers compute exactly, and
+`ops.integer_linear` calls the reference.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,7 @@ def integer_kernels() -> dict[str, Callable[..., Tensor]]:
     """Return the integer kernels that this processor runs, by name, best first; none without numba."""
     if find_spec("numba") is None:
         return {}
-    from . import instructions, integer, lookup  # numba is optional, and takes half a second
+    from . import instructions, integer, lookup  # numba is optional, and importing it takes half a second
 
     kernels = (lookup.KERNEL, *integer.KERNELS)
     processor = instructions.processor()
