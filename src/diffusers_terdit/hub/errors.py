@@ -20,10 +20,11 @@ from ..storage.saving import UnwritableError
 
 @contextmanager
 def hub_errors(name: str | os.PathLike, revision: str | None = None, writing: bool = False) -> Iterator[None]:
-    """Name the repository or folder in what a file, a disk or the Hub brings about; let programming errors through.
+    """Name the repository or folder in the errors that a file, a disk or the Hub causes; leave other errors alone.
 
-    An `OSError` says what to do about the Hub, or that a file cannot be read; a `ValueError` about contents of a file
-    gets the name, where it lacks one.
+    What the Hub answers becomes an `OSError` that says what to do, and so does a file that cannot be read. A
+    `ValueError` about the contents of a file gets the name if it lacks it. A `TypeError` or another programming error
+    surfaces as itself.
 
     Args:
         name (`str` or `os.PathLike`): Repository or folder.
@@ -51,6 +52,7 @@ def hub_errors(name: str | os.PathLike, revision: str | None = None, writing: bo
 
 
 def _hub_message(name: str, revision: str | None, writing: bool, error: BaseException) -> str | None:
+    """Return what the Hub, or the way to it, had against a request; `None` where it did not cause the error."""
     causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in causes:
@@ -76,14 +78,16 @@ def _hub_message(name: str, revision: str | None, writing: bool, error: BaseExce
     if found(OfflineModeIsEnabled) and writing:
         return f"HF_HUB_OFFLINE is set, so nothing can be uploaded to {name}."
     if found(OfflineModeIsEnabled):
-        return f"{name} is not in the cache as a whole, and HF_HUB_OFFLINE forbids to download. Load it once online."
+        return (
+            f"{name} is not in the cache as a whole, and HF_HUB_OFFLINE forbids downloading it. Load it once online."
+        )
     if status == 429 or status >= 500 or (writing and status):
         return f"The Hub answered {status} for {name} ({reason}). Try again later."
     broken = found(httpx.TransportError)
     if broken:
         return (
-            f"The connection to the Hub broke off at {name} ({type(broken).__name__}: {broken}). Try again: files that"
-            " had arrived whole are not sent twice."
+            f"The connection to the Hub broke off at {name} ({type(broken).__name__}: {broken}). Try again: complete"
+            " files are not sent twice."
         )
     if found(LocalEntryNotFoundError):
         return f"{name} is not in the cache as a whole. Load it once without `local_files_only`."

@@ -94,10 +94,9 @@ def push_saved(
     }
     with hub_errors(repo_id, revision, writing=True):
         if not subfolder:
+            theirs = _read_remote_card(repo_id, revision, token)
             card = model_card(model, repo_id, options, revision=revision, variant=variant)
-            added["README.md"] = _merged(
-                card, folder, repo_id, _card_there(repo_id, revision, token), options
-            ).encode()
+            added["README.md"] = _merge_into(folder, card, theirs, repo_id, options).encode()
             added |= options.encoded()
         present = list_repo_files(repo_id, revision=revision, token=token)
         logger.info(f"Uploading {len(added)} files to {repo_id}.")
@@ -114,7 +113,7 @@ def push_saved(
         )
 
 
-def _card_there(repo_id: str, revision: str | None, token: str | None) -> RepoCard | None:
+def _read_remote_card(repo_id: str, revision: str | None, token: str | None) -> RepoCard | None:
     """Return the card of a repository, or `None` where there is none."""
     try:
         path = hf_hub_download(repo_id, "README.md", revision=revision, token=token)
@@ -123,8 +122,8 @@ def _card_there(repo_id: str, revision: str | None, token: str | None) -> RepoCa
     return read_card(Path(path), f"README.md of {repo_id}")
 
 
-def _merged(card: str, folder: Path, repo_id: str, theirs: RepoCard | None, options: CardOptions) -> str:
-    """Return the card to upload, and write it into the folder; where both have a text of an author, each keeps it."""
+def _merge_into(folder: Path, card: str, theirs: RepoCard | None, repo_id: str, options: CardOptions) -> str:
+    """Return the card to upload, and write it into the folder; if both have an author's text, each keeps its own."""
     path = folder / "README.md"
     ours = read_card(path) if path.exists() else None
     our_text, their_text, append = own_text(ours), own_text(theirs), bool(options.images)
@@ -143,7 +142,7 @@ def _merged(card: str, folder: Path, repo_id: str, theirs: RepoCard | None, opti
 def _replaced(present: Iterable[str], added: Collection[str]) -> list[str]:
     """Return the files in the repository that belong to an earlier state of the uploaded weights and pictures.
 
-    An index of shards would win over a new single file, and shards would stay for nothing.
+    diffusers would load an old index of shards instead of a new single file.
     """
 
     def key(path: str) -> tuple[str, tuple[str, str]] | None:
