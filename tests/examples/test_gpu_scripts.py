@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from diffusers_terdit.models.transformer_terdit import PRESETS
+from diffusers_terdit.models.transformer_terdit import SIZES
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -21,7 +21,7 @@ TOY = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "sam
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """`run("gpu_pipeline", "--steps", "2", ...)`: its JSON and its page."""
-    monkeypatch.setitem(PRESETS, "toy", TOY)
+    monkeypatch.setitem(SIZES, "toy", TOY)
     for folder in (EXAMPLES, EXAMPLES / "benchmarks"):
         monkeypatch.syspath_prepend(folder)
 

@@ -20,7 +20,6 @@ from diffusers_terdit import (
     convert_original_checkpoint,
     export_remote_code,
     modeling,
-    remote_code,
 )
 from diffusers_terdit.checkpoints import bundled
 from diffusers_terdit.conversion import convert_dense_checkpoint, swap_bitnet_order
@@ -245,13 +244,6 @@ def export_without_config(w):
 def export_broken(w):
     (w.tmp / "config.json").write_text("[]")
     export_remote_code(w.tmp)
-
-
-def two_meanings(w):
-    join = remote_code._Join({})
-    join.source("layers")
-    join.kept["layers", "print"] = None
-    join.final_names()
 
 
 def broken_card(w):
@@ -487,10 +479,6 @@ ROWS = [
     Row("export-no-config", export_without_config, OSError,
         "TMP/pipe/transformer/config.json", "cannot be read", AGAIN),
     Row("export-json", export_broken, ValueError, "holds list", "TMP/config.json", AGAIN),
-    Row("export-name", lambda w: remote_code._join("layers", ["Nothing"]), RuntimeError,
-        "`Nothing`", "does not define", REASON),
-    Row("export-two-meanings", two_meanings, RuntimeError,
-        "['print']", "mean several things in the joined file", REASON),
     Row("inspect-nothing", lambda w: inspection.inspect_weights(w.tmp), OSError,
         "TMP", f"has no {WEIGHTS}. It holds no weights.", "Pass the folder of a pipeline, model or layer."),
     Row("inspect-scale", odd_scale, ValueError, "[8, 9]", "which is no ternary layer", "Save it again."),

@@ -86,14 +86,19 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
-        # Class ids by name. Several names of a class are separated by commas; several classes may share a name.
-        self._ids_by_name: dict[str, list[int]] = {}
-        for key, names in (id2label or {}).items():
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class id by name, sorted. A name that several classes share is there once per class, as "crane (134)"."""
+        ids = self._ids_by_name()
+        unique = {(n if len(found) == 1 else f"{n} ({i})"): i for n, found in ids.items() for i in found}
+        return dict(sorted(unique.items()))
+
+    def _ids_by_name(self) -> dict[str, list[int]]:
+        ids: dict[str, list[int]] = {}
+        for key, names in (self.config.id2label or {}).items():  # several names of a class are separated by commas
             for name in dict.fromkeys(part.strip() for part in names.split(",")):
-                self._ids_by_name.setdefault(name, []).append(int(key))
-        shared = {f"{name} ({i})": i for name, ids in self._ids_by_name.items() if len(ids) > 1 for i in ids}
-        unique = {name: ids[0] for name, ids in self._ids_by_name.items() if len(ids) == 1}
-        self.labels = dict(sorted({**unique, **shared}.items()))
+                ids.setdefault(name, []).append(int(key))
+        return ids
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """Class ids of label names.
@@ -105,7 +110,7 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
         Raises:
             ValueError: A name is unknown (near matches are shown) or several classes share it.
         """
-        names = self._ids_by_name
+        names = self._ids_by_name()
         any_case: dict[str, list[int]] = {}
         for name, ids in names.items():
             any_case.setdefault(name.casefold(), []).extend(ids)
