@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmark import machine
-from diffusers_terdit.ops import dequantize, gpu, pack_ternary, reference
+from diffusers_terdit.ops import dequantize, pack_ternary, reference
+from diffusers_terdit.ops.gpu import choose, decode
 from gpu_benchmark import (
     captured,
     first_line,
@@ -77,9 +78,11 @@ class Input:
     def __init__(self, rows: int, in_features: int, dtype: torch.dtype, device: str):
         self.plain = torch.randn(rows, in_features, device=device).to(dtype)
         codes, step = reference.round_activations(self.plain, 8)
-        self.bytes, self.step = gpu.to_bytes(codes, 8), step.flatten()
+        self.bytes, self.step = codes.to(torch.int8), step.flatten()
         codes, step = reference.round_activations(self.plain, 16)
-        self.pairs, self.pair_step = gpu.to_bytes(codes, 16), step.flatten()
+        whole = codes.to(torch.int32)  # 256 * high + low
+        low = ((whole + 128) & 255) - 128
+        self.pairs, self.pair_step = torch.cat([(whole - low) >> 8, low]).to(torch.int8), step.flatten()
         self.fp8_step = self.plain.float().abs().amax(1, keepdim=True) / 448
         self.fp8 = (self.plain.float() / self.fp8_step).to(torch.float8_e4m3fn)
 
@@ -142,7 +145,8 @@ def designs(space: Workspace, hidden: int, all_configs: bool) -> Iterator[Design
 
     def package_int8(weight: Weight) -> Tensor:
         x = space.input(weight)
-        return gpu.integer_product(x.pairs if weight.shape[1] == hidden else x.bytes, weight.packed)
+        rows = x.pairs if weight.shape[1] == hidden else x.bytes
+        return torch.ops.diffusers_terdit.integer_product(rows, weight.packed)
 
     def after_package_int8(output: Tensor, weight: Weight) -> Tensor:
         x = space.input(weight)
@@ -181,7 +185,11 @@ def designs(space: Workspace, hidden: int, all_configs: bool) -> Iterator[Design
         return F.linear(space.input(weight).plain, weight.dense)
 
     def package(weight: Weight) -> Tensor:
-        return gpu.product(space.input(weight).plain, weight.packed, weight.scale)
+        return torch.ops.diffusers_terdit.product(space.input(weight).plain, weight.packed, weight.scale)
+
+    def decoded_by_package(weight: Weight) -> Tensor:
+        packed = weight.packed
+        return (choose.decoder(packed.device) if packed.is_cuda else decode.unpack)(packed, dtype)
 
     def words(weight: Weight) -> Tensor:
         return F.linear(space.input(weight).plain, space.decoded(weight, dtype))
@@ -195,7 +203,7 @@ def designs(space: Workspace, hidden: int, all_configs: bool) -> Iterator[Design
     yield Design("exact, words", words, finish=after_words)
     yield Design("exact, words, merged", words, merged=True, finish=after_words)
     yield Design("exact, words in quarters", quarters, finish=after_words)
-    yield Design("decode alone, package", lambda weight: gpu.decode(weight.packed, dtype), finish=None)
+    yield Design("decode alone, package", decoded_by_package, finish=None)
     yield Design("decode alone, words", lambda weight: space.decoded(weight, dtype), finish=None)
     yield Design("int8, package", package_int8, finish=after_package_int8)
     yield Design("int8, words + _int_mm", int_mm, merged=True, finish=after_int_mm)

@@ -23,7 +23,8 @@ from kernel_page import table
 
 ROOT = Path(__file__).parents[2]
 FILES = [
-    "tests/ops/test_gpu.py",
+    "tests/ops/gpu",
+    "tests/ops/test_torch_ops.py",
     "tests/models/test_compile.py",
     "tests/pipelines/test_not_finite.py",
     "tests/pipelines/test_offload.py",

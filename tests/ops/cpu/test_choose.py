@@ -85,6 +85,7 @@ def test_what_no_integer_kernel_takes(best, case, reason):
 def test_the_dtype_of_an_exact_matmul(monkeypatch):
     for supported, dtype in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda supported=supported: supported)
+        torch_ops.decide.cache_clear()
         choice = choose_kernel(CPU, torch.bfloat16, 64, 64, requested_bits=None)
         assert choice.kernel == f"exact, matmul in {dtype}"
 
