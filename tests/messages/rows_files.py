@@ -382,7 +382,7 @@ ROWS = [
         "TMP/original/model_args.pth", "holds more than tensors and plain values", "do not trust this file"),
     Row("pth-cut", original(cut_pth), OSError, f"TMP/original/{PTH}", "truncated or damaged?", "Download it again."),
     Row("pth-compressed", original(compress), OSError,
-        f"TMP/original/{PTH}", "a record is compressed", "Download it again."),
+        f"TMP/original/{PTH}", "a record is compressed, or marked as a folder", "Download it again."),
     Row("pth-checksum", original(flip), OSError,
         f"TMP/original/{PTH}", "does not have its checksum", "Download it again."),
     Row("pth-list", original(lambda path: torch.save([1], path)), ValueError,

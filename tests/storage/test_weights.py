@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import struct
+import zipfile
 
 import pytest
 import torch
@@ -399,3 +400,15 @@ def test_a_pickle_that_is_none_is_an_oserror_that_names_it(tmp_path, contents):
     path.write_bytes(path.read_bytes()[:-1] if contents is None else contents)
     with pytest.raises(OSError, match=re.escape(str(path))):
         weights.load_pickle(path)
+
+
+def test_a_record_that_is_marked_as_a_folder_is_refused(tmp_path):
+    """Mapped and unmapped, torch reads different bytes of it."""
+    torch.save({"x": torch.ones(4)}, tmp_path / "x.pth")
+    with zipfile.ZipFile(tmp_path / "x.pth") as source, zipfile.ZipFile(tmp_path / "y.pth", "w") as target:
+        for record in source.infolist():
+            marked = zipfile.ZipInfo(record.filename)
+            marked.external_attr = 0x10 if record.filename.endswith("data/0") else 0
+            target.writestr(marked, source.read(record))
+    with pytest.raises(OSError, match="marked as a folder"):
+        weights.load_pickle(tmp_path / "y.pth")

@@ -311,13 +311,14 @@ def load_pickle(path: str | os.PathLike, *allowed: type) -> Any:
 def _check_archive(path: str | os.PathLike) -> None:
     """Raise unless every record of a PyTorch file has its checksum, which torch does not look at, and is as it is.
 
-    Compressed records would let a small file fill the memory; torch writes none.
+    Compressed records would let a small file fill the memory, and of a record that is marked as a folder torch reads
+    nothing, or its bytes, depending on whether the file is mapped. torch writes neither.
     """
     if not is_zipfile(path):
         return
     with ZipFile(path) as archive:
-        if any(record.compress_type != ZIP_STORED for record in archive.infolist()):
-            raise OSError("a record is compressed")
+        if any(record.compress_type != ZIP_STORED or record.external_attr & 0x10 for record in archive.infolist()):
+            raise OSError("a record is compressed, or marked as a folder")
         if damaged := archive.testzip():
             raise OSError(f"the record {damaged} does not have its checksum")
 
