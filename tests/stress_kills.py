@@ -900,7 +900,6 @@ def markdown(report: dict) -> str:
             "",
             f"Made on {report['machine']}, one worker, {report['versions']}, in {minutes:.0f} minutes,"
             " with other programs beside it.",
-            *(["", report["note"]] if "note" in report else []),
             "",
             "## Killed",
             "",
