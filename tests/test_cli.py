@@ -270,9 +270,10 @@ def test_info_of_a_layer_and_of_a_file(tmp_path, capsys):
         assert ("16 inputs, 8 outputs" in printed) == path.is_dir()
 
 
+@pytest.mark.parametrize("activation_bits", [None, 8])
 @pytest.mark.parametrize("weight_format", ["packed", "float"])
-def test_info_says_which_kernel_computes_the_layers(tmp_path, capsys, tiny_model, weight_format):
-    tiny_model(weight_format).save_pretrained(tmp_path)
+def test_info_says_which_kernel_computes_the_layers(tmp_path, capsys, tiny_model, weight_format, activation_bits):
+    tiny_model(weight_format, activation_bits=activation_bits).save_pretrained(tmp_path)
     assert main(["info", str(tmp_path), "--kernels"]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
     rows = [re.split("  +", row) for row in rows if row.startswith("cpu")]
@@ -280,9 +281,15 @@ def test_info_says_which_kernel_computes_the_layers(tmp_path, capsys, tiny_model
     assert {dtype for _, dtype, *_ in rows} == set(DTYPES)
     for _, dtype, layers, *shown in rows:
         kernel, bits, reason = choose_kernel(
-            torch.device("cpu"), getattr(torch, dtype), 32, 32, packed=weight_format == "packed"
+            torch.device("cpu"),
+            getattr(torch, dtype),
+            32,
+            32,
+            packed=weight_format == "packed",
+            trained_bits=activation_bits,
         )
-        assert shown == [kernel, f"{bits}-bit" if bits else "not rounded", reason]
+        rounded = bits or activation_bits
+        assert shown == [kernel, f"{rounded}-bit" if rounded else "not rounded", reason]
         assert layers == "16"
 
 

@@ -304,17 +304,18 @@ def _print_kernels(path: Path) -> None:
     report = inspect_weights(path)
     if not report.layers:
         raise ValueError(f"{path} has no ternary layers, for which a kernel is chosen. Leave out --kernels.")
-    packed = "2-bit" in report.total("ternary ").dtypes
+    packed, trained = "2-bit" in report.total("ternary ").dtypes, report.config.get("activation_bits")
     table = [("device", "dtype", "layers", "kernel", "inputs", "why")]
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for dtype in DTYPES:
             choices: Counter = Counter()
             for shape, layers in report.shapes.items():
-                trained = report.config.get("activation_bits")
                 case = getattr(torch, dtype), *shape, packed
                 choices[choose_kernel(torch.device(device), *case, trained_bits=trained)] += layers
             for (kernel, bits, reason), layers in choices.items():
-                table.append((device, dtype, str(layers), kernel, f"{bits}-bit" if bits else "not rounded", reason))
+                rounded = bits or trained
+                inputs = f"{rounded}-bit" if rounded else "not rounded"
+                table.append((device, dtype, str(layers), kernel, inputs, reason))
     _print_table(table, "<<><<<")
 
 

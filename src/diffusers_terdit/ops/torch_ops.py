@@ -243,7 +243,7 @@ class Choice(NamedTuple):
     """The kernel that computes a layer on a device, and why it is this one."""
 
     kernel: str
-    bits: int | None  # 8 or 16: it rounds each row of the input to integers; `None`: it rounds nothing
+    bits: int | None  # of the integers that it rounds each row of the input to; `None`: it does not
     reason: str
 
 
