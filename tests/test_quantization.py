@@ -351,6 +351,16 @@ class TestLoading:
             DiTTransformer2DModel.from_pretrained(tmp_path)
         assert str(file) in str(error.value)
 
+    def test_pickles_are_neither_written_nor_read(self, tmp_path):
+        model = TernaryConfig().quantize(dit()[0])
+        with pytest.raises(ValueError, match="saved as safetensors only, got safe_serialization=False"):
+            model.save_pretrained(tmp_path, safe_serialization=False)
+        assert not list(tmp_path.glob("*.bin"))
+        model.save_config(tmp_path)
+        torch.save(model.state_dict(), tmp_path / "diffusion_pytorch_model.bin")
+        with pytest.raises(OSError, match=r"diffusion_pytorch_model\.bin is not a readable safetensors file"):
+            DiTTransformer2DModel.from_pretrained(tmp_path)
+
     @pytest.mark.parametrize(
         "change",
         [

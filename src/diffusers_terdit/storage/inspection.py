@@ -43,15 +43,15 @@ class Group:
 
 @dataclass
 class WeightsReport:
-    """What `inspect_weights` found.
+    """Result of `inspect_weights`.
 
     Attributes:
         config (`dict`): The `config.json` beside the files; empty for a file on its own.
         files (`list[Path]`): The weights file, or all shards.
         groups (`dict[str, Group]`): By role, such as `"ternary codes, attention"`; `HEADERS` holds the rest of the
             bytes, so that they sum to the files' sizes.
-        layers (`int`): Ternary layers.
-        dead_layers (`list[str]`): Those whose weights are all zero.
+        layers (`int`): Number of ternary layers.
+        dead_layers (`list[str]`): Names of the ternary layers whose weights are all zero.
         scales (`torch.Tensor`): All ternary scales, float32, one dimension.
         granularities (`set`): What one scale covers: `"tensor"`, `"row"`, or inputs per group.
         shapes (`Counter`): Ternary layers by outputs, inputs and what one scale covers.
@@ -94,8 +94,8 @@ def inspect_weights(path: str | Path) -> WeightsReport:
 
     Raises:
         OSError: No safetensors weights are there, or they cannot be read.
-        ValueError: A packed tensor holds a code that is not ternary, a file does not match its digest, or is of
-            another version or packing.
+        ValueError: A tensor holds code 3, NaN or infinity, or a file does not match its digest or has another version
+            or packing.
     """
     path = Path(path)
     paths = [path] if path.is_file() else _weights_files(path)
@@ -201,7 +201,7 @@ def _tensor(file: WeightsFile, name: str) -> torch.Tensor:
 
 
 def _count_zeros(file: WeightsFile, name: str, leaf: str, granularity: str | int) -> tuple[int, int]:
-    """How many weights of a ternary matrix are zero, and how many there are."""
+    """Return how many weights of a ternary matrix are zero, and how many there are."""
     if leaf != PACKED_SUFFIX:
         weight = _tensor(file, name)
         return int((reference.round_to_ternary(weight, granularity) == 0).sum()), weight.numel()

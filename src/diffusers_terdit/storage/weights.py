@@ -64,7 +64,7 @@ TOGETHER = "Download or save config.json and weights again, together."
 
 
 def digest(tensors: Iterable[tuple[str, str, tuple[int, ...], Iterable[bytes | bytearray | memoryview]]]) -> str:
-    """sha256 over tensors in the order of their names: name, dtype, shape and bytes.
+    """Return the sha256 of tensors in the order of their names: name, dtype, shape and bytes.
 
     Args:
         tensors: (name, safetensors dtype name, shape, chunks of little-endian bytes), sorted by name.
@@ -78,6 +78,8 @@ def digest(tensors: Iterable[tuple[str, str, tuple[int, ...], Iterable[bytes | b
 
 
 def state_dict_digest(state_dict: dict[str, torch.Tensor]) -> str:
+    """Return the `digest` of the tensors of a state dict."""
+
     def entry(name: str):
         tensor = state_dict[name].detach().cpu().contiguous()
         data = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
@@ -87,14 +89,14 @@ def state_dict_digest(state_dict: dict[str, torch.Tensor]) -> str:
 
 
 def require_safetensors(safe_serialization: bool, use_flashpack: bool = False) -> None:
-    """Raise a `ValueError` where a save asks for another format."""
+    """Raise a `ValueError` if a save asks for another format."""
     if not safe_serialization or use_flashpack:
         asked = "use_flashpack=True" if use_flashpack else f"safe_serialization={safe_serialization}"
         raise ValueError(f"Ternary weights are saved as safetensors only, got {asked}. Leave it out.")
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Raise an `OSError` where the only weights in a folder are pickles, which are not read."""
+    """Raise an `OSError` if the only weights in a folder are pickles, which are not read."""
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     if pickles and not any(folder.glob("*.safetensors")):
         raise OSError(
@@ -104,7 +106,7 @@ def refuse_pickles(folder: Path) -> None:
 
 
 def with_variant(name: str, variant: str | None) -> str:
-    """A file's name with a variant before its last suffix, as in diffusers: "a.fp16.b" for "a.b"."""
+    """Put a variant before the last suffix of a file's name, as diffusers does: "a.fp16.b" for "a.b"."""
     stem, suffix = name.rsplit(".", 1)
     return f"{stem}.{variant}.{suffix}" if variant else name
 
@@ -148,7 +150,7 @@ def write_weights(
 
 
 def _shards(tensors: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
-    """State dicts of at most `limit` bytes, as huggingface_hub splits; each is empty once the next is asked for."""
+    """Yield state dicts of at most `limit` bytes, split as huggingface_hub does; the next one empties the last."""
     shard: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in tensors:
@@ -167,7 +169,12 @@ def _shards(tensors: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """A JSON object from a file; a `ValueError` that names the file where it holds anything else."""
+    """Return the JSON object in a file.
+
+    Raises:
+        ValueError: The file holds anything else.
+        OSError: The file cannot be read.
+    """
     try:
         found = json.loads(Path(path).read_text("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -206,7 +213,7 @@ def read_index(path: str | os.PathLike, present: bool = True) -> list[Path]:
 
 
 class WeightsFile:
-    """One weights file: what its header says, and its bytes in chunks; no tensor is held.
+    """Header of a weights file, and its bytes in chunks, so that no tensor stays in memory.
 
     Attributes:
         path (`Path`): The file.
@@ -215,8 +222,8 @@ class WeightsFile:
         offsets (`dict[str, tuple[int, int]]`): Where the bytes of a tensor begin and end in the file.
     """
 
-    # The header is read twice because `safe_open` does not say where the bytes are, and gives them by mapping the
-    # whole file: measured, a packed model of 285 MB then took 285 MB more to check, and 5 MB in chunks.
+    # The header is parsed twice: `safe_open` validates it but gives no offsets, and it maps the whole file to read a
+    # tensor. Checking a packed model of 285 MB that way takes 285 MB of memory; in chunks it takes 5 MB.
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
@@ -237,7 +244,7 @@ class WeightsFile:
         self.offsets = {name: (start + begin, start + end) for name, (begin, end) in offsets.items()}
 
     def chunks(self, name: str, size: int = 1 << 20) -> Iterator[bytearray]:
-        """The bytes of a tensor, in pieces of at most `size`."""
+        """Yield the bytes of a tensor, at most `size` at a time."""
         begin, end = self.offsets[name]
         with open(self.path, "rb") as file:
             file.seek(begin)
@@ -245,7 +252,7 @@ class WeightsFile:
                 yield bytearray(file.read(min(size, end - position)))
 
     def _checked_chunks(self, name: str) -> Iterator[bytearray]:
-        """The chunks of a tensor; raises at a code that is not ternary, and at NaN and infinity."""
+        """Yield the chunks of a tensor; raise a `ValueError` at code 3, NaN and infinity."""
         packed = name.split(".")[-1] == PACKED_SUFFIX
         dtype = torch.uint8 if packed else _DTYPES.get(self.tensors[name][0], torch.uint8)
         for chunk in self.chunks(name):
@@ -263,7 +270,7 @@ class WeightsFile:
             yield chunk
 
     def check_contents(self) -> None:
-        """Compare with the digest in the metadata, and look for codes that are not ternary, in one pass."""
+        """Raise a `ValueError` if the file holds code 3, NaN or infinity, or does not match its digest."""
         found = digest((n, *self.tensors[n], self._checked_chunks(n)) for n in sorted(self.tensors))
         expected = self.metadata.get("terdit.sha256")
         if expected is None:
@@ -324,7 +331,7 @@ def _check_archive(path: str | os.PathLike) -> None:
 
 
 def check_tensors(path: str | os.PathLike, state_dict: Any) -> None:
-    """Raise a `ValueError` unless a pickle held a dict of ordinary tensors, by name, each with the memory it says."""
+    """Raise a `ValueError` unless a pickle held a dict of dense tensors on the CPU, each with memory for its shape."""
     if not isinstance(state_dict, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state_dict.items()
     ):
@@ -344,7 +351,7 @@ def check_tensors(path: str | os.PathLike, state_dict: Any) -> None:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity; a few rows at a time in memory."""
+    """Return whether a tensor holds neither NaN nor infinity. Takes memory for a million numbers at a time."""
     if not tensor.is_floating_point():
         return True
     blocks = tensor.reshape(-1).split(2**20)
