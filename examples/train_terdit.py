@@ -3,8 +3,8 @@
     python examples/train_terdit.py --demo --output_dir outputs/digits
     accelerate launch examples/train_terdit.py --preset terdit-600m --train_latents_dir latents --output_dir out/600m
 
-`--output_dir` becomes a packed pipeline folder for `TerDiTPipeline.from_pretrained`; each `checkpoint-N/` in it holds
-float weights and optimizer. `--resume_from_checkpoint latest` goes on in the same bits as a run that never stopped.
+`--output_dir` becomes a packed pipeline folder for `TerDiTPipeline.from_pretrained`. Each `checkpoint-N/` in it holds
+float weights and optimizer: `--resume_from_checkpoint latest` continues bit for bit as a run that never stopped.
 """
 
 import argparse
@@ -17,8 +17,8 @@ import os
 import pkgutil
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
@@ -38,13 +39,13 @@ from diffusers_terdit.storage.saving import new_file, output_folder, writing
 logger = get_logger(__name__, log_level="INFO")
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    def boolean(text: str) -> bool:
-        if text.lower() not in ("true", "false"):
-            raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
-        return text.lower() == "true"
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() == "true"
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data, one of the first four").add_argument
     add("--demo", action="store_true", help="scikit-learn's 8x8 digits and a model of 267 thousand weights")
     add("--train_data_dir", help="folder of class folders of images")
@@ -60,6 +61,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--dataloader_num_workers", type=int, default=0)
     add("--pretrained_vae_model_name_or_path", help="an AutoencoderKL; without it, and without latents, pixels")
 
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     presets = [name for name in training.recipes.PRESETS if name != "demo"]
     add("--preset", choices=presets, help="model and recipe of the paper")
@@ -74,12 +77,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--initialization", default="small_gain", choices=["small_gain", "reference"])
     add("--scale_granularity", default="tensor", help='"tensor", "row", or inputs per group')
     add("--activation_bits", type=int, choices=[8], help="train with 8-bit inputs of the ternary layers")
-    add("--ternary", type=boolean, default=True, help="false: the full-precision twin, on the same data and noise")
-    add("--init_from", help="pipeline, model or checkpoint-N to start from; its size is taken, too")
-    add("--ternary_warmup_steps", type=int, default=0, help="blend from full precision to ternary over so many steps")
+    add("--ternary", type=boolean, default=True, help="false: full precision, the baseline on the same data and noise")
+    add("--init_from", help="pipeline, model or checkpoint-N to start from; its sizes replace the flags above")
+    add("--ternary_warmup_steps", type=int, default=0, help="steps over which full precision blends into ternary")
     add("--teacher", help="pipeline or model whose noise prediction is learned, too")
     add("--distillation_weight", type=float, default=1.0)
 
+
+def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("loss").add_argument
     add("--learn_sigma", type=boolean, default=True, help="false: squared error alone")
     add("--snr_gamma", type=float, help="min-SNR weighting; 5.0 is usual")
@@ -109,6 +114,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--torch_compile", action="store_true", help="compile the transformer blocks")
     add("--fsdp", action="store_true", help="shard weights, average and optimizer over the processes")
 
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=Path, default=Path("terdit-model"))
     add("--export_dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="of non-ternary weights")
@@ -129,6 +136,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--hub_token")
     add("--license", help="of the trained model, for its card")
 
+
+def parse_args(argv=None) -> argparse.Namespace:
+    """Parse the flags; a preset replaces defaults, and what is passed replaces the preset."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_arguments(parser)
+    add_model_arguments(parser)
+    add_optimization_arguments(parser)
+    add_output_arguments(parser)
     known, _ = parser.parse_known_args(argv)
     parser.set_defaults(**training.recipes.PRESETS.get("demo" if known.demo else known.preset, {}))
     args = parser.parse_args(argv)
@@ -158,7 +173,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def open_samples(args: argparse.Namespace, channels: int):
-    """The training samples, (tensor, label) by index; or, streaming, the `datasets` stream itself."""
+    """Open the training data: (tensor, label) by index; or, streaming, the `datasets` stream itself."""
     options = {"resolution": args.resolution, "channels": channels, "flip": args.random_flip}
     if args.demo:
         return training.data.Digits(train=True)
@@ -174,69 +189,8 @@ def open_samples(args: argparse.Namespace, channels: int):
     return training.data.ImageSamples.from_dataset(dataset, args.image_column, args.label_column, **options)
 
 
-def predict(model, scheduler, samples, noise, time, class_labels):
-    """Output of the model on noisy latents, the target of its first channels, and its inputs."""
-    noisy, target, timesteps = losses.training_target(scheduler, samples, noise, time)
-    inputs = (noisy, timesteps, class_labels)
-    return model(*inputs, return_dict=False)[0].float(), target, inputs
-
-
-def compute_loss(model, scheduler, args, samples, noise, time, class_labels, teacher=None) -> torch.Tensor:
-    """Mean loss of a batch of latents."""
-    output, target, inputs = predict(model, scheduler, samples, noise, time, class_labels)
-    if args.flow_matching:
-        loss = losses.mean_squared_error(output, target)
-    else:
-        loss = losses.diffusion_loss(output, samples, noise, time, scheduler.alphas_cumprod, args.snr_gamma)
-    if teacher is not None:
-        with torch.no_grad():
-            wanted = teacher(*inputs, return_dict=False)[0][:, : noise.shape[1]]
-        loss = loss + args.distillation_weight * losses.mean_squared_error(output[:, : noise.shape[1]], wanted)
-    return loss.mean()
-
-
-@torch.no_grad()
-def noise_error(model, scheduler, args, codec, examples, samples: Dataset, draws: int = 4) -> float:
-    """Squared error of the prediction on the first 300 samples, with labels, at fixed noise and timesteps."""
-    errors, count = [], min(300, len(samples))
-    for start in range(0, count, args.train_batch_size):
-        batch = []
-        for index in range(start, min(start + args.train_batch_size, count)):
-            sample, label = samples[index]
-            positions = range(draws * index, draws * (index + 1))
-            batch += [{**examples.example(p, sample, label), "class_labels": label} for p in positions]
-        batch = codec.encode({key: value.to(model.device) for key, value in default_collate(batch).items()})
-        output, target, _ = predict(model, scheduler, **batch)
-        errors.append(losses.mean_squared_error(output[:, : target.shape[1]], target))
-    return torch.cat(errors).mean().item()
-
-
-def sample_images(pipe: TerDiTPipeline, args, labels: list[int], seeds: list[int], output_type: str):
-    """One image per label, each from its own seed, so that no other image matters."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-    return pipe(labels, generator=generators, output_type=output_type, **options).images
-
-
-@torch.no_grad()
-def frechet(pipe: TerDiTPipeline, args, accelerator, network, codec, examples) -> float:
-    """Frechet distance between features of samples and of as many training images; the processes share the work."""
-    features, processes = [], accelerator.num_processes
-    count = -(-args.num_frechet_images // processes)  # as many for each process
-    indices = [i * processes + accelerator.process_index for i in range(count)]
-    for start in range(0, count, args.train_batch_size):
-        part = indices[start : start + args.train_batch_size]
-        batch = default_collate([examples[i] for i in part])
-        batch = codec.encode({key: value.to(accelerator.device) for key, value in batch.items()})
-        real = codec.decode(batch["samples"])
-        fake = sample_images(pipe, args, [i % examples.num_classes for i in part], part, "pt").to(real)
-        features.append(torch.stack([network(real), network(fake)], dim=1))  # (B, 2, D)
-    gathered = accelerator.gather(torch.cat(features))
-    return evaluation.frechet_distance(gathered[:, 0], gathered[:, 1])
-
-
 def build_transformer(args: argparse.Namespace, sample_size: int, in_channels: int, num_classes: int):
-    """A fresh model, or one that starts from `--init_from`."""
+    """Return a fresh model, or one that starts from `--init_from`."""
     config = {
         "sample_size": sample_size,
         "in_channels": in_channels,
@@ -257,32 +211,394 @@ def build_transformer(args: argparse.Namespace, sample_size: int, in_channels: i
     return transformer
 
 
-def facts(args: argparse.Namespace, step: int, batch_size: int, num_samples: int | None) -> dict:
-    """How the model was trained, for its card."""
-    source = "scikit-learn digits" if args.demo else args.train_data_dir or args.dataset_name or args.train_latents_dir
-    loss = "flow matching" if args.flow_matching else "MSE + variational bound" if args.learn_sigma else "MSE"
-    return {
-        "data": Path(source).name + (f", {num_samples:,} samples" if num_samples else ", streamed"),
-        "steps": f"{step:,} of {batch_size} samples, {step * batch_size:,} images seen",
-        "loss": loss + (f", min-SNR {args.snr_gamma}" if args.snr_gamma else ""),
-        "label dropout": args.class_dropout_prob,
-        "learning rate": f"{args.learning_rate}, {args.lr_scheduler}, {args.lr_warmup_steps} steps of warm-up",
-        "optimizer": f"AdamW, betas {args.adam_beta1} {args.adam_beta2}, weight decay {args.adam_weight_decay}",
-        "exported weights": f"average with decay {args.ema_decay}",
-        "precision while training": "bfloat16, float32 weights" if args.mixed_precision == "bf16" else "float32",
-        "seed": args.seed,
-    }
+class Trainer:
+    """A training run in its folder: data, model, average, optimizer, and how many steps they have taken."""
+
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator):
+        self.args, self.accelerator = args, accelerator
+        self.device, self.is_main_process = accelerator.device, accelerator.is_main_process
+        self.batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        self.step, self.stop_requested = 0, False
+        self.log_path = args.output_dir / "log.jsonl"
+        found = training.checkpointing.find(args.output_dir)
+        if found and not args.resume_from_checkpoint:
+            raise SystemExit(
+                f"{args.output_dir} holds {found[-1].name}. Pass --resume_from_checkpoint latest to go on, or another"
+                " --output_dir."
+            )
+        self.open_data()
+        self.build_models()
+        if args.resume_from_checkpoint == "latest":
+            self.resumed_from = found[-1] if found else None
+        else:
+            self.resumed_from = args.resume_from_checkpoint and Path(args.resume_from_checkpoint)
+        if self.resumed_from:
+            self.resume(self.resumed_from)
+        self.last_checkpoint = self.step
+        if self.is_main_process:
+            training.checkpointing.cut_log(self.log_path, self.step)  # a killed run writes on after its last save
+            training.checkpointing.rotate(args.output_dir, args.checkpoints_total_limit)  # or ends before it removes
+        if args.report_to:
+            accelerator.init_trackers("train_terdit", config=tracked(args))
+
+    def open_data(self) -> None:
+        """Open the data (pixels, images to encode, or cached latents), and say which example is at each position."""
+        args, self.vae = self.args, None
+        if args.pretrained_vae_model_name_or_path:
+            vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path)
+            self.vae = vae.requires_grad_(False).to(self.device)
+        self.samples = open_samples(args, channels=3 if self.vae is not None else args.in_channels)
+        self.codec = training.data.LatentCodec(self.vae, getattr(self.samples, "info", None))
+        if args.frechet_steps and not self.codec.decodes:
+            raise SystemExit(
+                "--frechet_steps shows images to a network: pass --pretrained_vae_model_name_or_path, too."
+            )
+        self.latent_shape = self.codec.latent_shape(args.resolution, args.in_channels)
+        self.num_classes = len(self.samples.id2label)
+        self.examples = training.data.TrainingExamples(
+            self.samples,
+            args.seed,
+            self.latent_shape,
+            self.num_classes,
+            args.class_dropout_prob,
+            continuous_time=args.flow_matching,
+        )
+
+    def build_models(self) -> None:
+        """Build the model, its average, its optimizer, and the networks that judge it."""
+        args, device = self.args, self.device
+        set_seed(args.seed)
+        channels, _, size = self.latent_shape
+        self.transformer = build_transformer(args, size, channels, self.num_classes).train().to(device)
+        self.teacher = None
+        if args.teacher:
+            self.teacher = training.initialize.load_transformer(args.teacher).requires_grad_(False).to(device)
+            if self.teacher.config.num_classes != self.num_classes:
+                raise SystemExit(
+                    f"--teacher knows {self.teacher.config.num_classes} classes, the data has {self.num_classes}. Pass"
+                    " a teacher of these."
+                )
+        if args.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        self.ema_model = copy.deepcopy(self.transformer).requires_grad_(False).eval()
+        self.set_strength = None
+        if args.ternary_warmup_steps:
+            self.set_strength = training.initialize.gradual_ternarization(self.transformer)
+        if args.torch_compile:
+            self.transformer.compile_repeated_blocks()
+        if args.fsdp:
+            training.sharding.shard_model(self.transformer, device.type)
+            training.sharding.shard_model(self.ema_model, device.type)
+        self.optimizer = torch.optim.AdamW(
+            training.recipes.parameter_groups(self.transformer, args.adam_weight_decay, args.scale_lr_factor),
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+        )
+        # `model` is what runs, with DDP around it; `transformer` is what is saved.
+        self.model = self.transformer if args.fsdp else self.accelerator.prepare(self.transformer)
+        self.scheduler = training_scheduler(args.learn_sigma, args.flow_matching)
+        self.network = None
+        if args.feature_network:
+            self.network = pkgutil.resolve_name(args.feature_network)().eval().to(device)
+
+    def resume(self, folder: Path) -> None:
+        """Restore a checkpoint; the position in the data follows from its step."""
+        state = training.checkpointing.load(folder, self.transformer, self.ema_model, self.optimizer)
+        if (state["batch_size"], state["seed"]) != (self.batch_size, self.args.seed):
+            raise SystemExit(
+                f"{folder} was trained with {state['batch_size']} samples per step and seed {state['seed']}, this run"
+                f" has {self.batch_size} and {self.args.seed}. Pass --total_batch_size {state['batch_size']} --seed"
+                f" {state['seed']}."
+            )
+        self.step = state["step"]
+        if self.args.streaming:
+            self.samples.shard_sizes.update({int(key): size for key, size in state["shard_sizes"].items()})
+        logger.info(f"resumed {folder} at step {self.step}")
+
+    def train(self) -> bool:
+        """Train to the last step; return False where SIGTERM ended the run earlier, after saving."""
+        args = self.args
+        signal.signal(signal.SIGTERM, self.request_stop)
+        if self.resumed_from:
+            self.make_up_validation()
+        batches = self.batches()
+        progress = tqdm(
+            total=args.max_train_steps, initial=self.step, disable=not self.accelerator.is_local_main_process
+        )
+        codes = training.statistics.packed_codes(self.transformer)
+        window, started = [], time.perf_counter()  # (loss, norm of the gradient) of each step since the last record
+        while self.step < args.max_train_steps:
+            loss, grad_norm, stop = self.train_step(batches)
+            window.append((loss, grad_norm))
+            images_per_second = len(window) * self.batch_size / (time.perf_counter() - started)
+            progress.update()
+            progress.set_postfix(loss=f"{loss:.4f}", images_s=f"{images_per_second:.0f}")
+            done = self.step == args.max_train_steps
+            if self.step % args.logging_steps == 0 or done:
+                self.log_window(window, images_per_second, codes)
+                codes, window, started = training.statistics.packed_codes(self.transformer), [], time.perf_counter()
+            if self.step % args.checkpointing_steps == 0 or done or stop:
+                self.save()
+            if stop and not done:
+                logger.info("stopped by SIGTERM; go on with --resume_from_checkpoint latest")
+                return False
+            if self.validation_due or self.frechet_due:
+                self.validate()
+        progress.close()
+        return True
+
+    def request_stop(self, signum, frame) -> None:
+        self.stop_requested = True
+
+    def batches(self) -> Iterator[dict[str, Tensor]]:
+        """Return the micro-batches of this process from the present step on."""
+        args = self.args
+        positions = training.random.run_positions(
+            self.step,
+            args.max_train_steps,
+            args.train_batch_size,
+            args.gradient_accumulation_steps,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        if args.streaming:
+            return self.examples.stream(positions)
+        workers, pin_memory = args.dataloader_num_workers, self.device.type == "cuda"
+        return iter(DataLoader(self.examples, batch_sampler=positions, num_workers=workers, pin_memory=pin_memory))
+
+    def train_step(self, batches: Iterator[dict[str, Tensor]]) -> tuple[float, float, bool]:
+        """Take one optimizer step; return loss, norm of the gradient, and whether any process was asked to stop."""
+        args, accelerator = self.args, self.accelerator
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step) * group["lr_factor"]
+        if self.set_strength is not None:
+            self.set_strength(min(self.step / args.ternary_warmup_steps, 1.0))
+
+        step_loss = torch.zeros((), device=self.device)
+        for i, batch in enumerate(itertools.islice(batches, args.gradient_accumulation_steps), start=1):
+            batch = self.codec.encode({key: value.to(self.device, non_blocking=True) for key, value in batch.items()})
+            last = i == args.gradient_accumulation_steps
+            with nullcontext() if last or args.fsdp else accelerator.no_sync(self.model):
+                with accelerator.autocast():
+                    loss = self.loss(**batch)
+                loss = loss / args.gradient_accumulation_steps
+                accelerator.backward(loss)
+            step_loss += loss.detach()
+        grad_norm = training.recipes.clip_grad_norm(self.transformer, args.max_grad_norm)
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(
+                f"The gradient is {grad_norm} at step {self.step}, loss {step_loss.item()}. The last checkpoint is of"
+                f" step {self.last_checkpoint}. Lower --learning_rate, raise --lr_warmup_steps, or look at the data."
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        decay = training.recipes.average_decay(self.step, args.ema_decay)
+        training.recipes.update_average(self.ema_model, self.transformer, decay)
+        self.step += 1
+        # One reduction: the mean loss, and whether any process was asked to stop.
+        report = torch.stack([step_loss, torch.full_like(step_loss, self.stop_requested)])
+        mean_loss, stop = accelerator.reduce(report, reduction="mean").tolist()
+        return mean_loss, grad_norm, bool(stop)
+
+    def learning_rate(self, step: int) -> float:
+        args = self.args
+        return args.learning_rate * training.recipes.learning_rate_factor(
+            step,
+            args.lr_scheduler,
+            args.max_train_steps,
+            args.lr_warmup_steps,
+            args.lr_decay_steps,
+            args.lr_step_rules,
+        )
+
+    def loss(self, samples: Tensor, noise: Tensor, time: Tensor, class_labels: Tensor) -> Tensor:
+        """Return the mean loss of a batch: latents (B, C, h, w), noise like them, time (B,), labels (B,)."""
+        args = self.args
+        output, target, inputs = self.predict(self.model, samples, noise, time, class_labels)
+        if args.flow_matching:
+            loss = losses.mean_squared_error(output, target)
+        else:
+            alphas_cumprod = self.scheduler.alphas_cumprod
+            loss = losses.diffusion_loss(output, samples, noise, time, alphas_cumprod, args.snr_gamma)
+        if self.teacher is not None:
+            channels = noise.shape[1]
+            with torch.no_grad():
+                wanted = self.teacher(*inputs, return_dict=False)[0][:, :channels]
+            loss = loss + args.distillation_weight * losses.mean_squared_error(output[:, :channels], wanted)
+        return loss.mean()
+
+    def predict(self, model, samples: Tensor, noise: Tensor, time: Tensor, class_labels: Tensor):
+        """Return the model's output on noisy latents, the target of its first channels, and its inputs."""
+        noisy, target, timesteps = losses.training_target(self.scheduler, samples, noise, time)
+        inputs = (noisy, timesteps, class_labels)
+        return model(*inputs, return_dict=False)[0].float(), target, inputs
+
+    def log(self, **record) -> None:
+        record = {"step": self.step, **record}
+        if self.is_main_process:
+            with writing(self.log_path), self.log_path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        numbers = {key: value for key, value in record.items() if isinstance(value, (int, float))}
+        self.accelerator.log(numbers, step=self.step)
+
+    def log_window(self, window: list[tuple[float, float]], images_per_second: float, codes: dict) -> None:
+        """Log the means since the last record, and how the ternary weights changed from `codes`."""
+        window_losses, norms = zip(*window, strict=True)
+        self.log(
+            images_seen=self.step * self.batch_size,
+            loss=sum(window_losses) / len(window),
+            lr=self.learning_rate(self.step - 1),
+            grad_norm=sum(norms) / len(norms),
+            grad_norm_max=max(norms),
+            images_per_second=images_per_second,
+            **training.statistics.ternary_statistics(self.transformer, codes),
+            **training.statistics.gate_sizes(self.transformer),
+        )
+
+    def save(self) -> None:
+        """Save a checkpoint, whole or not at all, and remove the oldest beyond the limit."""
+        args, step = self.args, self.step
+        state = {"step": step, "images_seen": step * self.batch_size, "batch_size": self.batch_size, "seed": args.seed}
+        state["shard_sizes"] = getattr(self.samples, "shard_sizes", {})
+        folder = args.output_dir / f"checkpoint-{step}"
+        training.checkpointing.save(
+            folder, self.transformer, self.ema_model, self.optimizer, state, self.is_main_process
+        )
+        if self.is_main_process:
+            training.checkpointing.rotate(args.output_dir, args.checkpoints_total_limit)
+        self.accelerator.wait_for_everyone()
+        self.last_checkpoint = step
+        logger.info(f"saved {folder}")
+
+    @property
+    def validation_due(self) -> bool:
+        return self.step % self.args.validation_steps == 0 or self.step == self.args.max_train_steps
+
+    @property
+    def frechet_due(self) -> bool:
+        return bool(self.args.frechet_steps) and self.step % self.args.frechet_steps == 0
+
+    def make_up_validation(self) -> None:
+        """Validate if the run that is resumed ended between saving and validating: no record without a loss."""
+        if not (self.validation_due or self.frechet_due):
+            return
+        lines = self.log_path.read_text("utf-8").splitlines() if self.log_path.exists() else []
+        records = map(json.loads, lines if self.is_main_process else [])
+        missing = self.is_main_process and not any(r["step"] == self.step and "loss" not in r for r in records)
+        if self.accelerator.reduce(torch.tensor(float(missing), device=self.device)).item():
+            self.validate()
+
+    def validate(self) -> None:
+        """Log errors of the average at fixed noise, and its Frechet distance; save a grid of its samples."""
+        args, record = self.args, {}
+        pipe = training.export.to_pipeline(self.ema_model, self.scheduler, self.vae, self.samples.id2label)  # by all
+        pipe.to(self.device).set_progress_bar_config(disable=True)
+        if self.validation_due and self.is_main_process:
+            if not args.streaming:
+                record["noise_error"] = self.noise_error(pipe.transformer, self.samples)
+            if args.demo:
+                held_out = training.data.Digits(train=False)
+                record["noise_error_held_out"] = self.noise_error(pipe.transformer, held_out)
+            if self.codec.decodes:
+                columns, indices = min(self.num_classes, 10), range(args.num_validation_images)
+                images = self.sample_images(pipe, [i % columns for i in indices], indices, "pil")
+                path = args.output_dir / "samples" / f"step-{self.step}.png"
+                path.parent.mkdir(exist_ok=True)
+                with new_file(path) as partial_file:
+                    training.export.image_grid(images, columns).save(partial_file, format="PNG")
+        if self.frechet_due:
+            record["frechet_distance"] = self.frechet_distance(pipe)
+        self.log(**record)
+        self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def noise_error(self, model: TerDiTTransformer2DModel, samples: Dataset, draws: int = 4) -> float:
+        """Return the squared error of the prediction on the first 300 samples, at fixed noise and timesteps."""
+        errors, count = [], min(300, len(samples))
+        for start in range(0, count, self.args.train_batch_size):
+            batch = []
+            for index in range(start, min(start + self.args.train_batch_size, count)):
+                sample, label = samples[index]
+                positions = range(draws * index, draws * (index + 1))
+                batch += [{**self.examples.example(p, sample, label), "class_labels": label} for p in positions]
+            batch = {key: value.to(model.device) for key, value in default_collate(batch).items()}
+            output, target, _ = self.predict(model, **self.codec.encode(batch))
+            errors.append(losses.mean_squared_error(output[:, : target.shape[1]], target))
+        return torch.cat(errors).mean().item()
+
+    def sample_images(self, pipe: TerDiTPipeline, labels: list[int], seeds, output_type: str):
+        """Sample one image per label, each from its own seed, so that no other image matters."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        options = {"num_inference_steps": self.args.num_inference_steps, "guidance_scale": self.args.guidance_scale}
+        return pipe(labels, generator=generators, output_type=output_type, **options).images
+
+    @torch.no_grad()
+    def frechet_distance(self, pipe: TerDiTPipeline) -> float:
+        """Return the distance between features of samples and of as many training images; the processes share it."""
+        features, processes = [], self.accelerator.num_processes
+        count = -(-self.args.num_frechet_images // processes)  # the same for each process
+        indices = [i * processes + self.accelerator.process_index for i in range(count)]
+        for start in range(0, count, self.args.train_batch_size):
+            part = indices[start : start + self.args.train_batch_size]
+            batch = default_collate([self.examples[i] for i in part])
+            batch = self.codec.encode({key: value.to(self.device) for key, value in batch.items()})
+            real = self.codec.decode(batch["samples"])
+            fake = self.sample_images(pipe, [i % self.num_classes for i in part], part, "pt").to(real)
+            features.append(torch.stack([self.network(real), self.network(fake)], dim=1))  # (B, 2, D)
+        gathered = self.accelerator.gather(torch.cat(features))
+        return evaluation.frechet_distance(gathered[:, 0], gathered[:, 1])
+
+    def export(self) -> None:
+        """Save the average as a packed pipeline with a card, and push it if asked to."""
+        args = self.args
+        pipe = training.export.to_pipeline(self.ema_model, self.scheduler, self.vae, self.samples.id2label)  # by all
+        if self.is_main_process:
+            if args.export_dtype != "float32":
+                pipe.transformer.to(getattr(torch, args.export_dtype))
+            training.export.save_pipeline(pipe, args.output_dir)
+            grids = sorted((args.output_dir / "samples").glob("*.png"), key=lambda path: path.stat().st_mtime)
+            images = [f"samples/{path.name}" for path in grids[-1:]]
+            name = args.hub_model_id or args.output_dir.name
+            options = training.export.card_options(pipe, self.facts(), images, args.license)
+            training.export.save_card(pipe, args.output_dir, name, options)
+            if args.push_to_hub:
+                commit = push_saved(
+                    pipe, args.output_dir, options, name, token=args.hub_token, ignore=["checkpoint-*"]
+                )
+                logger.info(f"pushed to {commit.repo_url.repo_id}")
+            folder = str(args.output_dir)
+            logger.info(f"{folder} is a pipeline: TerDiTPipeline.from_pretrained({folder!r})")
+        self.accelerator.wait_for_everyone()
+
+    def facts(self) -> dict:
+        """Return how the model was trained, for its card."""
+        args = self.args
+        data = args.train_data_dir or args.dataset_name or args.train_latents_dir or "scikit-learn digits"
+        size = ", streamed" if args.streaming else f", {len(self.samples):,} samples"
+        loss = "flow matching" if args.flow_matching else "MSE + variational bound" if args.learn_sigma else "MSE"
+        images_seen = self.step * self.batch_size
+        return {
+            "data": Path(data).name + size,
+            "steps": f"{self.step:,} of {self.batch_size} samples, {images_seen:,} images seen",
+            "loss": loss + (f", min-SNR {args.snr_gamma}" if args.snr_gamma else ""),
+            "label dropout": args.class_dropout_prob,
+            "learning rate": f"{args.learning_rate}, {args.lr_scheduler}, {args.lr_warmup_steps} steps of warm-up",
+            "optimizer": f"AdamW, betas {args.adam_beta1} {args.adam_beta2}, weight decay {args.adam_weight_decay}",
+            "exported weights": f"average with decay {args.ema_decay}",
+            "precision while training": "bfloat16, float32 weights" if args.mixed_precision == "bf16" else "float32",
+            "seed": args.seed,
+        }
 
 
 def tracked(args: argparse.Namespace) -> dict[str, str]:
-    """The settings for trackers, whose files may be pushed with the model: no token, and of local paths the name."""
+    """Return the settings for trackers, whose files may be pushed: no token, and only the names of local paths."""
     settings = {key: str(value) for key, value in vars(args).items() if key != "hub_token"}
     return {k: Path(v).name if os.path.isabs(v) or os.path.exists(v) else v for k, v in settings.items()}
 
 
-def main(argv=None) -> None:
-    args = parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+def start_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Return the accelerator; `args` gets its precision, and the accumulation that --total_batch_size asks for."""
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=args.report_to,
@@ -291,9 +607,8 @@ def main(argv=None) -> None:
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     args.mixed_precision = accelerator.mixed_precision
-    main_process, device = accelerator.is_main_process, accelerator.device
-    logger.info(f"{accelerator.num_processes} process(es), {accelerator.distributed_type.value}, {device}")
-    engine = accelerator.distributed_type.value
+    engine, processes = accelerator.distributed_type.value, accelerator.num_processes
+    logger.info(f"{processes} process(es), {engine}, {accelerator.device}")
     if engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM") or accelerator.mixed_precision not in ("no", "bf16"):
         raise SystemExit(
             f"accelerate is configured for {engine} in {accelerator.mixed_precision}. Ternary weights need float32"
@@ -301,255 +616,26 @@ def main(argv=None) -> None:
         )
     if args.report_to and not accelerator.log_with:
         raise SystemExit(f"--report_to {args.report_to}: this tracker is not installed. log.jsonl needs none.")
-    per_pass = args.train_batch_size * accelerator.num_processes
     if args.total_batch_size:
+        per_pass = args.train_batch_size * processes
         if args.total_batch_size % per_pass:
             raise SystemExit(
-                f"--total_batch_size {args.total_batch_size} is no multiple of {accelerator.num_processes} process(es)"
-                f" x --train_batch_size {args.train_batch_size}. Change one of the two."
+                f"--total_batch_size {args.total_batch_size} is no multiple of {processes} process(es) x"
+                f" --train_batch_size {args.train_batch_size}. Change one of the two."
             )
         args.gradient_accumulation_steps = args.total_batch_size // per_pass
-    batch_size = per_pass * args.gradient_accumulation_steps
-    with output_folder(args.output_dir, main_process):
-        train(args, accelerator, batch_size)
+    return accelerator
 
 
-def train(args: argparse.Namespace, accelerator: Accelerator, batch_size: int) -> None:
-    """Train and export, or go on from a checkpoint, in a folder that this run has for itself."""
-    main_process, device = accelerator.is_main_process, accelerator.device
-    found = training.checkpointing.find(args.output_dir)
-    if found and not args.resume_from_checkpoint:
-        raise SystemExit(
-            f"{args.output_dir} holds {found[-1].name}. Pass --resume_from_checkpoint latest to go on, or another"
-            " --output_dir."
-        )
-
-    # 1. Data: pixels, images to encode, or cached latents
-    vae = None
-    if args.pretrained_vae_model_name_or_path:
-        vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path).requires_grad_(False).to(device)
-    samples = open_samples(args, channels=3 if vae is not None else args.in_channels)
-    codec = training.data.LatentCodec(vae, getattr(samples, "info", None))
-    if args.frechet_steps and not codec.decodes:
-        raise SystemExit("--frechet_steps shows images to a network: pass --pretrained_vae_model_name_or_path, too.")
-    latent_shape = codec.latent_shape(args.resolution, args.in_channels)
-    num_classes = len(samples.id2label)
-    examples = training.data.TrainingExamples(
-        samples, args.seed, latent_shape, num_classes, args.class_dropout_prob, continuous_time=args.flow_matching
-    )
-
-    # 2. Model, average, optimizer
-    set_seed(args.seed)
-    transformer = build_transformer(args, latent_shape[1], latent_shape[0], num_classes).train().to(device)
-    teacher = None
-    if args.teacher:
-        teacher = training.initialize.load_transformer(args.teacher).requires_grad_(False).to(device)
-        if teacher.config.num_classes != num_classes:
-            raise SystemExit(
-                f"--teacher knows {teacher.config.num_classes} classes, the data has {num_classes}. Pass a teacher of"
-                " these."
-            )
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    ema_model = copy.deepcopy(transformer).requires_grad_(False).eval()
-    set_strength = training.initialize.gradual_ternarization(transformer) if args.ternary_warmup_steps else None
-    if args.torch_compile:
-        transformer.compile_repeated_blocks()
-    if args.fsdp:
-        training.sharding.shard_model(transformer, device.type)
-        training.sharding.shard_model(ema_model, device.type)
-    optimizer = torch.optim.AdamW(
-        training.recipes.parameter_groups(transformer, args.adam_weight_decay, args.scale_lr_factor),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-    )
-    model = transformer if args.fsdp else accelerator.prepare(transformer)
-    scheduler = training_scheduler(args.learn_sigma, args.flow_matching)
-    network = pkgutil.resolve_name(args.feature_network)().eval().to(device) if args.feature_network else None
-
-    # 3. Resume
-    step, log_path = 0, args.output_dir / "log.jsonl"
-    folder = args.resume_from_checkpoint and Path(args.resume_from_checkpoint)
-    if args.resume_from_checkpoint == "latest":
-        folder = found[-1] if found else None
-    if folder:
-        state = training.checkpointing.load(folder, transformer, ema_model, optimizer)
-        step = state["step"]
-        if (state["batch_size"], state["seed"]) != (batch_size, args.seed):
-            raise SystemExit(
-                f"{folder} was trained with {state['batch_size']} samples per step and seed {state['seed']}, this run"
-                f" has {batch_size} and {args.seed}. Pass --total_batch_size {state['batch_size']} --seed"
-                f" {state['seed']}."
-            )
-        if args.streaming:
-            samples.shard_sizes.update({int(key): size for key, size in state["shard_sizes"].items()})
-        logger.info(f"resumed {folder} at step {step}")
-    if main_process:
-        training.checkpointing.cut_log(log_path, step)  # a killed run writes on after its last checkpoint
-        training.checkpointing.rotate(args.output_dir, args.checkpoints_total_limit)  # or ends before it removes one
-    if args.report_to:
-        accelerator.init_trackers("train_terdit", config=tracked(args))
-
-    def log(**record) -> None:
-        if main_process:
-            with writing(log_path), log_path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-        accelerator.log({k: v for k, v in record.items() if isinstance(v, (int, float))}, step=record["step"])
-
-    def save() -> None:
-        state = {"step": step, "images_seen": step * batch_size, "batch_size": batch_size, "seed": args.seed}
-        state["shard_sizes"] = getattr(samples, "shard_sizes", {})
-        folder = args.output_dir / f"checkpoint-{step}"
-        training.checkpointing.save(folder, transformer, ema_model, optimizer, state, main_process)
-        if main_process:
-            training.checkpointing.rotate(args.output_dir, args.checkpoints_total_limit)
-        accelerator.wait_for_everyone()
-        logger.info(f"saved {folder}")
-
-    def validate(grid: bool, frechet_due: bool) -> None:
-        pipe = training.export.to_pipeline(ema_model, scheduler, vae, samples.id2label)  # takes every process
-        pipe.to(device).set_progress_bar_config(disable=True)
-        record = {}
-        if grid and main_process:
-            error = partial(noise_error, pipe.transformer, scheduler, args, codec, examples)
-            if not args.streaming:
-                record["noise_error"] = error(samples)
-            if args.demo:
-                record["noise_error_held_out"] = error(training.data.Digits(train=False))
-            if codec.decodes:
-                columns = min(num_classes, 10)
-                indices = range(args.num_validation_images)
-                images = sample_images(pipe, args, [i % columns for i in indices], list(indices), "pil")
-                path = args.output_dir / "samples" / f"step-{step}.png"
-                path.parent.mkdir(exist_ok=True)
-                with new_file(path) as partial_file:
-                    training.export.image_grid(images, columns).save(partial_file, format="PNG")
-        if frechet_due:
-            record["frechet_distance"] = frechet(pipe, args, accelerator, network, codec, examples)
-        log(step=step, **record)
-        accelerator.wait_for_everyone()
-
-    def due() -> tuple[bool, bool]:
-        """Whether a sample grid is due after this step, and a Frechet distance."""
-        grid = step % args.validation_steps == 0 or step == args.max_train_steps
-        return grid, bool(args.frechet_steps) and step % args.frechet_steps == 0
-
-    if folder and any(due()):  # a run that ended between saving and validating left no line without a loss
-        lines = log_path.read_text("utf-8").splitlines() if main_process and log_path.exists() else []
-        missing = main_process and not any(r["step"] == step and "loss" not in r for r in map(json.loads, lines))
-        if accelerator.reduce(torch.tensor(float(missing), device=device)).item():
-            validate(*due())
-
-    # 4. Train
-    stop_requested = False
-
-    def request_stop(signum, frame):
-        nonlocal stop_requested
-        stop_requested = True
-
-    signal.signal(signal.SIGTERM, request_stop)
-    positions = training.random.run_positions(
-        step,
-        args.max_train_steps,
-        args.train_batch_size,
-        args.gradient_accumulation_steps,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
-    if args.streaming:
-        batches = examples.stream(positions)
-    else:
-        workers, pin_memory = args.dataloader_num_workers, device.type == "cuda"
-        batches = iter(DataLoader(examples, batch_sampler=positions, num_workers=workers, pin_memory=pin_memory))
-    progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_local_main_process)
-    codes = training.statistics.packed_codes(transformer)
-    window, started, last_checkpoint = [], time.perf_counter(), step
-    while step < args.max_train_steps:
-        factor = training.recipes.learning_rate_factor(
-            step,
-            args.lr_scheduler,
-            args.max_train_steps,
-            args.lr_warmup_steps,
-            args.lr_decay_steps,
-            args.lr_step_rules,
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * factor * group["lr_factor"]
-        if set_strength is not None:
-            set_strength(min(step / args.ternary_warmup_steps, 1.0))
-
-        step_loss = torch.zeros((), device=device)
-        for i, batch in enumerate(itertools.islice(batches, args.gradient_accumulation_steps), start=1):
-            batch = codec.encode({key: value.to(device, non_blocking=True) for key, value in batch.items()})
-            last = i == args.gradient_accumulation_steps
-            with nullcontext() if last or args.fsdp else accelerator.no_sync(model):
-                with accelerator.autocast():
-                    loss = compute_loss(model, scheduler, args, **batch, teacher=teacher)
-                loss = loss / args.gradient_accumulation_steps
-                accelerator.backward(loss)
-            step_loss += loss.detach()
-        grad_norm = training.recipes.clip_grad_norm(transformer, args.max_grad_norm)
-        if not math.isfinite(grad_norm):
-            raise FloatingPointError(
-                f"The gradient is {grad_norm} at step {step}, loss {step_loss.item()}. The last checkpoint is of step"
-                f" {last_checkpoint}. Lower --learning_rate, raise --lr_warmup_steps, or look at the data."
-            )
-        optimizer.step()
-        optimizer.zero_grad()
-        training.ema.update(ema_model, transformer, training.ema.decay_at(step, args.ema_decay))
-        step += 1
-        # One reduction: the mean loss, and whether any process was asked to stop.
-        report = torch.stack([step_loss, torch.full_like(step_loss, stop_requested)])
-        loss, stop = accelerator.reduce(report, reduction="mean").tolist()
-        window.append((loss, grad_norm))
-        progress.update()
-        images_per_second = len(window) * batch_size / (time.perf_counter() - started)
-        progress.set_postfix(loss=f"{loss:.4f}", images_s=f"{images_per_second:.0f}")
-        done = step == args.max_train_steps
-        if step % args.logging_steps == 0 or done:
-            window_losses, norms = zip(*window, strict=True)
-            log(
-                step=step,
-                images_seen=step * batch_size,
-                loss=sum(window_losses) / len(window),
-                lr=args.learning_rate * factor,
-                grad_norm=sum(norms) / len(norms),
-                grad_norm_max=max(norms),
-                images_per_second=images_per_second,
-                **training.statistics.ternary_statistics(transformer, codes),
-                **training.statistics.gate_sizes(transformer),
-            )
-            codes, window, started = training.statistics.packed_codes(transformer), [], time.perf_counter()
-        if step % args.checkpointing_steps == 0 or done or stop:
-            save()
-            last_checkpoint = step
-        if stop and not done:
-            logger.info("stopped by SIGTERM; go on with --resume_from_checkpoint latest")
-            accelerator.end_training()
-            return
-        if any(due()):
-            validate(*due())
-    progress.close()
-
-    # 5. Export
-    pipe = training.export.to_pipeline(ema_model, scheduler, vae, samples.id2label)
-    if main_process:
-        if args.export_dtype != "float32":
-            pipe.transformer.to(getattr(torch, args.export_dtype))
-        training.export.save_pipeline(pipe, args.output_dir)
-        grids = sorted((args.output_dir / "samples").glob("*.png"), key=lambda path: path.stat().st_mtime)
-        images = [f"samples/{path.name}" for path in grids[-1:]]
-        name = args.hub_model_id or args.output_dir.name
-        num_samples = None if args.streaming else len(samples)
-        options = training.export.card_options(pipe, facts(args, step, batch_size, num_samples), images, args.license)
-        training.export.save_card(pipe, args.output_dir, name, options)
-        if args.push_to_hub:
-            commit = push_saved(pipe, args.output_dir, options, name, token=args.hub_token, ignore=["checkpoint-*"])
-            logger.info(f"pushed to {commit.repo_url.repo_id}")
-        logger.info(f"{args.output_dir} is a pipeline: TerDiTPipeline.from_pretrained({str(args.output_dir)!r})")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    accelerator = start_accelerator(args)
+    with output_folder(args.output_dir, accelerator.is_main_process):  # no other run writes there
+        trainer = Trainer(args, accelerator)
+        if trainer.train():
+            trainer.export()
+        accelerator.end_training()
 
 
 if __name__ == "__main__":

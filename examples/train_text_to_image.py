@@ -433,7 +433,7 @@ def main(argv=None) -> None:
             )
         optimizer.step()
         optimizer.zero_grad()
-        training.ema.update(ema_model, transformer, training.ema.decay_at(step, args.ema_decay))
+        training.recipes.update_average(ema_model, transformer, training.recipes.average_decay(step, args.ema_decay))
         step += 1
         window.append(accelerator.reduce(loss.detach(), reduction="mean").item())
         progress.update()

@@ -348,7 +348,9 @@ def train(arm: Arm, learning_rate: float, seed: int, curve: bool) -> dict:
             return {"diverged_at": step, "noise_error": math.inf, "noise_error_held_out": math.inf, "curve": points}
         optimizer.step()
         optimizer.zero_grad()
-        training.ema.update(ema_model, model, training.ema.decay_at(step - phase_start, EMA_DECAY))
+        training.recipes.update_average(
+            ema_model, model, training.recipes.average_decay(step - phase_start, EMA_DECAY)
+        )
         seconds += time.process_time() - started
         max_norm = max(max_norm, norm)
         window.append(loss.item())

@@ -5,13 +5,12 @@ takes positions s*B to s*B + B - 1. Which sample is at a position, its noise, ti
 functions of (seed, position) alone, whatever the number of processes, loader workers or restarts.
 """
 
-from . import checkpointing, data, ema, export, initialize, random, recipes, sharding, statistics
+from . import checkpointing, data, export, initialize, random, recipes, sharding, statistics
 
 
 __all__ = [
     "checkpointing",
     "data",
-    "ema",
     "export",
     "initialize",
     "random",

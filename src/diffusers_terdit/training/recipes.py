@@ -1,4 +1,4 @@
-"""Recipes: presets, learning rates, parameter groups and gradient clipping."""
+"""Recipes: presets, learning rates, parameter groups, gradient clipping and the average of the weights."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.transformer_terdit import SIZES
-from .sharding import full_tensor
+from .sharding import full_tensor, local_tensor
 
 
 def _size(name: str) -> dict[str, Any]:
@@ -145,3 +145,23 @@ def parameter_groups(
 def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
     """Scale the gradients, sharded or not, to a norm of at most `max_norm`, and return the norm before."""
     return float(full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)))
+
+
+def average_decay(step: int, decay: float) -> float:
+    """Return min(decay, (1 + step) / (10 + step)), a decay that warms up to forget the first weights.
+
+    Args:
+        step (`int`): Updates so far.
+        decay (`float`): Its limit, in [0, 1).
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Set `average = decay * average + (1 - decay) * model`, in place, for all parameters, sharded or not.
+
+    The average is a separate float32 model, so it can be sampled from, saved and packed while the other one trains.
+    """
+    averages = [local_tensor(parameter) for parameter in average.parameters()]
+    torch._foreach_lerp_(averages, [local_tensor(parameter) for parameter in model.parameters()], 1 - decay)
