@@ -64,7 +64,7 @@ class TestExport:
         assert {d for n, d in dtypes.items() if n.endswith("weight_packed")} == {torch.uint8}
         assert dtypes["proj_in.weight"] == torch.float16
 
-    def test_the_full_precision_twin_is_exported_as_it_is(self, tmp_path):
+    def test_the_full_precision_baseline_is_exported_as_it_is(self, tmp_path):
         model = fresh_model(ternary=False)
         export(model, tmp_path)
         loaded = TerDiTPipeline.from_pretrained(tmp_path).transformer
@@ -91,7 +91,7 @@ class TestCard:
         assert "](samples/a.png)" in card.text
         assert "zero share" in card.text
 
-    def test_the_full_precision_twin_is_not_called_ternary(self):
+    def test_the_full_precision_baseline_is_not_called_ternary(self):
         pipe = training.export.to_pipeline(fresh_model(ternary=False))
         card = model_card(pipe, "twin", training.export.card_options(pipe, {}))
         assert "ternary" not in card.replace("terdit", "")

@@ -47,10 +47,6 @@ class TestStartingWeights:
         source, target = fresh_model(0), fresh_model(1, num_classes=3)
         assert training.initialize.transfer_weights(source, target) == ["class_embed.weight"]
 
-    def test_another_shape_is_refused(self):
-        with pytest.raises(ValueError, match=r"\[32, 16\]"):
-            training.initialize.transfer_weights(fresh_model(), fresh_model(ffn_dim=64))
-
     def test_gradual_ternarization_goes_from_full_precision_to_ternary(self):
         source, model = randomize(fresh_model(ternary=False)), fresh_model()
         training.initialize.transfer_weights(source, model)

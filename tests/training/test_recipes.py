@@ -24,25 +24,9 @@ class TestLearningRate:
         ]
         assert factors == pytest.approx([1, 0.5, 0], abs=1e-3)
 
-    @pytest.mark.parametrize(("step", "rate"), [(0, 5e-4), (1_549_999, 5e-4), (1_550_000, 1e-4), (1_749_999, 1e-4)])
-    def test_the_papers_two_phases(self, step, rate):
-        factor = training.recipes.learning_rate_factor(
-            step, "piecewise_constant", 1_750_000, step_rules="1:1550000,0.2"
-        )
-        assert 5e-4 * factor == pytest.approx(rate)
-
-    @pytest.mark.parametrize("rules", [None, "", "1:x,2", "1:2:3,4"])
-    def test_rules_that_do_not_parse_are_shown(self, rules):
-        with pytest.raises(ValueError, match="step_rules"):
-            training.recipes.learning_rate_factor(0, "piecewise_constant", 10, step_rules=rules)
-
-    def test_unknown_schedule_is_refused(self):
-        with pytest.raises(ValueError, match="'linear'"):
-            training.recipes.learning_rate_factor(0, "linear", 10)
-
 
 class TestParameterGroups:
-    def test_only_matrices_decay_and_scales_stand_alone(self):
+    def test_only_matrices_decay_and_scales_are_alone(self):
         model = fresh_model()
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         groups = {
@@ -66,7 +50,7 @@ class TestParameterGroups:
         matrices = training.recipes.parameter_groups(model, weight_decay=0.1)[0]["params"]
         assert not {id(p) for p in matrices} & {id(m.weight_scale) for m in model.ternary_layers().values()}
 
-    def test_the_full_precision_twin_has_no_scales(self):
+    def test_the_full_precision_baseline_has_no_scales(self):
         groups = training.recipes.parameter_groups(fresh_model(ternary=False))
         assert [group["name"] for group in groups] == ["matrices", "vectors"]
 

@@ -48,7 +48,7 @@ class TestStatistics:
         assert training.statistics.ternary_statistics(model, codes)["flip_share"] == pytest.approx(changed / total)
         assert changed > 0
 
-    def test_the_full_precision_twin_has_no_ternary_statistics(self):
+    def test_the_full_precision_baseline_has_no_ternary_statistics(self):
         assert training.statistics.ternary_statistics(fresh_model(ternary=False)) == {}
 
     def test_gates_start_at_the_gain_of_the_adaln_norm(self):
