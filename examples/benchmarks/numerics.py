@@ -1,16 +1,12 @@
-"""What `benchmark.py numerics` measures: the error of every dtype and arithmetic against float64.
+"""`numerics`: the error of every dtype and arithmetic against float64, of a layer, a forward pass and a picture.
 
-Of a layer, of one forward pass of the bundled models, and of their pictures after 50 steps. The results go to JSON;
-the page is rendered from that.
+The models are the bundled ones; a picture takes 50 steps.
 """
 
 import argparse
 import copy
-import json
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -19,91 +15,53 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.nn import functional as F
 
+import shared
 from diffusers_terdit import TerDiTPipeline, pack_ternary
 from diffusers_terdit.checkpoints import bundled
 from diffusers_terdit.ops import has_integer_kernel, integer_linear, reference, ternary_linear
-from kernel_benchmark import new_input, relative_error, rounded
-from kernel_page import INPUTS, table
+from shared import INPUTS, Results, new_input, relative_error, rounded
 
 
 DTYPES = ("float32", "bfloat16", "float16")
 ARITHMETICS = {"dense": None, "exact": None, "int16": 16, "int8": 8}
 MODELS = {"digits": 2.0, "emoji": 1.5}  # bundled, and the guidance scale of their pictures
-ROWS, OUTPUTS, INPUT_FEATURES = 256, 768, 1024
+LAYER = {"rows": 256, "outputs": 768, "inputs": 1024}
 STEPS, IMAGES = 50, 8
 TIMESTEPS = (20, 250, 500, 900)
 
-INTRODUCTION = f"""\
-# Errors against float64
-
-How far from exact is each dtype and arithmetic: a layer, a forward pass, a picture? This page is rendered from
-[numerics.json](numerics.json) (`python examples/benchmark.py numerics --render`). What changes a picture and what does
-not: [the same picture everywhere](../numerics.md).
-
-- **dense**: `F.linear`, or the model `dequantize()` gives; **exact**, **int16**, **int8**: the packed layer or model
-  with `set_activation_bits(None)`, `(16)`, `(8)`, of which the last leaves `down_proj` at 16 bits. The default in
-  float32 and float16 is exact, in bfloat16 int16.
-- **Layer**: {ROWS} rows, {INPUT_FEATURES} inputs, {OUTPUTS} outputs, random codes: normal numbers ("gaussian"),
-  SiLU-gated ones ("gated": silu(a) b), and 0.1 % of the numbers 20 times as large ("outliers").
-- **Forward**: the bundled checkpoints on noise, {IMAGES} labels at each of the timesteps
-  {", ".join(map(str, TIMESTEPS))}.
-- **Picture**: DDPM with guidance, {IMAGES} labels, one generator per image, by the pipeline.
-- **float64**: the same packed model in `.double()`, with an attention that turns queries and keys in float64 (that of
-  diffusers does it in float32), and a loop that keeps latents and steps in float64 and draws the pipeline's noise. The
-  schedule and the sines of positions and timesteps are the float32 ones in all.
-- **Error**: norm of the difference over the norm of the float64 result, so that bfloat16 and float16 include the
-  rounding of input, other weights and output. "8-bit pixels": the share of values that differ as PNG.
-"""
-
-WORDS = """\
-With integers a layer's error grows with outliers, as one step covers a row of the input. Which error can be
-seen is not measured here; [speed](../speed.md) says what the arithmetics cost.
-"""
-
 
 def add_arguments(commands) -> None:
-    sub = commands.add_parser("numerics", help="error of every dtype and arithmetic against float64")
-    sub.add_argument("--models", choices=MODELS, nargs="+", default=list(MODELS))
-    sub.add_argument("--steps", type=int, default=STEPS, help="of a picture")
-    sub.add_argument("--output_dir", type=Path, default=Path("docs", "results"))
-    sub.add_argument("--render", action="store_true", help="measure nothing, write the page from the JSON")
+    parser = commands.add_parser("numerics", help="error of every dtype and arithmetic against float64")
+    parser.add_argument("--models", choices=MODELS, nargs="+", default=list(MODELS))
+    parser.add_argument("--steps", type=shared.positive, default=STEPS, help="of a picture")
+    shared.add_output_arguments(parser, resumes=False)
+    parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace, machine: str, command: str) -> None:
-    """Measure into the JSON, then write the page from it."""
-    path = args.output_dir / "numerics.json"
-    if args.render and not path.exists():
-        raise SystemExit(f"{path} does not exist; measure first, without --render.")
-    if args.steps < 1:
-        raise SystemExit(f"--steps must be 1 or more, got {args.steps}.")
+@torch.inference_mode()
+def run(args: argparse.Namespace) -> None:
+    results = Results(args, "numerics", page)
     if not args.render:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        with torch.inference_mode():
-            data = {
-                "machine": machine,
-                "command": re.sub(r" --output_dir \S+", "", command),
-                "steps": args.steps,
-                "layer": list(measure_layer()),
-                "models": {name: list(measure_model(name, args.steps)) for name in args.models},
-            }
-        path.write_text(json.dumps(data, indent=1) + "\n")
-    (args.output_dir / "numerics.md").write_text(page(json.loads(path.read_text())), "utf-8")
+        results.data = {"machine": shared.machine(), "command": shared.command_line(), "steps": args.steps}
+        results.data["layer"] = list(measure_layer())
+        results.data["models"] = {name: list(measure_model(name, args.steps)) for name in args.models}
+        results.save()
+    results.finish()
 
 
 def modes() -> list[tuple[str, str]]:
-    """(arithmetic, dtype) of those that run here."""
+    """Return (arithmetic, dtype) of those that run here."""
     names = [name for name, bits in ARITHMETICS.items() if bits is None or has_integer_kernel("cpu")]
     return [(name, dtype) for name in names for dtype in DTYPES]
 
 
 def measure_layer() -> Iterator[dict]:
     generator = torch.Generator().manual_seed(0)
-    ternary = torch.randint(-1, 2, (OUTPUTS, INPUT_FEATURES), generator=generator)
+    ternary = torch.randint(-1, 2, (LAYER["outputs"], LAYER["inputs"]), generator=generator)
     packed, scale = pack_ternary(ternary), torch.tensor([0.03])
     weight = reference.dequantize(ternary, scale)
-    inputs = {kind: new_input(kind, ROWS, INPUT_FEATURES, generator) for kind in INPUTS}
+    inputs = {kind: new_input(kind, LAYER["rows"], LAYER["inputs"], generator) for kind in INPUTS}
     for name, dtype in modes():
-        function: Callable[[Tensor], Tensor]
         if name == "dense":
             function = partial(F.linear, weight=weight.to(getattr(torch, dtype)))
         elif name == "exact":
@@ -131,14 +89,14 @@ class Float64AttnProcessor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(B, L, H, D/H) by the angles of (L, D/H), in the dtype of `x`."""
+    """Rotate (B, L, H, D/H) by the angles of (L, D/H), in the dtype of `x`."""
     real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([-imaginary, real], -1).flatten(-2)
     return x * cos[:, None].to(x.dtype) + turned * sin[:, None].to(x.dtype)
 
 
 def in_float64(model):
-    """A copy that computes in float64 throughout."""
+    """Return a copy that computes in float64 throughout."""
     model = copy.deepcopy(model).double()
     model.set_attn_processor(Float64AttnProcessor())
     return model
@@ -154,10 +112,9 @@ def generators() -> list[torch.Generator]:
 
 def measure_model(name: str, steps: int) -> Iterator[dict]:
     pipe = TerDiTPipeline.from_pretrained(bundled(name))
-    pipe.set_progress_bar_config(disable=True)
     model, scale = pipe.transformer, MODELS[name]
     exact = in_float64(model)
-    noise = start(pipe, generators()).repeat(len(TIMESTEPS), 1, 1, 1)
+    noise = start_noise(pipe, generators()).repeat(len(TIMESTEPS), 1, 1, 1)
     timesteps = torch.tensor(TIMESTEPS).repeat_interleave(IMAGES)
     labels = torch.tensor(labels_of(model) * len(TIMESTEPS))
     forward = exact(noise.double(), timesteps, labels).sample
@@ -183,17 +140,17 @@ def measure_model(name: str, steps: int) -> Iterator[dict]:
         }
 
 
-def start(pipe: TerDiTPipeline, random: list[torch.Generator]) -> Tensor:
-    """The pipeline's start noise: (B, C, h, w)."""
+def start_noise(pipe: TerDiTPipeline, random: list[torch.Generator]) -> Tensor:
+    """Draw the pipeline's start noise, (B, C, h, w)."""
     config = pipe.transformer.config
     return randn_tensor((IMAGES, config.in_channels, config.sample_size, config.sample_size), generator=random)
 
 
 def float64_pictures(pipe: TerDiTPipeline, exact, steps: int, scale: float) -> Tensor:
-    """What the pipeline computes, in float64: (B, C, H, W)."""
+    """Compute what the pipeline does, in float64: (B, C, H, W)."""
     scheduler, random = copy.deepcopy(pipe.scheduler), generators()
     scheduler.set_timesteps(steps)
-    latents = start(pipe, random).double()
+    latents = start_noise(pipe, random).double()
     labels = torch.tensor(labels_of(exact))
     both = torch.cat([labels, torch.full_like(labels, exact.config.num_classes)])
     channels = exact.config.in_channels
@@ -212,25 +169,22 @@ def float64_pictures(pipe: TerDiTPipeline, exact, steps: int, scale: float) -> T
 
 
 def bytes_of(images: Tensor) -> Tensor:
-    """[-1, 1] as a PNG holds it."""
+    """Return [-1, 1] as a PNG holds it."""
     return (images.double().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
 
 
 def page(data: dict) -> str:
-    """The Markdown; every figure comes from `data`."""
-    parts = [INTRODUCTION, f"{data['machine']}\n", f"```bash\n{data['command']}\n```\n", "## A layer\n"]
-    lines = [[label(record), *(f"{record['error'][kind]:.1e}" for kind in INPUTS)] for record in data["layer"]]
-    parts.append(table(["", *INPUTS], lines))
-    parts.append(f"## A forward pass, and a picture after {data['steps']} steps\n")
-    names = list(data["models"])
-    header = [f"{name}, {what}" for name in names for what in ("forward", "picture", "8-bit pixels")]
-    lines = []
+    layer = [[mode_of(record), *(f"{record['error'][kind]:.1e}" for kind in INPUTS)] for record in data["layer"]]
+    models = []
     for records in zip(*data["models"].values(), strict=True):
-        cells = [(f"{r['forward']:.1e}", f"{r['picture']:.1e}", f"{100 * r['pixels']:.2g} %") for r in records]
-        lines.append([label(records[0]), *(value for cell in cells for value in cell)])
-    parts.append(table(["", *header], lines))
-    return "\n".join([*parts, WORDS])
+        line = [mode_of(records[0])]
+        for record in records:
+            line += [f"{record['forward']:.1e}", f"{record['picture']:.1e}", f"{100 * record['pixels']:.2g} %"]
+        models.append(line)
+    header = [f"{name}, {what}" for name in data["models"] for what in ("forward", "picture", "8-bit pixels")]
+    sizes = {"sizes": LAYER, "images": IMAGES, "timesteps": TIMESTEPS}
+    return shared.render("numerics", **data | {"layer": layer, "models": models}, header=header, **sizes)
 
 
-def label(record: dict) -> str:
+def mode_of(record: dict) -> str:
     return f"{record['mode']}, {record['dtype']}"

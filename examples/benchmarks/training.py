@@ -1,0 +1,96 @@
+"""`training`: an optimizer step of a ternary model and of a full-precision one, in turns, with few layers.
+
+The peak of memory of each is measured in a process of its own.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+
+import torch
+from diffusers import DDPMScheduler
+
+import shared
+from diffusers_terdit import losses
+from shared import Results
+
+
+MODELS = {"full precision": {"ternary": False}, "ternary": {}, "ternary, 8-bit activations": {"activation_bits": 8}}
+
+
+def add_arguments(commands) -> None:
+    parser = commands.add_parser("training", help="cost of a training step, ternary and full precision")
+    parser.add_argument("--preset", choices=shared.PRESETS, default="terdit-600m-256")
+    parser.add_argument("--layers", type=shared.positive, default=2)
+    parser.add_argument("--batch_size", type=shared.positive, default=8)
+    parser.add_argument("--dtype", choices=shared.DTYPES, default="float32", help="of autocast")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--repeats", type=shared.positive, default=7)
+    shared.add_output_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    results = Results(args, "training", page)
+    if not args.render:
+        settings = {key: getattr(args, key) for key in ("preset", "layers", "batch_size", "dtype", "device")}
+        results.resume(args.fresh, place=shared.place(args.device), settings=settings | {"repeats": args.repeats})
+        if results.missing({"model": name} for name in MODELS):
+            results.data["records"] = []  # a ratio is one of steps in turns
+            steps = {name: training_step(name, **settings) for name in MODELS}
+            times = shared.by_clock(shared.in_turns(steps, args.repeats))["seconds"]
+            del steps  # before the processes need memory
+            results.collect(record_of(name, times, settings) for name in MODELS)
+    results.finish()
+
+
+def record_of(name: str, times: dict[str, list[float]], settings: dict) -> dict:
+    memory = shared.in_a_process(__file__, name=name, **settings)
+    milliseconds = shared.rounded(1e3 * statistics.median(times[name]))
+    over = shared.ratios(times[name], times["full precision"])
+    return {"model": name, "milliseconds": milliseconds, "over_full_precision": over, **memory}
+
+
+def training_step(name: str, preset: str, layers: int, batch_size: int, dtype: str, device: str) -> Callable[[], None]:
+    """Return a function that runs one optimizer step of a fresh model."""
+    torch.manual_seed(0)
+    model = shared.new_model(preset, num_layers=layers, **MODELS[name]).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    alphas = DDPMScheduler(beta_schedule="linear").alphas_cumprod.to(device)
+    side = model.config.sample_size
+    clean = torch.randn(batch_size, model.config.in_channels, side, side, device=device)
+    noise, labels = torch.randn_like(clean), torch.randint(model.config.num_classes, (batch_size,), device=device)
+    timesteps = torch.randint(1000, (batch_size,), device=device)
+
+    def step() -> None:
+        with torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
+            output = model(clean, timesteps, labels).sample.float()
+        losses.diffusion_loss(output, clean, noise, timesteps, alphas).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def measure(**settings) -> dict[str, float]:
+    """Return the peak memory of two steps, in GiB."""
+    step = training_step(**settings)
+    for _ in range(2):
+        step()
+    on_gpu = settings["device"] == "cuda"
+    return {"memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else shared.peak_memory()}
+
+
+def page(data: dict) -> str:
+    lines = [
+        [r["model"], f"{r['milliseconds']:g}", shared.spread(r["over_full_precision"]), f"{r['memory_gib']:.2f}"]
+        for r in data["records"]
+    ]
+    return shared.render("training", **data, lines=lines)
+
+
+if __name__ == "__main__":
+    shared.answer(measure)
