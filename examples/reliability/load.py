@@ -1,13 +1,14 @@
-"""Leaks: `python tests/stress_load.py --cycles 1000 --images 10000`.
+"""Find leaks: `python examples/reliability/load.py --cycles 1000 --images 10000`.
 
-Each scenario runs in a process of its own and does one thing again and again: load, sample and delete a pipeline, draw
-ten thousand images with one, leave a call by an error, and so on. At regular times, after a garbage collection and
-with what malloc has free given back, it notes resident memory, tensors, objects, open files and threads. Over the last
-half of the notes a line is fitted to each; a scenario passes when none rises by more than its bound per cycle.
-The figures: docs/results/stress_load.md.
+Each scenario runs in a new process and repeats one operation: load, sample and delete a pipeline, draw ten thousand
+images with one, leave a call by an error, and so on. At regular times, after a garbage collection and after malloc has
+returned its free memory, it notes resident memory, tensors, objects, open files and threads. A line is fitted to the
+last half of the notes of each; a scenario passes when none rises by more than its bound per cycle.
+`page.py` writes the figures: docs/results/reliability.md.
 """
 
 import argparse
+import copy
 import ctypes
 import gc
 import json
@@ -18,14 +19,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import safetensors
 import torch
-from diffusers import AutoencoderKL, FirstBlockCacheConfig
+from diffusers import FirstBlockCacheConfig
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel
@@ -33,20 +36,18 @@ from diffusers_terdit.checkpoints import bundled
 from diffusers_terdit.ops import has_integer_kernel
 from diffusers_terdit.ops.cpu import choose
 from diffusers_terdit.pipelines.schedulers import default_scheduler
+from harness import memory, tiny_vae, versions, write_report
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-NOTES = 40  # of a scenario
-# What may be added per cycle at most, by the line through the last half of the notes. One thing that is kept in every
-# cycle adds 1 to its number; what is smaller than 4 kB a cycle and no object of Python is not told from noise.
+sys.path.append(str(Path(__file__).parents[1]))
+import evaluate
+
+
+Body = Callable[[int], None]  # one cycle, by its number
+NOTES = 40  # per scenario
+# Largest growth per cycle, by the line through the last half of the notes. A thing that is kept in every cycle adds 1
+# to its number; a leak below 4 kB a cycle that is no object of Python cannot be told from noise.
 BOUNDS = {"bytes": 4096.0, "tensors": 0.1, "objects": 0.5, "files": 0.1, "threads": 0.1}
-
-
-def memory(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(key)
 
 
 def note(cycle: int) -> dict[str, int]:
@@ -64,8 +65,8 @@ def note(cycle: int) -> dict[str, int]:
     }
 
 
-def watch(cycles: int, body: Callable[[int], None], every: int = 1) -> list[dict[str, int]]:
-    """Notes from before the first cycle to after the last one, `every` so many cycles."""
+def watch(cycles: int, body: Body, every: int = 1) -> list[dict[str, int]]:
+    """Take notes from before the first cycle to after the last one, `every` so many cycles."""
     notes = [note(0)]
     for cycle in range(cycles):
         body(cycle)
@@ -75,40 +76,36 @@ def watch(cycles: int, body: Callable[[int], None], every: int = 1) -> list[dict
 
 
 def growth(notes: list[dict[str, int]]) -> dict[str, float]:
-    """Per cycle: the slope of the least-squares line through the last half of the notes."""
+    """Slopes per cycle of the least-squares lines through the last half of the notes."""
     last = notes[len(notes) // 2 :]
     cycles = np.array([item["cycle"] for item in last], dtype=float)
     return {key: float(np.polyfit(cycles, [float(item[key]) for item in last], 1)[0]) for key in BOUNDS}
 
 
 def judge(notes: list[dict[str, int]], alone: list[dict[str, int]] | None = None) -> list[str]:
-    """What leaks. Scenarios that load may add the bytes that safetensors adds `alone`, besides."""
+    """Name what leaks. Scenarios that load may also add the bytes that safetensors adds `alone`."""
     allowed = BOUNDS["bytes"] + (max(0.0, growth(alone)["bytes"]) if alone else 0.0)
     return [key for key, slope in growth(notes).items() if slope > (allowed if key == "bytes" else BOUNDS[key])]
 
 
-# The scenarios: each makes a function of the cycle's number
+# The scenarios: each makes a function of the cycle's number. The page shows their docstrings.
 
 
-def quiet(pipe: TerDiTPipeline) -> TerDiTPipeline:
+def open_pipeline(source: Path, **kwargs) -> TerDiTPipeline:
+    pipe = TerDiTPipeline.from_pretrained(source, **kwargs)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def digits(**kwargs) -> TerDiTPipeline:
-    return quiet(TerDiTPipeline.from_pretrained(bundled("digits"), **kwargs))
+def digits() -> TerDiTPipeline:
+    return open_pipeline(bundled("digits"))
 
 
 def save_with_vae(folder: Path) -> None:
     """A small pipeline whose latents a VAE decodes."""
-    torch.manual_seed(0)
     config = {"sample_size": 8, "num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 16, "num_classes": 10}
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
-        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=4, sample_size=16,
-    )  # fmt: skip
     transformer = TerDiTTransformer2DModel(**config, ffn_dim=64).pack()
-    TerDiTPipeline(transformer, default_scheduler(), vae).save_pretrained(folder)
+    TerDiTPipeline(transformer, default_scheduler(), tiny_vae()).save_pretrained(folder)
 
 
 def sample(pipe: TerDiTPipeline, **kwargs) -> torch.Tensor:
@@ -116,8 +113,7 @@ def sample(pipe: TerDiTPipeline, **kwargs) -> torch.Tensor:
     return pipe([1, 2], **settings | kwargs).images
 
 
-@contextmanager
-def cycles(folder: Path) -> Iterator[Callable[[int], None]]:
+def cycles(folder: Path) -> Body:
     """`from_pretrained`, two images, delete; two pipelines in six dtypes and modes. Each mode always gives the same
     bits."""
     save_with_vae(folder / "vae")
@@ -129,20 +125,17 @@ def cycles(folder: Path) -> Iterator[Callable[[int], None]]:
         mode = cycle % 12
         dtype, activation_bits = modes[mode // 2]
         source = folder / "vae" if mode % 2 else bundled("digits")
-        pipe = quiet(TerDiTPipeline.from_pretrained(source, dtype=getattr(torch, dtype)))
+        pipe = open_pipeline(source, dtype=getattr(torch, dtype))
         pipe.transformer.set_activation_bits(activation_bits)
         assert torch.equal(sample(pipe), first.setdefault(mode, sample(pipe)))
         del pipe
 
-    yield body
+    return body
 
 
-@contextmanager
-def images(folder: Path) -> Iterator[Callable[[int], None]]:
+def images(folder: Path) -> Body:
     """Batches of 100 digits through one pipeline, as examples/evaluate.py samples them. The first hundred, drawn again
     at every tenth batch, keep their bits."""
-    import evaluate
-
     args = evaluate.parse_args(["--batch_size", "100", "--num_inference_steps", "10"])
     pipe = evaluate.load_pipeline(args, torch.device("cpu"))
     first = evaluate.sample(pipe, args, range(100))
@@ -152,11 +145,10 @@ def images(folder: Path) -> Iterator[Callable[[int], None]]:
         assert len(batch) == 100
         assert cycle % 10 or np.array_equal(evaluate.sample(pipe, args, range(100)), first)
 
-    yield body
+    return body
 
 
-@contextmanager
-def callbacks(folder: Path) -> Iterator[Callable[[int], None]]:
+def callbacks(folder: Path) -> Body:
     """A call with a callback that replaces the latents, and one that is stopped half-way."""
     pipe = digits()
 
@@ -171,11 +163,10 @@ def callbacks(folder: Path) -> Iterator[Callable[[int], None]]:
         sample(pipe, callback_on_step_end=replace)
         sample(pipe, callback_on_step_end=stop)
 
-    yield body
+    return body
 
 
-@contextmanager
-def safetensors_alone(folder: Path) -> Iterator[Callable[[int], None]]:
+def safetensors_alone(folder: Path) -> Body:
     """The weights that a cycle of "load, sample, delete" loads, by `safetensors.torch.load_file`, without diffusers
     and this package."""
     save_with_vae(folder)
@@ -185,15 +176,22 @@ def safetensors_alone(folder: Path) -> Iterator[Callable[[int], None]]:
         for path in sources[cycle % 2]:
             load_file(path)
 
-    yield body
+    return body
 
 
 class Stop(Exception):
     """Raised in a callback."""
 
 
-@contextmanager
-def errors(folder: Path) -> Iterator[Callable[[int], None]]:
+def must_fail(kinds: type[BaseException] | tuple[type[BaseException], ...], work: Callable[[], object]) -> None:
+    try:
+        work()
+    except kinds:
+        return
+    raise AssertionError(f"there was no {kinds}")
+
+
+def errors(folder: Path) -> Body:
     """Calls that end in an exception, a KeyboardInterrupt, a refused input, a call from their own callback, NaN in the
     latents, and NaN in the model; then one that works."""
     pipe = digits()
@@ -219,28 +217,18 @@ def errors(folder: Path) -> Iterator[Callable[[int], None]]:
             (RuntimeError, {"callback_on_step_end": again}),
             (ValueError, {"callback_on_step_end": nan}),
         ):
-            try:
-                sample(pipe, **settings)
-                raise AssertionError(f"no {kind.__name__}")
-            except kind:
-                pass
+            must_fail(kind, lambda settings=settings: sample(pipe, **settings))
         weight = pipe.transformer.proj_in.bias.data
         kept, weight[0] = weight[0].clone(), float("nan")
-        try:
-            sample(pipe)
-            raise AssertionError("NaN was not noticed")
-        except ValueError:
-            weight[0] = kept
+        must_fail(ValueError, lambda: sample(pipe))
+        weight[0] = kept
         assert torch.equal(sample(pipe), expected)
 
-    yield body
+    return body
 
 
-@contextmanager
-def adapters(folder: Path) -> Iterator[Callable[[int], None]]:
+def adapters(folder: Path) -> Body:
     """`load_lora_adapter`, two images, `unload_lora`."""
-    from peft import LoraConfig
-
     pipe = digits()
     expected = sample(pipe)
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "down_proj"], init_lora_weights=False))
@@ -253,11 +241,10 @@ def adapters(folder: Path) -> Iterator[Callable[[int], None]]:
         pipe.transformer.unload_lora()
         assert torch.equal(sample(pipe), expected)
 
-    yield body
+    return body
 
 
-@contextmanager
-def formats(folder: Path) -> Iterator[Callable[[int], None]]:
+def formats(folder: Path) -> Body:
     """`unpack`, two images, `pack`, two images."""
     pipe = digits()
     expected = sample(pipe)
@@ -268,11 +255,10 @@ def formats(folder: Path) -> Iterator[Callable[[int], None]]:
         pipe.transformer.pack()
         assert torch.equal(sample(pipe), expected)
 
-    yield body
+    return body
 
 
-@contextmanager
-def files(folder: Path) -> Iterator[Callable[[int], None]]:
+def files(folder: Path) -> Body:
     """`save_pretrained` into one folder, and loads of damaged files, which are refused."""
     pipe = digits()
     weights = folder / "saved" / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -282,17 +268,12 @@ def files(folder: Path) -> Iterator[Callable[[int], None]]:
         data = bytearray(weights.read_bytes())
         for damaged in (data[:-100], data[:-1] + bytes([data[-1] ^ 1])):
             weights.write_bytes(damaged)
-            try:
-                TerDiTPipeline.from_pretrained(folder / "saved")
-                raise AssertionError("a damaged file was loaded")
-            except (OSError, ValueError):
-                pass
+            must_fail((OSError, ValueError), lambda: TerDiTPipeline.from_pretrained(folder / "saved"))
 
-    yield body
+    return body
 
 
-@contextmanager
-def step_caches(folder: Path) -> Iterator[Callable[[int], None]]:
+def step_caches(folder: Path) -> Body:
     """`enable_cache`, two images, `disable_cache`."""
     pipe = digits()
     expected = sample(pipe)
@@ -303,15 +284,12 @@ def step_caches(folder: Path) -> Iterator[Callable[[int], None]]:
         pipe.transformer.disable_cache()
         assert torch.equal(sample(pipe), expected)
 
-    yield body
+    return body
 
 
-@contextmanager
-def threads(folder: Path) -> Iterator[Callable[[int], None]]:
+def threads(folder: Path) -> Body:
     """Four new threads, each with a copy of the pipeline and its own scheduler, on the shared weights; then they end.
     All give the bits that one gives alone."""
-    import copy
-
     pipe = digits()
     pipe.transformer.set_activation_bits(16 if has_integer_kernel("cpu") else None)
     expected = sample(pipe)
@@ -332,7 +310,7 @@ def threads(folder: Path) -> Iterator[Callable[[int], None]]:
         assert len(results) == 4
         assert all(torch.equal(result, expected) for result in results)
 
-    yield body
+    return body
 
 
 SCENARIOS = {
@@ -351,113 +329,64 @@ LOADING = ("load, sample, delete", "save, and load damaged files", "LoRA")
 
 
 def judge_all(report: dict) -> dict[str, list[str]]:
-    """What leaks, by scenario. That of safetensors alone is no leak of this package; the others are measured by it."""
+    """Name what leaks, by scenario. The leak of safetensors alone is not this package's; others are measured by it."""
     notes = {name: result["notes"] for name, result in report["scenarios"].items()}
-    alone = notes["safetensors alone"]
-    return {n: judge(notes[n], alone if n in LOADING else None) for n in notes if n != "safetensors alone"}
+    alone = notes.pop("safetensors alone")
+    return {name: judge(of, alone if name in LOADING else None) for name, of in notes.items()}
 
 
 def measure(name: str, count: int) -> dict:
-    """One scenario, in this process."""
+    """Run one scenario in this process."""
     torch.set_num_threads(1)
     start = time.monotonic()
     # as many cycles between notes as the kinds of a cycle, or a multiple: the notes are then of like states
     period = 12 if SCENARIOS[name] in (cycles, safetensors_alone) else 1
     every = max(1, round(count / NOTES / period)) * period
-    with tempfile.TemporaryDirectory() as folder, SCENARIOS[name](Path(folder)) as body:
-        notes = watch(count, body, every)
+    with tempfile.TemporaryDirectory() as folder:
+        notes = watch(count, SCENARIOS[name](Path(folder)), every)
     return {"cycles": count, "notes": notes, "peak": memory("VmHWM"), "seconds": time.monotonic() - start}
 
 
-def run(counts: dict[str, int]) -> dict:
-    """Scenarios by name, each `counts` cycles in a new process."""
-    report: dict = {"scenarios": {}}
+def run(counts: dict[str, int], progress: Path) -> dict:
+    """Run scenarios by name, each `counts` cycles in a new process; a later call keeps those that are done."""
+    report: dict = json.loads(progress.read_text()) if progress.exists() else {"scenarios": {}}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     for name, count in counts.items():
+        if report["scenarios"].get(name, {}).get("cycles") == count:
+            continue
         command = [sys.executable, __file__, "--scenario", name, "--cycles", str(count)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{name}:\n{done.stderr[-3000:]}")
         report["scenarios"][name] = json.loads(done.stdout.splitlines()[-1])
-        print(name, growth(report["scenarios"][name]["notes"]), file=sys.stderr, flush=True)
+        print(name, growth(report["scenarios"][name]["notes"]), flush=True)
+        progress.write_text(json.dumps(report))
     return report
 
 
-def markdown(report: dict) -> str:
-    """The page of a report."""
-    scenarios = report["scenarios"]
-    header = "| | cycles | MB at half | MB at the end | bytes | tensors | objects | files | threads |"
-    lines = [header, f"| --- | {' | '.join(['---:'] * 8)} |"]
-    for name, result in scenarios.items():
-        notes, slopes = result["notes"], growth(result["notes"])
-        half = notes[len(notes) // 2]
-        cells = [f"{item['bytes'] / 1e6:.1f}" for item in (half, notes[-1])]
-        cells += [f"{slopes['bytes']:+,.0f}", *(f"{round(slopes[key], 3) + 0.0:+.3f}" for key in list(BOUNDS)[1:])]
-        lines.append(f"| {name} | {result['cycles']:,} | {' | '.join(cells)} |")
-    bounds = [f"{BOUNDS['bytes']:,.0f}", *(f"{BOUNDS[key]:g}" for key in list(BOUNDS)[1:])]
-    lines.append(f"| *at most* | | | | {' | '.join(bounds)} |")
-    load, ends = scenarios["load, sample, delete"], scenarios["load, sample, delete"]["notes"][-1]
-    return "\n".join(
-        [
-            "# Leaks: the figures",
-            "",
-            "What is added per cycle, when one thing is done again and again: the slope of the line through the last"
-            f" half of about {NOTES} notes. Above a bound it counts as a leak.",
-            "",
-            "```bash",
-            f"OMP_NUM_THREADS=1 python tests/stress_load.py --cycles {load['cycles']} --images"
-            f" {100 * scenarios['images']['cycles']}",
-            "```",
-            "",
-            f"Made on {report['machine']}, {report['versions']}, in"
-            f" {sum(result['seconds'] for result in scenarios.values()) / 60:.0f} minutes.",
-            "",
-            *lines,
-            "",
-            "- *bytes*: resident memory, after a garbage collection and with what malloc has free given back. Between"
-            f" two notes the first scenario took at most {load['peak'] / 1e6:.0f} MB: Python collects the cycles of"
-            " references in a deleted pipeline when it likes.",
-            "- *tensors*, *objects*: those that Python's garbage collector knows. *files*, *threads*: of the process."
-            f" The first scenario ends with {ends['files']} files and {ends['threads']} threads.",
-            f"- *safetensors alone* is a leak of safetensors {report['safetensors']}: integers that it makes for every"
-            f" tensor. Scenarios that load ({'; '.join(LOADING)}) may add as much besides.",
-            "- One tensor, object, file or thread that is kept in every cycle would add 1: `tests/test_stress_load.py`"
-            " keeps some, and they are noticed. A leak outside Python below 4 kB per cycle is not told from noise.",
-            "- Not among these: `torch.compile`, whose cache keeps every compiled shape on purpose, and a GPU.",
-            "",
-            "## Cycles",
-            "",
-            *(f"- **{name}**: {' '.join(SCENARIOS[name].__doc__.split())}" for name in scenarios),
-            "",
-        ]
-    )
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cycles", type=int, default=1000, help="of loading; a fifth of it for the rest")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/results"))
     parser.add_argument("--scenario", choices=SCENARIOS, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.scenario:
-        print(json.dumps(measure(arguments.scenario, arguments.cycles)))
+    args = parser.parse_args()
+    if args.scenario:
+        print(json.dumps(measure(args.scenario, args.cycles)))
         return
-    import diffusers
-
-    counts = dict.fromkeys(SCENARIOS, arguments.cycles // 5)
-    counts |= dict.fromkeys(("load, sample, delete", "safetensors alone"), arguments.cycles)
-    report = run(counts | {"images": arguments.images // 100})
+    counts = dict.fromkeys(SCENARIOS, args.cycles // 5)
+    counts |= dict.fromkeys(("load, sample, delete", "safetensors alone"), args.cycles)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    progress = args.output_dir / "reliability_load.progress.json"
+    report = run(counts | {"images": args.images // 100}, progress)
     isa = next(iter(choose.integer_kernels()), "without integer kernels")
     report["machine"] = f"{platform.machine()} CPU ({isa}), one thread"
-    report["versions"] = (
-        f"Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}"
-    )
+    report["versions"] = versions(torch, diffusers)
     report["safetensors"] = safetensors.__version__
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    (arguments.output_dir / "stress_load.json").write_text(json.dumps(report) + "\n")
-    (arguments.output_dir / "stress_load.md").write_text(markdown(report))
-    sys.exit(any(judge_all(report).values()))
+    write_report(args.output_dir / "reliability_load.json", report)
+    progress.unlink()
+    if leaks := {name: leaking for name, leaking in judge_all(report).items() if leaking}:
+        sys.exit(f"These grow: {leaks}")
 
 
 if __name__ == "__main__":
