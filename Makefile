@@ -23,7 +23,8 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 
 OUT ?= outputs/gpu
-GPU := PYTHONPATH=src:examples$(if $(PYTHONPATH),:$(PYTHONPATH)) PYTHONUNBUFFERED=1 timeout
+BENCHMARK := examples/benchmarks/run.py
+GPU := PYTHONPATH=src$(if $(PYTHONPATH),:$(PYTHONPATH)) PYTHONUNBUFFERED=1 timeout
 
 .PHONY: demo test slow stress gpu gpu-tests gpu-layers gpu-steps gpu-pictures audit results quality docs dist format clean
 
@@ -38,30 +39,31 @@ slow: .venv/.dev
 	$(BIN)/python -m pytest -m slow
 
 stress: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python tests/stress_files.py --inputs 100000 --output_dir outputs/results
-	OMP_NUM_THREADS=1 $(BIN)/python tests/stress_kills.py --kills 200 --output_dir outputs/results
-	OMP_NUM_THREADS=1 $(BIN)/python tests/stress_load.py --cycles 1000 --images 10000 --output_dir outputs/results
+	OMP_NUM_THREADS=1 $(BIN)/python examples/reliability/files.py --inputs 100000 --output_dir outputs/results
+	OMP_NUM_THREADS=1 $(BIN)/python examples/reliability/kills.py --kills 200 --output_dir outputs/results
+	OMP_NUM_THREADS=1 $(BIN)/python examples/reliability/load.py --cycles 1000 --images 10000 --output_dir outputs/results
+	$(BIN)/python examples/reliability/page.py --output_dir outputs/results
 
 # 124: out of time. What is measured by then is kept, and starting the command again measures the rest.
 define within
-$(GPU) $(1) $(PYTHON) $(2) --output_dir $(OUT) || test $$? -eq 124
+$(GPU) $(1) $(PYTHON) $(BENCHMARK) $(2) --output_dir $(OUT) || test $$? -eq 124
 endef
 
 gpu: gpu-tests gpu-layers gpu-steps gpu-pictures
 
 gpu-tests:
-	$(call within,540,examples/benchmarks/gpu_tests.py)
+	$(call within,540,gpu-tests)
 
 gpu-layers:
-	$(call within,540,examples/benchmarks/gpu_shootout.py)
+	$(call within,540,gpu-layers)
 
 gpu-steps:
-	$(call within,540,examples/benchmark.py gpu --parts steps --dtypes bfloat16 --presets terdit-4.2b-256 terdit-600m-256 --turns 15)
+	$(call within,540,gpu-steps --dtypes bfloat16 --presets terdit-4.2b-256 terdit-600m-256 --turns 15)
 
 gpu-pictures:
-	$(call within,200,examples/benchmarks/gpu_pipeline.py)
-	$(call within,170,examples/benchmark.py gpu --parts cards --dtypes bfloat16 --limits 2 --weights packed --placements resident 'group offload' --presets terdit-4.2b-256)
-	$(call within,180,examples/benchmark.py training --device cuda --dtype bfloat16 --preset terdit-4.2b-256 --layers 2 --batch_size 16 --repeats 5)
+	$(call within,200,gpu-pictures)
+	$(call within,170,gpu-cards --limits 2 --weights packed --placements resident 'group offload')
+	$(call within,180,training --device cuda --dtype bfloat16 --preset terdit-4.2b-256 --layers 2 --batch_size 16 --repeats 5)
 
 # In an environment of its own: what it needs is not in the lock. torch is pinned here, and not there. Strict: what could
 # not be looked up is no pass.
@@ -73,16 +75,16 @@ audit:
 
 # One thread, as the committed figures: the models are small, and a run is the same whatever else the machine does.
 results: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py deployment --output_dir outputs/results
-	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py kernels --output_dir outputs/results
-	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py step --output_dir outputs/results
-	OMP_NUM_THREADS=1 $(BIN)/python examples/few_steps.py --model digits --output_dir outputs/results
-	OMP_NUM_THREADS=1 $(BIN)/python examples/few_steps.py --model emoji --output_dir outputs/results
-	OMP_NUM_THREADS=1 $(BIN)/python examples/experiments/adaln_norm.py --records outputs/results
-	OMP_NUM_THREADS=1 $(BIN)/python examples/experiments/worth_it.py --records outputs/results
-	OMP_NUM_THREADS=1 $(BIN)/python examples/experiments/text_to_image.py --records outputs/results
-	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py flux2 --output_dir outputs/results
-	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py numerics --output_dir outputs/results
+	OMP_NUM_THREADS=1 $(BIN)/python $(BENCHMARK) deployment --output_dir outputs/results
+	OMP_NUM_THREADS=1 $(BIN)/python $(BENCHMARK) kernels --output_dir outputs/results
+	OMP_NUM_THREADS=1 $(BIN)/python $(BENCHMARK) step --output_dir outputs/results
+	OMP_NUM_THREADS=1 $(BIN)/python examples/experiments/few_steps.py --model digits --output_dir outputs/results
+	OMP_NUM_THREADS=1 $(BIN)/python examples/experiments/few_steps.py --model emoji --output_dir outputs/results
+	OMP_NUM_THREADS=1 $(BIN)/python examples/experiments/adaln_norm.py --output_dir outputs/results
+	OMP_NUM_THREADS=1 $(BIN)/python examples/experiments/worth_it.py --output_dir outputs/results
+	OMP_NUM_THREADS=1 $(BIN)/python examples/experiments/text_to_image.py --output_dir outputs/results
+	OMP_NUM_THREADS=1 $(BIN)/python $(BENCHMARK) flux2 --output_dir outputs/results
+	OMP_NUM_THREADS=1 $(BIN)/python $(BENCHMARK) numerics --output_dir outputs/results
 
 quality: .venv/.dev
 	$(BIN)/ruff check

@@ -35,7 +35,7 @@ from diffusers_terdit.hub.model_card import human_bytes
 from diffusers_terdit.pipelines.schedulers import is_flow, scheduler_by_name
 
 
-# By what the model predicts; the pipeline's own scheduler stands first in the list.
+# By what the model predicts; the list on the page begins with the pipeline's own scheduler.
 NOISE_SCHEDULERS = (
     "DDIMScheduler",
     "DPMSolverMultistepScheduler",
@@ -74,7 +74,7 @@ CSS = """
 
 @dataclass
 class Settings:
-    """What a visitor asks for: image i of `num_images` has seed `seed + i`."""
+    """Request of a visitor: image i of `num_images` has seed `seed + i`."""
 
     label: int
     seed: int
@@ -96,7 +96,7 @@ class Update:
 
 
 class Sampler:
-    """A pipeline that many visitors share: one samples at a time, with a scheduler and settings of its own."""
+    """A pipeline that many visitors share: one samples at a time, with their own scheduler and settings."""
 
     def __init__(self, pipe: TerDiTPipeline):
         self.pipe = pipe
@@ -112,7 +112,7 @@ class Sampler:
             event.set()
 
     def sample(self, settings: Settings, visitor: str | None = None) -> Iterator[Update]:
-        """Updates as they come, from a thread that ends when the caller stops listening."""
+        """Yield updates from a thread that ends when the caller stops listening."""
         updates: queue.Queue[Update | Exception] = queue.Queue()
         stop = self._stops[visitor or ""] = threading.Event()
 
@@ -183,7 +183,7 @@ class Sampler:
 
 
 def data_url(image: Image.Image) -> str:
-    """Lossless: what the page shows are the pipeline's own bits."""
+    """Encode a picture without loss: the page shows the pipeline's own bits."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -216,7 +216,7 @@ def show(update: Update, settings: Settings, name: str) -> str:
 
 
 def facts(pipe: TerDiTPipeline, name: str) -> str:
-    """One line on the model's size."""
+    """Describe the model's size in one line."""
     transformer, config = pipe.transformer, pipe.transformer.config
     layers = transformer.ternary_layers().values()
     ternary = sum(layer.in_features * layer.out_features for layer in layers)
@@ -249,7 +249,7 @@ def pictures(
     scheduler: str,
     visitor: str | None = None,
 ) -> Iterator[str]:
-    """What the page shows, from what its fields hold; an error is what it says instead."""
+    """Yield the HTML for the values of the page's fields; raise what the page shows as an error."""
     if label is None:
         raise gr.Error("Choose a class: none is chosen.", print_exception=False)
     if seed is None or seed != int(seed) or not 0 <= seed <= MAX_SEED:
@@ -263,12 +263,12 @@ def pictures(
 
 
 def build(pipe: TerDiTPipeline, name: str, num_inference_steps: int = 50, guidance_scale: float = 4.0) -> gr.Blocks:
-    """The page.
+    """Build the page.
 
     Args:
         pipe ([`TerDiTPipeline`]): Shared by all visitors.
-        name (`str`): Of the model, for the title.
-        num_inference_steps (`int`): What the page starts with, as `guidance_scale`.
+        name (`str`): Model name in the title.
+        num_inference_steps (`int`), guidance_scale (`float`): Initial values.
     """
     sampler = Sampler(pipe)
     id2label = pipe.config.id2label or {}

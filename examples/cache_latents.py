@@ -77,7 +77,7 @@ def collate(batch: list) -> tuple[torch.Tensor, torch.Tensor] | None:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W) in [-1, 1] -> (B, 2C, h, w): mean, deviation."""
+    """Encode (B, 3, H, W) in [-1, 1] into (B, 2C, h, w): mean, deviation."""
     distribution = vae.encode(images.to(vae.device)).latent_dist
     return torch.cat([distribution.mean, distribution.std], dim=1)
 
@@ -91,7 +91,7 @@ def main(argv=None) -> None:
 
 
 def cache(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Encode the shards that are missing, then write what makes them a cache."""
+    """Encode the shards that are missing, then write the index that makes them a cache."""
     options = {"resolution": args.resolution, "channels": 3}
     if args.train_data_dir:
         samples = training.data.ImageSamples.from_folder(args.train_data_dir, **options)

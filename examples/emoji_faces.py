@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 
-LICENCE = """\
+LICENSE = """\
 The pictures in these folders are made from Noto Emoji, https://github.com/googlefonts/noto-emoji, Copyright Google
 LLC, Apache License 2.0, https://www.apache.org/licenses/LICENSE-2.0. They were scaled and set on white.
 Their names are from emoji-data, https://github.com/iamcal/emoji-data, Copyright Cal Henderson, MIT.
@@ -32,7 +32,7 @@ def is_face(emoji: dict) -> bool:
 
 
 def label(emoji: dict) -> str:
-    """The names of an entry, lower case, separated by commas, the Unicode name first.
+    """Names of an entry in lower case, separated by commas, the Unicode name first.
 
     `/` would end the folder's name and `,` the label's, so both become spaces.
     """
@@ -41,7 +41,7 @@ def label(emoji: dict) -> str:
 
 
 def on_white(image: Image.Image, resolution: int) -> Image.Image:
-    """The picture in RGB, its transparent parts white; Pillow weights colours by their opacity when it scales."""
+    """Set a picture on white, in RGB; Pillow weights colors by their opacity when it scales."""
     image = image.convert("RGBA")
     if image.size != (resolution, resolution):
         image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
@@ -50,7 +50,7 @@ def on_white(image: Image.Image, resolution: int) -> Image.Image:
 
 
 def write_faces(package: Path, output_dir: Path, resolution: int = 32) -> list[str]:
-    """Write `output_dir/<label>/<code points>.png` for every face, and a licence note.
+    """Write `output_dir/<label>/<code points>.png` for every face, and a license note.
 
     Args:
         package (`Path`): The unpacked npm package: `emoji.json` and `img/google/64`.
@@ -64,7 +64,7 @@ def write_faces(package: Path, output_dir: Path, resolution: int = 32) -> list[s
         ValueError: No such package, no faces, a missing picture, two faces of one name, or a bad resolution or folder.
     """
     if not 1 <= resolution <= 64:
-        raise ValueError(f"`resolution` must lie in 1 to 64, the package's pictures have 64 pixels; got {resolution}.")
+        raise ValueError(f"`resolution` must be 1 to 64, the package's pictures have 64 pixels; got {resolution}.")
     index, pictures = package / "emoji.json", package / "img" / "google" / "64"
     if not index.is_file():
         raise ValueError(f"{package} holds no emoji.json. Pass the folder `package` that tar made, see --help.")
@@ -93,7 +93,7 @@ def write_faces(package: Path, output_dir: Path, resolution: int = 32) -> list[s
         folder = output_dir / name
         folder.mkdir(parents=True)
         picture.save(folder / emoji["image"])
-    (output_dir / "LICENCE.txt").write_text(LICENCE, encoding="utf-8")
+    (output_dir / "LICENSE.txt").write_text(LICENSE, encoding="utf-8")
     return labels
 
 

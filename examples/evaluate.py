@@ -1,4 +1,4 @@
-"""Sample images from a TerDiT pipeline and measure them after the ADM definitions.
+"""Sample images from a TerDiT pipeline and measure them as ADM defines the metrics.
 
     python examples/evaluate.py --model digits --num_images 1000 --output_dir outputs/evaluation
     accelerate launch examples/evaluate.py --model terdit-600m --num_images 50000 --num_inference_steps 250 \
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffusers_terdit import TerDiTPipeline, __version__, evaluation, training
-from diffusers_terdit.checkpoints import bundled
+from diffusers_terdit.checkpoints import resolve_model
 from diffusers_terdit.evaluation.digits import digits_classifier
 from diffusers_terdit.evaluation.inception import InceptionV3
 from diffusers_terdit.storage.saving import new_file, output_folder, writing
@@ -84,13 +84,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
-def model_folder(model: str) -> str | Path:
-    """Folders and Hub ids as they are; the name of a bundled checkpoint becomes its folder."""
-    return model if Path(model).is_dir() or "/" in model else bundled(model)
-
-
 def load_pipeline(args: argparse.Namespace, device: torch.device) -> TerDiTPipeline:
-    pipe = TerDiTPipeline.from_pretrained(model_folder(args.model), dtype=getattr(torch, args.dtype)).to(device)
+    pipe = TerDiTPipeline.from_pretrained(resolve_model(args.model), dtype=getattr(torch, args.dtype)).to(device)
     if args.scheduler:
         scheduler = getattr(diffusers, args.scheduler, None)
         if scheduler is None or not hasattr(scheduler, "set_timesteps"):
@@ -106,7 +101,7 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> TerDiTPipel
 
 
 def at_fixed_rows(layer: nn.Module) -> None:
-    """Let a layer of the conditioning, one row per image, always compute 16 rows.
+    """Make a layer of the conditioning, one row per image, always compute 16 rows.
 
     A matrix product of one to three rows sums in another order than one of many, so an image would depend on how many
     others are in its batch. All other layers see at least 16 tokens per image.
@@ -133,7 +128,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def sample(pipe: TerDiTPipeline, args: argparse.Namespace, indices: range) -> np.ndarray:
-    """Images of these indices, (B, H, W, C) uint8."""
+    """Draw the images of these indices, (B, H, W, C) uint8."""
     seeds = [int(training.random.uniform(args.seed, "image", [index]) * 2**53) for index in indices]
     latents = pipe(
         [label_of(args, index, pipe.transformer.config.num_classes) for index in indices],
@@ -159,7 +154,7 @@ def sample(pipe: TerDiTPipeline, args: argparse.Namespace, indices: range) -> np
 
 
 def pending(parts: Path, num_images: int, batch_size: int) -> list[range]:
-    """Batches of image indices that no whole file holds yet."""
+    """Find the batches of image indices that no whole file holds yet."""
     done = np.zeros(num_images, dtype=bool)
     for path in parts.glob("*.npy"):
         first, last = map(int, path.stem.split("-"))
@@ -180,7 +175,7 @@ def save_part(parts: Path, indices: range, images: np.ndarray) -> None:
 
 
 def merge(parts: Path, num_images: int, path: Path) -> None:
-    """All parts, in order of their index, into one uncompressed .npz, one part in memory at a time."""
+    """Write all parts, in order of their index, into one uncompressed .npz, with one part in memory at a time."""
     files = sorted(parts.glob("*.npy"))
     arrays = [np.load(file, mmap_mode="r") for file in files]
     sizes = sorted({array.shape[1:] for array in arrays})
@@ -198,7 +193,7 @@ def merge(parts: Path, num_images: int, path: Path) -> None:
 
 
 def sample_all(pipe: TerDiTPipeline, args: argparse.Namespace, accelerator: Accelerator, settings: dict) -> None:
-    """`samples.npz`, by all processes, from wherever an earlier run stopped."""
+    """Write `samples.npz` with all processes, from wherever an earlier run stopped."""
     path, parts = args.output_dir / "samples.npz", args.output_dir / "parts"
     settings_path = args.output_dir / "settings.json"
     if settings_path.exists():
@@ -260,7 +255,7 @@ class FolderImages:
         return np.concatenate([to_uint8(self.samples.read(i)[None]) for i in range(*rows.indices(len(self)))])
 
     def fingerprint(self) -> str:
-        """Of names and sizes of the files: hashing the pixels would read them twice."""
+        """Digest of names and sizes of the files: hashing the pixels would read them twice."""
         files = [(path.relative_to(self.root).as_posix(), path.stat().st_size) for path in self.samples.sources]
         return hashlib.sha256(json.dumps([self.shape, files]).encode()).hexdigest()
 
@@ -279,7 +274,7 @@ def feature_network(args: argparse.Namespace, device: torch.device) -> nn.Module
 
 
 def reference_statistics(args, network: nn.Module, shape: tuple[int, ...], device) -> evaluation.ImageStatistics:
-    """Statistics of the reference: from the file that keeps them if it is of the same data and network."""
+    """Return the reference's statistics, from the file that keeps them if it is of the same data and network."""
     name, (height, width, channels) = args.reference, shape[1:]
     images, adm = None, False
     if name == "digits" and not Path(name).exists():
@@ -312,7 +307,7 @@ def reference_statistics(args, network: nn.Module, shape: tuple[int, ...], devic
         if (kept.fingerprint, kept.network) == (data, evaluation.network_name(network)):
             logger.info(f"reference statistics from {path}")
             return kept
-        logger.info(f"{path} is of other data or another network, it is made anew")
+        logger.info(f"{path} is of other data or another network: writing it again")
     if adm:
         found = evaluation.ImageStatistics.from_adm(
             name, network, args.feature_batch_size, device, progress=bar("reference")
@@ -328,12 +323,12 @@ def reference_statistics(args, network: nn.Module, shape: tuple[int, ...], devic
 
 
 def bar(name: str):
-    """What `evaluation.image_statistics` wraps its batches in."""
+    """Progress bar for the batches of `evaluation.image_statistics`."""
     return lambda batches, total=None: tqdm(batches, desc=name, total=total, unit="batch")
 
 
 def images_seen(folder: Path) -> int | None:
-    """What training left in the model's folder: the last line of its log, or its card."""
+    """Read from the model's folder what it was trained on: the last line of its log, or its card."""
     log, card = folder / "log.jsonl", folder / "README.md"
     if log.is_file():
         seen = []
@@ -388,7 +383,7 @@ def main(argv=None) -> None:
 
 
 def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Sample, measure and report, or go on where a run was killed, in a folder that this run has for itself."""
+    """Sample, measure and report, or go on where a run was killed, in a folder that this run alone uses."""
     device = accelerator.device
     if args.model == "digits" and args.reference is None and not Path("digits").is_dir():
         args.reference = "digits"
@@ -442,7 +437,7 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
             elif found.inception_score is not None:
                 measured = {"inception_score": found.inception_score}
             measured["network"] = found.network
-        seen = args.images_seen or images_seen(Path(model_folder(args.model)))
+        seen = args.images_seen or images_seen(Path(resolve_model(args.model)))
         report = {
             **measured,
             **settings,

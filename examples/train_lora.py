@@ -1,18 +1,15 @@
-"""Teach a trained TerDiT new classes, or its old ones a new look, by a LoRA adapter beside the packed weights.
+"""Teach a trained TerDiT new classes, or its old ones a new look, with a LoRA adapter on its packed weights.
 
     OMP_NUM_THREADS=1 python examples/train_lora.py --demo --output_dir outputs/lora   # a minute on one CPU core
     python examples/train_lora.py --model me/my-terdit --train_data_dir pictures --output_dir outputs/lora
-    python examples/train_lora.py --memory                                             # packed beside other weights
 
 `--train_data_dir` holds class folders of images. A folder whose name the model knows trains that label; another name
-becomes a new class, with a row of its own in the label table. The ternary weights stay packed and are never written.
+becomes a new class with its own row in the label table. The ternary weights stay packed and are never written.
 `--output_dir` gets the adapter, a `README.md` with the lines that load it, and pictures: `before.png`, `after.png`.
 """
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,17 +20,16 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, losses, pack_ternary, training
+from diffusers_terdit import TerDiTPipeline, losses, training
+from diffusers_terdit.checkpoints import resolve_model
 from diffusers_terdit.evaluation.digits import digits_classifier
 from diffusers_terdit.pipelines.schedulers import training_scheduler
-from evaluate import model_folder
 
 
 # Every ternary layer; the dense layers around them stay as they are.
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "gate_proj", "up_proj", "down_proj", "adaln.linear"]
 NEW_CLASS = "mirrored three"
 COLUMNS = 10
-MEMORY = ["packed float32", "packed bfloat16", "float float32", "dense float32", "dense bfloat16"]
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -41,7 +37,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("--demo", action="store_true", help=f"the bundled digits learn a new class, {NEW_CLASS!r}")
     add("--train_data_dir", help="folder of class folders of images")
-    add("--memory", nargs="*", metavar="WEIGHTS", help=f"peak memory of a training step with {', '.join(MEMORY)}")
     add("--model", default="digits", help="folder, Hub id, or the name of a bundled checkpoint")
     add("--output_dir", type=Path, default=Path("terdit-lora"))
     add("--rehearsal", type=int, default=16, help="--demo: pictures of each old class in the training set; 0 forgets")
@@ -54,17 +49,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--guidance_scale", type=float, default=1.5)
     add("--num_inference_steps", type=int, default=50)
-    add("--preset", default="terdit-600m-256", help="--memory: the model's size")
     args = parser.parse_args(argv)
-    if sum(bool(given) for given in (args.demo, args.train_data_dir, args.memory is not None)) != 1:
-        parser.error("pass one of --demo, --train_data_dir, --memory")
-    if unknown := set(args.memory or []) - set(MEMORY):
-        parser.error(f"--memory knows {MEMORY}, got {sorted(unknown)}")
+    if args.demo == bool(args.train_data_dir):
+        parser.error("pass one of --demo, --train_data_dir")
     return args
 
 
 class MirroredThrees:
-    """The training digits' threes in the mirror, as class 10, and the first `rehearsal` pictures of each digit."""
+    """Training digits: the threes mirrored, as class 10, and the first `rehearsal` pictures of each digit."""
 
     flip = False
 
@@ -85,7 +77,7 @@ class MirroredThrees:
 
 
 def open_samples(args: argparse.Namespace, pipe: TerDiTPipeline):
-    """Training samples whose labels are the model's ids; the names of new classes get the ids after the last."""
+    """Return training samples with the model's label ids; names that it does not know get the ids after its last."""
     if args.demo:
         return MirroredThrees(args.rehearsal)
     config = pipe.transformer.config
@@ -101,7 +93,7 @@ def open_samples(args: argparse.Namespace, pipe: TerDiTPipeline):
 
 
 def add_classes(pipe: TerDiTPipeline, names: list[str]) -> None:
-    """Rows for new labels in the model's table, and their names."""
+    """Add rows for new labels to the model's table, and their names to the pipeline."""
     first = pipe.transformer.config.num_classes
     pipe.transformer.add_classes(len(names))
     new = {str(first + i): name for i, name in enumerate(names)}
@@ -109,13 +101,13 @@ def add_classes(pipe: TerDiTPipeline, names: list[str]) -> None:
 
 
 def lora_config(rank: int, rows: list[int] | None = None) -> LoraConfig:
-    """LoRA on every ternary layer; and `rows` of the label table, whole."""
+    """Configure LoRA on every ternary layer, and training of whole `rows` of the label table."""
     tokens = {"class_embed": rows} if rows else None
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, trainable_token_indices=tokens)
 
 
 def train(pipe: TerDiTPipeline, samples, args: argparse.Namespace) -> float:
-    """Train the active adapter; the mean loss of the last tenth of the steps."""
+    """Train the active adapter; return the mean loss of the last tenth of the steps."""
     transformer = pipe.transformer.train()
     config, device = transformer.config, transformer.device
     if args.gradient_checkpointing:
@@ -136,10 +128,9 @@ def train(pipe: TerDiTPipeline, samples, args: argparse.Namespace) -> float:
         noisy, target, timesteps = losses.training_target(scheduler, clean, noise, when)
         output = transformer(noisy.to(transformer.dtype), timesteps, labels).sample.float()
         if flow:
-            loss = losses.mean_squared_error(output, target)
+            loss = losses.mean_squared_error(output, target).mean()
         else:
-            loss = losses.diffusion_loss(output, clean, noise, when, scheduler.alphas_cumprod.to(device))
-        loss = loss.mean()
+            loss = losses.diffusion_loss(output, clean, noise, when, scheduler.alphas_cumprod.to(device)).mean()
         if not loss.isfinite():
             raise FloatingPointError(f"The loss is {loss.item()} at step {step}. Lower --learning_rate.")
         loss.backward()
@@ -156,15 +147,15 @@ def train(pipe: TerDiTPipeline, samples, args: argparse.Namespace) -> float:
 
 
 def pictures(pipe: TerDiTPipeline, labels: list[int], args: argparse.Namespace) -> Image.Image:
-    """A row of each label, from the same start noise whatever the model has learned."""
+    """Draw a row of each label, always from the same initial noise."""
     rows = [label for label in labels for _ in range(COLUMNS)]
     generators = [torch.Generator().manual_seed(args.seed + i) for i in range(len(rows))]
     options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     return training.export.image_grid(pipe(rows, generator=generators, **options).images, COLUMNS)
 
 
-def recognised(pipe: TerDiTPipeline, args: argparse.Namespace, count: int = 200) -> dict[str, float]:
-    """Shares that the package's digits classifier reads as meant: the old classes, and the new one in the mirror."""
+def recognized(pipe: TerDiTPipeline, args: argparse.Namespace, count: int = 200) -> dict[str, float]:
+    """Return the shares that the digits classifier reads as their label: old classes, and the new one mirrored."""
     classifier, shares = digits_classifier(), {}
     for name, labels in (("old", [i % 10 for i in range(count)]), ("new", [10] * count)):
         options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
@@ -197,13 +188,14 @@ pipe.register_to_config(id2label=pipe.config.id2label | {names!r})
 
 
 def card(pipe: TerDiTPipeline, args: argparse.Namespace, new: dict[str, str], label: str) -> str:
+    """Write the README of the adapter."""
     trained = sum(parameter.numel() for parameter in pipe.transformer.parameters() if parameter.requires_grad)
     return CARD.format(
         model=args.model,
         numbers=f"{trained:,}",
         rank=args.rank,
         steps=args.max_train_steps,
-        source=repr(args.model) if model_folder(args.model) == args.model else f"bundled({args.model!r})",
+        source=repr(args.model) if resolve_model(args.model) == args.model else f"bundled({args.model!r})",
         classes=CLASSES.format(count=len(new), names=new) if new else "",
         folder=str(args.output_dir),
         label=label,
@@ -211,9 +203,10 @@ def card(pipe: TerDiTPipeline, args: argparse.Namespace, new: dict[str, str], la
     )
 
 
-def run(args: argparse.Namespace) -> None:
-    torch.manual_seed(args.seed)  # of the adapter's first matrices
-    pipe = TerDiTPipeline.from_pretrained(model_folder(args.model))
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    torch.manual_seed(args.seed)  # initializes the adapter's first matrices
+    pipe = TerDiTPipeline.from_pretrained(resolve_model(args.model))
     pipe.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
     samples, first = open_samples(args, pipe), pipe.transformer.config.num_classes
     new = {number: name for number, name in sorted(samples.id2label.items()) if number >= first}
@@ -224,7 +217,7 @@ def run(args: argparse.Namespace) -> None:
     if args.demo:
         shown = [10, 3, 8, 2]
     pictures(pipe, shown, args).save(args.output_dir / "before.png")
-    report = {"before": recognised(pipe, args)} if args.demo else {}
+    report = {"before": recognized(pipe, args)} if args.demo else {}
 
     pipe.transformer.add_adapter(lora_config(args.rank, list(new)))
     started = time.perf_counter()
@@ -234,64 +227,15 @@ def run(args: argparse.Namespace) -> None:
 
     pictures(pipe, shown, args).save(args.output_dir / "after.png")
     if args.demo:
-        report["after"] = recognised(pipe, args)
+        report["after"] = recognized(pipe, args)
         pipe.transformer.disable_adapters()
-        report["after, adapter disabled"] = recognised(pipe, args)
+        report["after, adapter disabled"] = recognized(pipe, args)
         pipe.transformer.enable_adapters()
     new_names = {str(number): name for number, name in new.items()}
     label = samples.id2label[shown[0]]
     (args.output_dir / "README.md").write_text(card(pipe, args, new_names, label), encoding="utf-8")
     (args.output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=2))
-
-
-def step_memory(weights: str, preset: str) -> float:
-    """Peak of this process, GiB: build a model, add an adapter, two training steps of one image."""
-    import resource  # not on Windows
-
-    kind, dtype = weights.split()
-    options = {"ternary": False} if kind == "dense" else {"weight_format": kind}
-    torch.set_default_dtype(getattr(torch, dtype))
-    transformer = TerDiTTransformer2DModel.from_preset(preset, **options)
-    torch.set_default_dtype(torch.float32)
-    if kind == "packed":
-        for layer in transformer.ternary_layers().values():
-            ternary = torch.randint(-1, 2, (layer.out_features, layer.in_features), dtype=torch.int8)
-            layer.weight_packed.copy_(pack_ternary(ternary))
-    transformer.add_adapter(lora_config(8))
-    transformer.train().enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW([weight for weight in transformer.parameters() if weight.requires_grad])
-    side = transformer.config.sample_size
-    for _ in range(2):
-        latents = torch.randn(1, 4, side, side, dtype=transformer.dtype)
-        output = transformer(latents, torch.tensor([500]), torch.tensor([1])).sample.float()
-        losses.mean_squared_error(output[:, :4], latents).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def memory_table(preset: str) -> str:
-    """Each row in a process of its own; what the imports take stands in the first."""
-    script = [sys.executable, str(Path(__file__).resolve()), "--preset", preset]
-    nothing = "import resource, train_lora; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)"
-    lines = ["| frozen weights | peak, GiB |", "| --- | --- |"]
-    commands = {"none: the imports alone": [sys.executable, "-c", nothing]}
-    commands |= {weights: [*script, "--memory", weights] for weights in MEMORY}
-    for name, command in commands.items():
-        printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent).stdout
-        lines.append(f"| {name} | {float(printed.split()[-1]):.2f} |")
-    return "\n".join(lines)
-
-
-def main(argv=None) -> None:
-    args = parse_args(argv)
-    if args.memory is None:
-        run(args)
-    elif args.memory:
-        print(step_memory(args.memory[0], args.preset))
-    else:
-        print(memory_table(args.preset))
 
 
 if __name__ == "__main__":

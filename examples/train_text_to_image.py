@@ -39,6 +39,7 @@ from diffusers_terdit.storage.saving import new_folder
 
 MODEL = {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 32, "cross_attention_dim": 128}
 VAE_STEPS = 1500
+LOG_NAME = "log.jsonl"
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -103,13 +104,13 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def ink(images: Tensor) -> Tensor:
-    """Mean brightness: (B, 1, 8, 8) in [0, 1] -> (B,)."""
+    """Measure mean brightness: (B, 1, 8, 8) in [0, 1] -> (B,)."""
     return images.flatten(1).mean(1)
 
 
 def slant(images: Tensor) -> Tensor:
-    """Columns to the right per row upwards, by second moments: (B, 1, 8, 8) in [0, 1] -> (B,); 0 is upright."""
-    images, place = images[:, 0], torch.arange(8.0) - 3.5
+    """Measure columns to the right per row upwards: (B, 1, 8, 8) in [0, 1] -> (B,); 0 is upright."""
+    images, place = images[:, 0], torch.arange(8.0) - 3.5  # second moments
     total = images.sum((1, 2)).clamp_min(1e-6)
     right = place - ((images.sum(1) * place).sum(1) / total)[:, None]  # (B, 8)
     down = place - ((images.sum(2) * place).sum(1) / total)[:, None]
@@ -122,7 +123,7 @@ WORDS = {"ink": (ink, ("thin ", "", "bold ")), "slant": (slant, (" slanted left"
 
 
 class CaptionedDigits(Dataset):
-    """scikit-learn's digits with a caption each: its name, and words for its ink and slant among those of its class.
+    """Captioned digits of scikit-learn: a caption is the digit's name, and words for its ink and slant in its class.
 
     The lowest and the highest third of the training digits of a class get a word, the middle third none.
     """
@@ -154,13 +155,13 @@ class CaptionedDigits(Dataset):
         self.labels = [self.captions.index(caption) for caption in numbers]
 
     def measure(self, images: Tensor, digits: Tensor) -> dict[str, Tensor]:
-        """Low (0), middle (1) or high (2) among a digit's: images (B, 1, 8, 8) in [0, 1], digits (B,) -> (B,) each."""
+        """Thirds 0, 1 or 2 of ink and slant in a digit's class: images (B, 1, 8, 8) in [0, 1], digits (B,) -> (B,)."""
         return {
             name: (measure(images)[:, None] > self.limits[name][digits]).sum(1) for name, (measure, _) in WORDS.items()
         }
 
     def caption(self, index: int) -> str:
-        """Of one digit."""
+        """Caption of one digit."""
         bold, slanted = (words[int(self.properties[name][index])] for name, (_, words) in WORDS.items())
         return f"a {bold}{self.names[int(self.digits[index])]}{slanted}"
 
@@ -172,7 +173,7 @@ class CaptionedDigits(Dataset):
 
 
 def open_images(folder: Path, resolution: int, channels: int) -> training.data.ImageSamples:
-    """Images of a folder with the captions of its metadata.jsonl; `captions` by the label that stands for each."""
+    """Images of a folder, with the captions of its metadata.jsonl: label i means `captions[i]`."""
     path = folder / "metadata.jsonl"
     if not path.is_file():
         raise SystemExit(f'{folder} has no metadata.jsonl; each of its lines is {{"file_name": ..., "text": ...}}.')
@@ -254,20 +255,19 @@ def demo_pipeline(vae: AutoencoderKL, captions: list[str]) -> PixArtAlphaPipelin
 
 
 def open_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> PixArtAlphaPipeline:
-    """What training starts from."""
+    """Open the pipeline that training starts from, or make that of the demo."""
     if args.pretrained_model_name_or_path:
         pipe = PixArtAlphaPipeline.from_pretrained(args.pretrained_model_name_or_path)
     else:
         digits = CaptionedDigits(train=True)
         saved = Path(args.pretrained_vae_model_name_or_path or args.output_dir / "vae")
-        set_seed(0)  # of the frozen parts, which every run shares
+        set_seed(0)  # every run has the same frozen parts
         with accelerator.main_process_first():
-            if args.pretrained_vae_model_name_or_path or saved.is_dir():
-                vae = AutoencoderKL.from_pretrained(saved)
-            else:
+            if not (args.pretrained_vae_model_name_or_path or saved.is_dir()):
                 vae = train_vae(digits.images)
                 with new_folder(saved) as partial_folder:
                     vae.save_pretrained(partial_folder)
+        vae = AutoencoderKL.from_pretrained(saved)
         set_seed(0)
         pipe = demo_pipeline(vae, digits.captions)
         set_seed(args.seed)
@@ -297,7 +297,7 @@ def sequence_length(pipe: PixArtAlphaPipeline) -> int:
 
 @torch.no_grad()
 def encode(pipe: PixArtAlphaPipeline, captions: list[str], device: torch.device) -> dict[str, Tensor]:
-    """Captions to what the transformer takes."""
+    """Turn captions into the text arguments of the transformer."""
     options = {"device": device, "max_sequence_length": sequence_length(pipe)}
     embeds, mask, _, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, **options)
     return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
@@ -338,76 +338,51 @@ def sample_images(pipe: PixArtAlphaPipeline, captions: list[str], seeds: list[in
     ).images
 
 
-def finished(model: PixArtTransformer2DModel, args: argparse.Namespace) -> PixArtTransformer2DModel:
-    """A copy of the average, packed where it is ternary."""
-    model = copy.deepcopy(model).cpu()
-    if args.ternary:
-        model.dequantize()  # its weights are scale * T, which `exact` takes over as they are
-        TernaryConfig(scale_granularity=args.scale_granularity, lossless=True).quantize(model)
-    return model.eval()
+def open_samples(args: argparse.Namespace, pipe: PixArtAlphaPipeline) -> Dataset:
+    """Return training pictures with `captions`, the text of each label."""
+    channels = pipe.vae.config.in_channels
+    if not args.demo:
+        return open_images(args.train_data_dir, args.resolution, channels)
+    if channels != 1:
+        raise SystemExit(f"--demo has pictures of 1 channel, this VAE takes {channels}; pass --train_data_dir.")
+    return CaptionedDigits(train=True)
 
 
-def main(argv=None) -> None:
-    args = parse_args(argv)
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+def resume(folder: Path, args: argparse.Namespace, batch_size: int, *state: nn.Module | torch.optim.Optimizer) -> int:
+    """Load model, average and optimizer from a checkpoint; return its step."""
+    saved = training.checkpointing.load(folder, *state)
+    if (saved["batch_size"], saved["seed"]) != (batch_size, args.seed):
+        raise SystemExit(
+            f"{folder} was trained with {saved['batch_size']} samples per step and seed {saved['seed']}, this run"
+            f" has {batch_size} and {args.seed}. Pass the same, or another --output_dir."
+        )
+    return saved["step"]
+
+
+def train(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipe: PixArtAlphaPipeline,
+    ema_model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    samples: Dataset,
+    step: int,
+) -> None:
+    """Train from `step` on; write a log, and checkpoints of model, average and optimizer."""
     device, main_process = accelerator.device, accelerator.is_main_process
     batch_size = args.train_batch_size * accelerator.num_processes
-    if main_process:
-        print(f"{accelerator.num_processes} process(es), {accelerator.distributed_type.value}, {device}")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    found = training.checkpointing.find(args.output_dir)
-    if found and not args.resume_from_checkpoint:
-        raise SystemExit(
-            f"{args.output_dir} holds {found[-1].name}. Pass --resume_from_checkpoint latest to go on, or another"
-            " --output_dir."
-        )
-
-    # 1. Model, average, optimizer
-    pipe = open_pipeline(args, accelerator)
-    pipe.set_progress_bar_config(disable=True)
-    transformer = pipe.transformer.train()
-    if args.ternary:
-        TernaryConfig(scale_granularity=args.scale_granularity, weight_format="float").quantize(transformer)
-    transformer.to(device)
+    transformer = pipe.transformer
+    model = accelerator.prepare(transformer)
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     teacher = None
     if args.teacher:
         teacher = PixArtTransformer2DModel.from_pretrained(args.teacher, subfolder="transformer")
         teacher.eval().requires_grad_(False).to(device)
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    ema_model = copy.deepcopy(transformer).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(training.recipes.parameter_groups(transformer, args.adam_weight_decay))
-    model = accelerator.prepare(transformer)
-    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-
-    # 2. Data
-    channels = pipe.vae.config.in_channels
-    if args.demo and channels != 1:
-        raise SystemExit(f"--demo has pictures of 1 channel, this VAE takes {channels}; pass --train_data_dir.")
-    samples = CaptionedDigits(train=True) if args.demo else open_images(args.train_data_dir, args.resolution, channels)
     codec = training.data.LatentCodec(pipe.vae)
-    latent_shape = codec.latent_shape(args.resolution, channels)
-    captions = [*samples.captions, ""]  # the last: dropped
+    latent_shape = codec.latent_shape(args.resolution, pipe.vae.config.in_channels)
+    captions = [*samples.captions, ""]  # the label after the last one means a dropped caption
     dropout = (len(samples.captions), args.caption_dropout_prob)
     examples = training.data.TrainingExamples(samples, args.seed, latent_shape, *dropout)
-
-    # 3. Resume
-    step, log_path = 0, args.output_dir / "log.jsonl"
-    folder = args.resume_from_checkpoint and Path(args.resume_from_checkpoint)
-    if args.resume_from_checkpoint == "latest":
-        folder = found[-1] if found else None
-    if folder:
-        state = training.checkpointing.load(folder, transformer, ema_model, optimizer)
-        step = state["step"]
-        if (state["batch_size"], state["seed"]) != (batch_size, args.seed):
-            raise SystemExit(
-                f"{folder} was trained with {state['batch_size']} samples per step and seed {state['seed']}, this run"
-                f" has {batch_size} and {args.seed}. Pass the same, or another --output_dir."
-            )
-    if main_process:
-        training.checkpointing.cut_log(log_path, step)
-
-    # 4. Train
     positions = training.random.run_positions(
         step, args.max_train_steps, args.train_batch_size, 1, accelerator.process_index, accelerator.num_processes
     )
@@ -442,7 +417,7 @@ def main(argv=None) -> None:
         if main_process and (step % args.logging_steps == 0 or done):
             rate = len(window) * batch_size / (time.perf_counter() - started)
             record = {"step": step, "loss": sum(window) / len(window), "lr": args.learning_rate * factor}
-            with log_path.open("a") as file:
+            with (args.output_dir / LOG_NAME).open("a") as file:
                 file.write(json.dumps({**record, "grad_norm": grad_norm, "images_per_second": rate}) + "\n")
             window, started = [], time.perf_counter()
         if step % args.checkpointing_steps == 0 or done:
@@ -454,17 +429,64 @@ def main(argv=None) -> None:
             accelerator.wait_for_everyone()
     progress.close()
 
-    # 5. Export
-    if main_process:
-        pipe = pipe.to("cpu")
-        pipe.transformer = finished(ema_model, args)
-        training.export.save_pipeline(pipe, args.output_dir)
-        shown = [samples.captions[samples.labels[i % len(samples)]] for i in range(args.num_validation_images)]
-        images = sample_images(pipe, shown, list(range(len(shown))), args, "pil")
-        (args.output_dir / "samples").mkdir(exist_ok=True)
-        grid = training.export.image_grid(images, labels=shown, min_side=128)
-        grid.save(args.output_dir / "samples" / f"step-{step}.png")
-        print(f"{args.output_dir} is a pipeline: PixArtAlphaPipeline.from_pretrained({str(args.output_dir)!r})")
+
+def export(args: argparse.Namespace, pipe: PixArtAlphaPipeline, ema_model: nn.Module, samples: Dataset) -> None:
+    """Save a pipeline with the average, packed where it is ternary, and pictures that it draws."""
+    transformer = copy.deepcopy(ema_model).cpu()
+    if args.ternary:
+        transformer.dequantize()  # its weights are scale * T, which `lossless` takes over as they are
+        TernaryConfig(scale_granularity=args.scale_granularity, lossless=True).quantize(transformer)
+    pipe = pipe.to("cpu")
+    pipe.transformer = transformer.eval()
+    training.export.save_pipeline(pipe, args.output_dir)
+    shown = [samples.captions[samples.labels[i % len(samples)]] for i in range(args.num_validation_images)]
+    images = sample_images(pipe, shown, list(range(len(shown))), args, "pil")
+    (args.output_dir / "samples").mkdir(exist_ok=True)
+    grid = training.export.image_grid(images, labels=shown, min_side=128)
+    grid.save(args.output_dir / "samples" / f"step-{args.max_train_steps}.png")
+    print(f"{args.output_dir} is a pipeline: PixArtAlphaPipeline.from_pretrained({str(args.output_dir)!r})")
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    if accelerator.is_main_process:
+        print(f"{accelerator.num_processes} process(es), {accelerator.distributed_type.value}, {accelerator.device}")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    found = training.checkpointing.find(args.output_dir)
+    if found and not args.resume_from_checkpoint:
+        raise SystemExit(
+            f"{args.output_dir} holds {found[-1].name}. Pass --resume_from_checkpoint latest to go on, or another"
+            " --output_dir."
+        )
+
+    # 1. Model, average, optimizer
+    pipe = open_pipeline(args, accelerator)
+    pipe.set_progress_bar_config(disable=True)
+    transformer = pipe.transformer.train()
+    if args.ternary:
+        TernaryConfig(scale_granularity=args.scale_granularity, weight_format="float").quantize(transformer)
+    transformer.to(accelerator.device)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    ema_model = copy.deepcopy(transformer).requires_grad_(False).eval()
+    optimizer = torch.optim.AdamW(training.recipes.parameter_groups(transformer, args.adam_weight_decay))
+    samples = open_samples(args, pipe)
+
+    # 2. Resume
+    step = 0
+    if args.resume_from_checkpoint != "latest":
+        found = [Path(args.resume_from_checkpoint)] if args.resume_from_checkpoint else []
+    if found:
+        batch_size = args.train_batch_size * accelerator.num_processes
+        step = resume(found[-1], args, batch_size, transformer, ema_model, optimizer)
+    if accelerator.is_main_process:
+        training.checkpointing.cut_log(args.output_dir / LOG_NAME, step)
+
+    # 3. Train and export
+    train(args, accelerator, pipe, ema_model, optimizer, samples, step)
+    if accelerator.is_main_process:
+        export(args, pipe, ema_model, samples)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -1,47 +1,45 @@
-"""The RMSNorm that TerDiT adds after adaLN, in small: Figures 3, 7 and 8 of https://arxiv.org/abs/2405.14854.
+"""The RMSNorm that TerDiT adds after adaLN, at small scale: Figures 3, 7 and 8 of https://arxiv.org/abs/2405.14854.
 
     OMP_NUM_THREADS=1 python examples/experiments/adaln_norm.py --part activations
     OMP_NUM_THREADS=1 python examples/experiments/adaln_norm.py --render docs/results
 
-Records go to outputs/results/adaln_norm.jsonl; a run that is there is not done again.
+Records go to outputs/results/adaln_norm.jsonl; a run that is there is not repeated.
 """
 
-import statistics
 from pathlib import Path
+from statistics import mean, median
 
 import torch
+from torch import nn
+
 from common import (
-    METHOD,
     SIZES,
-    Arm,
     Records,
+    Variant,
     cell,
     claim,
     comparisons,
     draw_seeds,
     made_on,
     main,
-    mean,
     rate_cell,
-    run_arm,
+    run_variant,
     save_figure,
-    table,
     values,
+    write_page,
 )
-from torch import nn
-
 from diffusers_terdit import TernaryLinear
 
 
-# width -> arm -> what is trained. Learning rates and steps: `common.SIZES`; seeds: `common.SEEDS`.
-ARMS = {
+# What is trained at each width. Learning rates and steps: `common.SIZES`; seeds: `common.SEEDS`.
+VARIANTS = {
     "reference, RMSNorm": {"initialization": "reference", "adaln": "norm"},
     "reference, no norm": {"initialization": "reference", "adaln": "plain"},
     "small gain, RMSNorm": {"initialization": "small_gain", "adaln": "norm"},
     "small gain, no norm": {"initialization": "small_gain", "adaln": "plain"},
     "full precision": {"initialization": "small_gain", "adaln": "plain", "weights": "full"},
 }
-MORE_ARMS = {
+MORE_VARIANTS = {
     "reference, full-precision adaLN": {"initialization": "reference", "adaln": "full"},
     "reference, BitNet layout": {"initialization": "reference", "adaln": "bitnet"},
     "small gain, full-precision adaLN": {"initialization": "small_gain", "adaln": "full"},
@@ -65,15 +63,13 @@ def activations(kind: str, norm: bool) -> dict:
         if kind == "reference":
             nn.init.normal_(layer.weight_scale)
         with torch.no_grad():
-            output = layer(torch.ones(rows, inputs))
+            output = layer(torch.ones(rows, inputs))[0]  # all rows are equal
             if norm:
                 gain = 0.1 if kind == "small gain" else 1.0
                 output = gain * nn.functional.rms_norm(output, (outputs,), eps=1e-5)
-        result["std"].append(output[0].std().item())
-        result["largest"].append(output[0].abs().max().item())
-        result["histogram"] += torch.histogram(
-            output[0].abs().clamp(min=1e-3).log10(), BINS
-        ).hist  # all rows are equal
+        result["std"].append(output.std().item())
+        result["largest"].append(output.abs().max().item())
+        result["histogram"] += torch.histogram(output.abs().clamp(min=1e-3).log10(), BINS).hist
     return {**result, "histogram": result["histogram"].int().tolist()}
 
 
@@ -81,22 +77,23 @@ def activations_run(kind: str, norm: bool) -> dict:
     return {"activations": kind, "norm": norm, "draws": DRAWS, "shape": list(SHAPE)}
 
 
+LAYERS = [(kind, norm) for kind in KINDS for norm in (False, True)]
+
+
 def run_activations(records: Records) -> None:
-    for kind in KINDS:
-        for norm in (False, True):
-            records.get(activations_run(kind, norm), lambda kind=kind, norm=norm: activations(kind, norm))
+    for layer in LAYERS:
+        records.get(activations_run(*layer), lambda layer=layer: activations(*layer))
 
 
-def run_width(width: str, arms: dict):
-    return lambda records: [run_arm(records, Arm(width, **arm)) for arm in arms.values()]
+def run_width(width: str, variants: dict):
+    return lambda records: [run_variant(records, Variant(width, **variant)) for variant in variants.values()]
 
 
 PARTS = {
     "activations": run_activations,
-    **{f"width {width}": run_width(width, ARMS) for width in WIDTHS},
-    **{f"width {width}, more": run_width(width, MORE_ARMS) for width in WIDTHS},
+    **{f"width {width}": run_width(width, VARIANTS) for width in WIDTHS},
+    **{f"width {width}, more": run_width(width, MORE_VARIANTS) for width in WIDTHS},
 }
-
 
 QUESTIONS = [
     ("reference, RMSNorm", "reference, no norm"),
@@ -108,20 +105,12 @@ QUESTIONS = [
     ("small gain, full-precision adaLN", "small gain, RMSNorm"),
     ("full precision", "small gain, RMSNorm"),
 ]
-
-
-def outcomes(records: Records, width: str) -> dict[str, dict]:
-    """What the records hold of the arms of a width, by name."""
-    found = {name: run_arm(records, Arm(width, **arm), find_only=True) for name, arm in {**ARMS, **MORE_ARMS}.items()}
-    return {name: outcome for name, outcome in found.items() if outcome}
-
-
-def points(outcome: dict, key: str) -> tuple[list[int], list[list[float]]]:
-    """Steps, and at each the value of every seed."""
-    curves = [seed["curve"] for seed in outcome["seeds"]]
-    return [point["step"] for point in curves[0]], [[point[key] for point in at] for at in zip(*curves, strict=True)]
-
-
+CLAIMS = [
+    ("The RMSNorm is better than no norm, from the authors' start", "reference, RMSNorm", "reference, no norm"),
+    ("BitNet's layout is worse than the RMSNorm after adaLN", "reference, RMSNorm", "reference, BitNet layout"),
+    ("A better start without any norm beats the authors' start with it", "small gain, no norm", "reference, RMSNorm"),
+    ("The RMSNorm is better than no norm, from the better start", "small gain, RMSNorm", "small gain, no norm"),
+]
 COLORS = {
     "reference, RMSNorm": "tab:red",
     "reference, no norm": "tab:orange",
@@ -134,6 +123,13 @@ COLORS = {
 }
 
 
+def outcomes(records: Records, width: str) -> dict[str, dict]:
+    """Find what the records hold of the variants of a width, by name."""
+    variants = {name: Variant(width, **variant) for name, variant in {**VARIANTS, **MORE_VARIANTS}.items()}
+    found = {name: run_variant(records, variant, find_only=True) for name, variant in variants.items()}
+    return {name: outcome for name, outcome in found.items() if outcome}
+
+
 def draw(records: Records, path: Path) -> None:
     import matplotlib
 
@@ -143,8 +139,7 @@ def draw(records: Records, path: Path) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(12, 7.4), dpi=80, layout="constrained")
     for axis, norm in zip(axes[:, 0], (False, True), strict=True):
         for kind, color in zip(KINDS, ("tab:gray", "tab:red", "tab:blue"), strict=True):
-            result = records.find(activations_run(kind, norm))
-            if result:
+            if result := records.find(activations_run(kind, norm)):
                 share = torch.tensor(result["histogram"]) / (SHAPE[2] * DRAWS)
                 axis.stairs(share, 10**BINS, label=kind, color=color, fill=True, alpha=0.45)
         axis.set(xscale="log", xlabel="magnitude of an output", ylabel="share of outputs per bin")
@@ -152,10 +147,10 @@ def draw(records: Records, path: Path) -> None:
         axis.legend()
     measures = {"noise_error_held_out": "noise error, held-out digits", "frechet_distance": "Fréchet distance"}
     for row, width in zip(axes, WIDTHS, strict=True):
-        found = outcomes(records, width)
         for axis, (key, label) in zip(row[1:], measures.items(), strict=True):
-            for name, outcome in found.items():
-                steps, seeds = points(outcome, key)
+            for name, outcome in outcomes(records, width).items():
+                curves = list(zip(*(seed["curve"] for seed in outcome["seeds"]), strict=True))  # per step: all seeds
+                steps, seeds = [at[0]["step"] for at in curves], [[point[key] for point in at] for at in curves]
                 style = "--" if "no norm" in name else "-"
                 draw_seeds(axis, steps, seeds, linestyle=style, color=COLORS[name], label=name)
             axis.set(xlabel="optimizer steps", ylabel=label, title=f"width {width}")
@@ -167,135 +162,48 @@ def draw(records: Records, path: Path) -> None:
     plt.close(figure)
 
 
-def activation_rows(records: Records) -> list[list[str]]:
+def activation_row(kind: str, norm: bool, result: dict) -> list[str]:
+    ranges = [f"{min(result['std']):.3f} to {max(result['std']):.3f}"]
+    ranges.append(f"{min(result['largest']):.2f} to {max(result['largest']):.2f}")
+    return [kind, "RMSNorm" if norm else "none", *ranges]
+
+
+def claim_rows(found: dict[tuple, dict], widths: dict[str, dict]) -> list[list[str]]:
     rows = []
-    for kind in KINDS:
-        for norm in (False, True):
-            result = records.find(activations_run(kind, norm))
-            if result:
-                low, high = min(result["std"]), max(result["std"])
-                largest = f"{min(result['largest']):.2f} to {max(result['largest']):.2f}"
-                rows.append([kind, "RMSNorm" if norm else "none", f"{low:.3f} to {high:.3f}", largest])
-    return rows
-
-
-PAGE = """# The RMSNorm after adaLN, in small
-
-Asked: does the RMSNorm that TerDiT adds after its ternary adaLN layer do what the paper says, and what would do
-without it?
-
-The paper (https://arxiv.org/abs/2405.14854) says: outputs of a random ternary layer are far larger than those of a
-full-precision one, and an RMSNorm bounds them (Figure 3); with it the loss falls faster and the FID is clearly lower
-at every checkpoint of a run of 400,000 steps (Figures 7 and 8; the curves carry no numbers). Notes that others took
-of the paper's second version give an FID of 6.60 for the layout of BitNet b1.58, where TerDiT-600M has 4.34. A
-reviewer asked whether a better initial scale would do the same, because the authors draw each layer's scale from a
-normal distribution.
-
-{made}
-
-```bash
-OMP_NUM_THREADS=1 python examples/experiments/adaln_norm.py --list   # parts, minutes each; a rerun goes on
-OMP_NUM_THREADS=1 python examples/experiments/adaln_norm.py --part "width 384"
-OMP_NUM_THREADS=1 python examples/experiments/adaln_norm.py --render docs/results  # this page
-```
-
-![Output magnitudes of random layers; noise error and Fréchet distance by step](adaln_norm.png)
-
-Shaded: lowest to highest of three seeds.
-
-## Arms
-
-*reference*: the authors' start: scales drawn from a normal distribution, adaLN weights zero, gain of the RMSNorm 1.
-*small gain*: this package's: scales that keep the variance; adaLN xavier with gain 0.1 where there is the RMSNorm,
-zero where there is none. *full-precision adaLN*: all other layers ternary; adaLN as in DiT, without a norm. *BitNet
-layout*: no norm after adaLN, but an RMSNorm with gain before every ternary layer. *full precision*: no ternary
-layer, adaLN as in DiT.
-
-{method}
-
-## What held
-
-The first three are the paper's, the next is the reviewer's, the last is the question that is left.
-
-{claims}
-
-## Figure 3: a random layer, 1024 inputs, 9216 outputs, 512 rows of ones
-
-{activations}
-
-Ones are the input at which a sum of 1024 random signs shows at its full size. The reference's scale is a normal
-number, so its layers differ from draw to draw; with the scale that keeps the variance the outputs are of size 1
-without any norm.
-
-{sections}
-
-## What this does not show
-
-- Models of at most 6 million weights on 8x8 pixels, hundreds of steps: the first moments of a run that the paper
-  measures over 400,000 steps with 600 million weights. A faster start need not be a better end, and nothing here
-  speaks about 600M or 4.2B.
-- Three seeds: a range of three is a rough measure of chance, and many pairs are compared. The reference's start
-  varies most from seed to seed, because it draws its scales.
-- The two widths differ in depth, steps, batch, number of samples and learning rates as well; their numbers do not
-  compare with each other.
-- The layout of BitNet is ours after its description; the authors' script for that comparison was not seen.
-"""
-
-
-CLAIMS = [
-    ("The RMSNorm is better than no norm, from the authors' start", "reference, RMSNorm", "reference, no norm"),
-    ("BitNet's layout is worse than the RMSNorm after adaLN", "reference, RMSNorm", "reference, BitNet layout"),
-    ("A better start without any norm beats the authors' start with it", "small gain, no norm", "reference, RMSNorm"),
-    ("The RMSNorm is better than no norm, from the better start", "small gain, RMSNorm", "small gain, no norm"),
-]
-
-
-def claim_rows(records: Records) -> list[list[str]]:
-    rows = []
-    plain, reference, ours = (records.find(activations_run(kind, norm=False)) for kind in KINDS)
-    if plain and reference and ours:
-        medians = [statistics.median(result["std"]) for result in (reference, plain, ours)]
-        text = "deviation (median): authors' start {:.1f}, full precision {:.2f}, small gain {:.2f}".format(*medians)
+    if all((kind, False) in found for kind in KINDS):
+        full, reference, ours = (median(found[kind, False]["std"]) for kind in KINDS)
+        text = f"deviation (median): authors' start {reference:.1f}, full precision {full:.2f}, small gain {ours:.2f}"
         rows.append(["Outputs of a random ternary layer are far larger", text, ""])
-    by_width = [outcomes(records, width) for width in WIDTHS]
-    return rows + [[text, *(claim(found, first, second) for found in by_width)] for text, first, second in CLAIMS]
+    return rows + [[text, *(claim(w, first, second) for w in widths.values())] for text, first, second in CLAIMS]
 
 
-def arm_row(name: str, outcome: dict) -> list[str]:
-    early = [seed["curve"][0]["frechet_distance"] for seed in outcome["seeds"]]
+def variant_row(name: str, outcome: dict) -> list[str]:
     return [
         name,
         cell(values(outcome, "noise_error")),
         cell(values(outcome, "noise_error_held_out")),
         cell(values(outcome, "frechet_distance"), 1),
-        f"{mean(early):.1f}",
+        f"{mean(seed['curve'][0]['frechet_distance'] for seed in outcome['seeds']):.1f}",
         f"{max(values(outcome, 'max_grad_norm')):.0f}",
         rate_cell(outcome),
     ]
 
 
-def section(records: Records, width: str) -> str:
-    found, size = outcomes(records, width), SIZES[width]
-    header = ["arm", "noise error, training", "held out", "Fréchet distance", f"after {size.every} steps"]
-    header += ["largest gradient norm", "learning rate"]
-    title = f"## Width {width}: {size.num_layers} layers, {size.steps} steps of {size.batch_size}"
-    title += f"; {size.num_images} samples of {size.sampling_steps} steps"
-    rows = [arm_row(name, outcome) for name, outcome in found.items()]
-    return "\n\n".join([title, table(header, rows), comparisons(found, QUESTIONS)])
-
-
 def render(folder: Path, plot: bool = False) -> str:
-    """The page of the records in a folder; with `plot`, the picture beside it."""
+    """Page of the records in a folder; with `plot`, write the picture, too."""
     records = Records(folder / "adaln_norm.jsonl")
     if plot:
         draw(records, folder / "adaln_norm.png")
-    header = ["layer", "after it", "standard deviation, lowest to highest of 16 draws", "largest magnitude"]
-    return PAGE.format(
-        method=METHOD,
+    found = {layer: result for layer in LAYERS if (result := records.find(activations_run(*layer)))}
+    widths = {width: outcomes(records, width) for width in WIDTHS}
+    return write_page(
+        "adaln_norm",
         made=made_on(records),
-        claims=table(["claim", *(f"width {width}" for width in WIDTHS)], claim_rows(records)),
-        activations=table(header, activation_rows(records)),
-        sections="\n\n".join(section(records, width) for width in WIDTHS),
+        sizes=SIZES,
+        claims=claim_rows(found, widths),
+        activations=[activation_row(*layer, result) for layer, result in found.items()],
+        widths={width: [variant_row(*item) for item in outcome.items()] for width, outcome in widths.items()},
+        comparisons={width: comparisons(outcome, QUESTIONS) for width, outcome in widths.items()},
     )
 
 

@@ -1,7 +1,7 @@
-"""What the experiments share: sizes, arms, one training run, records that a rerun skips, tables.
+"""Shared by the experiments: sizes and variants of a model, its training, records that a rerun skips, pages.
 
-The data are scikit-learn's 8x8 digits: 1,497 to train on, 300 held out. Every arm of a seed sees the same samples,
-noise, timesteps and dropped labels. A run is one line of a JSONL file, under everything that defines it.
+The data are scikit-learn's 8x8 digits: 1,497 to train on, 300 held out. All variants with one seed see the same
+samples, noise, timesteps and dropped labels. A run is one line of a JSONL file, stored with all that defines it.
 """
 
 import argparse
@@ -16,10 +16,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from statistics import mean, stdev
 
 import diffusers
 import torch
 from diffusers import DDIMScheduler
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import default_collate
@@ -35,11 +37,12 @@ SCREEN_SEED = 100  # learning rates are compared on a seed that no result uses
 EMA_DECAY = 0.98
 EVAL_SEED = 7  # noise and timesteps of the noise error
 EVAL_DRAWS = 4  # per digit
+MEASURES = {"noise_error_held_out": "noise error", "frechet_distance": "Fréchet distance"}  # lower is better
 
 
 @dataclass(frozen=True)
 class Size:
-    """Shape of the network, length of a run, and how often it is looked at."""
+    """Shape of the network, length of a run, and how often it is measured."""
 
     num_layers: int
     num_attention_heads: int
@@ -49,7 +52,7 @@ class Size:
     batch_size: int
     learning_rates: tuple[float, ...]
     every: int
-    num_images: int  # of a Frechet distance
+    num_images: int  # for a Frechet distance
     sampling_steps: int
 
 
@@ -60,13 +63,12 @@ SIZES = {
     "64": Size(3, 4, 16, 192, 600, 64, RATES, 100, 500, 25),
     "128": Size(3, 4, 32, 384, 600, 64, (1e-3, 2e-3, 4e-3), 300, 500, 25),
     "384": Size(2, 6, 64, 1024, 120, 32, (5e-4, 1e-3, 2e-3), 40, 250, 20),
-    "tiny": Size(1, 2, 8, 16, 4, 8, (1e-3, 2e-3, 4e-3), 2, 8, 2),  # for tests
 }
 
 
 @dataclass(frozen=True)
-class Arm:
-    """What one model is and how it is trained, but for learning rate and seed.
+class Variant:
+    """A model and its training, except for learning rate and seed.
 
     Args:
         size (`str`): Key of `SIZES`.
@@ -75,9 +77,9 @@ class Arm:
         adaln (`str`): `"norm"`: ternary, then RMSNorm (TerDiT); `"plain"`: without it; `"full"`: full precision,
             without it (DiT); `"bitnet"`: an RMSNorm before every ternary layer instead.
         scale (`str`): `"tensor"`, `"row"`, or `"absmean"`: not learned, the mean of |W| as in BitNet b1.58.
-        full_share (`float`): Of the steps, spent in full precision first.
-        blend_share (`float`): Of the ternary steps after these, spent going to ternary by degrees.
-        steps_factor (`float`): Times the steps of the size.
+        full_share (`float`): Share of the steps that come first, in full precision.
+        blend_share (`float`): Share of the ternary steps in which the weights become ternary by degrees.
+        steps_factor (`float`): Factor on the steps of the size.
     """
 
     size: str
@@ -135,18 +137,13 @@ class AbsmeanLinear(TernaryLinear):
 
 
 def replace_ternary(model: nn.Module, replacement: Callable[[TernaryLinear], nn.Module]) -> None:
-    """Put `replacement(layer)` in the place of every ternary layer."""
+    """Replace every ternary layer by `replacement(layer)`."""
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, TernaryLinear)]:
-        parent, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent)
-        if isinstance(parent, (nn.ModuleList, nn.Sequential)):
-            parent[int(child)] = replacement(layer)
-        else:
-            setattr(parent, child, replacement(layer))
+        model.set_submodule(name, replacement(layer))
 
 
 def like(layer: TernaryLinear, cls: type[TernaryLinear]) -> TernaryLinear:
-    """A layer of another class with the same weight and bias, and its own scale."""
+    """Make a layer of another class with the same weight and bias, and its own scale."""
     new = cls(layer.in_features, layer.out_features, layer.bias is not None)
     weights = {name: value for name, value in layer.state_dict().items() if name != "weight_scale"}
     new.load_state_dict(weights, strict=False)
@@ -154,7 +151,7 @@ def like(layer: TernaryLinear, cls: type[TernaryLinear]) -> TernaryLinear:
 
 
 def dense(layer: TernaryLinear) -> nn.Linear:
-    """The same layer with its quantized weight written out."""
+    """Write a layer's quantized weight out in an ordinary layer."""
     linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
     with torch.no_grad():
         linear.weight.copy_(layer.dequantize())
@@ -168,34 +165,34 @@ def model_config(size: str) -> dict:
     return {**shape, "sample_size": 8, "in_channels": 1, "num_classes": 10, "pos_embed_type": "rope+sincos2d"}
 
 
-def build(arm: Arm, seed: int) -> TerDiTTransformer2DModel:
-    """A fresh model of an arm; its float weights are those of every other arm of the size, initialization and seed."""
+def build(variant: Variant, seed: int) -> TerDiTTransformer2DModel:
+    """Make a fresh model; all variants of one size, initialization and seed have the same float weights."""
     torch.manual_seed(seed)
     model = TerDiTTransformer2DModel(
-        **model_config(arm.size),
-        ternary=arm.weights != "full",
-        adaln_norm=arm.adaln == "norm",
-        scale_granularity="row" if arm.scale == "row" else "tensor",
-        initialization=arm.initialization,
+        **model_config(variant.size),
+        ternary=variant.weights != "full",
+        adaln_norm=variant.adaln == "norm",
+        scale_granularity="row" if variant.scale == "row" else "tensor",
+        initialization=variant.initialization,
     )
-    if arm.adaln == "full" and arm.weights != "full":
+    if variant.adaln == "full" and variant.weights != "full":
         for block in model.transformer_blocks:
             ternary = block.adaln.linear
             block.adaln.linear = nn.Linear(ternary.in_features, ternary.out_features)
             nn.init.zeros_(block.adaln.linear.weight)
             nn.init.zeros_(block.adaln.linear.bias)
-    if arm.adaln == "bitnet":
+    if variant.adaln == "bitnet":
         replace_ternary(model, lambda layer: nn.Sequential(nn.RMSNorm(layer.in_features, eps=1e-5), layer))
-    if arm.weights == "four levels":
+    if variant.weights == "four levels":
         replace_ternary(model, lambda layer: like(layer, FourLevelLinear))
-    if arm.scale == "absmean":
+    if variant.scale == "absmean":
         replace_ternary(model, lambda layer: like(layer, AbsmeanLinear))
     return model.train()
 
 
 @torch.no_grad()
 def exported(model: TerDiTTransformer2DModel) -> TerDiTTransformer2DModel:
-    """What would be published, written out densely: ternary weights as they are, the others rounded to bfloat16."""
+    """Write out densely what would be published: ternary weights as they are, the others rounded to bfloat16."""
     model = copy.deepcopy(model).eval()
     for name, parameter in model.named_parameters():
         layer = model.get_submodule(name.rpartition(".")[0])
@@ -205,10 +202,11 @@ def exported(model: TerDiTTransformer2DModel) -> TerDiTTransformer2DModel:
     return model
 
 
-def file_bytes(arm: Arm) -> int:
-    """Bytes of the packed weights file of an arm whose layout the package can save, other weights bfloat16."""
-    model = build(Arm(arm.size, "full" if arm.weights == "full" else "ternary", adaln=arm.adaln, scale=arm.scale), 0)
-    if arm.weights != "full":
+def file_bytes(variant: Variant) -> int:
+    """Bytes of the packed weights file of a variant whose layout the package can save, other weights bfloat16."""
+    weights = "full" if variant.weights == "full" else "ternary"
+    model = build(Variant(variant.size, weights, adaln=variant.adaln, scale=variant.scale), 0)
+    if weights == "ternary":
         model.pack()
     with tempfile.TemporaryDirectory() as folder:
         model.to(torch.bfloat16).save_pretrained(folder)
@@ -244,7 +242,7 @@ def real_features(train: bool = True) -> Tensor:
 
 @cache
 def fixed_noise(train: bool, count: int) -> dict[str, Tensor]:
-    """The first digits, each with the same draws of noise and timestep for every model, and its label."""
+    """First digits with their labels, each with several draws of noise and timestep, the same for every model."""
     samples = digits(train)
     examples = training.data.TrainingExamples(samples, EVAL_SEED, (1, 8, 8), len(samples.id2label))
     batch = []
@@ -260,14 +258,15 @@ def noise_error(model: TerDiTTransformer2DModel, train: bool, count: int = 300) 
     """Mean squared error of the predicted noise, at fixed noise and timesteps."""
     batch, scheduler, errors = fixed_noise(train, count), training_scheduler(), []
     for rows in torch.arange(len(batch["time"])).split(300):
-        clean, noise, time_, labels = (batch[key][rows] for key in ("samples", "noise", "time", "class_labels"))
-        output = model(scheduler.add_noise(clean, noise, time_), time_, labels, return_dict=False)[0]
+        clean, noise, when, labels = (batch[key][rows] for key in ("samples", "noise", "time", "class_labels"))
+        noisy, noise, when = losses.training_target(scheduler, clean, noise, when)
+        output = model(noisy, when, labels, return_dict=False)[0]
         errors.append(losses.mean_squared_error(output[:, :1], noise))
     return torch.cat(errors).mean().item()
 
 
 def sample(pipe: TerDiTPipeline, count: int, steps: int, guidance_scale: float = 1.0, seed: int = 0) -> Tensor:
-    """Images (count, 1, 8, 8) in [0, 1], the labels in turn."""
+    """Draw images (count, 1, 8, 8) in [0, 1] of all labels in turn."""
     pipe.set_progress_bar_config(disable=True)
     generator, images = torch.Generator().manual_seed(seed), []
     options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "pt"}
@@ -277,8 +276,13 @@ def sample(pipe: TerDiTPipeline, count: int, steps: int, guidance_scale: float =
     return torch.cat(images)
 
 
+def root_mean_square(images: Tensor, others: Tensor) -> list[float]:
+    """Root mean square of the difference of each pair, in levels of 0 to 255."""
+    return (255 * (images - others).square().flatten(1).mean(1).sqrt()).tolist()
+
+
 def judge(images: Tensor) -> dict[str, float]:
-    """Frechet distance of features to the training digits, and the share recognised as their label."""
+    """Frechet distance of features to the training digits, and the share recognized as their label."""
     if not images.isfinite().all():
         return {"frechet_distance": math.inf, "recognised": 0.0}
     output = classifier()(images)
@@ -290,7 +294,7 @@ def judge(images: Tensor) -> dict[str, float]:
 
 
 def sampled_quality(model: TerDiTTransformer2DModel, size: Size) -> dict[str, float]:
-    """`judge` of samples of a dense model: DDIM, without guidance."""
+    """`judge` samples of a dense model, drawn by DDIM without guidance."""
     scheduler = DDIMScheduler.from_config(training_scheduler().config)
     pipe = TerDiTPipeline(transformer=model, scheduler=scheduler)
     return judge(sample(pipe, size.num_images, size.sampling_steps))
@@ -299,38 +303,38 @@ def sampled_quality(model: TerDiTTransformer2DModel, size: Size) -> dict[str, fl
 # --- training ---
 
 
-def train(arm: Arm, learning_rate: float, seed: int, curve: bool) -> dict:
-    """Train one model. With `curve`, look at it every `Size.every` steps, else at the end only, without sampling.
+def start(model: nn.Module, learning_rate: float) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Average and optimizer of a model."""
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    return ema, torch.optim.AdamW(training.recipes.parameter_groups(model), lr=learning_rate)
+
+
+def train(variant: Variant, learning_rate: float, seed: int, curve: bool) -> dict:
+    """Train one model. With `curve`, measure it every `Size.every` steps, else only at the end, without sampling.
 
     Returns:
         `dict`: `curve` (list of step, loss, noise error on held-out digits, Frechet distance), final
         `noise_error` and `noise_error_held_out`, the largest gradient norm, CPU seconds of the training steps.
     """
-    size, steps = SIZES[arm.size], arm.steps
-    full_steps = round(arm.full_share * steps)
+    size, steps = SIZES[variant.size], variant.steps
+    full_steps = round(variant.full_share * steps)
     examples = training.data.TrainingExamples(digits(True), seed, (1, 8, 8), 10, class_dropout_prob=0.1)
     scheduler = training_scheduler()
     warmup, decay = steps // 20, steps // 5
     points, window, seconds, max_norm = [], [], 0.0, 0.0
-
-    def start(model):
-        ema = copy.deepcopy(model).requires_grad_(False).eval()
-        groups = training.recipes.parameter_groups(model)
-        return ema, torch.optim.AdamW(groups, lr=learning_rate)
-
-    full = Arm(arm.size, "full", arm.initialization, arm.adaln)
-    model = build(full if full_steps else arm, seed)
-    ema_model, optimizer = start(model)
+    full = Variant(variant.size, "full", variant.initialization, variant.adaln)
+    model = build(full if full_steps else variant, seed)
+    ema_model, optimizer = start(model, learning_rate)
     set_strength, phase_start = None, 0
     for step in range(steps):
         if full_steps and step == full_steps:
-            model = build(arm, seed)
+            model = build(variant, seed)
             training.initialize.transfer_weights(ema_model, model)
-            ema_model, optimizer = start(model)
+            ema_model, optimizer = start(model, learning_rate)
             phase_start = step
-            set_strength = training.initialize.gradual_ternarization(model) if arm.blend_share else None
+            set_strength = training.initialize.gradual_ternarization(model) if variant.blend_share else None
         if set_strength is not None:
-            set_strength(min((step - phase_start) / (arm.blend_share * (steps - full_steps)), 1.0))
+            set_strength(min((step - phase_start) / (variant.blend_share * (steps - full_steps)), 1.0))
         batch = default_collate([examples[i] for i in range(step * size.batch_size, (step + 1) * size.batch_size)])
         started = time.process_time()
         factor = training.recipes.learning_rate_factor(step, "wsd", steps, warmup, decay)
@@ -356,14 +360,8 @@ def train(arm: Arm, learning_rate: float, seed: int, curve: bool) -> dict:
         window.append(loss.item())
         if curve and (step + 1) % size.every == 0:
             out = exported(ema_model)
-            points.append(
-                {
-                    "step": step + 1,
-                    "loss": sum(window) / len(window),
-                    "noise_error_held_out": noise_error(out, train=False),
-                    **sampled_quality(out, size),
-                }
-            )
+            point = {"step": step + 1, "loss": mean(window), "noise_error_held_out": noise_error(out, train=False)}
+            points.append({**point, **sampled_quality(out, size)})
             window = []
     out = exported(ema_model)
     result = {
@@ -396,49 +394,43 @@ class Records:
     """An append-only JSONL file; each line has `run`, all that defines a run, and `result`.
 
     Args:
-        path (`Path`): Written to.
-        others (`list[Path]`): Files of other experiments; a run found there is copied, not repeated.
+        path (`Path`): Written to. A run that a file next to it has is copied, not repeated.
     """
 
-    def __init__(self, path: Path, others: tuple[Path, ...] = ()):
+    def __init__(self, path: Path):
         self.path, self.records = path, self.read(path)
+        others = (other for other in sorted(path.parent.glob("*.jsonl")) if other != path)
         self.others = [record for other in others for record in self.read(other)]
 
     @staticmethod
     def read(path: Path) -> list[dict]:
-        """All whole lines; the last one of a killed run may be torn."""
+        """Read all whole lines; a killed run may have torn the last one."""
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         records = []
-        for number, line in enumerate(lines):
+        for number, line in enumerate(lines, start=1):
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError:
-                if number < len(lines) - 1:
-                    raise ValueError(
-                        f"{path}, line {number + 1} is not JSON. Remove it; its run is done again."
-                    ) from None
+                if number < len(lines):
+                    raise ValueError(f"{path}, line {number} is not JSON. Remove it to repeat its run.") from None
         return records
 
     def find(self, run: dict) -> dict | None:
-        """The result of a run, or `None`."""
-        return next((record["result"] for record in self.records if record["run"] == run), None)
+        """Return the result of a run, or `None`."""
+        return next((record["result"] for record in self.records if record.get("run") == run), None)
 
     def get(self, run: dict, make: Callable[[], dict]) -> dict:
-        """The result of a run; made and written where no file has it."""
+        """Return the result of a run; make and write it where no file has it."""
         result = self.find(run)
         if result is not None:
             return result
-        shared = next((record for record in self.others if record["run"] == run), None)
-        if shared is None:
+        record = next((record for record in self.others if record.get("run") == run), None)
+        if record is None:
             started = time.process_time()
             result = make()
             total = round(time.process_time() - started, 1)
             print(f"{total:7.1f} s  {json.dumps(run)}", flush=True)
-            shared = {"run": run, "result": result, "total_cpu_seconds": total, "machine": machine()}
-        self._append(shared)
-        return shared["result"]
-
-    def _append(self, record: dict) -> None:
+            record = {"run": run, "result": result, "total_cpu_seconds": total, "machine": machine()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         if text and not text.endswith("\n"):  # torn by a kill
@@ -446,19 +438,20 @@ class Records:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         self.records.append(record)
+        return record["result"]
 
 
-def definition(arm: Arm, learning_rate: float, seed: int, curve: bool) -> dict:
-    """Everything that defines a training run, as JSON."""
-    size = {**asdict(SIZES[arm.size]), "learning_rates": None}  # which others were tried defines nothing
-    run = {"arm": asdict(arm), "size": size, "learning_rate": learning_rate, "seed": seed, "curve": curve}
+def definition(variant: Variant, learning_rate: float, seed: int, curve: bool) -> dict:
+    """All that defines a training run, as JSON; records call the variant an arm."""
+    size = {**asdict(SIZES[variant.size]), "learning_rates": None}  # the other rates that were tried do not matter
+    run = {"arm": asdict(variant), "size": size, "learning_rate": learning_rate, "seed": seed, "curve": curve}
     return json.loads(json.dumps({**run, "ema_decay": EMA_DECAY, "digits": 1}))
 
 
-def run_arm(records: Records, arm: Arm, find_only: bool = False) -> dict | None:
+def run_variant(records: Records, variant: Variant, find_only: bool = False) -> dict | None:
     """Screen learning rates on one seed, then train three other seeds at the best.
 
-    The rate with the lowest noise error on held-out digits is taken; where it is the lowest or highest of those tried,
+    The best rate has the lowest noise error on held-out digits; where it is the lowest or highest of those tried,
     half or twice of it is tried, too, at most twice.
 
     Returns:
@@ -467,11 +460,11 @@ def run_arm(records: Records, arm: Arm, find_only: bool = False) -> dict | None:
     """
 
     def result(rate: float, seed: int, curve: bool) -> dict | None:
-        run = definition(arm, rate, seed, curve)
-        return records.find(run) if find_only else records.get(run, lambda: train(arm, rate, seed, curve))
+        run = definition(variant, rate, seed, curve)
+        return records.find(run) if find_only else records.get(run, lambda: train(variant, rate, seed, curve))
 
     screened: dict[float, float] = {}
-    rates, extensions = list(SIZES[arm.size].learning_rates), 0
+    rates, extensions = list(SIZES[variant.size].learning_rates), 0
     while True:
         for rate in rates:
             found = result(rate, SCREEN_SEED, False)
@@ -495,71 +488,66 @@ def values(outcome: dict, key: str) -> list[float]:
     return [result.get(key, math.inf) for result in outcome["seeds"]]
 
 
-def mean(numbers: list[float]) -> float:
-    return sum(numbers) / len(numbers)
-
-
-def spread(numbers: list[float]) -> float:
-    """Standard deviation of a sample."""
-    centre = mean(numbers)
-    return math.sqrt(sum((number - centre) ** 2 for number in numbers) / (len(numbers) - 1))
-
-
 def cell(numbers: list[float], digits: int = 4) -> str:
     """Mean ± standard deviation of seeds."""
     if not all(map(math.isfinite, numbers)):
         return f"{sum(map(math.isfinite, numbers))} of {len(numbers)} seeds finite"
-    return f"{mean(numbers):.{digits}f} ± {spread(numbers):.{digits}f}"
+    return f"{mean(numbers):.{digits}f} ± {stdev(numbers):.{digits}f}"
 
 
 def overlap(first: list[float], second: list[float]) -> bool:
-    """Whether the ranges of two arms' seeds overlap; then their difference is not told from chance."""
+    """Whether the ranges of two variants' seeds overlap, so that their difference may be chance."""
     return max(first) >= min(second) and max(second) >= min(first)
 
 
-def verdict(first: dict, second: dict, key: str) -> str:
-    """How the first arm's mean differs from the second's, lower being better, or that their seeds overlap."""
-    a, b = values(first, key), values(second, key)
-    if not all(map(math.isfinite, a + b)):
+def verdict(first: list[float], second: list[float]) -> str:
+    """Say how the first mean differs from the second, lower being better, or that the seeds overlap."""
+    if not all(map(math.isfinite, first + second)):
         return "not every seed finite"
-    change = mean(a) / mean(b) - 1
-    if overlap(a, b):
+    change = mean(first) / mean(second) - 1
+    if overlap(first, second):
         return f"within the spread ({change:+.0%})"
     return f"**{'better' if change < 0 else 'worse'}** ({change:+.0%})"
 
 
 def claim(found: dict[str, dict], first: str, second: str) -> str:
-    """Whether the first arm is better than the second, by both measures."""
+    """Say whether the first variant is better than the second, by both measures."""
     if not {first, second} <= set(found):
         return "not run"
-    words = []
-    for key, name in (("noise_error_held_out", "noise error"), ("frechet_distance", "Fréchet distance")):
-        text = verdict(found[first], found[second], key)
-        text = text.replace("**better**", "**held**").replace("**worse**", "**did not hold, the opposite**")
-        words.append(f"{name}: {text}")
-    return "; ".join(words)
+    pairs = {name: verdict(values(found[first], key), values(found[second], key)) for key, name in MEASURES.items()}
+    text = "; ".join(f"{name}: {words}" for name, words in pairs.items())
+    return text.replace("**better**", "**held**").replace("**worse**", "**did not hold, the opposite**")
 
 
 def comparisons(found: dict[str, dict], pairs: list[tuple[str, str]]) -> str:
-    """A table of verdicts; pairs that lack an arm are named below it."""
-    keys = ("noise_error_held_out", "frechet_distance")
-    rows = [[a, b, *(verdict(found[a], found[b], key) for key in keys)] for a, b in pairs if {a, b} <= set(found)]
+    """Table of verdicts; pairs that lack a variant are named below it."""
+    rows = [
+        [first, second, *(verdict(values(found[first], key), values(found[second], key)) for key in MEASURES)]
+        for first, second in pairs
+        if {first, second} <= set(found)
+    ]
     missing = sorted({name for pair in pairs for name in pair} - set(found))
-    text = table(["arm", "against", "held-out noise error", "Fréchet distance"], rows)
+    text = table(["variant", "against", "held-out noise error", "Fréchet distance"], rows)
     return text + (f"\n\nNot run: {'; '.join(missing)}." if missing else "")
 
 
+def rate_cell(outcome: dict) -> str:
+    """Learning rate that was taken, and those that were tried."""
+    return f"{outcome['learning_rate']:g} of " + ", ".join(f"{rate:g}" for rate in outcome["screened"])
+
+
 def draw_seeds(axis, x: list[float], seeds: list[list[float]], color: str, **style) -> None:
-    """A line through the mean of the seeds at each x, shaded from the lowest to the highest."""
+    """Plot a line through the mean of the seeds at each x, shaded from the lowest to the highest."""
     axis.plot(x, [mean(at) for at in seeds], marker="o", markersize=3, color=color, **style)
     axis.fill_between(x, [min(at) for at in seeds], [max(at) for at in seeds], color=color, alpha=0.12, linewidth=0)
 
 
-def save_figure(figure, path: Path) -> None:
-    """Write a matplotlib figure as a small PNG of 64 colours."""
+def save_figure(figure, path: Path, colors: int = 64, **options) -> None:
+    """Write a matplotlib figure as a small PNG with one palette."""
     buffer = io.BytesIO()
     figure.savefig(buffer)
-    Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+    with Image.open(buffer) as picture:
+        picture.convert("RGB").quantize(colors, dither=Image.Dither.NONE, **options).save(path, optimize=True)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -568,50 +556,42 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def made_on(records: Records) -> str:
-    """Where the records were made, and the processor time they took."""
+    """Where the records were made, and how much processor time they took."""
     machines = list(dict.fromkeys(record["machine"] for record in records.records))
     minutes = sum(record["total_cpu_seconds"] for record in records.records) / 60
     return f"Made on {'; '.join(machines)}: {len(records.records)} records, {minutes:.0f} CPU-minutes."
 
 
-def rate_cell(outcome: dict) -> str:
-    """The learning rate taken, and those tried."""
-    return f"{outcome['learning_rate']:g} of " + ", ".join(f"{rate:g}" for rate in outcome["screened"])
+def write_page(name: str, **parts) -> str:
+    """Fill in the template pages/NAME.md.j2."""
+    loader = FileSystemLoader(Path(__file__).parent / "pages")
+    pages = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    return pages.get_template(f"{name}.md.j2").render(table=table, **parts)
 
 
-METHOD = """\
-Data: scikit-learn's 8x8 digits, 1,497 to train on, 300 held out. Pixels, patches of 2, so 16 tokens; 1000-step
-linear DDPM, squared error plus variational bound, label dropout 0.1, AdamW without decay, gradients clipped at 2,
-warm-up over the first twentieth, linear decay to zero over the last fifth, average of the weights with decay 0.98.
-All arms of a seed see the same samples, noise and timesteps. What is measured is the exported model: the average,
-ternarized, other weights rounded to bfloat16. *Noise error*: squared error of the predicted noise on the 300
-held-out digits, four fixed draws each. *Fréchet distance*: of 64 features of the package's digits classifier,
-samples (DDIM, no guidance) to the training digits; it is no FID, and depends on the number of samples, which is the
-same within a table. *Learning rate*: per arm, the one with the lowest noise error of three on one seed (100), and
-half or twice where the best is at an edge, at most twice; then three other seeds (0, 1, 2) at the best: mean ±
-standard deviation. Arms whose seeds' ranges overlap are called within the spread."""
+def read_arguments(name: str, parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Parse the options that every experiment has, besides those of the parser."""
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/results"), help="folder of records and page")
+    parser.add_argument("--render", type=Path, help="folder with records: write the page again, run nothing")
+    args = parser.parse_args(argv)
+    if args.render and not (args.render / f"{name}.jsonl").exists():
+        parser.error(f"{args.render} has no {name}.jsonl; run it first, with --output_dir {args.render}")
+    return args
 
 
 def main(
     description: str, name: str, parts: dict[str, Callable[[Records], None]], render: Callable[..., str], argv=None
-):
-    """The command line of an experiment: run parts, list them, or render the page and its plot from records."""
+) -> None:
+    """Run the parts of an experiment and write its page and plot, or list the parts."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=list(parts), action="append", help="default: all, in the order of --list")
     parser.add_argument("--list", action="store_true", help="print the parts")
-    parser.add_argument("--records", type=Path, default=Path("outputs/results"), help="folder of the JSONL records")
-    parser.add_argument("--render", type=Path, help="folder with records: write page and plot there, train nothing")
-    args = parser.parse_args(argv)
+    args = read_arguments(name, parser, argv)
     if args.list:
         print("\n".join(parts))
         return
-    if args.render:
-        if not (args.render / f"{name}.jsonl").exists():
-            parser.error(f"{args.render} has no {name}.jsonl; run the parts first, with --records {args.render}")
-        (args.render / f"{name}.md").write_text(render(args.render, plot=True), encoding="utf-8")
-        return
-    others = tuple(path for path in sorted(args.records.glob("*.jsonl")) if path.stem != name)
-    records = Records(args.records / f"{name}.jsonl", others)
-    for part in args.part or parts:
+    folder = args.render or args.output_dir
+    records = Records(folder / f"{name}.jsonl")
+    for part in [] if args.render else args.part or parts:
         parts[part](records)
-    (args.records / f"{name}.md").write_text(render(args.records, plot=True), encoding="utf-8")
+    (folder / f"{name}.md").write_text(render(folder, plot=True), encoding="utf-8")

@@ -1,6 +1,7 @@
 """Every private name of diffusers that this package imports or looks up.
 
-`tests/test_diffusers.py` fails when one of them changes, and when another file uses one.
+`tests/test_diffusers.py` fails when one of them changes, `tests/repo/test_private_names.py` when another file uses
+one.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import snapshot_download
 from PIL import Image
 
-from .checkpoints import bundled
+from .checkpoints import resolve_model
 from .conversion import convert_dense_checkpoint, convert_original_checkpoint, is_diffusers_checkpoint
 from .hub.errors import hub_errors
 from .hub.model_card import CardOptions, human_bytes, read_card
@@ -33,15 +33,6 @@ from .training.export import image_grid
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def _resolve(model: str) -> str:
-    """Folders and Hub ids as they are; the name of a bundled checkpoint becomes its folder."""
-    if Path(model).is_dir():
-        return model
-    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
-        raise FileNotFoundError(f"{model} is not a folder. Pass that of a saved pipeline, or a Hub id.")
-    return model if "/" in model else str(bundled(model))
-
-
 def load_pipeline(model: str, dtype: str = "float32") -> TerDiTPipeline:
     """A pipeline by folder, Hub id, or name of a bundled checkpoint.
 
@@ -49,7 +40,7 @@ def load_pipeline(model: str, dtype: str = "float32") -> TerDiTPipeline:
         ValueError: No such checkpoint, or files that are not what they should be.
         OSError: No such folder or repository.
     """
-    return TerDiTPipeline.from_pretrained(_resolve(model), dtype=getattr(torch, dtype))
+    return TerDiTPipeline.from_pretrained(resolve_model(model), dtype=getattr(torch, dtype))
 
 
 def usable_device(name: str) -> torch.device:
@@ -189,7 +180,7 @@ def convert(args: argparse.Namespace) -> None:
 
 def info(args: argparse.Namespace) -> None:
     """Print sizes and statistics of a model or layer."""
-    path = Path(args.model) if Path(args.model).is_file() else Path(_resolve(args.model))
+    path = Path(args.model) if Path(args.model).is_file() else Path(resolve_model(args.model))
     path = path if path.exists() else _download_weights(args.model)
     if args.labels:
         id2label = _model_index(path).get("id2label") or {}
@@ -331,7 +322,7 @@ def pack(args: argparse.Namespace) -> None:
 def push(args: argparse.Namespace) -> None:
     """Upload a pipeline folder to the Hub, as it is, with a model card."""
     pipe = load_pipeline(args.model)  # what does not load is not pushed
-    source = Path(_resolve(args.model))
+    source = Path(resolve_model(args.model))
     if not source.is_dir():
         raise NotADirectoryError(f"{args.model} is no folder here; what is on the Hub needs no push.")
     images = {path.stem: Image.open(path) for path in map(Path, args.images)}

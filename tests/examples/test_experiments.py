@@ -1,323 +1,297 @@
-"""examples/experiments: the committed pages, tiny runs of every arm, resuming, what arms differ in."""
+"""examples/experiments: the committed pages, a short run of each experiment, resuming, and the step caches."""
 
 import json
+import logging
 import math
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from diffusers import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    SeaCacheConfig,
+    TaylorSeerCacheConfig,
+    TextKVCacheConfig,
+)
+from PIL import Image
 
-from diffusers_terdit import TernaryLinear
-from diffusers_terdit.models.transformer_terdit import TerDiTRMSNorm
+from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryLinear
+from diffusers_terdit.checkpoints import bundled
+from diffusers_terdit.pipelines.schedulers import default_scheduler
 from tiny import randomize
 
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "docs" / "results"
-
 pytest.importorskip("sklearn")
-sys.path.insert(0, str(ROOT / "examples" / "experiments"))
-import adaln_norm  # noqa: E402
-import common  # noqa: E402
-import worth_it  # noqa: E402
-from common import Arm, Records  # noqa: E402
+pytest.importorskip("matplotlib")
+import adaln_norm
+import common
+import few_steps
+import text_to_image
+import train_text_to_image
+import worth_it
+from common import Records, Variant
 
 
-EXPERIMENTS = {"adaln_norm": adaln_norm, "worth_it": worth_it}
-ADALN_ARMS = {**adaln_norm.ARMS, **adaln_norm.MORE_ARMS}
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+EXPERIMENTS = {module.__name__: module for module in (adaln_norm, worth_it, text_to_image, few_steps)}
 
 
-def tiny(arm: Arm) -> Arm:
-    return replace(arm, size="tiny")
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_committed_page_renders_from_the_committed_records(name):
+    assert EXPERIMENTS[name].render(RESULTS) == (RESULTS / f"{name}.md").read_text(encoding="utf-8")
 
 
-EVERY_ARM = {
-    **{f"adaln_norm: {name}": Arm("tiny", **arm) for name, arm in ADALN_ARMS.items()},
-    **{f"worth_it: {name}": tiny(arm) for name, arm in worth_it.ALL_ARMS.items()},
-}
+def test_variants_that_overlap_are_called_so():
+    assert common.verdict([1, 2, 3], [4, 5, 6]) == "**better** (-60%)"
+    assert common.verdict([4, 5, 6], [1, 2, 3]) == "**worse** (+150%)"
+    assert common.verdict([1, 2, 3], [2.5, 9, 9]).startswith("within the spread")
+    assert common.verdict([math.inf] * 3, [1, 2, 3]) == "not every seed finite"
+
+
+# Training
 
 
 @pytest.fixture
-def inputs():
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(3, 1, 8, 8, generator=generator), torch.tensor([1, 500, 999]), torch.tensor([0, 4, 10])
+def tiny(monkeypatch):
+    size = common.Size(1, 2, 8, 16, 4, 8, (1e-3, 2e-3, 4e-3), 2, 8, 2)
+    monkeypatch.setitem(common.SIZES, "tiny", size)
+    return size
 
 
-def initialized(arm: Arm) -> nn.Module:
-    """A model in which no weight is zero."""
-    return randomize(common.build(arm, 0)).eval()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weights": "full", "adaln": "plain"},
+        {"adaln": "full"},
+        {"adaln": "bitnet"},
+        {"weights": "four levels"},
+        {"scale": "absmean"},
+        {"scale": "row", "full_share": 0.5, "blend_share": 0.5},
+    ],
+    ids=str,
+)
+def test_a_variant_trains_and_is_exported_as_it_computes(tiny, options):
+    variant = Variant("tiny", **options)
+    model = randomize(common.build(variant, 0)).eval()
+    dense = common.exported(model)
+    assert not any(isinstance(module, TernaryLinear) for module in dense.modules())
+    inputs = torch.randn(3, 1, 8, 8), torch.tensor([1, 500, 999]), torch.tensor([0, 4, 10])
+    with torch.no_grad():
+        expected, got = (m(*inputs, return_dict=False)[0] for m in (model, dense))
+    assert 0 < (expected - got).abs().max() < 0.05 * expected.abs().max()  # bfloat16
+    result = common.train(variant, 1e-3, seed=0, curve=True)
+    assert [point["step"] for point in result["curve"]] == [2, 4]
+    keys = ("noise_error", "noise_error_held_out", "frechet_distance", "max_grad_norm")
+    assert all(math.isfinite(result[key]) and result[key] > 0 for key in keys)
 
 
-class TestPages:
-    @pytest.mark.parametrize("name", EXPERIMENTS)
-    def test_the_committed_page_is_what_the_committed_records_render_to(self, name):
-        assert EXPERIMENTS[name].render(RESULTS) == (RESULTS / f"{name}.md").read_text(encoding="utf-8")
+def test_variants_differ_in_what_they_say():
+    def block(size="64", **options):
+        return common.build(Variant(size, **options), 3).transformer_blocks[0]
 
-    @pytest.mark.parametrize("name", EXPERIMENTS)
-    def test_the_plot_is_there_and_small(self, name):
-        assert 1000 < (RESULTS / f"{name}.png").stat().st_size < 100_000
-
-    def test_both_pages_use_one_run_of_a_shared_arm(self):
-        runs = [{json.dumps(r["run"]): r for r in Records.read(RESULTS / f"{name}.jsonl")} for name in EXPERIMENTS]
-        shared = [key for key in runs[0] if key in runs[1]]
-        assert any("small_gain" in key for key in shared)
-        assert all(runs[0][key] == runs[1][key] for key in shared)
-
-    def test_arms_that_overlap_are_called_so(self):
-        low, high = ({"seeds": [{"e": value} for value in numbers]} for numbers in ([1, 2, 3], [4, 5, 6]))
-        wide = {"seeds": [{"e": value} for value in (2.5, 9, 9)]}
-        assert common.verdict(low, high, "e") == "**better** (-60%)"
-        assert common.verdict(high, low, "e") == "**worse** (+150%)"
-        assert common.verdict(low, wide, "e").startswith("within the spread")
-        assert common.verdict({"seeds": [{"e": math.inf}] * 3}, low, "e") == "not every seed finite"
+    weights = [block(**options).ff.up_proj.weight for options in ({}, {"scale": "row"}, {"weights": "four levels"})]
+    assert all(torch.equal(weight, weights[0]) for weight in weights)  # the variants of a seed share them
+    assert block(scale="row").ff.up_proj.weight_scale.shape == (192, 1)
+    levels, counts = common.FourLevelLinear(64, 32, bias=False).levels().unique(return_counts=True)
+    assert levels.tolist() == [-1.5, -0.5, 0.5, 1.5]
+    assert counts.min() > 0.8 * counts.max()  # a fresh weight is uniform
+    layer = common.AbsmeanLinear(16, 8, bias=False)
+    layer(torch.randn(5, 16)).square().sum().backward()
+    assert layer.weight.grad.any()
+    assert layer.weight_scale.grad is None  # not learned
+    before, linear = block(adaln="bitnet").ff.up_proj
+    assert isinstance(before, torch.nn.RMSNorm)
+    assert isinstance(linear, TernaryLinear)
 
 
-class TestRuns:
-    @pytest.mark.parametrize("name", EVERY_ARM)
-    def test_an_arm_trains_and_is_measured(self, name):
-        steps = EVERY_ARM[name].steps
-        result = common.train(EVERY_ARM[name], 1e-3, seed=0, curve=True)
-        assert [point["step"] for point in result["curve"]] == list(range(2, steps + 1, 2))
-        keys = ("noise_error", "noise_error_held_out", "frechet_distance", "max_grad_norm")
-        assert all(math.isfinite(result[key]) and result[key] > 0 for key in keys)
-        assert result == {
-            **common.train(EVERY_ARM[name], 1e-3, seed=0, curve=True),
-            "cpu_seconds": result["cpu_seconds"],
-        }
-
-    def test_training_lowers_the_noise_error(self, monkeypatch):
-        monkeypatch.setitem(common.SIZES, "tiny", replace(common.SIZES["tiny"], steps=60))
-        assert common.train(Arm("tiny"), 1e-2, seed=0, curve=False)["noise_error_held_out"] < 0.9
-
-    def test_learning_rates_are_screened_and_extended_at_the_edge(self, tmp_path, monkeypatch):
-        calls = []
-
-        def train(arm, rate, seed, curve):
-            calls.append((rate, seed, curve))
-            return {"noise_error_held_out": abs(math.log(rate / 1e-2)), "noise_error": 1.0, "frechet_distance": 1.0}
-
-        monkeypatch.setattr(common, "train", train)
-        outcome = common.run_arm(Records(tmp_path / "r.jsonl"), Arm("tiny"))
-        assert outcome["learning_rate"] == 8e-3
-        assert sorted(outcome["screened"]) == [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
-        assert [call[1:] for call in calls] == [(common.SCREEN_SEED, False)] * 5 + [(s, True) for s in common.SEEDS]
-
-    def test_sampling_of_the_bundled_checkpoint(self):
-        from diffusers import DDIMScheduler
-
-        from diffusers_terdit import TerDiTPipeline
-        from diffusers_terdit.checkpoints import bundled
-
-        pipe = TerDiTPipeline.from_pretrained(bundled("digits"))
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-        judged = common.judge(common.sample(pipe, 100, 10, 1.5))
-        assert judged["recognised"] > 0.9
-        noise = common.judge(torch.rand(100, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
-        assert noise["frechet_distance"] > 2 * judged["frechet_distance"]
+def test_bytes_and_compute_are_equal_where_the_page_says_so():
+    names = ("ternary, 64", "bfloat16, equal bytes", "bfloat16, equal bytes, equal compute")
+    ternary, small, long = (worth_it.costs(worth_it.ALL_VARIANTS[name]) for name in names)
+    assert small["file_bytes"] == pytest.approx(ternary["file_bytes"], rel=0.005)
+    assert long["training_flops"] == pytest.approx(ternary["training_flops"], rel=0.001)
 
 
-class TestRecords:
-    @pytest.fixture
-    def small(self, monkeypatch):
-        monkeypatch.setattr(adaln_norm, "PARTS", {"one": lambda r: common.run_arm(r, Arm("tiny"))})
-
-    def run(self, folder: Path) -> None:
-        common.main("", "adaln_norm", adaln_norm.PARTS, lambda folder, plot: "page", ["--records", str(folder)])
-
-    def test_a_killed_run_goes_on_where_it_was(self, small, tmp_path, monkeypatch):
-        train, count = common.train, 0
-
-        def killed(*args):
-            nonlocal count
-            count += 1
-            if count == 3:
-                raise KeyboardInterrupt
-            return train(*args)
-
-        monkeypatch.setattr(common, "train", killed)
-        with pytest.raises(KeyboardInterrupt):
-            self.run(tmp_path)
-        path = tmp_path / "adaln_norm.jsonl"
-        before = path.read_text()
-        assert len(before.splitlines()) == 2
-        path.write_text(before + '{"run": {"arm"')  # killed while writing
-
-        self.run(tmp_path)
-        after = path.read_text()
-        assert after.startswith(before)
-        assert all(json.loads(line) for line in after.splitlines())
-        done = count
-        self.run(tmp_path)
-        assert (count, path.read_text()) == (done, after)
-
-    def test_a_run_of_the_other_experiment_is_copied(self, tmp_path):
-        Records(tmp_path / "a.jsonl").get({"x": 1}, lambda: {"y": 2})
-        other = Records(tmp_path / "b.jsonl", (tmp_path / "a.jsonl",))
-        assert other.get({"x": 1}, lambda: pytest.fail("ran again")) == {"y": 2}
-        assert Records.read(tmp_path / "a.jsonl") == Records.read(tmp_path / "b.jsonl")
-
-    def test_a_broken_line_in_the_middle_is_an_error_that_names_it(self, tmp_path):
-        (tmp_path / "a.jsonl").write_text('{"run"\n{"run": 1, "result": 2}\n')
-        with pytest.raises(ValueError, match=r"a.jsonl, line 1 is not JSON"):
-            Records(tmp_path / "a.jsonl")
-
-    def test_everything_that_changes_a_run_is_in_its_definition(self):
-        base = common.definition(Arm("64"), 1e-3, 0, True)
-        others = [
-            common.definition(arm, rate, seed, curve)
-            for arm, rate, seed, curve in [
-                (Arm("64", scale="row"), 1e-3, 0, True),
-                (Arm("64", steps_factor=2.0), 1e-3, 0, True),
-                (Arm("128"), 1e-3, 0, True),
-                (Arm("64"), 2e-3, 0, True),
-                (Arm("64"), 1e-3, 1, True),
-                (Arm("64"), 1e-3, 0, False),
-            ]
-        ]
-        assert base not in others
-
-    @pytest.mark.parametrize("name", EXPERIMENTS)
-    def test_command_line(self, name, capsys, tmp_path):
-        module = EXPERIMENTS[name]
-        common.main("", name, module.PARTS, module.render, ["--list"])
-        assert capsys.readouterr().out.splitlines() == list(module.PARTS)
-        with pytest.raises(SystemExit):
-            common.main("", name, module.PARTS, module.render, ["--render", str(tmp_path)])
-        assert f"has no {name}.jsonl" in capsys.readouterr().err
+# Records
 
 
-class TestArms:
-    def build(self, name: str):
-        return common.build(Arm("tiny", **ADALN_ARMS[name]), 0)
+def test_a_killed_run_resumes_where_it_was(tiny, tmp_path, monkeypatch):
+    train, calls = common.train, []
 
-    def test_norms_and_initializations(self):
-        def facts(model):
-            adaln = model.transformer_blocks[0].adaln
-            scale = getattr(adaln.linear, "weight_scale", None)
-            return (
-                isinstance(adaln.norm, TerDiTRMSNorm) and adaln.norm.weight[0].item(),
-                bool(adaln.linear.weight.any()),
-                scale is not None and scale.item() == pytest.approx(1 / math.sqrt(0.75 * 16)),
-            )
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return train(*args)
 
-        # gain of the norm, whether adaLN's weight starts non-zero, whether its scale keeps the variance
-        assert facts(self.build("reference, RMSNorm")) == (1.0, False, False)
-        assert facts(self.build("reference, no norm")) == (False, False, False)
-        assert facts(self.build("small gain, RMSNorm")) == (pytest.approx(0.1), True, True)
-        assert facts(self.build("small gain, no norm")) == (False, False, True)
+    def run():
+        parts = {"one": lambda records: common.run_variant(records, Variant("tiny"))}
+        common.main("", "adaln_norm", parts, lambda folder, plot: "page", ["--output_dir", str(tmp_path)])
 
-    def test_where_layers_are_ternary(self):
-        def kinds(name):
-            block = self.build(name).transformer_blocks[0]
-            return type(block.adaln.linear), type(block.ff.up_proj)
-
-        assert kinds("reference, RMSNorm") == (TernaryLinear, TernaryLinear)
-        assert kinds("reference, full-precision adaLN") == (nn.Linear, TernaryLinear)
-        assert kinds("full precision") == (nn.Linear, nn.Linear)
-
-    def test_bitnet_has_a_norm_before_every_ternary_layer_and_none_after_adaln(self):
-        model = self.build("reference, BitNet layout")
-        layers = model.ternary_layers()
-        assert len(layers) == 8
-        for name in layers:
-            before, layer = model.get_submodule(name.rpartition(".")[0])
-            assert isinstance(before, nn.RMSNorm)
-            assert before.weight.shape == (layer.in_features,)
-        assert isinstance(model.transformer_blocks[0].adaln.norm, nn.Identity)
-
-    def test_arms_of_a_seed_share_their_float_weights(self):
-        names = ("ternary, 64", "four levels, 64", "row scales, 64", "absmean scale, 64")
-        models = [common.build(tiny(worth_it.ALL_ARMS[name]), 3) for name in names]
-        weights = [model.transformer_blocks[0].ff.up_proj.weight for model in models]
-        assert all(torch.equal(weight, weights[0]) for weight in weights[1:])
-
-    @pytest.mark.parametrize("name", EVERY_ARM)
-    def test_the_exported_model_computes_the_same_but_for_bfloat16(self, name, inputs):
-        model = initialized(EVERY_ARM[name])
-        dense = common.exported(model)
-        assert not any(isinstance(module, TernaryLinear) for module in dense.modules())
-        with torch.no_grad():
-            expected, got = (m(*inputs, return_dict=False)[0] for m in (model, dense))
-        assert 0 < (expected - got).abs().max() < 0.05 * expected.abs().max()
-
-    def test_four_levels(self):
-        layer = common.FourLevelLinear(64, 32, bias=False)
-        levels, counts = layer.levels().unique(return_counts=True)
-        assert levels.tolist() == [-1.5, -0.5, 0.5, 1.5]
-        assert counts.min() > 0.8 * counts.max()  # a fresh weight is uniform
-        x = torch.randn(500, 64)
-        torch.testing.assert_close(layer(x), x @ layer.dequantize().T)
-        assert layer(x).std().item() == pytest.approx(1, abs=0.1)
-        layer(x).square().sum().backward()
-        assert layer.weight.grad.any()
-        assert layer.weight_scale.grad.any()
-
-    def test_absmean_scale_is_not_learned(self):
-        layer = common.AbsmeanLinear(16, 8, bias=False)
-        x = torch.randn(5, 16)
-        torch.testing.assert_close(layer(x), x @ (layer.ternary_weight() * layer.weight.abs().mean()).T)
-        layer(x).square().sum().backward()
-        assert layer.weight.grad.any()
-        assert layer.weight_scale.grad is None
-
-    def test_row_scales(self):
-        model = common.build(Arm("tiny", scale="row"), 0)
-        assert model.transformer_blocks[0].ff.up_proj.weight_scale.shape == (16, 1)
-
-    def test_the_start_goes_to_ternary_by_degrees(self, monkeypatch):
-        from diffusers_terdit import training
-
-        strengths, make = [], training.initialize.gradual_ternarization
-
-        def spied(model):
-            set_strength = make(model)
-            return lambda value: (strengths.append(value), set_strength(value))
-
-        monkeypatch.setattr(training.initialize, "gradual_ternarization", spied)
-        monkeypatch.setitem(common.SIZES, "tiny", replace(common.SIZES["tiny"], steps=16))
-        common.train(Arm("tiny", full_share=0.5, blend_share=0.5), 1e-3, 0, False)
-        assert strengths == [0, 0.25, 0.5, 0.75, 1, 1, 1, 1]
+    monkeypatch.setattr(common, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    path = tmp_path / "adaln_norm.jsonl"
+    before = path.read_text()
+    assert len(before.splitlines()) == 2
+    path.write_text(before + '{"run": {"arm"')  # killed while writing
+    run()
+    after, done = path.read_text(), len(calls)
+    assert after.startswith(before)
+    assert all(json.loads(line) for line in after.splitlines())
+    run()
+    assert (len(calls), path.read_text()) == (done, after)
+    # another experiment in the folder copies a run
+    run = json.loads(after.splitlines()[0])
+    copied = Records(tmp_path / "worth_it.jsonl").get(run["run"], lambda: pytest.fail("ran again"))
+    assert copied == run["result"]
 
 
-class TestCosts:
-    def test_bytes_are_equal_where_the_page_says_so(self):
-        ternary, small = (common.file_bytes(worth_it.ALL_ARMS[n]) for n in ("ternary, 64", "bfloat16, equal bytes"))
-        assert small == pytest.approx(ternary, rel=0.005)
-
-    def test_compute_is_equal_where_the_page_says_so(self):
-        ternary, small = (
-            worth_it.costs(worth_it.ALL_ARMS[name])["training_flops"]
-            for name in ("ternary, 64", "bfloat16, equal bytes, equal compute")
-        )
-        assert small == pytest.approx(ternary, rel=0.001)
-
-    def test_operations_are_those_of_the_matrices(self):
-        size = common.SIZES["64"]
-        dim = size.num_attention_heads * size.attention_head_dim
-        per_token = size.num_layers * (4 * dim * dim + 3 * dim * size.ffn_dim) + 4 * dim + 8 * dim
-        per_image = 256 * dim + dim * dim + size.num_layers * 6 * dim * dim + 2 * dim * dim
-        matrices = 2 * 3 * (16 * per_token + per_image)  # forward, and two products backward
-        assert matrices < 1.05 * common.training_flops("64")
-        assert common.training_flops("64") < 1.15 * matrices  # attention
+# Text to image
 
 
-class TestActivations:
-    @pytest.fixture
-    def small(self, monkeypatch):
-        monkeypatch.setattr(adaln_norm, "SHAPE", (2, 256, 1024))
+def test_every_text_to_image_variant_runs_and_is_judged(tmp_path, monkeypatch):
+    size = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32}
+    monkeypatch.setattr(train_text_to_image, "MODEL", size)
+    monkeypatch.setattr(train_text_to_image, "train_vae", partial(train_text_to_image.train_vae, steps=2))
+    names = (text_to_image.DENSE, text_to_image.UNTRAINED, text_to_image.DISTILLED)
+    variants = {name: text_to_image.VARIANTS[name] for name in names}
+    variants = {name: replace(variant, steps=variant.steps // 500) for name, variant in variants.items()}
+    monkeypatch.setattr(text_to_image, "VARIANTS", variants)
+    monkeypatch.setattr(text_to_image, "SEEDS", (0,))
+    monkeypatch.setattr(text_to_image, "drawn", lambda: list(range(12)))
+    monkeypatch.setattr(text_to_image, "SAMPLING", ["--num_inference_steps", "2", "--guidance_scale", "1.5"])
+    path = tmp_path / "text_to_image.jsonl"
+    text_to_image.run_variants(list(variants), (0,), Records(path))
+    records = Records(path)
+    assert len(records.records) == len(variants) + 1
+    results = {name: records.find(text_to_image.run_of(variant, 0)) for name, variant in variants.items()}
+    for name, result in results.items():
+        assert 0 <= result["all three"] <= result["digit"] <= 1
+        assert result["frechet_distance"] > 0
+        assert (result["file_bytes"] < results[text_to_image.DENSE]["file_bytes"]) == variants[name].ternary
+    text_to_image.draw({name: {"seeds": [result]} for name, result in results.items()}, tmp_path / "shown.png")
+    assert (tmp_path / "shown.png").stat().st_size > 1000
 
-    def test_scale_and_norm_bound_the_outputs(self, small):
-        std = {kind: adaln_norm.activations(kind, norm=False)["std"] for kind in adaln_norm.KINDS}
-        assert all(0.9 < value < 1.1 for value in std["small gain"])
-        assert max(std["reference"]) > 10 * max(std["full precision"])
-        normed = adaln_norm.activations("reference", norm=True)
-        assert all(0.95 < value < 1.05 for value in normed["std"])
-        assert sum(normed["histogram"]) == adaln_norm.DRAWS * 1024
+
+# Few steps
 
 
-def test_the_records_say_how_each_run_is_defined():
-    arms = [record["run"]["arm"] for record in Records.read(RESULTS / "worth_it.jsonl") if "arm" in record["run"]]
-    assert all(set(arm) == set(asdict(Arm("64"))) for arm in arms)
+def tiny_pipeline(kind: str) -> TerDiTPipeline:
+    model = TerDiTTransformer2DModel(
+        sample_size=8, in_channels=3, num_layers=3, num_attention_heads=2, attention_head_dim=8, ffn_dim=32,
+        num_classes=4, learn_sigma=kind == "noise",
+    )  # fmt: skip
+    scheduler = default_scheduler() if kind == "noise" else FlowMatchEulerDiscreteScheduler()
+    names = {str(index): name for index, name in enumerate(("ant", "bee", "cat", "dog"))}
+    return TerDiTPipeline(transformer=randomize(model).eval(), scheduler=scheduler, id2label=names)
+
+
+@pytest.fixture(params=["noise", "velocity"])
+def study(request) -> few_steps.Study:
+    return few_steps.Study(tiny_pipeline(request.param), "tiny", [0, 1, 2], 1.5)
+
+
+# Every cache, set so that it never skips.
+NEVER = {
+    "FirstBlockCache": lambda pipe: FirstBlockCacheConfig(threshold=0.0),
+    "MagCache": lambda pipe: MagCacheConfig(threshold=0.0, num_inference_steps=12, mag_ratios=[1.01] * 12),
+    "TaylorSeer": lambda pipe: TaylorSeerCacheConfig(cache_interval=1),
+    "PyramidAttentionBroadcast": lambda pipe: PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=1, current_timestep_callback=lambda: pipe.current_timestep
+    ),
+    "FasterCache": lambda pipe: FasterCacheConfig(
+        spatial_attention_block_skip_range=1,
+        is_guidance_distilled=True,
+        attention_weight_callback=lambda module: 0.5,
+        current_timestep_callback=lambda: pipe.current_timestep,
+    ),
+    "SeaCache": lambda pipe: SeaCacheConfig(threshold=0.0, raw_vision_callback=few_steps.raw_vision),
+    "TextKVCache": lambda pipe: TextKVCacheConfig(),
+}
+
+
+@pytest.mark.parametrize("name", NEVER)
+def test_a_cache_that_never_skips_changes_nothing(study, name):
+    pipe = study.pipe
+    expected = pipe(**study.call([0, 1], 12, 0), output_type="pt").images
+    with few_steps.step_information(pipe), few_steps.counted(pipe) as counts:
+        pipe.transformer.enable_cache(NEVER[name](pipe))
+        images = pipe(**study.call([0, 1], 12, 0), output_type="pt").images
+    assert torch.equal(images, expected)
+    assert counts == {"evaluations": 12, "attention": 36, "feed_forward": 36}
+
+
+@pytest.fixture(scope="module")
+def digits() -> few_steps.Study:
+    return few_steps.Study(TerDiTPipeline.from_pretrained(bundled("digits")), "trained", [1, 2], 1.5)
+
+
+@pytest.mark.parametrize("name", [name for name in few_steps.CACHES if name != "FirstBlockCache 0.05"])
+def test_a_cache_skips_work_and_starts_empty_in_every_call(digits, name):
+    plain = few_steps.Row("DPM-Solver++", 25)  # where FirstBlockCache 0.05 skips 6 % of the blocks
+    expected = digits.plain(plain, [1, 2])
+    (images, computed), (again, _) = (digits.images(replace(plain, cache=name), [1, 2]) for _ in range(2))
+    assert computed["attention"] < 0.9
+    assert (computed["feed_forward"] == 1) == (name.endswith("attention") or name.startswith("Pyramid"))
+    assert torch.equal(images, again)
+    assert 0 < max(common.root_mean_square(images, expected)) < 40  # an unrelated digit is 90 away
+    assert torch.equal(digits.images(plain, [1, 2])[0], expected)  # nothing is left behind
+
+
+def test_the_cache_is_empty_after_a_call_that_failed(study):
+    def fail(pipe, step, timestep, kwargs):
+        if step == 2:
+            raise KeyboardInterrupt
+        return {}
+
+    study.pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
+    expected = study.pipe(**study.call([0], 4, 0), output_type="latent").images
+    with pytest.raises(KeyboardInterrupt):
+        study.pipe(**study.call([1], 4, 1), callback_on_step_end=fail)
+    assert torch.equal(study.pipe(**study.call([0], 4, 0), output_type="latent").images, expected)
+
+
+def test_sea_cache_without_the_step_runs_in_full_and_says_so(study, caplog):
+    expected = study.pipe(**study.call([0, 1], 12, 0), output_type="pt").images
+    study.pipe.transformer.enable_cache(SeaCacheConfig(threshold=10.0))
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    try:
+        images = study.pipe(**study.call([0, 1], 12, 0), output_type="pt").images
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert torch.equal(images, expected)
+    assert "fail-open" in caplog.text
+
+
+def test_few_steps_of_a_folder_give_page_picture_and_records(tmp_path, monkeypatch):
+    few = few_steps.rows(("Euler", 8), ("UniPC", 8), ("Heun", 4))
+    changes = {"REFERENCE_STEPS": 8, "FEW": {"velocity": few}, "SOLUTION": {"velocity": few[0]}, "SETTING_STEPS": 4}
+    changes |= {"CACHE_STEPS": (8,), "CACHED_SAMPLER": {"velocity": {8: "Euler"}}}
+    for name, value in changes.items():
+        monkeypatch.setattr(few_steps, name, value)
+    tiny_pipeline("velocity").save_pretrained(tmp_path / "model")
+    for shade, name in enumerate(("ant", "bee", "cat", "dog")):
+        (tmp_path / "real" / name).mkdir(parents=True)
+        Image.new("L", (8, 8), 40 * shade).save(tmp_path / "real" / name / "a.png")
+    command = ["--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out"), "--rounds", "1"]
+    command += ["--labels", "bee", "3", "--real_images", str(tmp_path / "real")]
+    few_steps.main(command)
+    path = tmp_path / "out" / "few_steps.jsonl"
+    lines = path.read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert len(records) == len(few) + len(few_steps.SETTINGS["velocity"]) + len(few_steps.CACHES) + 1  # and the times
+    assert records[0]["run"]["labels"] == [1, 3]
+    assert records[0]["result"]["evaluations"] == 8
+    text = (tmp_path / "out" / "few_steps.md").read_text()
+    assert all(name in text for name in ["own picture nearest", *few_steps.CACHES, "`solver_order=3`"])
+    assert (tmp_path / "out" / "few_steps.model.png").stat().st_size > 1000
+    few_steps.main(command)
+    assert path.read_text().splitlines() == lines

@@ -17,3 +17,20 @@ def bundled(name: str = "digits") -> Path:
     if name not in names:
         raise ValueError(f"No bundled checkpoint {name!r}; there are {', '.join(map(repr, names))}.")
     return root / name
+
+
+def resolve_model(model: str) -> str:
+    """Return what `from_pretrained` takes: a folder or Hub id as it is, a bundled checkpoint's folder for its name.
+
+    Args:
+        model (`str`): As a user gives it on a command line.
+
+    Raises:
+        FileNotFoundError: A path of a folder that does not exist.
+        ValueError: Neither a path nor a Hub id, and no bundled checkpoint's name.
+    """
+    if Path(model).is_dir():
+        return model
+    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
+        raise FileNotFoundError(f"{model} is not a folder. Pass that of a saved pipeline, or a Hub id.")
+    return model if "/" in model else str(bundled(model))

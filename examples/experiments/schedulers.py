@@ -1,6 +1,6 @@
 """Every scheduler of diffusers on the two bundled checkpoints: which draw pictures, and how good ones.
 
-    OMP_NUM_THREADS=1 python examples/schedulers.py --output docs/schedulers.md   # minutes on one CPU core
+    OMP_NUM_THREADS=1 python examples/experiments/schedulers.py --output docs/schedulers.md   # minutes on one CPU core
 
 The page is written from the figures of this run.
 """
@@ -17,10 +17,10 @@ import diffusers
 import torch
 from torch import Tensor
 
+from common import root_mean_square, write_page
 from diffusers_terdit import TerDiTPipeline
 from diffusers_terdit.checkpoints import bundled
 from diffusers_terdit.evaluation.digits import digits_classifier
-from few_steps import root_mean_square
 
 
 STEPS = (25, 10)
@@ -29,7 +29,7 @@ FACES = [3, 17, 29, 40, 56, 68, 77, 91, 104, 125]
 
 FLOW_SIGMAS = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
 
-# What draws pictures with a model that predicts noise (`digits`), without any change of its settings, and a note.
+# Schedulers that draw pictures with a model that predicts noise (`digits`), without a change of settings, and a note.
 NOISE = {
     "DDPMScheduler": "the one the model was trained for: the only kind that uses the predicted variance",
     "DDPMParallelScheduler": "the same",
@@ -52,7 +52,7 @@ NOISE = {
     "UniPCMultistepScheduler": "",
 }
 
-# With a model that predicts a velocity (`emoji`), and what has to be set.
+# Schedulers that do with a model that predicts a velocity (`emoji`), and what has to be set.
 FLOW: dict[str, dict[str, Any]] = {
     "FlowMatchEulerDiscreteScheduler": {},
     "FlowMapEulerDiscreteScheduler": {},
@@ -66,7 +66,7 @@ FLOW: dict[str, dict[str, Any]] = {
     "UniPCMultistepScheduler": FLOW_SIGMAS,
 }
 
-# Everything else in diffusers 0.42.1, and why it is no sampler of these models.
+# All others in diffusers 0.42.1, and why they cannot sample these models.
 OTHERS = {
     "CMStochasticIterativeScheduler": "refused; for consistency models",
     "EDMEulerScheduler": "refused; for models with EDM's scaling of inputs and outputs",
@@ -153,70 +153,16 @@ def flow_lines(labels: list[int]) -> list[str]:
     return lines
 
 
-PAGE = """# Schedulers
-
-Which schedulers of diffusers {version} draw pictures with these models. Each was run on a bundled checkpoint by
-`python examples/schedulers.py --output docs/schedulers.md`; this page is its output. How many steps to take:
-[few steps](few_steps.md).
-
-```python
-from diffusers import UniPCMultistepScheduler
-from diffusers_terdit import TerDiTPipeline
-from diffusers_terdit.checkpoints import bundled
-
-pipe = TerDiTPipeline.from_pretrained(bundled("digits"))
-pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
-image = pipe("seven", num_inference_steps=10).images[0]
-```
-
-## A model that predicts noise
-
-The published TerDiT checkpoints, the bundled `digits`, what `train_terdit.py` trains by default. In the table:
-{count} samples of `digits` (guidance 1.5), the share that the package's classifier reads as their label, %.
-
-| scheduler | {first} steps | {second} steps | |
-| --- | --- | --- | --- |
-{noise}
-
-`from_config` brings the model's linear betas, `timestep_spacing="linspace"` and `clip_sample=False`, as in
-training. Only DDPM uses the predicted variance; the others get the predicted noise alone, whatever `variance_type`
-their configuration has taken over.
-
-## A model that predicts a velocity
-
-Trained with `--flow_matching`; the bundled `emoji`. In the table: share of {faces} faces (guidance 1.5) to which, of
-those that 100 Euler steps draw, the one of the same label is nearest, %; in brackets the distance to it, root mean
-square in shades of 0 to 255 (median). Schedulers that add noise end in another picture.
-
-| scheduler | {first} steps | {second} steps | |
-| --- | --- | --- | --- |
-{flow}
-
-Flow sigmas: `from_config(pipe.scheduler.config, prediction_type="flow_prediction", use_flow_sigmas=True,
-flow_shift=1.0)`, the shift being that of the model's own scheduler. Without them such a scheduler takes the velocity
-for noise and draws nonsense: the model does not record what it predicts, so the pipeline cannot tell.
-
-## Not for these models
-
-*Refused*: it has no DDPM noise schedule, and with a model that predicts noise and variance the pipeline raises a
-`ValueError`; so it does for the flow-matching schedulers above.
-
-| scheduler | why |
-| --- | --- |
-{others}
-"""
-
-
 def page(count: int = NUM_IMAGES, faces: list[int] = FACES) -> str:
-    return PAGE.format(
+    return write_page(
+        "schedulers",
         version=re.match(r"[\d.]+\d", diffusers.__version__).group(),
         count=count,
         faces=len(faces),
-        first=STEPS[0],
-        second=STEPS[1],
-        noise="\n".join(noise_lines(count)),
-        flow="\n".join(flow_lines(faces)),
-        others="\n".join(f"| `{name}` | {reason} |" for name, reason in OTHERS.items()),
+        steps=STEPS,
+        noise=noise_lines(count),
+        flow=flow_lines(faces),
+        others=OTHERS,
     )
 
 
@@ -227,6 +173,7 @@ def main(argv=None) -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # numpy's, about diffusers' schedulers
     text = page()
     if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(text, encoding="utf-8")
     else:
         print(text)
