@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel
 from diffusers_terdit.ops import torch_ops
 from diffusers_terdit.ops.cpu import choose
 from diffusers_terdit.pipelines.schedulers import default_scheduler
 from fake_hub import fake_hub  # noqa: F401 - a fixture
-from tiny import randomize
+from tiny import randomize, tiny_vae
 
 
 DIGITS = ["zero, nought", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -65,19 +64,9 @@ def tiny_inputs():
     return make
 
 
-@pytest.fixture
-def tiny_vae():
-    """Four latent channels, sides halved."""
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-    ).eval()
+@pytest.fixture(name="tiny_vae")
+def _tiny_vae():
+    return tiny_vae()
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 Weights come and go as LFS files, everything else as regular git files; there is no Xet. The routes, headers and error
 codes are those that the client reads in `hf_api.py`, `file_download.py`, `lfs.py`, `_commit_api.py` and
-`utils/_http.py`.
+`utils/_http.py`. Data sets and spaces are not served.
 """
 
 import base64
@@ -17,7 +17,7 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
@@ -25,22 +25,19 @@ from huggingface_hub import constants, hf_api, hf_file_system, set_client_factor
 from huggingface_hub.utils._http import default_client_factory
 
 
-_DATE = "2024-01-01T00:00:00.000Z"
 _ID, _REV = r"(?P<repo_id>[^/]+(?:/[^/]+)?)", r"(?P<revision>[^/]+)"
-_API = rf"/api/(?P<kind>models|datasets|spaces)/{_ID}"
+_API = rf"/api/models/{_ID}"
 _ROUTES = {
-    r"GET /api/whoami-v2": "_whoami",
     r"POST /api/validate-yaml": "_validate_yaml",
     r"POST /api/repos/create": "_create_repo",
     rf"POST {_API}/branch/{_REV}": "_create_branch",
     rf"POST {_API}/preupload/{_REV}": "_preupload",
-    rf"POST /(?:(?P<kind>datasets|spaces)/)?{_ID}\.git/info/lfs/objects/batch": "_lfs_batch",
+    rf"POST /{_ID}\.git/info/lfs/objects/batch": "_lfs_batch",
     r"PUT /lfs/(?P<oid>\w+)": "_lfs_put",
     rf"POST {_API}/commit/{_REV}": "_commit",
-    rf"POST {_API}/paths-info/{_REV}": "_paths_info",
-    rf"GET {_API}/tree/{_REV}(?:/(?P<path>.+))?": "_tree",
+    rf"GET {_API}/tree/{_REV}": "_tree",
     rf"GET {_API}(?:/revision/{_REV})?": "_info",
-    rf"(?:GET|HEAD) /(?:(?P<kind>datasets|spaces)/)?{_ID}/resolve/{_REV}/(?P<path>.+)": "_resolve",
+    rf"(?:GET|HEAD) /{_ID}/resolve/{_REV}/(?P<path>.+)": "_resolve",
 }
 _WRITES = {"_create_repo", "_create_branch", "_preupload", "_lfs_batch", "_commit"}
 _LFS_SUFFIXES = (".safetensors", ".bin")  # of those in the .gitattributes that the Hub writes
@@ -63,11 +60,6 @@ def git_hash(data):
 def sha256(data):
     """The name of an LFS file."""
     return hashlib.sha256(data).hexdigest()
-
-
-def lfs_pointer(data):
-    """What git holds in the place of an LFS file."""
-    return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256(data)}\nsize {len(data)}\n".encode()
 
 
 @dataclass
@@ -95,16 +87,17 @@ class Repo:
         return sha
 
     def entries(self, revision):
-        """What the tree and paths-info routes say of every file and folder: `{path: entry}`."""
+        """What the tree route says of every file: `{path: entry}`."""
         entries = {}
         for path, data in sorted(self.files(revision).items()):
-            for folder in map(str, PurePosixPath(path).parents[:-1]):
-                entries[folder] = {"type": "directory", "oid": git_hash(folder.encode()), "size": 0, "path": folder}
             entries[path] = {"type": "file", "oid": git_hash(data), "size": len(data), "path": path}
             if path.endswith(_LFS_SUFFIXES):
-                pointer = lfs_pointer(data)
-                lfs = {"oid": sha256(data), "sha256": sha256(data), "size": len(data), "pointerSize": len(pointer)}
-                entries[path] |= {"oid": git_hash(pointer), "lfs": lfs}
+                entries[path]["lfs"] = {
+                    "oid": sha256(data),
+                    "sha256": sha256(data),
+                    "size": len(data),
+                    "pointerSize": 1,
+                }
         return entries
 
 
@@ -113,14 +106,14 @@ class FakeHub:
 
     `token` belongs to `user`, who may read and write everything; `stranger_token` is valid but sees public, ungated
     repositories only and writes nothing; any other token is refused everywhere, as the Hub does. `requests` records
-    `(method, path)` of every request, `downloads` `(file, first byte)` of every file whose content was sent. `lfs`
-    holds the uploaded LFS files by sha256.
+    `(method, path)` of every request and `bodies` what came with it, `downloads` `(file, first byte)` of every file
+    whose content was sent. `lfs` holds the uploaded LFS files by sha256.
     """
 
     user, token, stranger_token = "user", "owner-token", "stranger-token"
 
     def __init__(self):
-        self.repos, self.requests, self.downloads, self.lfs = {}, [], [], {}
+        self.repos, self.requests, self.downloads, self.lfs, self.bodies = {}, [], [], {}, []
         self._cuts, self._lock, self._lfs_status = {}, threading.Lock(), 200
 
     def __enter__(self):
@@ -135,7 +128,7 @@ class FakeHub:
         self._server.server_close()
 
     def add_files(self, repo_id, files, revision="main", private=False, gated=False):
-        """Commits `{path: bytes}`; a missing branch or repository (`datasets/user/name` for a data set) is made.
+        """Commits `{path: bytes}`; a missing branch or repository is made.
 
         `private` and `gated` count when the repository is made.
         """
@@ -162,6 +155,7 @@ class FakeHub:
     def _answer(self, method, target, headers, body):
         url = urlsplit(target)
         self.requests.append((method, unquote(url.path)))
+        self.bodies.append(body)
         token = headers.get("Authorization", "").removeprefix("Bearer ")
         if token not in ("", self.token, self.stranger_token):
             raise HubError(401, "Invalid credentials in Authorization header")
@@ -170,9 +164,7 @@ class FakeHub:
         for pattern, name in _ROUTES.items():
             if match := re.fullmatch(pattern, f"{method} {url.path}"):
                 args = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
-                kind = args.pop("kind", "models")
                 if "repo_id" in args:
-                    args["repo_id"] = ("" if kind == "models" else f"{kind}/") + args["repo_id"]
                     repo = self.repos.get(args["repo_id"])
                     if repo is None or (repo.private and request["caller"] != self.user):
                         # Without a token the Hub does not tell a missing repository from a private one.
@@ -185,24 +177,16 @@ class FakeHub:
                 return getattr(self, name)(request, **args)
         raise HubError(404, f"No route for {method} {url.path}")
 
-    def _whoami(self, request):
-        if request["caller"] is None:
-            raise HubError(401, "Invalid username or password.")
-        return {"type": "user", "name": request["caller"], "orgs": [], "auth": {"accessToken": {"role": "write"}}}
-
     def _validate_yaml(self, request):
         return {"errors": [], "warnings": []}
 
     def _create_repo(self, request):
         payload = json.loads(request["body"])
         repo_id = f"{payload.get('organization') or self.user}/{payload['name']}"
-        if payload.get("type", "model") != "model":
-            repo_id = f"{payload['type']}s/{repo_id}"
         answer = {"url": f"{self.url}/{repo_id}", "name": repo_id}
         if repo_id in self.repos:
             raise HubError(409, "You already created this model repo", **answer)
-        # Older clients send `private`, newer ones `visibility`.
-        self.add_files(repo_id, {}, private=payload.get("visibility") == "private" or payload.get("private", False))
+        self.add_files(repo_id, {}, private=payload.get("visibility") == "private")
         return answer
 
     def _create_branch(self, request, repo_id, repo, revision):
@@ -248,8 +232,6 @@ class FakeHub:
                 files[value["path"]] = base64.b64decode(value["content"])
             elif kind == "lfsFile" and value["oid"] in self.lfs:
                 files[value["path"]] = self.lfs[value["oid"]]
-            elif kind == "deletedFolder":
-                files = {path: data for path, data in files.items() if not path.startswith(value["path"])}
             elif kind == "deletedFile" and value["path"] in files:
                 del files[value["path"]]
             else:
@@ -261,25 +243,12 @@ class FakeHub:
         sha = repo.commit(files, revision, title)
         return {**answer, "commitOid": sha, "commitUrl": f"{self.url}/{repo_id}/commit/{sha}"}
 
-    def _paths_info(self, request, repo_id, repo, revision):
-        entries = repo.entries(revision)
-        return [entries[path] for path in parse_qs(request["body"].decode())["paths"] if path in entries]
-
-    def _tree(self, request, repo_id, repo, revision, path=""):
-        inside = [e for p, e in repo.entries(revision).items() if not path or p.startswith(f"{path}/")]
-        if not inside:
-            raise HubError(404, f"{path} does not exist on {revision}", "EntryNotFound")
-        recursive = request["query"].get("recursive", [""])[0].lower() in ("1", "true")
-        return [e for e in inside if recursive or PurePosixPath(e["path"]).parent == PurePosixPath(path)]
+    def _tree(self, request, repo_id, repo, revision):
+        return list(repo.entries(revision).values())
 
     def _info(self, request, repo_id, repo, revision="main"):
-        files = [entry for entry in repo.entries(revision).values() if entry["type"] == "file"]
-        siblings = [{"rfilename": e["path"], "size": e["size"], "blobId": e["oid"]} for e in files]
-        siblings = [s | ({"lfs": e["lfs"]} if "lfs" in e else {}) for s, e in zip(siblings, files, strict=True)]
-        repo_id = re.sub("^(datasets|spaces)/", "", repo_id)
-        info = {"id": repo_id, "author": repo_id.split("/")[0], "sha": repo.sha(revision), "siblings": siblings}
-        info |= {"private": repo.private, "gated": "manual" if repo.gated else False, "disabled": False}
-        return {**info, "tags": [], "downloads": 0, "likes": 0, "lastModified": _DATE, "createdAt": _DATE}
+        siblings = [{"rfilename": path, "size": len(data)} for path, data in repo.files(revision).items()]
+        return {"id": repo_id, "sha": repo.sha(revision), "siblings": siblings, "tags": [], "private": repo.private}
 
     def _resolve(self, request, repo_id, repo, revision, path):
         if repo.gated and request["caller"] != self.user:
@@ -290,7 +259,6 @@ class FakeHub:
         headers |= {"ETag": f'"{git_hash(data)}"', "Accept-Ranges": "bytes"}
         if path.endswith(_LFS_SUFFIXES):
             headers |= {"X-Linked-Etag": f'"{sha256(data)}"', "X-Linked-Size": len(data)}
-            headers["ETag"] = f'"{git_hash(lfs_pointer(data))}"'
         start, total, cut = 0, len(data), None
         if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", request["headers"].get("Range", "")):
             status, start, stop = 206, int(wanted[1]), min(int(wanted[2] or total), total - 1)
@@ -356,13 +324,11 @@ def _constants(url, home):
     """The names under which the libraries keep the endpoint and the folders, all read once at import."""
     values = dict.fromkeys(("ENDPOINT", "HF_ENDPOINT", "HUGGINGFACE_CO_RESOLVE_ENDPOINT"), url)
     values["HUGGINGFACE_CO_URL_TEMPLATE"] = url + "/{repo_id}/resolve/{revision}/{filename}"
-    values["HUB_DATASETS_URL"] = url + "/datasets/{repo_id}/resolve/{revision}/{path}"
     values |= dict.fromkeys(("HF_HOME", "HF_CACHE_HOME"), f"{home}")
     values |= dict.fromkeys(("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"), f"{home}/hub")
     values |= {"HF_MODULES_CACHE": f"{home}/modules", "HF_ASSETS_CACHE": f"{home}/assets"}
     values |= {"HF_TOKEN_PATH": f"{home}/token", "HF_STORED_TOKENS_PATH": f"{home}/stored_tokens"}
-    values |= {"HF_DATASETS_CACHE": f"{home}/datasets", "DOWNLOADED_DATASETS_PATH": f"{home}/datasets/downloads"}
-    values |= {"EXTRACTED_DATASETS_PATH": f"{home}/datasets/downloads/extracted", "HF_XET_CACHE": f"{home}/xet"}
+    values |= {"HF_DATASETS_CACHE": f"{home}/datasets", "HF_XET_CACHE": f"{home}/xet"}
     return {**values, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_DISABLE_TELEMETRY": True}
 
 

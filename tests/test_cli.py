@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from diffusers_terdit import TerDiTPipeline, TernaryLinear
 from diffusers_terdit.checkpoints import bundled
@@ -29,38 +29,24 @@ PACKED = ROOT / "tests" / "data" / "reference" / "tiny-qknorm-packed"
 def test_generate_writes_a_labelled_grid_and_says_so(tmp_path, capsys):
     output = tmp_path / "new" / "grid.png"
     arguments = ["--labels", "3", "seven", "--num_images_per_label", "3", "--num_inference_steps", "2"]
+    arguments += ["--scheduler", "DPMSolverMultistepScheduler", "--dtype", "bfloat16"]
     assert main(["generate", "digits", *arguments, "--output", str(output)]) == 0
     with PIL.Image.open(output) as grid:
         assert grid.width >= 2 * 64
         assert grid.height >= 3 * 64
     printed = capsys.readouterr().out
-    assert all(part in printed for part in ("6 images of 8 x 8 pixels", "2 steps of DDPMScheduler", str(output)))
+    assert all(
+        part in printed for part in ("6 images of 8 x 8 pixels", "2 steps of DPMSolverMultistepScheduler", str(output))
+    )
 
 
 def test_generate_is_a_function_of_the_seed(tmp_path):
     def run(name, seed):
-        main(
-            [
-                "generate",
-                "--labels",
-                "5",
-                "--num_inference_steps",
-                "2",
-                "--seed",
-                seed,
-                "--output",
-                str(tmp_path / name),
-            ]
-        )
-        return (tmp_path / name).read_bytes()
+        path = tmp_path / name
+        main(["generate", "--labels", "5", "--num_inference_steps", "2", "--seed", seed, "--output", str(path)])
+        return path.read_bytes()
 
     assert run("a.png", "1") == run("b.png", "1") != run("c.png", "2")
-
-
-def test_generate_takes_another_scheduler_and_dtype(tmp_path, capsys):
-    arguments = ["--scheduler", "DPMSolverMultistepScheduler", "--dtype", "bfloat16", "--num_inference_steps", "3"]
-    assert main(["generate", *arguments, "--labels", "1", "--output", str(tmp_path / "x.png")]) == 0
-    assert "DPMSolverMultistepScheduler" in capsys.readouterr().out
 
 
 def test_generate_takes_a_seed_per_image(tmp_path, capsys):
@@ -79,11 +65,9 @@ def test_generate_takes_a_seed_per_image(tmp_path, capsys):
     cell = np.s_[20:86, 8:72]
     assert (both[cell] == four[cell]).all()
     assert (both[cell] != picture("9", "4")[cell]).any()
-    assert main(["generate", "--seed", "1", "2", "--num_images_per_label", "3"]) == 1
-    assert "2 seeds make 2 images per label, but 3" in capsys.readouterr().err
 
 
-def test_a_flow_model_takes_other_schedulers_only_in_their_flow_form(tmp_path, capsys):
+def test_a_flow_model_takes_other_schedulers_in_their_flow_form(tmp_path):
     """With few steps every sampler draws about the same picture from the same noise, if it reads the velocity."""
     pictures = {}
     for name in ("FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
@@ -94,9 +78,6 @@ def test_a_flow_model_takes_other_schedulers_only_in_their_flow_form(tmp_path, c
             pictures[name] = np.asarray(image).astype(float)
     euler = pictures.pop("FlowMatchEulerDiscreteScheduler")
     assert all(0 < np.abs(picture - euler).mean() < 8 for picture in pictures.values())
-    for model, name in (("emoji", "DDIMScheduler"), ("digits", "FlowMatchEulerDiscreteScheduler")):
-        assert main(["generate", model, "--scheduler", name]) == 1
-        assert f"{name} cannot sample this model, which was trained for" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -135,26 +116,14 @@ def test_generate_with_integer_activations(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["generate", "--labels", "eleven"], "'eleven' is not a label of this model. Close matches: 'seven'"),
-        (["generate", "--device", "toaster"], "Device 'toaster' cannot be used here"),
-        (["generate", "--output", "weights.txt"], "weights.txt does not name a picture"),
         (["generate", "--output", "picture"], "picture does not name a picture"),
-        (["generate", "--labels", "10"], "out of range"),
-        (["generate", "--num_inference_steps", "0"], "`num_inference_steps` must be a positive int"),
-        (["generate", "--guidance_scale", "nan"], "must be finite"),
-        (["generate", "--scheduler", "Nothing"], "no scheduler 'Nothing'"),
-        (["generate", "--scheduler", "DDIM"], "no scheduler 'DDIM'. Close matches: DDIMScheduler"),
-        (["generate", "--scheduler", "Transformer2DModel"], "no scheduler 'Transformer2DModel'"),
-        (["generate", "nothing"], "No bundled checkpoint 'nothing'; there are 'digits', 'emoji'"),
-        (["generate", "/no/such/folder"], "/no/such/folder is not a folder"),
-        (["info", "/no/such/folder"], "/no/such/folder is not a folder"),
-        (["info", "--labels", str(ROOT / "tests" / "data" / "packed-v1")], "names no labels"),
         (["info", str(ROOT / "docs")], "docs has no diffusion_pytorch_model.safetensors. It holds no weights"),
         (["push", "/no/such/folder", "user/name"], "/no/such/folder is not a folder"),
         (["convert", "/no/such/folder", "out"], "/no/such/folder is not a folder"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_bad_input_is_one_line_and_exit_code_1(arguments, message, capsys, tmp_path, monkeypatch):
+def test_an_error_is_one_line_and_exit_code_1(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -163,23 +132,13 @@ def test_bad_input_is_one_line_and_exit_code_1(arguments, message, capsys, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
-def test_no_cuda_is_said_before_anything_is_loaded(capsys, tmp_path):
-    assert main(["generate", "org/never-asked-for", "--device", "cuda", "--output", str(tmp_path / "x.png")]) == 1
-    assert "Device 'cuda' cannot be used here" in capsys.readouterr().err
-
-
-def test_a_picture_that_cannot_be_written_is_said_before_the_sampling(capsys, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    (tmp_path / "folder.png").mkdir()
+@pytest.mark.parametrize("option", ["--device", "--output"])
+def test_what_cannot_work_is_said_before_anything_is_loaded(option, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(TerDiTPipeline, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
-    for output, message in (("file/x.png", "file is a file"), ("folder.png", "folder.png is a folder")):
-        assert main(["generate", "--output", str(tmp_path / output)]) == 1
-        assert message in capsys.readouterr().err
-    # The administrator may write everywhere, so that only the answer of the system is replaced.
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
-    assert main(["generate", "--output", str(tmp_path / "new" / "x.png")]) == 1
-    assert f"no permission to write to {tmp_path}" in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # the administrator may write everywhere
+    value = "toaster" if option == "--device" else str(tmp_path / "new" / "x.png")
+    assert main(["generate", option, value]) == 1
+    assert {"--device": "cannot be used here", "--output": "no permission"}[option] in capsys.readouterr().err
 
 
 def test_an_interrupt_is_one_line(capsys, monkeypatch, tmp_path):
@@ -209,28 +168,10 @@ def test_pack_of_an_unpacked_pipeline_gives_the_same_codes(tmp_path):
     assert all(torch.equal(layer.weight_packed, codes[name]) for name, layer in packed.ternary_layers().items())
 
 
-@pytest.mark.parametrize("weight_format", ["packed", "float"])
-def test_info_counts_weights_not_bytes(tmp_path, capsys, weight_format):
-    pipe = TerDiTPipeline.from_pretrained(bundled())
-    expected = sum(layer.in_features * layer.out_features for layer in pipe.transformer.ternary_layers().values())
-    total = sum(p.numel() for p in pipe.transformer.unpack().parameters())
-    if weight_format == "packed":
-        pipe.transformer.pack()
-    pipe.save_pretrained(tmp_path)
-    assert main(["info", str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
-    assert re.search(rf"ternary +{expected:,} in", printed)
-    assert re.search(rf"^weights +{total:,}$", printed, re.MULTILINE)
-
-
-def test_info_and_generate_take_a_hub_id(fake_hub, tmp_path, capsys):
+def test_generate_takes_a_hub_id(fake_hub, tmp_path):
     fake_hub.upload_folder("user/digits", bundled())
-    assert main(["info", "user/digits"]) == 0
-    assert "233,472 in 24 layers" in capsys.readouterr().out
     arguments = ["--labels", "1", "--num_inference_steps", "2", "--output", str(tmp_path / "one.png")]
     assert main(["generate", "user/digits", *arguments]) == 0
-    assert main(["info", "user/nothing"]) == 1
-    assert "user/nothing" in capsys.readouterr().err
 
 
 def test_info_of_a_hub_model_downloads_its_weights_alone(fake_hub, tiny_pipeline, tmp_path, capsys):
@@ -248,12 +189,10 @@ def test_info_of_a_hub_model_downloads_its_weights_alone(fake_hub, tiny_pipeline
 
 
 def test_info_tells_dead_layers_and_full_precision(tiny_model, tmp_path, capsys):
-    model = tiny_model("packed")
-    model.transformer_blocks[1].ff.up_proj.reset_parameters()  # a fresh packed layer is zero
-    model.save_pretrained(tmp_path / "model")
-    assert main(["info", str(tmp_path / "model")]) == 0
-    assert "transformer_blocks.1.ff.up_proj" in capsys.readouterr().out
-    model.dequantize().save_pretrained(tmp_path / "dense")
+    TernaryLinear(16, 8, weight_format="packed").save_pretrained(tmp_path / "dead")  # a fresh packed layer is zero
+    assert main(["info", str(tmp_path / "dead")]) == 0
+    assert "all zero" in capsys.readouterr().out
+    tiny_model(ternary=False).save_pretrained(tmp_path / "dense")
     assert main(["info", str(tmp_path / "dense")]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"^format +full precision$", printed, re.MULTILINE)
@@ -268,6 +207,9 @@ def test_info_of_a_layer_and_of_a_file(tmp_path, capsys):
         assert re.search(r"^ternary codes +2-bit +128 +32 ", printed, re.MULTILINE)
         assert "8, one per row" in printed
         assert ("16 inputs, 8 outputs" in printed) == path.is_dir()
+    save_file(load_file(path), path)  # as other programs do
+    assert main(["info", str(path)]) == 0
+    assert "none, so damage cannot be seen" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("activation_bits", [None, 8])
@@ -291,45 +233,6 @@ def test_info_says_which_kernel_computes_the_layers(tmp_path, capsys, tiny_model
         rounded = bits or activation_bits
         assert shown == [kernel, f"{rounded}-bit" if rounded else "not rounded", reason]
         assert layers == "16"
-
-
-def test_info_names_the_kernels_of_ternary_layers_only(tmp_path, capsys, tiny_model):
-    tiny_model(ternary=False).save_pretrained(tmp_path)
-    assert main(["info", str(tmp_path), "--kernels"]) == 1
-    assert "no ternary layers" in capsys.readouterr().err
-
-
-def test_info_refuses_damage(tmp_path, capsys):
-    TernaryLinear(16, 8).pack().save_pretrained(tmp_path)
-    weights = tmp_path / "diffusion_pytorch_model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert main(["info", str(tmp_path)]) == 1
-    assert "do not match the digest" in capsys.readouterr().err
-    weights.write_bytes(whole[:40])
-    assert main(["info", str(tmp_path)]) == 1
-    assert "not a readable safetensors file" in capsys.readouterr().err
-    weights.rename(tmp_path / "diffusion_pytorch_model.fp16.safetensors")
-    assert main(["info", str(tmp_path)]) == 1
-    assert "It holds diffusion_pytorch_model.fp16.safetensors" in capsys.readouterr().err
-
-
-def test_info_of_files_of_others_and_of_the_future(tmp_path, capsys):
-    layer = TernaryLinear(16, 8).pack()
-    path = tmp_path / "layer.safetensors"
-    save_file(layer.state_dict(), path)
-    assert main(["info", str(path)]) == 0
-    assert "none, so damage cannot be seen" in capsys.readouterr().out
-    for key, value in (("terdit.version", "2"), ("terdit.packing", "other")):
-        save_file(layer.state_dict(), path, metadata={key: value})
-        assert main(["info", str(path)]) == 1
-        assert f"{value!r}; this release reads" in capsys.readouterr().err
-
-
-def test_info_of_another_pipeline_says_what_it_is(tmp_path, capsys):
-    (tmp_path / "model_index.json").write_text('{"_class_name": "DiTPipeline"}')
-    assert main(["info", str(tmp_path)]) == 1
-    assert "holds a DiTPipeline, not a TerDiTPipeline" in capsys.readouterr().err
 
 
 def test_info_prints_labels(capsys):
@@ -379,27 +282,6 @@ def test_push_to_a_branch_and_as_a_pull_request(fake_hub, monkeypatch, capsys):
     assert "discussions/1" in capsys.readouterr().out
     assert "model_index.json" not in fake_hub.repos["user/new"].files("main")
     assert main(["push", "user/new", "user/newer"]) == 1
-
-
-def test_push_without_the_right_token_says_how_to_log_in(fake_hub, monkeypatch, capsys):
-    fake_hub.upload_folder("user/there", bundled())
-    for token in (None, fake_hub.stranger_token, "expired"):
-        if token:
-            monkeypatch.setenv("HF_TOKEN", token)
-        assert main(["push", "digits", "user/there"]) == 1
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert error.startswith("terdit: ")
-        assert "user/there" in error
-        assert "hf auth login" in error
-        assert token is None or token not in error
-    assert len(fake_hub.repos["user/there"].commits) == 2
-
-
-def test_push_without_a_network_is_one_line(fake_hub, monkeypatch, capsys):
-    fake_hub.__exit__()  # nobody listens any more
-    monkeypatch.setenv("HF_TOKEN", fake_hub.token)
-    assert main(["push", "digits", "user/name"]) == 1
-    assert "user/name" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 COMMANDS = ("generate", "info", "push", "convert", "pack")

@@ -1,4 +1,4 @@
-"""LoRA on ternary models through PEFT: frozen packed or float weights, adapters beside them."""
+"""LoRA on ternary models through PEFT: frozen packed or float weights and trained adapters."""
 
 import copy
 import json
@@ -43,8 +43,15 @@ def adapted(model, seed=0, name="default", **kwargs):
     return model
 
 
+INPUTS = {
+    "hidden_states": torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)),
+    "timestep": torch.tensor([7, 307]),
+    "class_labels": torch.tensor([0, 3]),
+}
+
+
 @torch.no_grad()
-def predict(model, inputs):
+def predict(model, inputs=INPUTS):
     return model(**inputs).sample
 
 
@@ -58,8 +65,8 @@ def frozen_state(model):
 
 class TestTraining:
     @both_formats
-    def test_only_the_adapter_trains_and_the_base_keeps_its_bits(self, tiny_model, tiny_inputs, weight_format):
-        model, inputs = tiny_model(weight_format), tiny_inputs()
+    def test_only_the_adapter_trains_and_the_base_keeps_its_bits(self, tiny_model, weight_format):
+        model, inputs = tiny_model(weight_format), INPUTS
         before, expected = frozen_state(model), predict(model, inputs)
         model.add_adapter(config())
         assert torch.equal(predict(model, inputs), expected)  # a fresh adapter adds zero
@@ -81,79 +88,79 @@ class TestTraining:
         )
 
     @both_formats
-    def test_gradient_is_that_of_the_dense_twin(self, tiny_model, tiny_inputs, weight_format):
+    def test_gradient_is_that_of_the_dense_model(self, tiny_model, weight_format):
         gradients = []
         for model in (tiny_model(weight_format), tiny_model(weight_format).dequantize()):
-            adapted(model)(**tiny_inputs()).sample.square().mean().backward()
+            adapted(model)(**INPUTS).sample.square().mean().backward()
             gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
         ternary, dense = gradients
         assert ternary.keys() == dense.keys()
         for name, gradient in dense.items():
             torch.testing.assert_close(ternary[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
 
-    def test_gradient_checkpointing_changes_no_gradient(self, tiny_model, tiny_inputs):
+    def test_gradient_checkpointing_changes_no_gradient(self, tiny_model):
         gradients = []
         for checkpointing in (False, True):
             model = adapted(tiny_model("packed")).train()
             if checkpointing:
                 model.enable_gradient_checkpointing()
-            model(**tiny_inputs()).sample.square().mean().backward()
+            model(**INPUTS).sample.square().mean().backward()
             gradients.append([p.grad for p in model.parameters() if p.requires_grad])
         for a, b in zip(*gradients, strict=True):
             torch.testing.assert_close(a, b)
 
-    def test_bfloat16_base_takes_a_float32_adapter(self, tiny_model, tiny_inputs):
+    def test_bfloat16_base_takes_a_float32_adapter(self, tiny_model):
         model = adapted(tiny_model("packed").to(torch.bfloat16))
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-        expected = predict(adapted(tiny_model("packed")), tiny_inputs())
-        sample = model(**tiny_inputs(dtype=torch.bfloat16)).sample
+        expected = predict(adapted(tiny_model("packed")))
+        sample = model(**{**INPUTS, "hidden_states": INPUTS["hidden_states"].bfloat16()}).sample
         assert sample.dtype == torch.bfloat16
         torch.testing.assert_close(sample.float(), expected, rtol=0, atol=0.1)
         sample.float().square().mean().backward()
         assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in model.parameters() if p.requires_grad)
 
-    def test_autocast_trains_the_adapter(self, tiny_model, tiny_inputs):
+    def test_autocast_trains_the_adapter(self, tiny_model):
         model = adapted(tiny_model("packed"))
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**tiny_inputs()).sample.float().square().mean()
+            loss = model(**INPUTS).sample.float().square().mean()
         loss.backward()
         assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters() if p.requires_grad)
 
-    def test_dense_layers_and_the_label_table_take_part_when_asked(self, tiny_model, tiny_inputs, tmp_path):
+    def test_dense_layers_and_the_label_table_take_part_when_asked(self, tiny_model, tmp_path):
         model = tiny_model("packed")
-        base = predict(model, tiny_inputs())
+        base = predict(model)
         adapted(model, target_modules=["to_q", "proj_out", "class_embed"])
         assert {name.split(".lora_")[0] for name in trainable(model)} >= {"proj_out", "class_embed"}
-        expected = predict(model, tiny_inputs())
+        expected = predict(model)
         model.save_lora_adapter(tmp_path)
         again = tiny_model("packed")
         again.load_lora_adapter(tmp_path)
-        assert torch.equal(predict(again, tiny_inputs()), expected)
+        assert torch.equal(predict(again), expected)
         again.unload_lora()
-        assert torch.equal(predict(again, tiny_inputs()), base)
+        assert torch.equal(predict(again), base)
 
 
 class TestManaging:
     @both_formats
-    def test_saved_adapter_computes_the_same_again(self, tiny_model, tiny_inputs, tmp_path, weight_format):
+    def test_saved_adapter_computes_the_same_again(self, tiny_model, tmp_path, weight_format):
         model = adapted(tiny_model(weight_format))
         model.save_lora_adapter(tmp_path)
         assert {name.split(".lora_")[1] for name in load_file(tmp_path / FILE)} == {"A.weight", "B.weight"}
         for again in (tiny_model(weight_format), tiny_model("packed")):
             again.load_lora_adapter(tmp_path, adapter_name="style")
             assert list(again.peft_config) == ["style"]
-            assert torch.equal(predict(again, tiny_inputs()), predict(model, tiny_inputs()))
+            assert torch.equal(predict(again), predict(model))
 
-    def test_adapter_comes_from_the_hub(self, tiny_model, tiny_inputs, tmp_path, fake_hub):
+    def test_adapter_comes_from_the_hub(self, tiny_model, tmp_path, fake_hub):
         model = adapted(tiny_model("packed"))
         model.save_lora_adapter(tmp_path)
         create_repo("user/style", token=fake_hub.token)
         upload_folder(repo_id="user/style", folder_path=tmp_path, token=fake_hub.token)
         again = tiny_model("packed")
         again.load_lora_adapter("user/style")
-        assert torch.equal(predict(again, tiny_inputs()), predict(model, tiny_inputs()))
+        assert torch.equal(predict(again), predict(model))
 
-    def test_adapter_as_tensors_and_under_a_prefix(self, tiny_model, tiny_inputs, tmp_path):
+    def test_adapter_as_tensors_and_under_a_prefix(self, tiny_model, tmp_path):
         model = adapted(tiny_model("packed"), lora_alpha=3)  # without metadata the host takes alpha = rank
         model.save_lora_adapter(tmp_path)
         tensors = load_file(tmp_path / FILE)
@@ -161,65 +168,65 @@ class TestManaging:
             again = tiny_model("packed")
             named = {f"{prefix}.{name}" if prefix else name: tensor for name, tensor in tensors.items()}
             again.load_lora_adapter(named, prefix=prefix)
-            assert torch.equal(predict(again, tiny_inputs()), predict(model, tiny_inputs()))
+            assert torch.equal(predict(again), predict(model))
 
     @pytest.mark.filterwarnings("ignore:Adapter one was active which is now deleted:UserWarning")
     @both_formats
-    def test_disable_enable_set_scale_delete_unload(self, tiny_model, tiny_inputs, weight_format):
-        model, inputs = tiny_model(weight_format), tiny_inputs()
-        base = predict(model, inputs)
-        one = predict(adapted(model, 1, "one"), inputs)
-        two = predict(adapted(model, 2, "two"), inputs)
+    def test_disable_enable_set_scale_delete_unload(self, tiny_model, weight_format):
+        model = tiny_model(weight_format)
+        base = predict(model)
+        one = predict(adapted(model, 1, "one"))
+        two = predict(adapted(model, 2, "two"))
         assert model.active_adapters() == ["two"]
         assert len({t.sum().item() for t in (base, one, two)}) == 3
         model.set_adapter("one")
-        assert torch.equal(predict(model, inputs), one)
+        assert torch.equal(predict(model), one)
         model.disable_adapters()
-        assert torch.equal(predict(model, inputs), base)
+        assert torch.equal(predict(model), base)
         model.enable_adapters()
-        assert torch.equal(predict(model, inputs), one)
+        assert torch.equal(predict(model), one)
         model.set_adapters(["one", "two"], [0.5, 0.0])
-        half = predict(model, inputs)
+        half = predict(model)
         assert not torch.equal(half, one)
         model.set_adapters("one", 0.0)
-        torch.testing.assert_close(predict(model, inputs), base)
+        torch.testing.assert_close(predict(model), base)
         model.set_adapters("one", 0.5)
-        torch.testing.assert_close(predict(model, inputs), half)
+        torch.testing.assert_close(predict(model), half)
         model.delete_adapters("one")
         assert list(model.peft_config) == ["two"]
         model.set_adapters("two", 1.0)
-        assert torch.equal(predict(model, inputs), two)
+        assert torch.equal(predict(model), two)
         model.delete_adapters("two")
-        assert torch.equal(predict(model, inputs), base)
+        assert torch.equal(predict(model), base)
         adapted(model, 1, "one")
         model.unload_lora()
         assert not any(isinstance(module, TernaryLoraLinear) for module in model.modules())
-        assert torch.equal(predict(model, inputs), base)
-        assert torch.equal(predict(adapted(model, 1, "one"), inputs), one)
+        assert torch.equal(predict(model), base)
+        assert torch.equal(predict(adapted(model, 1, "one")), one)
 
-    def test_copies_and_pickles_keep_the_adapter(self, tiny_model, tiny_inputs):
+    def test_copies_and_pickles_keep_the_adapter(self, tiny_model):
         model = adapted(tiny_model("packed"))
-        expected = predict(model, tiny_inputs())
-        assert torch.equal(predict(copy.deepcopy(model), tiny_inputs()), expected)
-        assert torch.equal(predict(pickle.loads(pickle.dumps(model)), tiny_inputs()), expected)
+        expected = predict(model)
+        assert torch.equal(predict(copy.deepcopy(model)), expected)
+        assert torch.equal(predict(pickle.loads(pickle.dumps(model))), expected)
 
-    def test_packing_a_float_model_keeps_its_adapter(self, tiny_model, tiny_inputs):
+    def test_packing_a_float_model_keeps_its_adapter(self, tiny_model):
         model = adapted(tiny_model())
-        expected = predict(model, tiny_inputs())
-        assert torch.equal(predict(model.pack(), tiny_inputs()), expected)
-        assert torch.equal(predict(model.unpack(), tiny_inputs()), expected)
+        expected = predict(model)
+        assert torch.equal(predict(model.pack()), expected)
+        assert torch.equal(predict(model.unpack()), expected)
 
-    def test_hotswap_puts_one_adapter_in_the_place_of_another(self, tiny_model, tiny_inputs, tmp_path):
+    def test_hotswap_puts_one_adapter_in_the_place_of_another(self, tiny_model, tmp_path):
         expected = {}
         for seed in (1, 2):
             model = adapted(tiny_model("packed"), seed)
-            expected[seed] = predict(model, tiny_inputs())
+            expected[seed] = predict(model)
             model.save_lora_adapter(tmp_path / str(seed))
         model = tiny_model("packed")
         model.load_lora_adapter(tmp_path / "1", adapter_name="style")
-        assert torch.equal(predict(model, tiny_inputs()), expected[1])
+        assert torch.equal(predict(model), expected[1])
         model.load_lora_adapter(tmp_path / "2", adapter_name="style", hotswap=True)
-        assert torch.equal(predict(model, tiny_inputs()), expected[2])
+        assert torch.equal(predict(model), expected[2])
 
     def test_integer_activations_are_set_as_without_an_adapter(self, tiny_model):
         plain, model = tiny_model("packed"), adapted(tiny_model("packed"))
@@ -228,11 +235,9 @@ class TestManaging:
                 one.set_activation_bits(8)
             except ImportError:
                 pytest.skip("no numba")
-        bits = {
-            name.replace(".base_layer", ""): layer._requested_bits for name, layer in model.ternary_layers().items()
-        }
-        assert bits == {name: layer._requested_bits for name, layer in plain.ternary_layers().items()}
-        assert set(bits.values()) == {8, 16}
+        layers = {name.replace(".base_layer", ""): str(layer) for name, layer in model.ternary_layers().items()}
+        assert layers == {name: str(layer) for name, layer in plain.ternary_layers().items()}
+        assert all(any(f"computes with {bits} bits" in layer for layer in layers.values()) for bits in (8, 16))
 
     def test_pipeline_samples_with_the_adapter(self, tiny_pipeline):
         pipe = tiny_pipeline(weight_format="packed")
@@ -251,28 +256,27 @@ class TestManaging:
         pipe.transformer.disable_adapters()
         torch.testing.assert_close(sample(), plain, rtol=1e-5, atol=1e-5)
 
-    def test_group_offloading_takes_an_adapter(self, tiny_model, tiny_inputs, tmp_path):
+    def test_group_offloading_takes_an_adapter(self, tiny_model, tmp_path):
         expected = adapted(tiny_model("packed"))
         expected.save_lora_adapter(tmp_path)
         model = tiny_model("packed")
         model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), "leaf_level")
         model.load_lora_adapter(tmp_path)
         for _ in range(2):
-            assert torch.equal(predict(model, tiny_inputs()), predict(expected, tiny_inputs()))
+            assert torch.equal(predict(model), predict(expected))
 
     @pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.bfloat16], ids=str)
-    def test_layerwise_casting_leaves_the_adapter_alone(self, tiny_model, tiny_inputs, storage):
+    def test_layerwise_casting_leaves_the_adapter_alone(self, tiny_model, storage):
         model = adapted(tiny_model("packed"))
-        expected = predict(model, tiny_inputs())
+        expected = predict(model)
         model.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
         assert {p.dtype for n, p in model.named_parameters() if ".lora_" in n} == {torch.float32}
-        torch.testing.assert_close(predict(model, tiny_inputs()), expected, rtol=0, atol=0.2)
+        torch.testing.assert_close(predict(model), expected, rtol=0, atol=0.2)
 
 
 class TestNewClasses:
-    def test_old_labels_and_the_null_label_keep_their_outputs(self, tiny_model, tiny_inputs):
-        model, inputs = tiny_model("packed"), tiny_inputs(11)
-        inputs["class_labels"] = torch.arange(11)
+    def test_old_labels_and_the_null_label_keep_their_outputs(self, tiny_model, tiny_inputs, tmp_path):
+        model, inputs = tiny_model("packed"), {**tiny_inputs(11), "class_labels": torch.arange(11)}
         before = predict(model, inputs)
         assert model.add_classes(2) is model
         assert model.config.num_classes == 12
@@ -282,11 +286,8 @@ class TestNewClasses:
         for new in (10, 11):
             inputs["class_labels"][10] = new
             assert torch.equal(predict(model, inputs), before)
-
-    def test_saved_model_has_the_new_rows(self, tiny_model, tmp_path):
-        tiny_model("packed").add_classes(3).save_pretrained(tmp_path)
-        loaded = TerDiTTransformer2DModel.from_pretrained(tmp_path)
-        assert (loaded.config.num_classes, loaded.class_embed.num_embeddings) == (13, 14)
+        model.save_pretrained(tmp_path)
+        assert TerDiTTransformer2DModel.from_pretrained(tmp_path).class_embed.num_embeddings == 13
 
     def test_a_new_row_trains_alone_and_travels_with_the_adapter(self, tiny_model, tiny_inputs, tmp_path):
         model = tiny_model("packed").add_classes(1)
@@ -314,66 +315,46 @@ class TestNewClasses:
         again.delete_adapters("second")
         assert torch.equal(predict(again, inputs), base)
 
-    def test_an_adapter_for_a_new_class_is_refused_where_its_row_is_the_null_label(self, tiny_model, tmp_path):
-        model = tiny_model("packed").add_classes(1)
-        adapted(model, trainable_token_indices={"class_embed": [10]}).save_lora_adapter(tmp_path)
-        with pytest.raises(ValueError, match=r"rows \[10\].*row 10 is the null label.*add_classes"):
-            tiny_model("packed").load_lora_adapter(tmp_path)
-
-    @pytest.mark.parametrize("count", [0, -1, 1.0, True, "1"])
-    def test_wrong_counts_are_refused(self, tiny_model, count):
-        with pytest.raises(ValueError, match=f"positive int, got {count!r}"):
-            tiny_model().add_classes(count)
-
-    def test_classes_come_before_adapters_of_the_table(self, tiny_model):
-        model = adapted(tiny_model("packed"), trainable_token_indices={"class_embed": [1]})
-        with pytest.raises(ValueError, match="add classes before adapters"):
-            model.add_classes(1)
-
 
 class TestFusing:
     @both_formats
     @pytest.mark.parametrize("safe", [False, True])
-    def test_fusing_into_ternary_weights_is_refused_and_changes_nothing(
-        self, tiny_model, tiny_inputs, weight_format, safe
-    ):
+    def test_fusing_into_ternary_weights_is_refused_and_changes_nothing(self, tiny_model, weight_format, safe):
         model = adapted(tiny_model(weight_format), target_modules=[*TARGETS, "proj_in"])
-        expected = predict(model, tiny_inputs())
+        expected = predict(model)
         with pytest.raises(ValueError, match=r"no longer ternary.*model\.dequantize\(\)"):
             model.fuse_lora(safe_fusing=safe)
         layer = next(module for module in model.modules() if isinstance(module, TernaryLoraLinear))
         with pytest.raises(ValueError, match="no longer ternary"):
             layer.merge(safe_merge=safe)
-        assert torch.equal(predict(model, tiny_inputs()), expected)
+        assert torch.equal(predict(model), expected)
 
-    def test_the_way_out_is_a_dense_copy(self, tiny_model, tiny_inputs, tmp_path):
+    def test_the_way_out_is_a_dense_copy(self, tiny_model, tmp_path):
         model = adapted(tiny_model("packed"))
         model.save_lora_adapter(tmp_path / "adapter")
-        expected = predict(model, tiny_inputs())
+        expected = predict(model)
         with pytest.raises(ValueError, match=r"carries adapters, \['default'\].*unload_lora"):
             model.dequantize()
         model.unload_lora()
         dense = model.dequantize()
         dense.load_lora_adapter(tmp_path / "adapter")
-        torch.testing.assert_close(predict(dense, tiny_inputs()), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(predict(dense), expected, rtol=1e-4, atol=1e-5)
         dense.fuse_lora()
         dense.unload_lora()
         dense.save_pretrained(tmp_path / "dense")
         fused = TerDiTTransformer2DModel.from_pretrained(tmp_path / "dense")
         assert not any(".lora_" in name for name in fused.state_dict())
-        torch.testing.assert_close(predict(fused, tiny_inputs()), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(predict(fused), expected, rtol=1e-4, atol=1e-5)
 
-    def test_dense_model_fuses_and_unfuses_as_ever(self, tiny_model, tiny_inputs):
+    def test_dense_model_fuses_and_unfuses_as_ever(self, tiny_model):
         model = adapted(tiny_model(ternary=False))
-        expected = predict(model, tiny_inputs())
+        expected = predict(model)
         model.fuse_lora()
-        torch.testing.assert_close(predict(model, tiny_inputs()), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(predict(model), expected, rtol=1e-4, atol=1e-5)
         model.unfuse_lora()
-        torch.testing.assert_close(predict(model, tiny_inputs()), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(predict(model), expected, rtol=1e-4, atol=1e-5)
 
-    def test_a_model_with_adapters_is_not_saved(self, tiny_model, tiny_pipeline, tmp_path):
-        with pytest.raises(ValueError, match=r"\['default'\].*save_lora_adapter.*unload_lora"):
-            adapted(tiny_model("packed")).save_pretrained(tmp_path)
+    def test_a_pipeline_with_adapters_is_not_saved(self, tiny_pipeline, tmp_path):
         pipe = tiny_pipeline(weight_format="packed")
         adapted(pipe.transformer)
         with pytest.raises(ValueError, match="save_lora_adapter"):
@@ -384,85 +365,37 @@ class TestFusing:
 
 
 class TestRefusals:
-    @pytest.mark.parametrize("options", [{"modules_to_save": ["class_embed"]}, {"bias": "all"}], ids=str)
-    def test_what_cannot_be_switched_off_is_refused(self, tiny_model, options):
-        (name,) = options
-        with pytest.raises(ValueError, match=rf"{name}=.*cannot switch off.*trainable_token_indices"):
-            tiny_model("packed").add_adapter(config(**options))
-
     @both_formats
     @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"use_dora": True}, r"use_dora: reads a dense weight.*plain LoRA.*dequantize"),
-            ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa': reads a dense weight"),
-            ({"init_lora_weights": "olora"}, r"init_lora_weights='olora': reads a dense weight"),
-        ],
-        ids=str,
+        "options", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}], ids=str
     )
-    def test_what_reads_the_dense_weight_is_refused(self, tiny_model, tiny_inputs, weight_format, options, message):
+    def test_what_reads_the_dense_weight_changes_nothing(self, tiny_model, weight_format, options):
         model = tiny_model(weight_format)
-        expected = predict(model, tiny_inputs())
-        with pytest.raises(ValueError, match=message):
+        expected = predict(model)
+        with pytest.raises(ValueError, match="reads a dense weight"):
             model.add_adapter(config(**options))
-        assert torch.equal(
-            predict(adapted(model), tiny_inputs()), predict(adapted(tiny_model(weight_format)), tiny_inputs())
-        )
+        assert torch.equal(predict(adapted(model)), predict(adapted(tiny_model(weight_format))))
         model.unload_lora()
-        assert torch.equal(predict(model, tiny_inputs()), expected)
+        assert torch.equal(predict(model), expected)
 
-    def test_dense_model_takes_dora(self, tiny_model, tiny_inputs, tmp_path):
+    def test_dense_model_takes_dora(self, tiny_model, tmp_path):
         model = adapted(tiny_model(ternary=False), use_dora=True)
-        assert predict(model, tiny_inputs()).isfinite().all()
+        assert predict(model).isfinite().all()
         model.save_lora_adapter(tmp_path)
         again = tiny_model(ternary=False)
         again.load_lora_adapter(tmp_path)
-        assert torch.equal(predict(again, tiny_inputs()), predict(model, tiny_inputs()))
+        assert torch.equal(predict(again), predict(model))
         for given in (tmp_path, load_file(tmp_path / FILE)):  # with and without the settings of the adapter
             with pytest.raises(ValueError, match="use_dora: reads a dense weight"):
                 tiny_model("packed").load_lora_adapter(given)
 
-    def test_adapter_of_a_deeper_model_is_refused_by_layer(self, tiny_model, tiny_inputs, tmp_path):
+    def test_adapter_of_a_deeper_model_is_refused_by_layer(self, tiny_model, tmp_path):
         adapted(tiny_model("packed", num_layers=3)).save_lora_adapter(tmp_path)
         model = tiny_model("packed")
-        expected = predict(model, tiny_inputs())
+        expected = predict(model)
         with pytest.raises(ValueError, match=r"`transformer_blocks\.2\..*does not have"):
             model.load_lora_adapter(tmp_path)
-        assert torch.equal(predict(model, tiny_inputs()), expected)
-
-    def test_adapter_of_a_wider_model_is_refused_by_shape(self, tiny_model, tmp_path):
-        adapted(tiny_model("packed", ffn_dim=128)).save_lora_adapter(tmp_path)
-        with pytest.raises(ValueError, match=r"lora_A\.weight` has shape \[3, 128\], the layer's `in_features` is 64"):
-            tiny_model("packed").load_lora_adapter(tmp_path)
-
-    def test_wrong_prefix_is_an_error(self, tiny_model, tmp_path):
-        adapted(tiny_model("packed")).save_lora_adapter(tmp_path)
-        with pytest.raises(ValueError, match=r"start with 'unet'.*prefix=None"):
-            tiny_model("packed").load_lora_adapter(tmp_path, prefix="unet")
-
-    @pytest.mark.parametrize("damage", ["missing", "truncated"])
-    def test_unreadable_file_is_an_os_error(self, tiny_model, tmp_path, damage):
-        if damage == "truncated":
-            adapted(tiny_model("packed")).save_lora_adapter(tmp_path)
-            (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:500])
-        with pytest.raises(OSError, match=str(tmp_path)):
-            tiny_model("packed").load_lora_adapter(tmp_path)
-
-    def test_a_name_is_used_once(self, tiny_model, tmp_path):
-        model = adapted(tiny_model("packed"))
-        model.save_lora_adapter(tmp_path)
-        with pytest.raises(ValueError, match="already"):
-            model.add_adapter(config())
-        with pytest.raises(ValueError, match="already"):
-            model.load_lora_adapter(tmp_path, adapter_name="default")
-
-    def test_missing_tensor_of_a_pair_is_refused(self, tiny_model, tmp_path):
-        adapted(tiny_model("packed")).save_lora_adapter(tmp_path)
-        tensors = load_file(tmp_path / FILE)
-        name = next(name for name in tensors if name.endswith("lora_B.weight"))
-        save_file({key: tensor for key, tensor in tensors.items() if key != name}, tmp_path / FILE)
-        with pytest.raises(ValueError, match=r"has `.*lora_A\.weight`, but no `.*lora_B\.weight`"):
-            tiny_model("packed").load_lora_adapter(tmp_path)
+        assert torch.equal(predict(model), expected)
 
 
 OTHER_KINDS = {
@@ -488,8 +421,16 @@ def ternarized_sd3():
     return TernaryConfig().quantize(model).eval()
 
 
-@pytest.mark.parametrize("targets", [["to_q"], ["proj_out"]], ids=["blocks", "dense"])
-@pytest.mark.parametrize("base", ["packed", "float", "full precision", "SD3"])
+BASES = ["packed", "float", "full precision", "SD3"]
+
+
+@pytest.mark.parametrize(
+    ("base", "targets", "kind"),
+    [
+        *[(base, targets, "LoKr") for base in BASES for targets in (["to_q"], ["proj_out"])],
+        *[("packed", ["to_q"], kind) for kind in OTHER_KINDS if kind != "LoKr"],
+    ],
+)
 class TestOtherKinds:
     """Adapters that are not LoRA are refused before anything is changed, also where no ternary layer takes part."""
 
@@ -500,9 +441,9 @@ class TestOtherKinds:
         return tiny_model(ternary=False) if base == "full precision" else tiny_model(base)
 
     @pytest.fixture
-    def unchanged(self, base, model, tiny_inputs):
+    def unchanged(self, base, model):
         """Raises where type, tensors or output of the model differ from what they were."""
-        inputs = tiny_inputs()
+        inputs = INPUTS
         if base == "SD3":
             generator = torch.Generator().manual_seed(0)
             shapes = {
@@ -524,22 +465,23 @@ class TestOtherKinds:
 
         return check
 
-    @pytest.mark.parametrize("kind", OTHER_KINDS)
     def test_adding(self, model, unchanged, kind, targets):
         with pytest.raises(ValueError, match=rf"take LoRA adapters, got {kind}Config.*LoraConfig"):
             model.add_adapter(of_another_kind(kind, targets))
         unchanged()
 
     @pytest.mark.filterwarnings("ignore::UserWarning:peft")
-    @pytest.mark.parametrize("kind", OTHER_KINDS)
-    @pytest.mark.parametrize("with_settings", [True, False], ids=["settings", "bare"])
-    def test_loading(self, model, base, unchanged, kind, targets, with_settings, tiny_model, tmp_path):
+    def test_loading(self, model, base, unchanged, kind, targets, tiny_model, tmp_path):
         dense = ternarized_sd3().dequantize() if base == "SD3" else tiny_model(ternary=False)
         settings = of_another_kind(kind, targets)
         peft.inject_adapter_in_model(settings, dense, "default")
         tensors = get_peft_model_state_dict(dense, adapter_name="default")
-        saved = {"lora_adapter_metadata": json.dumps(settings.to_dict(), default=list)} if with_settings else {}
-        save_file(tensors, tmp_path / FILE, metadata={"format": "pt", **saved})
+        metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings.to_dict(), default=list)}
+        save_file(tensors, tmp_path / FILE, metadata)
+        with pytest.raises(ValueError, match=r"take LoRA adapters, got a tensor `.*LoraConfig"):
+            model.load_lora_adapter(tmp_path, prefix=None)
+        unchanged()
+        save_file(tensors, tmp_path / FILE, {"format": "pt"})
         with pytest.raises(ValueError, match=r"take LoRA adapters, got a tensor `.*LoraConfig"):
             model.load_lora_adapter(tmp_path, prefix=None)
         unchanged()
@@ -549,29 +491,23 @@ class TestOtherKinds:
 
 
 class TestContactWithTheHost:
-    @pytest.mark.parametrize("call", [lambda m: m.add_adapter(config()), lambda m: m.load_lora_adapter({"a": 1})])
-    def test_without_peft_an_error_says_what_to_install(self, tiny_model, monkeypatch, call):
-        monkeypatch.setattr("diffusers_terdit.lora.is_peft_available", lambda: False)
-        with pytest.raises(ImportError, match=r"diffusers-terdit\[lora\]"):
-            call(tiny_model("packed"))
-
     def test_peft_takes_custom_layers(self):
         assert callable(LoraConfig(target_modules=["x"])._register_custom_module)
 
-    def test_other_threads_load_into_models_of_diffusers_meanwhile(self, tiny_model, tiny_inputs, tmp_path):
+    def test_other_threads_load_into_models_of_diffusers_meanwhile(self, tiny_model, tmp_path):
         adapted(tiny_model("packed")).save_lora_adapter(tmp_path / "ours")
-        expected = predict(adapted(tiny_model("packed")), tiny_inputs())
+        expected = predict(adapted(tiny_model("packed")))
         dense = ternarized_sd3().dequantize()
         dense.add_adapter(config(target_modules=["to_q"]))
         dense.save_lora_adapter(tmp_path / "theirs")
-        ours = [tiny_model("packed") for _ in range(8)]
-        theirs = [ternarized_sd3().dequantize() for _ in range(8)]
+        ours = [tiny_model("packed") for _ in range(4)]
+        theirs = [ternarized_sd3().dequantize() for _ in range(4)]
         with ThreadPoolExecutor(4) as threads:
             loads = [
                 threads.submit(model.load_lora_adapter, tmp_path / folder, prefix=None, weight_name=FILE)
                 for pair in zip(ours, theirs, strict=True)
                 for model, folder in zip(pair, ("ours", "theirs"), strict=True)
             ]
-        assert [load.result() for load in loads] == [None] * 16
+        assert [load.result() for load in loads] == [None] * 8
         assert all(list(model.peft_config) == ["default_0"] for model in (*ours, *theirs))
-        assert all(torch.equal(predict(model, tiny_inputs()), expected) for model in ours)
+        assert all(torch.equal(predict(model), expected) for model in ours)

@@ -20,7 +20,7 @@ FLOAT_NAME = "consolidated_ema.00-of-01.pth"
 def test_packed_4_2b_loads_and_runs_in_less_than_2_gib(tmp_path):
     command = [
         sys.executable,
-        ROOT / "examples" / "benchmark.py",
+        ROOT / "examples" / "benchmarks" / "run.py",
         "memory",
         "--folder",
         tmp_path,

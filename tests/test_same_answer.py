@@ -344,7 +344,7 @@ def test_the_page_shows_these_tables():
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Print how far pictures lie apart, by what changes.")
+    parser = argparse.ArgumentParser(description="Print how far pictures differ, by what changes.")
     parser.add_argument("--pictures", nargs=2, help=argparse.SUPPRESS)  # of the pipelines in a folder; which
     parser.add_argument("--record", action="store_true", help=f"write {RECORDED.name} instead")
     args = parser.parse_args()

@@ -121,13 +121,6 @@ def copy_of(folder, tmp_path):
     return Path(shutil.copytree(folder, tmp_path / folder.name))
 
 
-def rewrite(folder, change):
-    path = next(folder.glob("consolidated*.pth"))
-    state_dict = torch.load(path, weights_only=True)
-    change(state_dict)
-    torch.save(state_dict, path)
-
-
 class Payload:
     """A pickle that would make a file when it is loaded."""
 
@@ -139,137 +132,57 @@ class Payload:
 
 
 @pytest.mark.parametrize("name", [WEIGHTS_NAMES[0], "model_args.pth"])
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_malicious_pickle_is_refused_and_not_run(tmp_path, name, legacy):
+@pytest.mark.parametrize("form", ["zip", "legacy", "raw"])
+def test_malicious_pickle_is_refused_and_not_run(tmp_path, name, form):
     folder, canary = copy_of(PACKED, tmp_path), tmp_path / "canary"
-    torch.save({"x": Payload(canary)}, folder / name, _use_new_zipfile_serialization=not legacy)
+    if form == "raw":
+        (folder / name).write_bytes(pickle.dumps(Payload(canary)))
+    else:
+        torch.save({"x": Payload(canary)}, folder / name, _use_new_zipfile_serialization=form == "zip")
     with pytest.raises((ValueError, OSError), match=name):
         convert_original_checkpoint(folder)
     assert not canary.exists()
 
 
-def test_raw_pickle_is_refused_and_not_run(tmp_path):
-    folder, canary = copy_of(PACKED, tmp_path), tmp_path / "canary"
-    (folder / "model_args.pth").write_bytes(pickle.dumps(Payload(canary)))
-    with pytest.raises((ValueError, OSError), match=r"model_args\.pth"):
-        convert_original_checkpoint(folder)
-    assert not canary.exists()
-
-
-@pytest.mark.parametrize("kept", [0, 10, 1000, 500_000])
-def test_truncated_file_is_an_os_error_that_names_it(tmp_path, kept):
-    folder = copy_of(PACKED, tmp_path)
-    path = folder / WEIGHTS_NAMES[0]
-    path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(OSError, match="consolidated_ema_ternary"):
-        convert_original_checkpoint(folder)
-
-
-def test_missing_folder_and_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
-        convert_original_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="holds none of consolidated_ema_ternary"):
-        convert_original_checkpoint(tmp_path)
-    (tmp_path / "consolidated.00-of-02.pth").touch()
-    with pytest.raises(FileNotFoundError, match="model-parallel"):
-        convert_original_checkpoint(tmp_path)
-    folder = copy_of(PACKED, tmp_path)
-    (folder / "model_args.pth").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no model_args\.pth"):
-        convert_original_checkpoint(folder)
-
-
-def drop(name):
-    return lambda state_dict: state_dict.pop(name)
-
-
-def put(name, value):
-    return lambda state_dict: state_dict.update({name: value})
-
-
-WQ = "layers.0.attention.wq.weight"
+NORM, WQ = "layers.0.ffn_norm.weight", "layers.0.attention.wq.weight"
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "value", "message"),
     [
-        (drop("x_embedder.bias"), "proj_in.bias"),
-        (drop("layers.1.ffn_norm.weight"), r"transformer_blocks\.1\.norm2\.weight"),
-        (drop("x_embedder.weight"), "not a TerDiT"),
-        (put("layers.0.attention.extra.weight", torch.zeros(1)), "does not belong to a TerDiT"),
-        (put("layers.0.ffn_norm.weight", torch.zeros(7)), r"\(7,\)"),
-        (put(WQ, torch.full((32, 128), 0b11_00_00_00, dtype=torch.uint8)), "ternary codes"),
-        (put("layers.0.ffn_norm.weight", torch.zeros(128, dtype=torch.uint8)), "ternary codes"),
-        (put("layers.0.ffn_norm.weight", torch.full((128,), float("nan"))), "`layers.0.ffn_norm.weight` holds NaN"),
-        (put("layers.0.attention.wq.alphas", torch.full((1,), float("inf"))), "wq.alphas` holds NaN or infinity"),
-        (put("layers.0.ffn_norm.weight", torch.zeros(128, dtype=torch.int32)), "torch.int32, expected floats"),
-        (put("layers.0.ffn_norm.weight", torch.zeros(128, dtype=torch.complex64)), "torch.complex64"),
-        (put("layers.0.ffn_norm.weight", torch.zeros(128).to_sparse()), "torch.sparse_coo"),
-        (put("layers.0.ffn_norm.weight", torch.zeros(128, device="meta")), "on meta"),
-        (put("layers.0.ffn_norm.weight", torch.zeros(()).expand(2**50)), "memory for fewer numbers"),
-        (put(f"layers.{10**15}.attention.wq.alphas", torch.ones(1)), "tensors do not fit"),
-        (put("layers.x.attention.wq.alphas", torch.ones(1)), "does not belong to a TerDiT"),
-        (put(3, torch.ones(1)), "does not hold a dict of tensors"),
-        (put("x_embedder.weight", torch.ones(3)), r"has shape \[3\], expected a matrix"),
-        (put("layers.0.attention.wk.weight", torch.zeros(1, 128)), "heads"),
+        (WQ, torch.full((32, 128), 0b11_00_00_00, dtype=torch.uint8), "ternary codes"),
+        ("layers.0.attention.wq.alphas", torch.full((1,), float("inf")), "wq.alphas` holds NaN or infinity"),
+        (NORM, torch.zeros(128, dtype=torch.complex64), "torch.complex64"),
+        (NORM, torch.zeros(128, device="meta"), "on meta"),
+        (NORM, torch.zeros(()).expand(2**50), "memory for fewer numbers"),
+        (f"layers.{10**15}.attention.wq.alphas", torch.ones(1), "tensors do not fit"),
+        ("layers.x.attention.wq.alphas", torch.ones(1), "does not belong to a TerDiT"),
+        (3, torch.ones(1), "does not hold a dict of tensors"),
     ],
-    ids=[
-        *("missing", "missing-in-block", "missing-input", "unknown", "misshapen", "code-3", "uint8-norm"),
-        *("nan-norm", "infinite-scale", "int", "complex", "sparse", "meta", "petabyte", "far-block", "no-block"),
-        *("no-name", "vector", "heads"),
-    ],
+    ids=["code-3", "infinite-scale", "complex", "meta", "petabyte", "far-block", "no-block", "no-name"],
 )
-def test_damaged_state_dict_is_a_value_error_that_names_file_and_tensor(tmp_path, change, message):
+def test_damaged_state_dict_is_a_value_error_that_names_file_and_tensor(tmp_path, name, value, message):
     folder = copy_of(PACKED, tmp_path)
-    rewrite(folder, change)
+    path = next(folder.glob("consolidated*.pth"))
+    torch.save({**torch.load(path, weights_only=True), name: value}, path)
     with pytest.raises(ValueError, match=message) as caught:
         convert_original_checkpoint(folder)
     assert "consolidated_ema_ternary" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"image_size": 10**30}, "image_size="),
-        ({"image_size": "256"}, "image_size='256'"),
-        ({"image_size": [256]}, "image_size="),
-        ({"model": "DiT_Llama_patch0"}, "patches of 0"),
-        ({"model": "DiT_Llama_patch99999999999999999999"}, "patches of 9999"),
-    ],
-    ids=str,
-)
-def test_arguments_of_another_type_or_size_are_a_value_error(tmp_path, change, message):
+def test_arguments_of_another_type_or_size_are_a_value_error(tmp_path):
     folder = copy_of(PACKED, tmp_path)
     with torch.serialization.safe_globals([argparse.Namespace]):
         args = vars(torch.load(folder / "model_args.pth", weights_only=True))
-    torch.save(argparse.Namespace(**{**args, **change}), folder / "model_args.pth")
-    with pytest.raises(ValueError, match=message) as caught:
-        convert_original_checkpoint(folder)
-    assert "consolidated_ema_ternary" in str(caught.value)
-
-
-def test_flipped_bit_is_found_by_the_archive(tmp_path):
-    folder = copy_of(PACKED, tmp_path)
-    path = folder / WEIGHTS_NAMES[0]
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(OSError, match=r"consolidated_ema_ternary.*does not have its checksum"):
-        convert_original_checkpoint(folder)
-
-
-def test_options_that_cannot_be_honoured_are_refused(tmp_path):
-    folder = copy_of(PACKED, tmp_path)
-    torch.save(argparse.Namespace(image_size=64, rope_scaling_factor=2.0), folder / "model_args.pth")
-    with pytest.raises(ValueError, match=r"rope_scaling_factor=2\.0"):
-        convert_original_checkpoint(folder)
-    torch.save(argparse.Namespace(image_size=64, ntk_factor=torch.ones(2)), folder / "model_args.pth")
-    with pytest.raises(ValueError, match=r"ntk_factor=tensor\(\[1\., 1\.\]\)"):
-        convert_original_checkpoint(folder)
-    with pytest.raises(ValueError, match="does not divide into 7 heads"):
-        convert_original_checkpoint(PACKED, num_attention_heads=7)
-    with pytest.raises(ValueError, match="weight_format"):
-        convert_original_checkpoint(PACKED, weight_format="int8")
+    for change, message in (
+        ({"image_size": 10**30}, "image_size="),
+        ({"image_size": [256]}, "image_size="),
+        ({"model": "DiT_Llama_patch99999999999999999999"}, "patches of 9999"),
+        ({"ntk_factor": torch.ones(2)}, r"ntk_factor=tensor\(\[1\., 1\.\]\)"),
+    ):
+        torch.save(argparse.Namespace(**{**args, **change}), folder / "model_args.pth")
+        with pytest.raises(ValueError, match=message):
+            convert_original_checkpoint(folder)
 
 
 def test_ternary_file_is_preferred_and_another_can_be_named(tmp_path):
@@ -294,8 +207,6 @@ def test_hub_conversion_downloads_only_what_it_needs(fake_hub, tmp_path):
     shutil.copytree(PACKED, folder)
     shutil.copy(FLOAT / WEIGHTS_NAMES[2], folder)
     fake_hub.upload_folder("someone/terdit", tmp_path / "repo")
-    with pytest.raises(FileNotFoundError, match=r"\['600M'\]"):
-        convert_original_checkpoint("someone/terdit")
     pipe = convert_original_checkpoint("someone/terdit", subfolder="600M")
     assert pipe.transformer.config.weight_format == "packed"
     assert sorted({Path(name).name for name, _ in fake_hub.downloads}) == [WEIGHTS_NAMES[0], "model_args.pth"]

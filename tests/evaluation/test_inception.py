@@ -1,4 +1,4 @@
-"""FID's Inception beside torch-fidelity's, on weights that a formula makes: the published ones are no part of this.
+"""FID's Inception gives what torch-fidelity's does, on weights that a formula makes: the published ones are not here.
 
 `data/inception-vectors.safetensors` holds what torch-fidelity 0.4.0's `FeatureExtractorInceptionV3` gives for the
 weights and images below: `2048` as features, the first 7 channels of its `Mixed_6d.branch1x1` (a forward hook),
@@ -68,28 +68,15 @@ class TestNetwork:
         assert not any(parameter.requires_grad for parameter in network.parameters())
 
     def test_it_measures_images(self, network):
-        images = np.concatenate([formula_images(0), formula_images(0)])
-        found = image_statistics(images, network, batch_size=3)
+        found = image_statistics(formula_images(0), network, batch_size=1)
         assert found.features.width == 2048
         assert found.spatial.width == 2023
         assert found.network == network_name(network)
         torch.testing.assert_close(found.vectors[:2], load_file(VECTORS)["0.features"], rtol=1e-4, atol=1e-3)
 
-    def test_gray_images_are_repeated(self, network):
-        gray = formula_images(0)[..., :1]
-        torch.testing.assert_close(
-            image_statistics(gray, network).vectors,
-            image_statistics(gray.repeat(3, axis=3), network).vectors,
-        )
-
-    @pytest.mark.parametrize("shape", [(2, 1, 8, 8), (3, 8, 8), (0, 3, 8, 8)], ids=str)
-    def test_other_images_are_refused(self, network, shape):
-        with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
-            network(torch.zeros(shape))
-
 
 class TestResize:
-    @pytest.mark.parametrize("size", [7, 8, 32, 299, 300, 512])
+    @pytest.mark.parametrize("size", [7, 32, 299, 512])
     def test_pixels_lie_where_tensorflow_1_puts_them(self, size):
         image = np.random.RandomState(size).random_sample((size, size + 1))
         found = resize(torch.from_numpy(image)[None, None], 299)[0, 0].numpy()
@@ -117,16 +104,13 @@ class TestWeightsFile:
         monkeypatch.setattr("diffusers_terdit.evaluation.inception.KNOWN_SHA256", digest[:8])
         assert network_name(InceptionV3(weights_path)) == f"inception-2015-12-05 (sha256 {digest[:12]}...)"
 
-    def test_counters_of_training_steps_are_ignored(self, state, tmp_path):
+    def test_half_precision_becomes_float32_and_counters_of_training_steps_are_ignored(self, state, tmp_path):
+        half = {name: torch.ones(1).half().expand(value.shape) for name, value in state.items()}
         counters = {"Mixed_5b.branch1x1.bn.num_batches_tracked": torch.tensor(7)}
-        torch.save(state | counters, tmp_path / "weights.pth")
-        assert InceptionV3(tmp_path / "weights.pth").Mixed_5b.branch1x1.bn.num_batches_tracked == 0
-
-    def test_half_precision_weights_become_float32(self, state, tmp_path):
-        torch.save(
-            {name: torch.ones(1).half().expand(value.shape) for name, value in state.items()}, tmp_path / "weights.pth"
-        )
-        assert all(value.dtype == torch.float32 for value in InceptionV3(tmp_path / "weights.pth").parameters())
+        torch.save(half | counters, tmp_path / "weights.pth")
+        network = InceptionV3(tmp_path / "weights.pth")
+        assert network.Mixed_5b.branch1x1.bn.num_batches_tracked == 0
+        assert all(value.dtype == torch.float32 for value in network.parameters())
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -142,27 +126,9 @@ class TestWeightsFile:
         with pytest.raises(ValueError, match=f"weights.pth does not hold FID's Inception: {message}"):
             InceptionV3(tmp_path / "weights.pth")
 
-    def test_many_wrong_tensors_are_counted(self, tmp_path):
-        torch.save({}, tmp_path / "weights.pth")
-        with pytest.raises(ValueError, match="and 467 more"):
-            InceptionV3(tmp_path / "weights.pth")
-
-    def test_a_missing_file_says_which_one_it_is(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"weights-inception-2015-12-05-6726825d\.pth"):
-            InceptionV3(tmp_path / "nowhere.pth")
-
-    @pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04 cut short"])
-    def test_an_unreadable_file_is_an_oserror_that_names_it(self, tmp_path, content):
-        (tmp_path / "broken.pth").write_bytes(content)
+    @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", torch.nn.Linear(2, 2)], ids=repr)
+    def test_an_unreadable_file_or_a_pickle_with_code_is_an_oserror(self, tmp_path, content):
+        path = tmp_path / "broken.pth"
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         with pytest.raises(OSError, match=r"broken\.pth is no readable file of tensors"):
-            InceptionV3(tmp_path / "broken.pth")
-
-    def test_code_in_a_pickle_does_not_run(self, tmp_path):
-        torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
-        with pytest.raises(OSError, match=r"module\.pth is no readable file of tensors"):
-            InceptionV3(tmp_path / "module.pth")
-
-    def test_something_else_than_tensors_is_refused(self, tmp_path):
-        torch.save([torch.zeros(1)], tmp_path / "list.pth")
-        with pytest.raises(ValueError, match="holds no state dict, but a list"):
-            InceptionV3(tmp_path / "list.pth")
+            InceptionV3(path)

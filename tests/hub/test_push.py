@@ -91,11 +91,6 @@ class TestPush:
             tiny_pipeline(vae=True, num_layers=1).push_to_hub(REPO, token=fake_hub.token)
         assert fake_hub.repos[REPO].sha() == head
 
-    def test_weights_go_to_the_storage_of_large_files(self, fake_hub, pushed):
-        weights = fake_hub.repos[REPO].files()[f"transformer/{WEIGHTS}"]
-        assert weights in fake_hub.lfs.values()
-        assert fake_hub.repos[REPO].entries("main")[f"transformer/{WEIGHTS}"]["lfs"]["size"] == len(weights)
-
     def test_fails_before_the_model_is_written(self, fake_hub, tiny_pipeline, monkeypatch):
         pipe = tiny_pipeline()
         monkeypatch.setattr(pipe, "save_pretrained", lambda *args, **kwargs: pytest.fail("saved"))

@@ -1,38 +1,34 @@
-"""What the table of error messages is made of: a row, the places that raise, and what rows have at hand."""
+"""A row of the table of error messages, and the `World` in which it provokes its error."""
 
-import ast
-import io
 import json
 import shutil
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
+from diffusers import DiTTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryConfig, TernaryLinear
 from diffusers_terdit.cli import build_parser
 from diffusers_terdit.pipelines.schedulers import default_scheduler
-from tiny import randomize
+from fake_hub import hub_in_process
+from tiny import randomize, tiny_vae
 
 
-ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples"
-ORIGINAL = ROOT / "tests" / "data" / "reference" / "tiny-qknorm-packed"
+ORIGINAL = Path(__file__).parents[1] / "data" / "reference" / "tiny-qknorm-packed"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PTH = "consolidated_ema_ternary.00-of-01.pth"
 TINY = {
     "sample_size": 8, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "num_classes": 4,
     "ffn_dim": 16,
 }  # fmt: skip
-REASON = None  # as a way out: the reason says what is allowed
 
 
 class Fixed(str):
@@ -41,85 +37,31 @@ class Fixed(str):
 
 @dataclass(frozen=True)
 class Row:
-    """One way to provoke an error, and what its message must say. `TMP` stands for the row's folder."""
+    """One way to provoke an error, and what its message must say. `TMP` stands for the row's folder.
 
-    name: str
+    Without a `way_out` the reason says what is allowed.
+    """
+
     provoke: Callable[["World"], Any]
-    error: type[BaseException]
     given: str
     reason: str
-    way_out: str | None
-
-
-@dataclass(frozen=True)
-class Site:
-    """A statement that raises a new error with a message."""
-
-    path: str
-    first: int
-    last: int
-    code: str
-    text: str  # what the message says in any case
-
-    def __str__(self) -> str:
-        return f"{self.path}:{self.first}: {self.code}"
-
-
-def collect_sites() -> list[Site]:
-    """Every `raise` of a new error, `parser.error` and `sys.exit` with a message, in src/ and examples/."""
-    files = [path for folder in ("src", "examples") for path in sorted((ROOT / folder).rglob("*.py"))]
-    return [site for path in files for site in _sites_in(path)]
-
-
-def _sites_in(path: Path) -> Iterator[Site]:
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.Raise):
-            new = isinstance(node.exc, ast.Call) and bool(node.exc.args)  # not `raise`, not `raise update`
-        else:
-            called = node.func if isinstance(node, ast.Call) else None
-            name = ast.unparse(called) if isinstance(called, ast.Attribute) else ""
-            new = name == "parser.error" or (
-                name == "sys.exit" and isinstance(node.args[0], (ast.Constant, ast.JoinedStr))
-            )
-        if new:
-            values = (inner.value for inner in ast.walk(node) if isinstance(inner, ast.Constant))
-            text = " ".join(value for value in values if isinstance(value, str))
-            yield Site(path.relative_to(ROOT).as_posix(), node.lineno, node.end_lineno, ast.unparse(node), text)
-
-
-def chain_of(error: BaseException, message: str) -> Iterator[BaseException]:
-    """The error, and those it came from whose words it repeats."""
-    while error is not None:
-        if str(error) in message or isinstance(error, SystemExit):
-            yield error
-        error = error.__cause__ or error.__context__
-
-
-def place_of(error: BaseException) -> tuple[str, int] | None:
-    """File and line of src/ or examples/ that raised an error."""
-    found, traceback = None, error.__traceback__
-    while traceback is not None:
-        path = Path(traceback.tb_frame.f_code.co_filename)
-        if path.is_relative_to(ROOT / "src") or path.is_relative_to(EXAMPLES):
-            found = path.relative_to(ROOT).as_posix(), traceback.tb_lineno
-        traceback = traceback.tb_next
-    return found
+    way_out: str = ""
+    error: type[BaseException] = ValueError
 
 
 class World:
-    """What a row needs: a folder of its own, tiny models, saved ones to damage, and programs to run."""
+    """What a row needs: an empty folder, tiny models, saved ones to damage, and a Hub."""
 
-    def __init__(self, request, tmp: Path, shared: Path):
-        self._request, self.tmp, self._shared = request, tmp, shared
-        self.errors = io.StringIO()
+    def __init__(self, tmp: Path, shared: Path, stack: ExitStack):
+        self.tmp, self._shared, self._stack = tmp, shared, stack
 
     @cached_property
     def monkeypatch(self):
-        return self._request.getfixturevalue("monkeypatch")
+        return self._stack.enter_context(pytest.MonkeyPatch.context())
 
     @cached_property
     def hub(self):
-        return self._request.getfixturevalue("fake_hub")
+        return self._stack.enter_context(hub_in_process(self.monkeypatch, self.tmp))
 
     def model(self, weight_format: str = "float", **changes) -> TerDiTTransformer2DModel:
         torch.manual_seed(0)
@@ -128,83 +70,30 @@ class World:
 
     def pipe(self, weight_format: str = "float", scheduler=None, vae=None, **changes) -> TerDiTPipeline:
         names = {"0": "cat, tabby", "1": "dog", "2": "crane", "3": "crane"}
-        pipe = TerDiTPipeline(
-            self.model(weight_format, **{"in_channels": 3, **changes}), scheduler or default_scheduler(), vae, names
-        )
+        model = self.model(weight_format, **{"in_channels": 3, **changes})
+        pipe = TerDiTPipeline(model, scheduler or default_scheduler(), vae, names)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    @property
-    def vae(self):
-        return self._request.getfixturevalue("tiny_vae")
+    vae = cached_property(lambda self: tiny_vae())
 
     def saved(self, kind: str) -> Path:
         """A fresh copy of a saved model, `TMP/<kind>`."""
-        whole = self._shared / kind
+        new = {
+            "pipe": lambda: self.pipe("packed"),
+            "layer": lambda: TernaryLinear(8, 8, weight_format="packed"),
+            "float_layer": lambda: TernaryLinear(8, 8),
+            "dense": dit,
+            "quantized": lambda: TernaryConfig(scale_granularity="row").quantize(dit()),
+        }
+        whole = ORIGINAL if kind == "original" else self._shared / kind
         if not whole.exists():
-            if kind == "original":
-                shutil.copytree(ORIGINAL, whole)
-            else:
-                getattr(self, f"_new_{kind}")().save_pretrained(whole)
+            new[kind]().save_pretrained(whole)
         return Path(shutil.copytree(whole, self.tmp / kind))
-
-    def _new_pipe(self):
-        return self.pipe("packed")
-
-    def _new_latent_pipe(self):
-        return self.pipe("packed", vae=self.vae, in_channels=4)
-
-    def _new_layer(self):
-        return TernaryLinear(8, 8, weight_format="packed")
-
-    def _new_float_layer(self):
-        return TernaryLinear(8, 8)
-
-    def _new_dense(self):
-        return dit()
-
-    def _new_quantized(self):
-        return TernaryConfig(scale_granularity="row").quantize(dit())
-
-    def terdit(self, *arguments) -> None:
-        """A `terdit` command up to its error, which `main` prints as one line."""
-        args = build_parser().parse_args([str(argument) for argument in arguments])
-        args.run(args)
-
-    def trained(self, train, *options) -> Path:
-        """A fresh copy of a folder that a script has left, `TMP/text`."""
-        whole = self._shared / "text"
-        if not whole.exists():
-            train(self, *options, "--output_dir", whole)
-        return Path(shutil.copytree(whole, self.tmp / "text"))
-
-    def script(self, name: str):
-        """A module of examples/."""
-        for folder in (EXAMPLES, EXAMPLES / "experiments"):
-            if str(folder) not in sys.path:
-                self.monkeypatch.syspath_prepend(folder)
-        return __import__(name)
-
-    def run(self, name: str, *arguments) -> None:
-        """A script's `main`, in this process."""
-        AcceleratorState._reset_state(reset_partial_state=True)
-        PartialState._reset_state()
-        module, arguments = self.script(name), [str(argument) for argument in arguments]
-        with redirect_stderr(self.errors):
-            module.main(arguments)
-
-    def benchmark(self, *arguments) -> None:
-        """`benchmark.py`, whose `main` takes the command line."""
-        module = self.script("benchmark")
-        self.monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments)])
-        with redirect_stderr(self.errors):
-            module.main()
 
 
 def dit():
     """diffusers' own class-conditional transformer, 17 thousand weights."""
-    from diffusers import DiTTransformer2DModel
-
     torch.manual_seed(0)
     return DiTTransformer2DModel(
         num_layers=1, num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, sample_size=8,
@@ -212,27 +101,44 @@ def dit():
     ).eval()  # fmt: skip
 
 
-def edit_json(path: Path, **changes) -> Path:
-    """Change entries of a JSON file; `None` takes one out."""
-    entries = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: value for key, value in entries.items() if value is not None}))
+def terdit(*arguments) -> None:
+    """Run a `terdit` command up to its error, which `main` prints as one line."""
+    args = build_parser().parse_args([str(argument) for argument in arguments])
+    args.run(args)
+
+
+def edit(path: Path, metadata: dict | None = None, **changes) -> Path:
+    """Change entries or tensors of a file, with dots in names of tensors as `__`; `None` takes one out.
+
+    The digest of a safetensors file goes.
+    """
+    if path.suffix == ".json":
+        entries = {**json.loads(path.read_text()), **changes}
+        path.write_text(json.dumps({key: value for key, value in entries.items() if value is not None}))
+        return path
+    before = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    changed = {**before, **{name.replace("__", "."): tensor for name, tensor in changes.items()}}
+    tensors = {name: tensor for name, tensor in changed.items() if tensor is not None}
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            kept = {key: value for key, value in (file.metadata() or {}).items() if key != "terdit.sha256"}
+        save_file(tensors, path, {**kept, **(metadata or {})})
+    else:
+        torch.save(tensors, path)
     return path
 
 
-def edit_tensors(path: Path, metadata: dict | None = None, **changes) -> Path:
-    """Change tensors of a safetensors file, dots in names as `__`, and its metadata; the digest goes."""
-    with safe_open(path, "pt") as file:
-        kept = {key: value for key, value in (file.metadata() or {}).items() if key != "terdit.sha256"}
-    changes = {name.replace("__", "."): tensor for name, tensor in changes.items()}
-    tensors = {name: tensor for name, tensor in {**load_file(path), **changes}.items() if tensor is not None}
-    save_file(tensors, path, {**kept, **(metadata or {})})
-    return path
+def changed(kind: str, use: Callable, file: str = "", text: str | None = None, remove: bool = False, **changes):
+    """What provokes an error: `use` of a saved model, after a change of one of its files."""
 
+    def provoke(world):
+        path = world.saved(kind) / file
+        if remove:
+            path.unlink()
+        elif text is not None:
+            path.write_text(text)
+        elif changes:
+            edit(path, **changes)
+        use(world.tmp / kind)
 
-def edit_pth(folder: Path, **changes) -> Path:
-    """Change tensors of the authors' file, dots in names as `__`; `None` takes one out."""
-    path = folder / PTH
-    changes = {name.replace("__", "."): tensor for name, tensor in changes.items()}
-    tensors = {**torch.load(path, weights_only=True), **changes}
-    torch.save({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
-    return folder
+    return provoke

@@ -3,7 +3,7 @@
 import sys
 
 import torch
-from message_table import REASON, Fixed, Row, edit_tensors
+from message_table import Fixed, Row, edit
 from PIL import Image
 from safetensors import SafetensorError
 
@@ -22,7 +22,7 @@ def resumed(file=None, **changes):
         optimizer = torch.optim.AdamW(training.recipes.parameter_groups(model))
         folder = w.tmp / "checkpoint-1"
         training.checkpointing.save(folder, model, ema, optimizer, {"step": 1})
-        edit_tensors(folder / file, **changes)
+        edit(folder / file, **changes)
         training.checkpointing.load(folder, model, ema, optimizer)
 
     return provoke
@@ -87,56 +87,49 @@ def empty_stream(w):
 
 # fmt: off
 ROWS = [
-    Row("checkpoint-none", lambda w: training.checkpointing.load(w.tmp, None, None, None), OSError,
-        "TMP", "it has no training_state.json", "Pass a `checkpoint-N` folder."),
-    Row("checkpoint-optimizer", resumed("optimizer.safetensors", ghost__exp_avg=torch.zeros(3)), ValueError,
-        "`ghost.exp_avg`", "1 tensors differ", OPTIONS),
-    Row("checkpoint-model", resumed("model.safetensors", ghost=torch.zeros(3)), ValueError,
-        "`ghost`", "1 tensors differ", OPTIONS),
-    Row("checkpoint-shape", resumed("ema.safetensors", proj_in__bias=torch.zeros(3)), ValueError,
-        "is [3]", "the model's is [16]", OPTIONS),
-    Row("run-busy", second_run, OSError,
-        "TMP/run", "Another run is writing into", "Wait for its end, or choose another folder."),
-    Row("checkpoint-write", no_file, saving.UnwritableError,
-        "TMP/checkpoint-1", "cannot be written: No space left on device", "Make room there, or choose another folder"),
-    Row("images-folder", no_images, ValueError,
-        "TMP", "holds no images in folders named after their labels", "such as"),
-    Row("images-number", lambda w: images(3)(w)[5], IndexError,
-        "no number 5", "There are 3 images", "numbered from 0"),
-    Row("images-all", lambda w: images(100)(w)[7], OSError,
-        "from number 7", "100 images in a row", "The log names each of them."),
-    Row("images-read", lambda w: images(1)(w).read(0), OSError,
-        "image 0 (TMP/1.png)", "cannot be read", "Repair or remove it."),
-    Row("latents-none", latents(""), OSError, "TMP", "holds no whole latent cache", "Run cache_latents.py (again)."),
-    Row("latents-json", latents("{"), OSError, "TMP", "holds no whole latent cache", "Run cache_latents.py (again)."),
-    Row("latents-empty", latents("{}"), OSError, "TMP", "no whole latent cache: 'id2label'", "Run cache_latents.py"),
-    Row("dataset-extra", no_extra, ImportError,
-        Fixed("datasets"), "This needs datasets", "pip install 'diffusers-terdit[train]'"),
-    Row("dataset-absent", lambda w: training.data.open_dataset(f"{w.tmp}/x.parquet"), ValueError,
-        "TMP/x.parquet", "cannot be loaded", "Check name, config and split."),
-    Row("dataset-column", lambda w: training.data.ImageSamples.from_dataset(rows(label=[0]), "picture", resolution=8),
-        ValueError, "'picture'", "has no column", "its columns are image, label"),
-    Row("dataset-empty", lambda w: training.data.ImageSamples.from_dataset(rows(label=[]), resolution=8), ValueError,
-        "the columns image, label", "but no rows", "Take another split."),
-    Row("examples-empty", lambda w: training.data.TrainingExamples([], 0, (1, 8, 8), 10), ValueError,
-        "got []", "`samples` holds none", "Pass at least one."),
-    Row("examples-dropout", lambda w: training.data.TrainingExamples([0], 0, (1, 8, 8), 10, class_dropout_prob=5),
-        ValueError, "got 5", "`class_dropout_prob` must be a probability, 0 to 1", REASON),
-    Row("stream-empty", empty_stream, ValueError,
-        "its 3 shards", "holds no samples", "Take another data set or split."),
-    Row("stream-types", lambda w: stream(untyped_stream()), ValueError,
-        Fixed("This stream"), "does not say its columns' types", "Load it without --streaming."),
-    Row("stream-labels", lambda w: stream(rows(label=["cat"]).to_iterable_dataset()), ValueError,
-        "column 'label' is Value(", "needs labels of type ClassLabel", "Load it without --streaming."),
-    Row("export-dense", lambda w: training.export.packed_model(w.model(ternary=False)), ValueError,
-        Fixed("ternary=False"), "no ternary weights to pack", "Save it as it is."),
-    Row("grid-empty", lambda w: training.export.image_grid([]), ValueError,
-        "got []", "needs at least one image", REASON),
-    Row("schedule", lambda w: training.recipes.learning_rate_factor(0, "linear", 10), ValueError,
-        "'linear'", 'must be "constant", "cosine", "wsd" or "piecewise_constant"', REASON),
-    Row("schedule-rules",
-        lambda w: training.recipes.learning_rate_factor(0, "piecewise_constant", 10, step_rules="1:x,0.2"),
-        ValueError, "'1:x,0.2'", 'must look like "1:1550000,0.2"', REASON),
-    Row("transfer", lambda w: training.initialize.transfer_weights(w.model(), w.model(ffn_dim=32)), ValueError,
+    Row(lambda w: training.checkpointing.load(w.tmp, None, None, None), "TMP", "it has no training_state.json",
+        "Pass a `checkpoint-N` folder.", error=OSError),
+    Row(resumed("optimizer.safetensors", ghost__exp_avg=torch.zeros(3)), "`ghost.exp_avg`", "1 tensors differ",
+        OPTIONS),
+    Row(resumed("model.safetensors", ghost=torch.zeros(3)), "`ghost`", "1 tensors differ", OPTIONS),
+    Row(resumed("ema.safetensors", proj_in__bias=torch.zeros(3)), "is [3]", "the model's is [16]", OPTIONS),
+    Row(second_run, "TMP/run", "Another run is writing into", "Wait for its end, or choose another folder.",
+        error=OSError),
+    Row(no_file, "TMP/checkpoint-1", "cannot be written: No space left on device",
+        "Make room there, or choose another folder", error=saving.UnwritableError),
+    Row(no_images, "TMP", "holds no images in folders named after their labels", "such as"),
+    Row(lambda w: images(3)(w)[5], "no number 5", "There are 3 images", "numbered from 0", error=IndexError),
+    Row(lambda w: images(100)(w)[7], "from number 7", "100 images in a row", "The log names each of them.",
+        error=OSError),
+    Row(lambda w: images(1)(w).read(0), "image 0 (TMP/1.png)", "cannot be read", "Repair or remove it.",
+        error=OSError),
+    Row(latents(""), "TMP", "holds no whole latent cache", "Run cache_latents.py (again).", error=OSError),
+    Row(latents("{"), "TMP", "holds no whole latent cache", "Run cache_latents.py (again).", error=OSError),
+    Row(latents("{}"), "TMP", "no whole latent cache: 'id2label'", "Run cache_latents.py", error=OSError),
+    Row(no_extra, Fixed("datasets"), "This needs datasets", "pip install 'diffusers-terdit[train]'",
+        error=ImportError),
+    Row(lambda w: training.data.open_dataset(f"{w.tmp}/x.parquet"), "TMP/x.parquet", "cannot be loaded",
+        "Check name, config and split."),
+    Row(lambda w: training.data.ImageSamples.from_dataset(rows(label=[0]), "picture", resolution=8), "'picture'",
+        "has no column", "its columns are image, label"),
+    Row(lambda w: training.data.ImageSamples.from_dataset(rows(label=[]), resolution=8), "the columns image, label",
+        "but no rows", "Take another split."),
+    Row(lambda w: training.data.TrainingExamples([], 0, (1, 8, 8), 10), "got []", "`samples` holds none",
+        "Pass at least one."),
+    Row(lambda w: training.data.TrainingExamples([0], 0, (1, 8, 8), 10, class_dropout_prob=5), "got 5",
+        "`class_dropout_prob` must be a probability, 0 to 1"),
+    Row(empty_stream, "its 3 shards", "holds no samples", "Take another data set or split."),
+    Row(lambda w: stream(untyped_stream()), Fixed("This stream"), "does not say its columns' types",
+        "Load it without --streaming."),
+    Row(lambda w: stream(rows(label=["cat"]).to_iterable_dataset()), "column 'label' is Value(",
+        "needs labels of type ClassLabel", "Load it without --streaming."),
+    Row(lambda w: training.export.packed_model(w.model(ternary=False)), Fixed("ternary=False"),
+        "no ternary weights to pack", "Save it as it is."),
+    Row(lambda w: training.export.image_grid([]), "got []", "needs at least one image"),
+    Row(lambda w: training.recipes.learning_rate_factor(0, "linear", 10), "'linear'",
+        'must be "constant", "cosine", "wsd" or "piecewise_constant"'),
+    Row(lambda w: training.recipes.learning_rate_factor(0, "piecewise_constant", 10, step_rules="1:x,0.2"),
+        "'1:x,0.2'", 'must look like "1:1550000,0.2"'),
+    Row(lambda w: training.initialize.transfer_weights(w.model(), w.model(ffn_dim=32)),
         "transformer_blocks.0.ff.gate_proj.weight", "in the one to start from", "Give the new one its sizes."),
 ]

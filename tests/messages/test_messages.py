@@ -1,91 +1,100 @@
-"""Every error that a user can meet names what was given, why that is wrong and what to do instead."""
+"""Every error that a user can meet names what was given, why that is wrong and what to do instead.
 
-from collections import Counter
-from importlib.util import find_spec
+A new `raise` in src/ needs a row in the file of this folder that is named for its subject: a
+`Row(provoke, given, reason, way_out)`, where `provoke` brings the error about and the others are parts of its message.
+"""
+
+import ast
+import traceback
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import pytest
 import rows_arithmetic
-import rows_examples
 import rows_files
 import rows_metrics
 import rows_models
 import rows_training
-from message_table import REASON, ROOT, Fixed, World, chain_of, collect_sites, place_of
+from message_table import Fixed, World
+
+import diffusers_terdit
 
 
-MODULES = (rows_arithmetic, rows_models, rows_files, rows_training, rows_metrics, rows_examples)
-ROWS = [row for module in MODULES for row in module.ROWS]
-SITES = collect_sites()
-if find_spec("gradio") is None:  # then the app's rows are left out, too
-    SITES = [site for site in SITES if site.path != "examples/app.py" or "needs Gradio" in site.code]
-
-# Not in the table: a part of the code's text, and why. "tests/...": this test provokes it.
-ELSEWHERE = {
-    ("examples/app.py", "needs Gradio"): "tests/examples/test_app.py::test_without_gradio_it_says_what_to_install",
-    # These pass on an error that another row provokes, in one line.
-    **{
-        (f"examples/{name}.py", "raise SystemExit(f'{Path(__file__).name}: {error}')"): "started as a program"
-        for name in ("train_terdit", "cache_latents", "evaluate")
-    },
-    # No user meets these two: they are caught, and logged.
-    ("src/diffusers_terdit/ops/gpu/choose.py", "too old for it"): "tests/ops/gpu/test_choose.py::TestDecoder",
-    ("src/diffusers_terdit/ops/gpu/choose.py", "wrong results"): "needs a GPU whose compiler is wrong",
+SRC = Path(diffusers_terdit.__file__).parent
+ROWS = [row for rows in (rows_arithmetic, rows_models, rows_files, rows_training, rows_metrics) for row in rows.ROWS]
+# No user meets these two, which are caught and logged: a part of the statement, and what provokes it.
+LOGGED = {
+    "too old for it": "tests/ops/gpu/test_choose.py",
+    "wrong results": "a GPU whose compiler is wrong",
 }
 
-provoked: dict[str, set] = {}  # sites by row
+
+@dataclass(frozen=True)
+class Raise:
+    """A statement that raises a new error with a message."""
+
+    path: Path
+    first: int
+    last: int
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.path.relative_to(SRC.parents[1])}:{self.first}: {self.code}"
+
+
+def raises_in(path: Path) -> list[Raise]:
+    nodes = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Raise)]
+    new = [node for node in nodes if isinstance(node.exc, ast.Call) and node.exc.args]  # not `raise`, `raise update`
+    return [Raise(path, node.lineno, node.end_lineno, ast.unparse(node)) for node in new]
+
+
+RAISES = [found for path in sorted(SRC.rglob("*.py")) for found in raises_in(path)]
+
+
+def raised_by(error: BaseException, message: str) -> set[Raise]:
+    """The statements that raised the error, and those that it came from whose words it repeats."""
+    found = set()
+    while error is not None:
+        frames = [(Path(f.filename), f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+        last = next(((path, line) for path, line in reversed(frames) if path.is_relative_to(SRC)), None)
+        if last and str(error) in message:
+            found |= {r for r in RAISES if r.path == last[0] and r.first <= last[1] <= r.last}
+        error = error.__cause__ or error.__context__
+    return found
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory):
-    return tmp_path_factory.mktemp("saved")
+def outcome(tmp_path_factory):
+    """`outcome(row)`: type, message and statements of the error, and the row's folder; each row is provoked once."""
+    shared = tmp_path_factory.mktemp("saved")
+
+    @cache
+    def run(row):
+        tmp = tmp_path_factory.mktemp("row")
+        with ExitStack() as stack, pytest.raises(row.error) as caught:
+            row.provoke(World(tmp, shared, stack))
+        message = str(caught.value)
+        return type(caught.value), message, raised_by(caught.value, message), tmp
+
+    return run
 
 
-@pytest.fixture
-def world(request, tmp_path, shared):
-    return World(request, tmp_path, shared)
-
-
-def site_at(place):
-    return next((s for s in SITES if place and s.path == place[0] and s.first <= place[1] <= s.last), None)
-
-
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_an_error_says_what_was_given_why_and_the_way_out(row, world):
-    with pytest.raises(row.error) as caught:
-        row.provoke(world)
-    assert type(caught.value) is row.error
-    message = f"{caught.value} {world.errors.getvalue().rpartition('error: ')[2]}"
-    sites = [site_at(place_of(error)) for error in chain_of(caught.value, message)]
-    provoked[row.name] = set(sites) - {None}
-    assert provoked[row.name], f"no statement of src/ or examples/ said {message!r}"
-    parts = [row.given, row.reason, row.reason if row.way_out is REASON else row.way_out]
-    for part in parts:
-        part = part.replace("TMP", str(world.tmp))
-        assert part, row
-        assert part in message
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.reason} - {row.given}")
+def test_an_error_says_what_was_given_why_and_the_way_out(row, outcome):
+    kind, message, statements, tmp = outcome(row)
+    assert kind is row.error, message
+    assert statements, f"no statement of src/ said {message!r}"
+    for part in (row.given, row.reason, row.way_out):
+        assert part.replace("TMP", str(tmp)) in message
     if not isinstance(row.given, Fixed):  # only the caller knows it: the message formats it in
-        assert not any(row.given in site.text for site in provoked[row.name]), message
+        assert not any(row.given in statement.code for statement in statements), message
 
 
-def test_rows_have_names_of_their_own():
-    assert [name for name, count in Counter(row.name for row in ROWS).items() if count > 1] == []
-
-
-def test_what_is_not_in_the_table_is_one_place_and_its_test_exists():
-    for (path, part), why in ELSEWHERE.items():
-        assert sum(site.path == path and part in site.code for site in SITES) == 1, (path, part)
-        if why.startswith("tests/"):
-            file, *names = why.split("::")
-            text = (ROOT / file).read_text("utf-8")
-            assert all(f"def {name}(" in text or f"class {name}" in text for name in names), why
-
-
-def test_every_place_that_raises_has_a_row():
-    """Last in the file: the rows say where they were raised."""
-    if set(provoked) != {row.name for row in ROWS}:
-        pytest.skip("not all rows ran")
-    found = {site for sites in provoked.values() for site in sites}
-    left = [s for s in SITES if s not in found and not any(s.path == p and part in s.code for p, part in ELSEWHERE)]
-    assert not left, "\n".join(["no row provokes:", *map(str, left)])
-    idle = [key for key in ELSEWHERE if any(s in found and s.path == key[0] and key[1] in s.code for s in SITES)]
-    assert not idle, "the table provokes it"
+def test_every_raise_has_a_row(outcome):
+    provoked = set().union(*(outcome(row)[2] for row in ROWS))
+    logged = {r for r in RAISES if any(part in r.code for part in LOGGED)}
+    assert len(logged - provoked) == len(LOGGED), "LOGGED names a statement that is gone, or that a row provokes"
+    left = [str(r) for r in RAISES if r not in provoked | logged]
+    assert not left, "add a `Row` for each of these to a file rows_*.py in tests/messages:\n" + "\n".join(left)

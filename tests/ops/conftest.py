@@ -1,7 +1,5 @@
 """The op tests run on garbage: what a kernel forgets to write shows as NaN, 255 or 127, not as a lucky zero."""
 
-import threading
-
 import pytest
 import torch
 
@@ -11,7 +9,7 @@ from diffusers_terdit.ops.cpu import scratch
 
 @pytest.fixture(autouse=True)
 def _garbage_in_new_memory(monkeypatch):
-    monkeypatch.setattr(scratch, "buffers", threading.local())  # no buffer left over from another test
+    monkeypatch.setattr(scratch, "buffers", type(scratch.buffers)())  # no buffer left over from another test
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # also fills what `torch.empty` returns with NaN or the largest integer
     yield

@@ -14,16 +14,18 @@ from diffusers_terdit import TerDiTPipeline
 from diffusers_terdit.ops import has_integer_kernel
 
 
-IN_USE = "is in use by another call that is still running"
+IN_USE = "This pipeline is in use by another call that is still running"
 SECONDS = 60  # after which a test fails instead of waiting
 
 
 def sample(pipe, seed=0, labels=(1, 2), **kwargs):
-    arguments = {"num_inference_steps": 4, "output_type": "pt", "generator": torch.Generator().manual_seed(seed)}
-    return pipe(list(labels), **arguments | kwargs).images
+    """Latents where there is no VAE, because nothing is clamped in them."""
+    output_type = "latent" if pipe.vae is None else "pt"
+    arguments = {"num_inference_steps": 4, "output_type": output_type}
+    return pipe(list(labels), generator=torch.Generator().manual_seed(seed), **arguments | kwargs).images
 
 
-def beside(pipe):
+def another(pipe):
     """What the message of the refusal says."""
     other = copy.copy(pipe)
     other.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
@@ -72,10 +74,11 @@ class Running:
         assert not self.thread.is_alive()
 
 
-MODES = [(torch.float32, None), (torch.float32, 16), (torch.float32, 8), (torch.bfloat16, 16), (torch.float16, None)]
-
-
-@pytest.mark.parametrize(("dtype", "bits"), MODES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "bits"),
+    [(torch.float32, None), (torch.float32, 8), (torch.bfloat16, 16), (torch.float16, None)],
+    ids=str,
+)
 def test_one_model_under_a_pipeline_per_thread_gives_the_bits_that_each_gives_alone(tiny_pipeline, dtype, bits):
     if bits is not None and not has_integer_kernel("cpu"):
         pytest.skip("needs integer kernels")
@@ -87,7 +90,7 @@ def test_one_model_under_a_pipeline_per_thread_gives_the_bits_that_each_gives_al
         {"seed": 2, "height": 32, "width": 16, "num_inference_steps": 7},
         {"seed": 3, "labels": [3], "num_images_per_prompt": 3, "guidance_scale": 2.0},
     ]
-    pipes = [pipe, beside(pipe), beside(pipe), beside(pipe)]
+    pipes = [pipe, another(pipe), another(pipe), another(pipe)]
     pipes[3].scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     alone = [sample(p, **work) for p, work in zip(pipes, works, strict=True)]
     if bits is not None:
@@ -98,13 +101,18 @@ def test_one_model_under_a_pipeline_per_thread_gives_the_bits_that_each_gives_al
         assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
-def test_a_second_call_of_a_pipeline_is_refused_and_the_first_one_right(tiny_pipeline):
-    pipe = tiny_pipeline()
-    expected, other = sample(pipe, callback_on_step_end=lambda *args: args[3]), sample(beside(pipe), seed=1)
+def test_during_a_call_a_second_one_is_refused_and_others_copies_and_saving_work(tiny_pipeline, tmp_path):
+    pipe = tiny_pipeline(weight_format="packed")
+    expected, other = sample(pipe, callback_on_step_end=lambda *args: args[3]), sample(another(pipe), seed=1)
     with Running(pipe) as running:
-        with pytest.raises(RuntimeError, match=rf"This pipeline {IN_USE}.*copy\.copy"):
+        with pytest.raises(RuntimeError, match=IN_USE):
             sample(pipe, num_inference_steps=2, guidance_scale=1.0)
-        assert torch.equal(sample(beside(pipe), seed=1), other)
+        pipe.save_pretrained(tmp_path)
+        loaded = TerDiTPipeline.from_pretrained(tmp_path)
+        loaded.set_progress_bar_config(disable=True)
+        copies = copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe)), another(TerDiTPipeline.from_pipe(pipe))
+        for free in (another(pipe), loaded, *copies):
+            assert torch.equal(sample(free, seed=1), other)
     assert torch.equal(running.images, expected)
     assert torch.equal(sample(pipe, seed=1), other)
 
@@ -115,7 +123,7 @@ def test_calls_without_an_order_are_right_or_refused(tiny_pipeline):
     results = [[] for _ in range(4)]
 
     def work(seed):
-        for _ in range(10):
+        for _ in range(6):
             try:
                 results[seed].append(sample(pipe, seed=seed, guidance_scale=1.0 + seed))
             except RuntimeError as error:
@@ -124,7 +132,7 @@ def test_calls_without_an_order_are_right_or_refused(tiny_pipeline):
     at_once(*[lambda seed=seed: work(seed) for seed in range(4)])
     pictures = 0
     for seed, result in enumerate(results):
-        assert len(result) == 10
+        assert len(result) == 6
         for item in result:
             if isinstance(item, str):
                 assert IN_USE in item
@@ -136,76 +144,33 @@ def test_calls_without_an_order_are_right_or_refused(tiny_pipeline):
 
 def test_a_callback_that_calls_its_own_pipeline_is_refused(tiny_pipeline):
     pipe = tiny_pipeline()
-    refused = []
 
     def callback(pipe, step, timestep, tensors):
-        with pytest.raises(RuntimeError, match=f"This pipeline {IN_USE}"):
+        with pytest.raises(RuntimeError, match=IN_USE):
             sample(pipe)
-        refused.append(step)
-        assert sample(beside(pipe)).isfinite().all()
+        assert sample(another(pipe)).isfinite().all()
         return tensors
 
     images = sample(pipe, callback_on_step_end=callback)
-    assert refused == [0, 1, 2, 3]
     assert torch.equal(images, sample(pipe, callback_on_step_end=lambda *args: args[3]))
 
 
-class Stop(Exception):
-    pass
-
-
-@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("place", ["callback", "transformer", "scheduler", "vae"])
-def test_a_call_that_ends_in_an_error_leaves_the_pipeline_free(tiny_pipeline, monkeypatch, error, place):
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_call_that_ends_in_an_error_leaves_the_pipeline_free(tiny_pipeline, monkeypatch, error):
     pipe = tiny_pipeline(vae=True)
     expected = sample(pipe)
 
     def fail(*args, **kwargs):
         raise error
 
-    with monkeypatch.context() as patch:
-        if place == "callback":
-            with pytest.raises(error):
-                sample(pipe, callback_on_step_end=fail)
-        else:
-            name = {"transformer": "forward", "scheduler": "step", "vae": "decode"}[place]
+    with pytest.raises(error):
+        sample(pipe, callback_on_step_end=fail)
+    for place, name in (("transformer", "forward"), ("scheduler", "step"), ("vae", "decode")):
+        with monkeypatch.context() as patch:
             patch.setattr(getattr(pipe, place), name, fail)
             with pytest.raises(error):
                 sample(pipe)
-    assert torch.equal(sample(pipe), expected)
-
-
-def test_a_refused_input_leaves_the_pipeline_free(tiny_pipeline):
-    pipe = tiny_pipeline()
-    for labels, settings in (([99], {}), ([1], {"num_inference_steps": 0})):
+    for refused in ({"labels": [99]}, {"num_inference_steps": 0}):
         with pytest.raises(ValueError, match=r"out of range|positive int"):
-            sample(pipe, labels=labels, **settings)
-    assert sample(pipe).isfinite().all()
-
-
-@pytest.mark.parametrize(
-    "make", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))], ids=["copy", "pickle"]
-)
-def test_copies_are_free_also_those_made_during_a_call(tiny_pipeline, make):
-    pipe = tiny_pipeline(weight_format="packed")
-    made = []
-
-    def callback(pipe, step, timestep, tensors):
-        made.append(make(pipe))
-        assert torch.equal(sample(made[-1]), made_before)
-        return tensors
-
-    made_before = sample(make(pipe))
-    sample(pipe, num_inference_steps=2, callback_on_step_end=callback)
-    assert torch.equal(sample(made[0]), sample(pipe))
-
-
-def test_saving_and_from_pipe_work_during_a_call(tiny_pipeline, tmp_path):
-    pipe = tiny_pipeline(weight_format="packed")
-    images = sample(pipe)
-    with Running(pipe):
-        pipe.save_pretrained(tmp_path)
-        assert torch.equal(sample(beside(TerDiTPipeline.from_pipe(pipe))), images)
-        loaded = TerDiTPipeline.from_pretrained(tmp_path)
-        loaded.set_progress_bar_config(disable=True)
-        assert torch.equal(sample(loaded), images)
+            sample(pipe, **refused)
+    assert torch.equal(sample(pipe), expected)

@@ -3,8 +3,6 @@
 import re
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from diffusers_terdit import TernaryLinear
 from diffusers_terdit.storage.inspection import HEADERS, inspect_weights
@@ -46,28 +44,14 @@ def test_it_tells_dead_layers(tiny_model, tmp_path):
     assert inspect_weights(tmp_path).dead_layers == ["transformer_blocks.1.ff.up_proj"]
 
 
-def test_damage_is_an_error_that_names_file_and_tensor(tmp_path):
+def test_files_are_read_as_strictly_as_on_loading(tmp_path):
     TernaryLinear(8, 8).pack().save_pretrained(tmp_path)
     rewrite_weights(tmp_path / FILE, lambda t: t["bias"].fill_(float("nan")))
     with pytest.raises(ValueError, match=f"{FILE}: tensor `bias` holds NaN or infinity"):
         inspect_weights(tmp_path)
-
-
-@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{"])
-def test_config_that_is_no_object_is_an_error_that_names_it(tmp_path, text):
-    TernaryLinear(8, 8).save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / "config.json"))):
         inspect_weights(tmp_path)
-
-
-def test_index_that_leads_outside_its_folder_is_an_error(tmp_path):
     (tmp_path / f"{FILE}.index.json").write_text('{"metadata": {}, "weight_map": {"a": "../x.safetensors"}}')
     with pytest.raises(ValueError, match="a shard is a plain file name"):
-        inspect_weights(tmp_path)
-
-
-def test_scale_of_no_ternary_layer_is_an_error(tmp_path):
-    save_file({"a.weight": torch.ones(4), "a.weight_scale": torch.ones(1)}, tmp_path / FILE)
-    with pytest.raises(ValueError, match=f"{FILE}: `a.weight` has shape"):
         inspect_weights(tmp_path)

@@ -23,6 +23,7 @@ CPU = torch.device("cpu")
 INSTALL = "pip install 'diffusers-terdit[cpu]'"
 FASTER = f"bfloat16 on this CPU would be faster and more accurate with numba: {INSTALL}"
 NO_AVX2 = "This processor has no AVX2, which the integer kernels need; ternary layers compute exactly."
+FLOATS = [torch.float32, torch.float16, torch.float64]
 
 
 @pytest.fixture
@@ -43,22 +44,16 @@ def missing(request, monkeypatch):
     torch_ops.warn_once.cache_clear()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
-def test_only_bfloat16_is_rounded_by_itself(best, dtype):
-    assert choose_kernel(CPU, dtype, 64, 64).bits is None
-    assert "not rounded unless asked for" in choose_kernel(CPU, dtype, 64, 64).reason
+def test_only_bfloat16_is_rounded_by_itself_and_others_when_asked(best):
+    for dtype in FLOATS:
+        assert choose_kernel(CPU, dtype, 64, 64).bits is None
+        assert "not rounded unless asked for" in choose_kernel(CPU, dtype, 64, 64).reason
     assert choose_kernel(CPU, torch.bfloat16, 64, 64)[:2] == (best, 16)
     assert choose_kernel(CPU, torch.bfloat16, 64, 64, requested_bits=None).bits is None
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("bits", [8, 16])
-def test_what_was_asked_for(best, bits, dtype):
-    assert choose_kernel(CPU, dtype, 64, 64, "row", requested_bits=bits) == (
-        best,
-        bits,
-        f"{bits}-bit inputs were asked for",
-    )
+    for dtype in (*FLOATS, torch.bfloat16):
+        for bits in (8, 16):
+            choice = choose_kernel(CPU, dtype, 64, 64, "row", requested_bits=bits)
+            assert choice == (best, bits, f"{bits}-bit inputs were asked for")
 
 
 def test_what_a_layer_was_trained_with_comes_first(best):
@@ -76,8 +71,7 @@ def test_what_a_layer_was_trained_with_comes_first(best):
     ],
 )
 def test_what_no_integer_kernel_takes(best, case, reason):
-    case = {"out_features": 64, "in_features": 64, **case}
-    choice = choose_kernel(CPU, torch.bfloat16, **case)
+    choice = choose_kernel(CPU, torch.bfloat16, **{"out_features": 64, "in_features": 64, **case})
     assert choice.bits is None
     assert reason in choice.reason
 
@@ -91,6 +85,11 @@ def test_the_dtype_of_an_exact_matmul(monkeypatch):
 
 
 def test_without_integer_kernels(missing, caplog):
+    # nothing is said where nothing was to be had
+    for dtype, bits in ((torch.float32, "auto"), (torch.bfloat16, None), (torch.bfloat16, 16)):
+        choose_kernel(CPU, dtype, 64, 64, requested_bits=bits)
+    choose_kernel(CPU, torch.bfloat16, 64, 64, scale_granularity=32)
+    assert not caplog.records
     assert not has_integer_kernel("cpu")
     packed, scale, bias = new_weight(40, 72)
     x = torch.randn(9, 72)
@@ -104,17 +103,10 @@ def test_without_integer_kernels(missing, caplog):
     assert [record.getMessage() for record in caplog.records] == [FASTER if missing == "no numba" else NO_AVX2]
 
 
-def test_nothing_is_said_where_nothing_was_to_be_had(missing, caplog):
-    for dtype, bits in ((torch.float32, "auto"), (torch.bfloat16, None), (torch.bfloat16, 16)):
-        choose_kernel(CPU, dtype, 64, 64, requested_bits=bits)
-    choose_kernel(CPU, torch.bfloat16, 64, 64, scale_granularity=32)
-    assert not caplog.records
-
-
 def test_asking_in_vain(missing, caplog):
     for bits in (8, 16):
         if missing == "no numba":
-            with pytest.raises(ImportError, match=rf"of {bits} bits on a CPU need numba: pip install"):
+            with pytest.raises(ImportError):
                 check_integers("cpu", bits)
         else:
             check_integers("cpu", bits)
@@ -146,9 +138,6 @@ def test_each_decision_is_logged_once_at_debug(best, caplog):
 
 
 def test_a_device_without_kernels():
-    assert choose_kernel(torch.device("meta"), torch.bfloat16, 64, 64, requested_bits=8) == (
-        "reference",
-        None,
-        "there are no kernels for meta",
-    )
+    choice = choose_kernel(torch.device("meta"), torch.bfloat16, 64, 64, requested_bits=8)
+    assert choice == ("reference", None, "there are no kernels for meta")
     assert not has_integer_kernel("meta")

@@ -1,112 +1,122 @@
 """Code for other processors than this one, and numba's cache of it on disk."""
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from processes import run
+from weights import new_weight
 
-import diffusers_terdit
 from diffusers_terdit.ops import has_integer_kernel, integer_linear, reference
 from diffusers_terdit.ops.cpu import choose
 
-from .test_integer import new_case
-
 
 numba = pytest.importorskip("numba")
+instructions = pytest.importorskip("diffusers_terdit.ops.cpu.instructions")
+pointer = instructions.pointer
 integer = pytest.importorskip("diffusers_terdit.ops.cpu.integer")
+lookup = pytest.importorskip("diffusers_terdit.ops.cpu.lookup")
 pytestmark = pytest.mark.skipif(not has_integer_kernel("cpu"), reason="this processor has no AVX2")
-SAME = """
-from diffusers_terdit.ops import integer_linear, pack_ternary, reference
-from diffusers_terdit.ops.cpu import choose
-torch.manual_seed(0)
-case = torch.randn(9, 70), pack_ternary(torch.randint(-1, 2, (40, 70))), torch.rand(1), torch.randn(40)
-same = torch.equal(integer_linear(*case), reference.integer_linear(*case, 16))
-print(same, ",".join(choose.integer_kernels()))
-"""
-
 
 WITH_AVX512 = "+avx2,+avx512f,+avx512bw,+avx512vl,+avx512vnni"
+KERNELS_OF = {  # best first
+    ("haswell", "+avx2"): "avx2",
+    ("alderlake", "+avx2,+avxvnni"): "avx_vnni,avx2",
+    ("cascadelake", WITH_AVX512): "avx512_vnni,avx_vnni,avx2",
+    ("znver4", WITH_AVX512): "avx512_vnni_lookup,avx512_vnni,avx_vnni,avx2",
+    ("nehalem", "+sse4.2"): "",
+}
 
 
-@pytest.mark.skipif("avx2" not in choose.integer_kernels(), reason="x86 only")
+def test_the_kernels_of_a_processor_are_those_for_its_instructions():
+    for (name, features), names in KERNELS_OF.items():
+        processor = instructions.Processor(name, frozenset(features.split(",")))
+        kernels = (lookup.KERNEL, *integer.KERNELS)
+        assert ",".join(kernel.name for kernel in kernels if kernel.runs_on(processor)) == names
+
+
 @pytest.mark.parametrize(
-    ("name", "features", "names"),
+    ("name", "features"),
     [
-        ("haswell", "+avx2", "avx2"),
-        ("alderlake", "+avx2,+avxvnni", "avx_vnni,avx2"),
-        ("cascadelake", WITH_AVX512, "avx512_vnni,avx_vnni,avx2"),
-        ("znver4", WITH_AVX512, "avx512_vnni_lookup,avx512_vnni,avx_vnni,avx2"),
-        ("nehalem", "+sse4.2", ""),
+        ("znver4", WITH_AVX512),  # with a kernel of its own
+        pytest.param("haswell", "+avx2", marks=[pytest.mark.slow] * ("avx512_vnni" in choose.integer_kernels())),
     ],
 )
-def test_code_for_another_processor(tmp_path, name, features, names):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_code_for_another_processor_first_used_after_a_fork(tmp_path, name, features):
+    """OpenMP has run, but no kernel was loaded before the fork: the child must not wait for the threads it lost."""
     here = choose.integer_kernels()
-    if ("avxvnni" in features and "avx_vnni" not in here) or ("avx512" in features and "avx512_vnni" not in here):
+    if "avx2" not in here or ("avx512" in features and "avx512_vnni" not in here):
         pytest.skip("this processor does not run it")
+    code = """
+import os, signal
+from diffusers_terdit.ops import integer_linear, reference
+from diffusers_terdit.ops.cpu import choose
+torch.set_num_threads(2)
+torch.randn(2000, 2000).sin()
+case = torch.randn(300, 512), torch.full((256, 512), 0b01010110, dtype=torch.uint8), torch.rand(1), torch.randn(1024)
+expected = reference.integer_linear(*case, 16).numpy()
+child = os.fork()
+if not child:
+    signal.alarm(60)
+    os._exit(0 if (integer_linear(*case).numpy() == expected).all() else 1)
+print(os.waitpid(child, 0)[1], (integer_linear(*case).numpy() == expected).all(), ",".join(choose.integer_kernels()))
+"""
     environment = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
-    if name == "alderlake" and not _has_flag("avx_vnni"):
-        pytest.skip("avx_vnni without avx512 is another encoding, which this processor does not run")
-    assert run(SAME, **environment) == f"True {names}".strip()
+    assert run(code, **environment) == f"0 True {KERNELS_OF[name, features]}"
 
 
-def _has_flag(flag):
-    try:
-        with open("/proc/cpuinfo") as file:
-            return f" {flag} " in file.read()
-    except OSError:
-        return False
+class TestCompiledCode:
+    """numba's files of it."""
 
+    @pytest.fixture
+    def compiles(self, tmp_path, monkeypatch):
+        """Compile a function, or load it as a new process does; use it; return the files and when each was made."""
+        monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "compiled"))
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """A folder with compiled code, of a run that found none."""
-    folder = tmp_path_factory.mktemp("compiled")
-    assert run(SAME, NUMBA_CACHE_DIR=str(folder)).startswith("True")
-    return folder
+        def run():
+            def double(address):
+                numbers = numba.carray(pointer(address, "int64"), 1)
+                numbers[0] = 2 * numbers[0]
 
+            number = torch.tensor([21])
+            instructions.c_function(cached=True)(double).ctypes(number.data_ptr())
+            assert number.item() == 42
+            return {path: path.stat().st_mtime_ns for path in (tmp_path / "compiled").rglob("*.nb*")}
 
-def test_compiled_code_is_kept_between_runs(compiled):
-    def files():
-        return {path: path.stat().st_mtime_ns for path in compiled.rglob("*.nb*")}
+        yield run
+        instructions._digest_of_sources.cache_clear()
 
-    first = files()
-    assert len(first) >= 4  # index and code of two functions
-    assert run(SAME, NUMBA_CACHE_DIR=str(compiled)).startswith("True")
-    assert files() == first
+    def test_it_is_kept_until_a_source_changes_or_a_file_is_damaged(self, compiles, tmp_path, monkeypatch):
+        first = compiles()
+        assert len(first) == 2  # index and code
+        # numba looks at the file of a compiled function alone, not at those of what it calls
+        copy = shutil.copytree(Path(instructions.__file__).parent, tmp_path / "copy")
+        monkeypatch.setattr(instructions, "files", lambda package: copy)
+        instructions._digest_of_sources.cache_clear()
+        assert compiles() == first
+        path = copy / "lookup.py"
+        path.write_text(path.read_text() + "\n# changed")
+        instructions._digest_of_sources.cache_clear()
+        changed = compiles()
+        assert len(changed) == 4
+        for length in (0, 40):
+            for path in changed:
+                path.write_bytes(path.read_bytes()[:length])
+            assert compiles().keys() == changed.keys()
+            assert sum(path.stat().st_size > 40 for path in changed) == 2
 
-
-@pytest.mark.parametrize("length", [0, 40])
-def test_damaged_compiled_code_is_compiled_again(compiled, tmp_path, length):
-    shutil.copytree(compiled, tmp_path, dirs_exist_ok=True)
-    paths = [*tmp_path.rglob("*.nb*")]
-    for path in paths:
-        path.write_bytes(path.read_bytes()[:length])
-    assert run(SAME, NUMBA_CACHE_DIR=str(tmp_path)).startswith("True")
-    assert sum(path.stat().st_size > length for path in paths) >= 4, {p.name: p.stat().st_size for p in paths}
-
-
-def test_a_change_in_another_file_is_compiled(tmp_path):
-    """numba looks at the file of a compiled function alone, not at those of what it calls."""
-    ignored = shutil.ignore_patterns("__pycache__", "checkpoints")
-    shutil.copytree(Path(diffusers_terdit.__file__).parent, tmp_path / "diffusers_terdit", ignore=ignored)
-    environment = {"NUMBA_CACHE_DIR": str(tmp_path / "compiled"), "PYTHONPATH": str(tmp_path)}
-    assert run(SAME, **environment).startswith("True")
-    path = tmp_path / "diffusers_terdit" / "ops" / "cpu" / "instructions.py"
-    before, after = "builder.fmul(builder.sitofp(", "builder.fadd(builder.sitofp("  # scales are added
-    assert path.read_text().count(before) == 1
-    path.write_text(path.read_text().replace(before, after))
-    assert run(SAME, **environment).startswith("False")
-
-
-def test_no_place_for_compiled_code(monkeypatch):
-    monkeypatch.setattr(numba.core.caching.CompileResultCacheImpl, "_locator_classes", [])
-    with pytest.raises(RuntimeError, match="cache"):
-        integer.compile_functions(integer.KERNELS[-1], 2, False, cached=True)
-    integer.compiled.cache_clear()
-    try:
-        case = new_case(3, 8, 16)
-        assert torch.equal(integer_linear(*case), reference.integer_linear(*case, 16))
-    finally:
+    def test_there_is_no_place_for_it(self, monkeypatch):
+        monkeypatch.setattr(numba.core.caching.CompileResultCacheImpl, "_locator_classes", [])
+        with pytest.raises(RuntimeError, match="cache"):
+            integer.compile_functions(integer.KERNELS[-1], 1, False, cached=True)
         integer.compiled.cache_clear()
+        try:
+            packed, scale, bias = new_weight(8, 16)
+            x = torch.randn(3, 16)
+            expected = reference.integer_linear(x, packed, scale, bias, 8)
+            assert torch.equal(integer_linear(x, packed, scale, bias, 8), expected)
+        finally:
+            integer.compiled.cache_clear()

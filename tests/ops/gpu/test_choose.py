@@ -35,25 +35,21 @@ class TestDecoder:
         assert choose.decoder(torch.device("cuda", 0)) is decode.unpack
         assert "An old card is too old" in caplog.text
 
-    def test_triton_that_cannot_launch(self, monkeypatch, caplog, triton_kernels):
-        def unpack(*args):
+    def test_triton_is_tried_and_left_where_it_cannot_launch_or_is_wrong(self, monkeypatch, caplog, triton_kernels):
+        def no_compiler(*args):
             raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nMore.")
 
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        monkeypatch.setattr(triton_kernels, "unpack", unpack)
-        assert choose.decoder(torch.device("cpu")) is decode.unpack
-        assert "Failed to find C compiler" in caplog.text
-        assert "More." not in caplog.text
-
-    def test_a_kernel_that_is_wrong_is_not_used(self, monkeypatch, caplog, triton_kernels):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        monkeypatch.setattr(triton_kernels, "unpack", lambda packed, dtype: torch.zeros(4 * len(packed), 9))
-        assert choose.decoder(torch.device("cpu")) is decode.unpack
-        assert "wrong results" in caplog.text
-
-    def test_one_that_works(self, monkeypatch, triton_kernels):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         assert choose.decoder(torch.device("cpu")) is triton_kernels.unpack
+        for unpack, words in (
+            (no_compiler, "Failed to find C compiler"),
+            (lambda packed, dtype: torch.zeros(4 * len(packed), 9), "wrong results"),
+        ):
+            choose.decoder.cache_clear()
+            monkeypatch.setattr(triton_kernels, "unpack", unpack)
+            assert choose.decoder(torch.device("cpu")) is decode.unpack
+            assert words in caplog.text
+        assert "More." not in caplog.text
 
 
 class TestChoose:
@@ -66,11 +62,7 @@ class TestChoose:
     def test_nothing_is_rounded_unless_asked_for(self, recent):
         for bits in ("auto", None):
             choice = choose_kernel(CUDA, torch.bfloat16, 64, 64, requested_bits=bits)
-            assert choice == (
-                "exact, matmul in bfloat16",
-                None,
-                "bfloat16 is not rounded unless asked for",
-            )
+            assert choice == ("exact, matmul in bfloat16", None, "bfloat16 is not rounded unless asked for")
 
     @pytest.mark.parametrize(
         ("sizes", "kernel"),

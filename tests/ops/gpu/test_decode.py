@@ -14,17 +14,19 @@ from diffusers_terdit.ops.gpu import decode
 class TestLinear:
     @pytest.mark.parametrize("granularity", ["tensor", "row", 8])
     @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-    @pytest.mark.parametrize("rows", [1, 2, 33, (2, 3), 0])
-    def test_it_agrees_with_float64(self, rows, dtype, granularity, decoder, device):
+    def test_it_agrees_with_float64(self, dtype, granularity, decoder, device):
         packed, scale, bias = new_weight(36, 72, granularity, device)
-        shape = rows if isinstance(rows, tuple) else (rows,)
-        x = torch.randn(*shape, 72, device=device).to(dtype)
-        for shift in (None, bias):
+        for shape, shift in (((33,), None), ((2, 3), bias), ((0,), bias)):
+            x = torch.randn(*shape, 72, device=device).to(dtype)
             output = decode.linear(decoder, x, packed, scale, shift)
             expected = reference.ternary_linear(x.double(), packed, scale.double(), shift)
             assert output.dtype == dtype
             assert output.shape == (*shape, 36)
-            assert rows == 0 or relative_error(output, expected) < TOLERANCE[dtype]
+            assert shape == (0,) or relative_error(output, expected) < TOLERANCE[dtype]
+            if shift is None:
+                found = decode.product(decoder, x, packed, scale)
+                assert found.dtype == dtype
+                torch.testing.assert_close(found, reference.product(x, packed, scale), rtol=1e-2, atol=1e-2)
 
     @torch.no_grad()
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -45,7 +47,7 @@ class TestLinear:
         found, _, scale_grad = decode.linear_backward(decoder, grad, x.detach().float(), packed, scale, True)
         assert relative_error(found, expected) < 1e-5
         free = scale.double().requires_grad_()
-        wide = free if granularity == "row" or granularity == "tensor" else free.repeat_interleave(8, 1)
+        wide = free.repeat_interleave(8, 1) if granularity == 8 else free
         (x.detach() @ (reference.unpack_ternary(packed, torch.float64) * wide).T).backward(grad.double())
         assert relative_error(scale_grad, free.grad) < 1e-4
 
@@ -53,55 +55,50 @@ class TestLinear:
         packed = torch.zeros(1, 4096, dtype=torch.uint8, device=device)  # all -1
         x = torch.full((2, 4096), 100.0, dtype=torch.float16, device=device)  # sums of 409,600
         for scale in (torch.tensor([0.01]), torch.full((4, 1), 0.01)):
-            assert torch.equal(
-                decode.linear(decoder, x, packed, scale.to(device), None).cpu(), torch.full((2, 4), -4096.0).half()
-            )
+            output = decode.linear(decoder, x, packed, scale.to(device), None)
+            assert torch.equal(output.cpu(), torch.full((2, 4), -4096.0).half())
 
     @pytest.mark.parametrize("granularity", ["tensor", "row", 8])
-    @pytest.mark.parametrize("factor", [1e-4, 1e2])
-    @pytest.mark.parametrize("outlier", [1, 1000])
-    def test_float16_is_finite_where_its_result_is(self, factor, outlier, granularity, decoder, device):
-        packed, scale, bias = new_weight(64, 256, granularity, device)
-        scale = factor * scale
-        x = torch.randn(5, 256, device=device).half()
-        x[:, ::64] *= outlier
-        expected = reference.ternary_linear(x.double(), packed, scale, bias)
-        fits = expected.abs() < 60000
-        output = decode.linear(decoder, x, packed, scale, bias)
-        assert fits.any()
-        assert output[fits].isfinite().all()
-        assert relative_error(output[fits], expected[fits]) < 2e-3
+    def test_float16_is_finite_where_its_result_is(self, granularity, decoder, device):
+        for factor, outlier in itertools.product((1e-4, 1e2), (1, 1000)):
+            packed, scale, bias = new_weight(64, 256, granularity, device)
+            x = torch.randn(5, 256, device=device).half()
+            x[:, ::64] *= outlier
+            expected = reference.ternary_linear(x.double(), packed, factor * scale, bias)
+            fits = expected.abs() < 60000
+            output = decode.linear(decoder, x, packed, factor * scale, bias)
+            assert fits.any()
+            assert output[fits].isfinite().all()
+            assert relative_error(output[fits], expected[fits]) < 2e-3
 
-    @pytest.mark.parametrize("value", [0.0, -0.7, 1e-30, 3e4, float("nan"), float("inf")])
-    def test_any_scale_in_float16(self, value, decoder, device):
+    def test_any_scale_in_float16(self, decoder, device):
         packed, _, _ = new_weight(8, 16, device=device)
         x = torch.randn(3, 16, device=device).half()
-        scale = torch.tensor([value], device=device)
-        expected = reference.ternary_linear(x.float(), packed, scale, None).half()
-        torch.testing.assert_close(
-            decode.linear(decoder, x, packed, scale, None), expected, rtol=2e-3, atol=1e-3, equal_nan=True
-        )
+        for value in (0.0, -0.7, 1e-30, 3e4, float("nan"), float("inf")):
+            scale = torch.tensor([value], device=device)
+            expected = reference.ternary_linear(x.float(), packed, scale, None).half()
+            output = decode.linear(decoder, x, packed, scale, None)
+            torch.testing.assert_close(output, expected, rtol=2e-3, atol=1e-3, equal_nan=True)
 
 
 class TestIntegerLinear:
     @pytest.mark.parametrize("bits", [16, 8])
     @pytest.mark.parametrize("rows", [1, 16, 17, 40])
-    @pytest.mark.parametrize("shape", [(32, 64), (64, 1024), (36, 65)], ids=str)
+    @pytest.mark.parametrize("shape", [(32, 64), (36, 65)], ids=str)
     def test_it_gives_the_references_bits(self, shape, rows, bits, decoder, device):
-        for granularity, dtype in itertools.product(("tensor", "row"), (torch.float32, torch.bfloat16, torch.float16)):
+        for granularity, dtype in (("tensor", torch.float32), ("row", torch.bfloat16), ("row", torch.float16)):
             packed, scale, bias = new_weight(*shape, granularity, device)
-            x = torch.randn(rows, shape[1], device=device).to(dtype)
-            for shift in (None, bias):
-                expected = reference.integer_linear(x, packed, scale, shift, bits)
-                assert torch.equal(decode.integer_linear(decoder, x, packed, scale, shift, bits), expected)
+            x, shift = torch.randn(rows, shape[1], device=device).to(dtype), None if granularity == "tensor" else bias
+            expected = reference.integer_linear(x, packed, scale, shift, bits)
+            assert torch.equal(decode.integer_linear(decoder, x, packed, scale, shift, bits), expected)
+        bytes_ = torch.randint(-128, 128, (rows, shape[1]), dtype=torch.int8, device=device)
+        assert torch.equal(decode.integer_product(decoder, bytes_, packed), reference.integer_product(bytes_, packed))
 
     def test_the_largest_codes_do_not_overflow(self, decoder, device):
         packed = torch.full((2, 65536), 0b10101010, dtype=torch.uint8, device=device)  # all +1
-        x = torch.ones(2, 65536, device=device)
-        scale = torch.ones(1, device=device)
-        assert torch.equal(
-            decode.integer_linear(decoder, x, packed, scale, None, 16), torch.full((2, 8), 65536.0, device=device)
-        )
+        x, scale = torch.ones(2, 65536, device=device), torch.ones(1, device=device)
+        output = decode.integer_linear(decoder, x, packed, scale, None, 16)
+        assert torch.equal(output.cpu(), torch.full((2, 8), 65536.0))
 
     def test_several_dimensions_and_none(self, decoder, device):
         packed, scale, _ = new_weight(32, 64, device=device)
@@ -111,29 +108,10 @@ class TestIntegerLinear:
         assert decode.integer_linear(decoder, x[:0], packed, scale, None, 8).shape == (0, 3, 32)
 
     @pytest.mark.parametrize("bits", [16, 8])
-    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    def test_a_row_that_is_not_finite(self, value, bits, decoder, device):
+    def test_a_row_that_is_not_finite(self, bits, decoder, device):
         packed, scale, _ = new_weight(32, 64, device=device)
         x = torch.randn(20, 64, device=device)
-        x[3, 5] = value
+        x[3, 5], x[7, 0] = float("nan"), float("inf")
         output = decode.integer_linear(decoder, x, packed, scale, None, bits)
-        assert output[3].isnan().all()
+        assert output.isnan().all(1).nonzero().flatten().tolist() == [3, 7]
         assert output[[0, 1, 2, 4]].isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("granularity", ["tensor", "row", 8])
-def test_the_product_is_the_references(granularity, dtype, decoder, device):
-    packed, scale, _ = new_weight(36, 72, granularity, device)
-    x = torch.randn(5, 72, device=device).to(dtype)
-    found, expected = decode.product(decoder, x, packed, scale), reference.product(x, packed, scale)
-    assert found.dtype == dtype
-    assert relative_error(found, expected.double()) < TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize("rows", [1, 16, 17, 40])
-@pytest.mark.parametrize("shape", [(32, 64), (36, 65)], ids=str)
-def test_the_integer_product_is_the_references(shape, rows, decoder, device):
-    packed, _, _ = new_weight(*shape, device=device)
-    bytes_ = torch.randint(-128, 128, (rows, shape[1]), dtype=torch.int8, device=device)
-    assert torch.equal(decode.integer_product(decoder, bytes_, packed), reference.integer_product(bytes_, packed))

@@ -7,7 +7,7 @@ from weights import new_weight
 from diffusers_terdit.ops import dequantize, reference
 
 
-SHAPES = [(4, 1), (36, 65), (64, 48), (132, 1023), (16, 1025), (8, 2048)]  # (N, K)
+SHAPES = [(4, 1), (36, 65), (132, 1023), (16, 1025), (8, 2048)]  # (N, K)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8]
 
 
