@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 import threading
@@ -85,6 +86,13 @@ def test_the_judge_of_files_notices_a_bit_a_digest_and_infinity(tmp_path):
     loaded.bias.data.fill_(float("inf"))
     with pytest.raises(AssertionError, match="bias holds NaN or infinity"):
         files.judge("layer", {**saved, files.WEIGHTS: files.write(infinite, {})}, loaded)
+
+
+def test_faults_change_the_tensors_of_a_pickle_and_keep_the_others():
+    saved = {files.PTH: files.dump_pickle({"a": torch.ones(2), "b": torch.ones(3)})}
+    files.edit_tensors(random.Random(0), saved, lambda tensors: tensors.update(a=("F32", [0], b"")))
+    changed = files.load_pickle(saved[files.PTH])
+    assert [tuple(tensor.shape) for tensor in changed.values()] == [(0,), (3,)]
 
 
 # Kills
