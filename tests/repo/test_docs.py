@@ -28,7 +28,7 @@ from diffusers_terdit import cli, evaluation, losses, training
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted(DOCS.rglob("*.md"))]
 BLOCK = re.compile(
     r"^(?:<!-- (?P<mark>[^\n]*?) -->\n)?```(?P<language>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
@@ -151,6 +151,8 @@ def check_command(words):
 
 def commands(page):
     """The commands of a page, each as a list of words; Python between two ENDs is compiled and left out."""
+    for line in re.findall(r"^\| `(python .+?)` \|", page.read_text("utf-8"), re.MULTILINE):  # of a table
+        yield shlex.split(line)
     for language in ("bash", "console"):
         for _, text in blocks(page, language):
             text = re.sub(
@@ -227,7 +229,7 @@ def test_the_site_builds_without_a_warning_and_reads_nothing_from_another_host(t
         failed = main(["-W", "--keep-going", "-q", "-d", str(tmp_path / "cache"), str(DOCS), str(site)])
     assert not failed, f"`make docs` says:\n{capsys.readouterr().err[-3000:]}"
     pages = {path.relative_to(site).as_posix(): path.read_text("utf-8") for path in site.rglob("*.html")}
-    unbuilt = {path.relative_to(DOCS).with_suffix(".html").as_posix() for path in PAGES[1:]} - set(pages)
+    unbuilt = {path.relative_to(DOCS).with_suffix(".html").as_posix() for path in DOCS.rglob("*.md")} - set(pages)
     assert not unbuilt, f"not in the site: link them in docs/index.md: {unbuilt}"
     loads = re.compile(r"<(?!a\b|link rel=\"canonical)[^>]*(?:src|href|action|data)=\"(?:https?:)?//[^\"]*\"[^>]*>")
     foreign = {name: loads.findall(text) for name, text in pages.items() if loads.findall(text)}
