@@ -32,20 +32,6 @@ def parquet(image_folder, tmp_path, monkeypatch):
 
 
 class TestImages:
-    def test_the_middle_of_the_image_is_kept_at_the_asked_size(self):
-        pixels = np.zeros((40, 80, 3), dtype=np.uint8)
-        pixels[:, 20:60] = 255  # the middle square
-        image = training.data.prepare_image(Image.fromarray(pixels), 16)
-        assert image.shape == (3, 16, 16)
-        assert image.dtype == torch.float32
-        torch.testing.assert_close(image[:, :, 2:-2], torch.ones(3, 16, 12))
-        assert training.data.prepare_image(Image.fromarray(pixels), 8, channels=1).shape == (1, 8, 8)
-
-    @pytest.mark.parametrize("size", [(5, 9), (16, 16), (17, 16), (100, 33), (16, 31)])
-    def test_any_size_of_image_fits(self, size):
-        image = training.data.prepare_image(Image.new("RGB", size, (255, 0, 0)), 16)
-        torch.testing.assert_close(image, torch.tensor([1.0, -1, -1]).view(3, 1, 1).expand(3, 16, 16))
-
     def test_labels_come_from_folder_names_in_order(self, image_folder):
         samples = training.data.ImageSamples.from_folder(image_folder, resolution=8)
         assert samples.id2label == {0: "ant", 1: "bee"}

@@ -1,6 +1,5 @@
 """Training data: images, data sets, streams and cached latents, and the examples that a run draws from them."""
 
-import io
 import itertools
 import json
 import os
@@ -13,11 +12,11 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from diffusers.utils import logging
-from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from .images import read_image, suffixes
 from .random import normal, permutation, sample_order, uniform
 
 
@@ -25,23 +24,6 @@ logger = logging.get_logger(__name__)
 
 
 LATENTS_NAME = "latents.json"
-
-
-def prepare_image(image: Image.Image, resolution: int, channels: int = 3) -> Tensor:
-    """Return the middle square of an image, scaled to (channels, resolution, resolution), float32 in [-1, 1].
-
-    Large images are halved by boxes before one bicubic step, as in the training data of ADM and DiT.
-    Source: https://github.com/openai/guided-diffusion (MIT).
-    """
-    image = image.convert("L" if channels == 1 else "RGB")
-    while min(image.size) >= 2 * resolution:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    factor = resolution / min(image.size)
-    size = [max(round(side * factor), resolution) for side in image.size]
-    image = image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
-    left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
-    pixels = np.asarray(image.crop((left, top, left + resolution, top + resolution)), dtype=np.float32)
-    return torch.from_numpy(pixels.reshape(resolution, resolution, channels) / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 
 @contextmanager
@@ -138,8 +120,8 @@ class ImageSamples(Dataset):
             ValueError: There are no class folders, or no images in them.
         """
         folders = sorted(path for path in Path(root).iterdir() if path.is_dir() and not path.name.startswith("."))
-        extensions = set(Image.registered_extensions())
-        files = [[p for p in sorted(f.rglob("*")) if p.suffix.lower() in extensions] for f in folders]
+        endings = suffixes()
+        files = [[p for p in sorted(f.rglob("*")) if p.suffix.lower() in endings] for f in folders]
         found = [(folder.name, paths) for folder, paths in zip(folders, files, strict=True) if paths]
         if not found:
             raise ValueError(
@@ -161,14 +143,12 @@ class ImageSamples(Dataset):
         Raises:
             OSError: The image cannot be read.
         """
-        source = self.sources[index]
-        if isinstance(source, dict):
-            source = io.BytesIO(source["bytes"]) if source.get("bytes") else source["path"]
         try:
-            image = source if isinstance(source, Image.Image) else Image.open(source)
-            return prepare_image(image, self.resolution, self.channels)
-        except (OSError, ValueError, SyntaxError, TypeError) as error:  # Pillow raises all of these
-            raise OSError(f"image {index} ({source}) cannot be read: {error}. Repair or remove it.") from error
+            return read_image(self.sources[index], self.resolution, self.channels)
+        except OSError as error:
+            source = self.sources[index]
+            where = (source.get("path") or "of the data set") if isinstance(source, dict) else source
+            raise OSError(f"image {index} ({where}) cannot be read: {error}. Repair or remove it.") from error
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if not 0 <= index < len(self):  # what ends a `for` over the samples
