@@ -38,19 +38,25 @@ def _digest_of_sources() -> str:
     for file in sorted(files(__package__).iterdir(), key=lambda file: file.name):
         if file.name.endswith(".py"):
             digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
+    return digest.hexdigest()
 
 
-def c_function(cached: bool) -> Callable[[Callable], Any]:
+def c_function(cached: bool, *variant: Any) -> Callable[[Callable], Any]:
     """Compile a function of an address to a C function, from numba's cache on disk if wanted and there.
 
-    A damaged file there, which numba stops at, is written anew.
+    A damaged file there, which numba stops at, is written again.
+
+    Args:
+        cached (`bool`): Whether to use the cache.
+        variant: Everything that the function's code depends on besides the sources, as plain values.
     """
 
     def compiled(function: Callable) -> Any:
-        # It names the files of the cache. numba itself looks for changes in the file of the function alone, not in
-        # those of what the function calls.
-        function.__qualname__ += f"-{_digest_of_sources()}"
+        # The name of the cache's files. Every variant has files of its own, since numba numbers the variants of one
+        # function without a lock: two processes that compile two of them at once would exchange their code for good.
+        # And numba itself looks for changes in the file of the function alone, not in those of what it calls.
+        made_from = (numba.__version__, processor().name, sorted(processor().features), _digest_of_sources(), variant)
+        function.__qualname__ += f"-{hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]}"
         decorate = numba.cfunc(types.void(types.intp), nogil=True, cache=cached)
         try:
             return decorate(function)

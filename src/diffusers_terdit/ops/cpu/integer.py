@@ -196,7 +196,7 @@ def _compile_quantize(shape: Shape, parts: int, half: bool, cached: bool) -> Any
     field, fields = JOB, len(JOB)
     number, shift = ("uint16", 16) if half else ("uint32", 0)
 
-    @c_function(cached)
+    @c_function(cached, shape, parts, half)
     def quantize(address):
         """A unit is the rows of a tile."""
         job = numba.carray(pointer(address, "int64"), fields)
@@ -253,7 +253,7 @@ def _compile_tiles(instruction: str, shape: Shape, parts: int, half: bool, cache
     field, fields = JOB, len(JOB)
     number, size, to_half = ("uint16", 2, 1) if half else ("uint32", 4, 0)
 
-    @c_function(cached)
+    @c_function(cached, instruction, shape, parts, half)
     def multiply(address):
         """A unit is `panel` rows of the packed weight, or one quarter of them: `panel` outputs each."""
         job = numba.carray(pointer(address, "int64"), fields)

@@ -164,7 +164,7 @@ def _compile(shape: Shape, parts: int, half: bool, cached: bool) -> Any:
     most_turns, field, fields = block // turn, JOB, len(JOB)
     number, size, to_half = ("uint16", 2, 1) if half else ("uint32", 4, 0)
 
-    @c_function(cached)
+    @c_function(cached, shape, parts, half)
     def multiply(address):
         """A unit is `strip` rows of integers and `share` panels: 16 rows of the packed weight, their 64 outputs."""
         job = numba.carray(pointer(address, "int64"), fields)
