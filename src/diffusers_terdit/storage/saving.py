@@ -171,6 +171,40 @@ def refuse_interrupted(folder: Path) -> None:
 
 
 @contextmanager
+def undisturbed(*folders: Path) -> Iterator[None]:
+    """Raise an `OSError` if the files of a model are replaced while they are read: it would be a mixture of two.
+
+    Args:
+        folders: Those whose configs and weights are read in the context; what does not exist is no folder of files.
+
+    Raises:
+        OSError: A save is under way, was interrupted, or ended meanwhile, also where something else was raised first.
+    """
+
+    def look() -> dict[Path, tuple[int, int, int]]:
+        found = {}
+        for folder in folders:
+            refuse_interrupted(folder)
+            for path in [*folder.glob("*.json"), *folder.glob("*.safetensors")]:
+                with suppress(FileNotFoundError):  # replaced since it was listed, which the second look finds
+                    status = path.stat()
+                    found[path] = (status.st_ino, status.st_mtime_ns, status.st_size)
+        return found
+
+    def compare(cause: BaseException | None) -> None:
+        if look() != before:
+            raise OSError(f"Another process saved into {folders[0]} while it was read. Load it again.") from cause
+
+    before = look()
+    try:
+        yield
+    except Exception as error:
+        compare(error)
+        raise
+    compare(None)
+
+
+@contextmanager
 def output_folder(path: str | os.PathLike, is_main_process: bool = True, seconds: float = 10.0) -> Iterator[None]:
     """Keep a folder for one run: make it, try to write there, and remove what killed runs left half-written.
 
