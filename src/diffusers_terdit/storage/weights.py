@@ -18,7 +18,7 @@ import os
 import pickle
 import struct
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
@@ -418,6 +418,43 @@ def check_weights(
             f"{files[0].path.parent} holds shards of several models. Download all of them again, or save the model"
             " again."
         )
+
+
+def check_tensors_of(
+    path: str | os.PathLike,
+    expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    advice: str,
+    some: bool = False,
+) -> WeightsFile:
+    """Check one file of tensors that is no model: adapter, training checkpoint, cached latents, parts of results.
+
+    Args:
+        path (`str` or `os.PathLike`): The file.
+        expected (`dict[str, tuple[torch.dtype, tuple[int, ...]]]`): Dtypes and shapes by name.
+        advice (`str`): What to do about a file that holds something else.
+        some (`bool`): Whether the file may lack some of them.
+
+    Returns:
+        [`WeightsFile`]: The file, found to hold these tensors, finite, and to match its digest where it has one.
+
+    Raises:
+        ValueError: It holds something else.
+        OSError: It cannot be read.
+    """
+    file = WeightsFile(path)
+    missing = [] if some else sorted(set(expected) - set(file.tensors))
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} tensor(s), such as `{missing[0]}`. {advice}")
+    for name, (dtype, shape) in file.tensors.items():
+        if name not in expected:
+            raise ValueError(f"{path} holds an unexpected tensor, `{name}`. {advice}")
+        if (dtype, shape) != (DTYPE_NAMES[expected[name][0]], expected[name][1]):
+            raise ValueError(
+                f"{path}: `{name}` is {dtype} {list(shape)}, expected {DTYPE_NAMES[expected[name][0]]}"
+                f" {list(expected[name][1])}. {advice}"
+            )
+    file.check_contents()
+    return file
 
 
 def check_metadata(path: Path, metadata: dict[str, str], packed_model: bool) -> None:

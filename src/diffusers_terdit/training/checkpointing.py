@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..storage.saving import new_file, new_folder, partial_path
+from ..storage.weights import check_tensors_of, read_json, state_dict_digest
 from .sharding import shard_like
 
 
@@ -32,8 +33,16 @@ def _step_of(path: Path) -> int:
 
 
 def rotate(output_dir: str | os.PathLike, limit: int | None) -> None:
-    """Remove the oldest checkpoints beyond `limit`; `None` keeps all."""
-    for path in find(output_dir)[: -limit if limit else None] if limit else []:
+    """Remove the oldest checkpoints beyond `limit`; `None` and -1 keep all.
+
+    Raises:
+        ValueError: Another limit below 1.
+    """
+    if limit is None or limit == -1:
+        return
+    if limit < 1:
+        raise ValueError(f"`limit` must be at least 1, or -1 to keep all checkpoints, got {limit}.")
+    for path in find(output_dir)[:-limit]:
         # Renamed first, so that a kill in the middle leaves no half checkpoint.
         with partial_path(path) as doomed:
             os.replace(path, doomed)
@@ -91,7 +100,8 @@ def save(
         def write(name: str, tensors: dict[str, Any]) -> None:
             if partial is not None:
                 contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-                save_file(contiguous, partial / f"{name}.safetensors")
+                metadata = {"format": "pt", "terdit.sha256": state_dict_digest(contiguous)}
+                save_file(contiguous, partial / f"{name}.safetensors", metadata)
 
         write("model", get_model_state_dict(model, options=options))
         write("ema", get_model_state_dict(ema_model, options=options))
@@ -103,7 +113,7 @@ def save(
 
 
 def load(
-    folder: str | os.PathLike, model: nn.Module, ema_model: nn.Module, optimizer: torch.optim.Optimizer
+    folder: str | os.PathLike, model: ModelMixin, ema_model: ModelMixin, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
     """Restore in place what `save` wrote, on any number of processes, and return its `state`.
 
@@ -118,6 +128,8 @@ def load(
     folder = Path(folder)
     if not (folder / STATE_NAME).is_file():
         raise OSError(f"{folder} is no checkpoint: it has no {STATE_NAME}. Pass a `checkpoint-N` folder.")
+    _check_config(folder, model)
+    state = read_json(folder / STATE_NAME)
     restore_tensors(folder / "model.safetensors", model.state_dict())
     restore_tensors(folder / "ema.safetensors", ema_model.state_dict())
     # The optimizer's own tensors, which a step without gradients makes where there are none. They are overwritten in
@@ -126,7 +138,19 @@ def load(
     for tensor in tensors.values():
         tensor.zero_()  # the file has no state of a parameter that had no gradient yet
     restore_tensors(folder / "optimizer.safetensors", tensors, partial=True)
-    return json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+    return state
+
+
+def _check_config(folder: Path, model: ModelMixin) -> None:
+    """Raise a `ValueError` that names what differs between the config of a checkpoint and that of a model."""
+    saved, asked = (
+        {key: value for key, value in config.items() if not key.startswith("_")}
+        for config in (read_json(folder / "config.json"), json.loads(model.to_json_string()))
+    )
+    differing = sorted(key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key))
+    if differing:
+        shown = ", ".join(f"{key}={saved.get(key)!r:.80}, not {asked.get(key)!r:.80}" for key in differing[:5])
+        raise ValueError(f"{folder} was trained with {shown}. Resume with the options it was trained with.")
 
 
 def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, options: Any) -> dict[str, Any]:
@@ -147,23 +171,13 @@ def restore_tensors(path: Path, targets: dict[str, Tensor], partial: bool = Fals
         partial (`bool`): Whether the file may lack some of them.
 
     Raises:
-        ValueError: The names or shapes in the file are not those of `targets`.
+        ValueError: The names, dtypes or shapes in the file are not those of `targets`, or it is damaged.
+        OSError: The file cannot be read.
     """
+    expected = {name: (target.dtype, tuple(target.shape)) for name, target in targets.items()}
+    check_tensors_of(
+        path, expected, "Resume with the options it was trained with, or from another checkpoint.", partial
+    )
     with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        odd = sorted(names - set(targets) if partial else names ^ set(targets))
-        if odd:
-            raise ValueError(
-                f"{path} is not of this model: {len(odd)} tensors differ, such as `{odd[0]}`. Resume with the options"
-                " it was trained with."
-            )
-        for name, target in targets.items():
-            if name not in names:
-                continue
-            tensor = file.get_tensor(name)
-            if tensor.shape != target.shape:
-                raise ValueError(
-                    f"{path}: `{name}` is {list(tensor.shape)}, the model's is {list(target.shape)}. Resume with the"
-                    " options it was trained with."
-                )
-            target.copy_(shard_like(tensor, target))
+        for name in file.keys():  # noqa: SIM118 - no mapping
+            targets[name].copy_(shard_like(file.get_tensor(name), targets[name]))
