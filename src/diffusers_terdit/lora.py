@@ -1,5 +1,6 @@
 """LoRA adapters on ternary layers, and every private name of PEFT that this package uses."""
 
+import re
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
@@ -108,6 +109,23 @@ def _check_settings(model: Any, settings: Mapping[str, Any]) -> None:
         )
 
 
+def _check_saved_settings(given: Any, settings: Mapping[str, Any]) -> None:
+    """Raise unless the settings in a file name layers, one by one: PEFT takes text for a regular expression.
+
+    One that a stranger wrote can take hours to match.
+    """
+
+    def is_plain(value: Any) -> bool:
+        return isinstance(value, (list, dict)) and all(re.fullmatch(r"[\w.]+", str(name)) for name in value)
+
+    for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "trainable_token_indices"):
+        if settings.get(name) is not None and not is_plain(settings[name]):
+            raise ValueError(
+                f"{given}: the adapter has {name}={settings[name]!r:.80}, expected names of layers. Save it again with"
+                " `save_lora_adapter`."
+            )
+
+
 def _check_tensors(model: Any, state_dict: Mapping[str, torch.Tensor]) -> None:
     """Raise unless an adapter holds LoRA tensors only, each with its partner and a layer of the model that it fits."""
     modules = dict(model.named_modules())
@@ -193,6 +211,7 @@ class TernaryAdapterMixin(PeftAdapterMixin):
                 raise ValueError(f"There is no LoRA{where} whose names start with {prefix!r}. Try `prefix=None`.")
             if any("lora_magnitude_vector" in key for key in own):
                 settings["use_dora"] = True
+            _check_saved_settings("the adapter" if isinstance(given, dict) else given, settings)
             _check_settings(self, settings)
             _check_tensors(self, convert_unet_state_dict_to_peft(own))
             options = {**kwargs, "prefix": prefix, "hotswap": hotswap, "metadata": metadata}

@@ -28,7 +28,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from .hub.errors import hub_errors
 from .hub.push import HubMixin
 from .lora import refuse_adapters
-from .storage.saving import refuse_interrupted, replacing, scrub_paths
+from .storage.saving import refuse_interrupted, replacing, scrub_paths, undisturbed
 from .storage.weights import (
     PACKED_SUFFIX,
     PACKING,
@@ -146,12 +146,20 @@ def check_pipeline_config(where: str | os.PathLike, config: Any) -> None:
         key: getattr(diffusers, name, None) for key, (library, name) in parts.items() if library == "diffusers"
     }
     classes = {key: cls for key, cls in classes.items() if isinstance(cls, type) and issubclass(cls, ConfigMixin)}
+    # By library and class, before anything is imported: diffusers would build any class of transformers, and that may
+    # run code that a repository brings along.
+    vae = classes.get("vae", object)
+    is_autoencoder = issubclass(vae, ModelMixin) and vae.__module__.startswith("diffusers.models.autoencoders.")
     name, labels = config.get("_class_name"), config.get("id2label") or {}
     for key, fits, expected in (
         ("_class_name", isinstance(name, str) or _is_pair(name), "the name of a class"),
         ("transformer", parts.get("transformer", "  ")[1] == "TerDiTTransformer2DModel", "a TerDiTTransformer2DModel"),
         ("scheduler", issubclass(classes.get("scheduler", object), SchedulerMixin), "a scheduler of diffusers"),
-        ("vae", "vae" in parts or "vae" not in config, "the names of a library and a class"),
+        (
+            "vae",
+            "vae" not in config or parts.get("vae") == [None, None] or is_autoencoder,
+            "an autoencoder of diffusers",
+        ),
         ("guidance_channels", _fits(config.get("guidance_channels"), int | None, 1), "a positive int or null"),
         ("id2label", isinstance(labels, dict) and _fits(list(labels.values()), list[str], 1), "names by class id"),
     ):
@@ -259,11 +267,10 @@ class TernaryModelMixin(HubMixin, ModelMixin, PortableConfigMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         default_dtype = torch.get_default_dtype()
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        refuse_interrupted(folder)
-        refuse_pickles(folder)
         loading = _loading.set(True)
         try:
-            with hub_errors(pretrained_model_name_or_path, kwargs.get("revision")):
+            with undisturbed(folder), hub_errors(pretrained_model_name_or_path, kwargs.get("revision")):
+                refuse_pickles(folder)
                 options = {key: kwargs[key] for key in _DOWNLOAD_OPTIONS if key in kwargs}
                 _check_index(pretrained_model_name_or_path, kwargs.get("variant"), kwargs.get("subfolder"), **options)
                 # whatever formats a pipeline is asked to read its VAE from
@@ -367,8 +374,8 @@ class StrictPipelineMixin(HubMixin, PortableConfigMixin):
         path = os.fspath(pretrained_model_name_or_path)
         if not os.path.isdir(path) and (os.path.isabs(path) or path.count("/") > 1 or path.startswith((".", "~"))):
             raise FileNotFoundError(f"{path} is not a folder. Pass that of a saved pipeline, or a Hub id.")
-        refuse_interrupted(Path(path, "transformer"))
-        with hub_errors(path, kwargs.get("revision")):
+        folders = [Path(path, part) for part in ("", "transformer", "scheduler", "vae")]
+        with undisturbed(*folders), hub_errors(path, kwargs.get("revision")):
             return super().from_pretrained(path, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(
