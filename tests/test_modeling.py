@@ -13,7 +13,7 @@ from diffusers import AutoModel, DiffusionPipeline, ModelMixin
 from safetensors.torch import save_file
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryLinear
-from diffusers_terdit.modeling import check_config
+from diffusers_terdit.storage.configs import check_config
 from tiny import read_weights, rewrite_weights
 
 

@@ -6,18 +6,14 @@ saved carries metadata and digests.
 
 import inspect
 import json
-import math
 import os
-import re
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 from accelerate.utils import convert_file_size_to_int
 from diffusers import ConfigMixin, ModelMixin, SchedulerMixin
@@ -28,6 +24,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from .hub.errors import hub_errors
 from .hub.push import HubMixin
 from .lora import refuse_adapters
+from .storage.configs import check_config, fits
 from .storage.saving import refuse_interrupted, replacing, scrub_paths, undisturbed
 from .storage.weights import (
     PACKED_SUFFIX,
@@ -51,78 +48,10 @@ logger = logging.get_logger(__name__)
 _loading: ContextVar[bool] = ContextVar("loading", default=False)
 
 
-MAX_BLOCKS = 1000  # of a config: each takes a millisecond to build, before the weights are read
-_MAX_TIMESTEPS = 10**6  # a scheduler allocates several numbers for each
-_MAX_INT = 2**31 - 1
 # What the constructors of diffusers' classes raise for numbers that they cannot use and for choices that they do not
 # have: NotImplementedError is a RuntimeError, UnboundLocalError comes from an `if` without an `else`.
 REFUSALS = (ArithmeticError, RuntimeError, UnboundLocalError, ValueError)
 _DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-_MAX_FLOAT = torch.finfo(torch.float32).max
-
-
-def check_config(where: str | os.PathLike, config: Any, cls: type | None = None) -> None:
-    """Raise a `ValueError` where a config asks for the impossible, before anything is built from it.
-
-    Args:
-        where (`str` or `os.PathLike`): File or class, for the message.
-        config: What the JSON file holds.
-        cls (`type`, *optional*): Class to build: the annotations of its `__init__` say what the config must hold. An
-            integer is a size, 1 or more, unless the default is less.
-    """
-    if not isinstance(config, dict):
-        raise ValueError(f"{where}: the config is {type(config).__name__}, expected an object.")
-    for key, value in config.items():
-        if isinstance(value, float) and _MAX_FLOAT < abs(value) < math.inf:
-            raise ValueError(f"{where}: the config has {key}={value}, more than a float32 holds.")
-        if isinstance(value, bool) or not isinstance(value, int):
-            continue
-        limit = MAX_BLOCKS if re.search(r"layers|blocks|depth", key) else _MAX_INT
-        limit = _MAX_TIMESTEPS if key == "num_train_timesteps" else limit
-        if abs(value) > limit:
-            shown = value if abs(value) < 10**20 else f"a number of {value.bit_length()} bits"
-            raise ValueError(f"{where}: the config asks for {key}={shown}, more than {limit}; nothing was allocated.")
-    quantization = config.get("quantization_config")
-    if quantization is not None and not (isinstance(quantization, dict) and "quant_method" in quantization):
-        raise ValueError(
-            f"{where}: the config has quantization_config={quantization!r:.80}, expected one with a `quant_method`."
-        )
-    if cls is None:
-        return
-    hints = get_type_hints(cls.__init__)  # type: ignore[misc]
-    for key, parameter in inspect.signature(cls).parameters.items():
-        hint, default = hints.get(key, Any), parameter.default
-        value = config.get(key, default)
-        if value is parameter.empty and hint is not Any:
-            raise ValueError(
-                f"{where}: the config has no {key}, which a {cls.__name__} needs. Download or save it again, or load"
-                f" it as what it says it is: {config.get('_class_name')!r:.80}."
-            )
-        least = min(default, 1) if isinstance(default, int) else 1
-        is_default = type(value) is type(default) and (value == default or isinstance(value, bool))
-        if not is_default and not _fits(value, hint, least):
-            positive = int in (hint, *get_args(hint)) and least == 1
-            expected = "a positive int" if positive else inspect.formatannotation(hint)
-            raise ValueError(f"{where}: the config has {key}={value!r:.80}, expected {expected}.")
-
-
-def _fits(value: Any, hint: Any, least: float) -> bool:
-    """Whether a value read from JSON fits an annotation; an int must be `least` or more."""
-    kind, arguments = get_origin(hint) or hint, get_args(hint)
-    if kind in (Union, UnionType):
-        return any(_fits(value, argument, least) for argument in arguments)
-    if kind is Literal:  # the type alone: diffusers' classes take choices that their annotations leave out
-        return type(value) in map(type, arguments)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= least
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if kind in (list, tuple, np.ndarray):  # all of them a list in JSON
-        kinds = (float,) if kind is np.ndarray else tuple(a for a in arguments if a is not Ellipsis) or (Any,)
-        return isinstance(value, (list, tuple)) and all(
-            any(_fits(item, kind, -math.inf) for kind in kinds) for item in value
-        )
-    return not isinstance(kind, type) or isinstance(value, kind)
 
 
 def _is_pair(value: Any) -> bool:
@@ -151,7 +80,7 @@ def check_pipeline_config(where: str | os.PathLike, config: Any) -> None:
     vae = classes.get("vae", object)
     is_autoencoder = issubclass(vae, ModelMixin) and vae.__module__.startswith("diffusers.models.autoencoders.")
     name, labels = config.get("_class_name"), config.get("id2label") or {}
-    for key, fits, expected in (
+    for key, right, expected in (
         ("_class_name", isinstance(name, str) or _is_pair(name), "the name of a class"),
         ("transformer", parts.get("transformer", "  ")[1] == "TerDiTTransformer2DModel", "a TerDiTTransformer2DModel"),
         ("scheduler", issubclass(classes.get("scheduler", object), SchedulerMixin), "a scheduler of diffusers"),
@@ -160,10 +89,10 @@ def check_pipeline_config(where: str | os.PathLike, config: Any) -> None:
             "vae" not in config or parts.get("vae") == [None, None] or is_autoencoder,
             "an autoencoder of diffusers",
         ),
-        ("guidance_channels", _fits(config.get("guidance_channels"), int | None, 1), "a positive int or null"),
-        ("id2label", isinstance(labels, dict) and _fits(list(labels.values()), list[str], 1), "names by class id"),
+        ("guidance_channels", fits(config.get("guidance_channels"), int | None, 1), "a positive int or null"),
+        ("id2label", isinstance(labels, dict) and fits(list(labels.values()), list[str], 1), "names by class id"),
     ):
-        if not fits:
+        if not right:
             raise ValueError(f"{where}: `{key}` is {config.get(key)!r:.80}, expected {expected}.")
     for key, cls in classes.items():
         path = Path(where).parent / key / cls.config_name

@@ -20,7 +20,7 @@ import kills
 import load
 import page
 from diffusers_terdit import TernaryLinear
-from diffusers_terdit.modeling import MAX_BLOCKS
+from diffusers_terdit.storage.configs import MAX_BLOCKS
 
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"

@@ -17,9 +17,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..hub.errors import hub_errors
-from ..modeling import REFUSALS, check_config
+from ..modeling import REFUSALS
 from ..ops import reference
 from ..quantization import TernaryConfig, saved_scale, select_layers, ternary_tensors
+from ..storage.configs import check_config
 from ..storage.saving import partial_path, remove_partials, write_json, writing
 from ..storage.weights import (
     PACKED_SUFFIX,

@@ -22,11 +22,11 @@ from huggingface_hub import HfApi, hf_hub_download
 from torch import Tensor
 
 from ..hub.errors import hub_errors
-from ..modeling import MAX_BLOCKS
 from ..models.transformer_terdit import TerDiTTransformer2DModel
 from ..ops import pack_ternary, reference, ternarize
 from ..pipelines.pipeline_terdit import TerDiTPipeline
 from ..pipelines.schedulers import default_scheduler
+from ..storage.configs import MAX_BLOCKS
 from ..storage.weights import ORIGINAL, check_tensors, is_finite, load_pickle
 
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ..layers import TernaryLinear
 from ..lora import TernaryAdapterMixin, refuse_adapters
-from ..modeling import TernaryModelMixin, check_config
+from ..modeling import TernaryModelMixin
 from ..ops import reference
+from ..storage.configs import check_config
 
 
 # Source: the released checkpoints. 600M: 16 layers, width 1536; 4.2B: 32 layers, width 3072; 32 heads each.
