@@ -2,13 +2,16 @@
 
 import copy
 import json
+import logging
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from huggingface_hub import create_repo, upload_folder
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryConfig
@@ -396,6 +399,114 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"`transformer_blocks\.2\..*does not have"):
             model.load_lora_adapter(tmp_path)
         assert torch.equal(predict(model), expected)
+
+
+def changed_settings(folder, **changes):
+    """Write an adapter's file again with other settings, and everything else as it is."""
+    tensors = load_file(folder / FILE)
+    with safe_open(folder / FILE, framework="pt") as file:
+        metadata = file.metadata()
+    metadata.pop("terdit.config")
+    settings = json.loads(metadata["lora_adapter_metadata"])
+    metadata["lora_adapter_metadata"] = json.dumps({**settings, **changes})
+    save_file(tensors, folder / FILE, metadata)
+
+
+class TestStrangersFiles:
+    @pytest.fixture
+    def adapter(self, tiny_model, tmp_path):
+        adapted(tiny_model("packed"), target_modules=["to_q"]).save_lora_adapter(tmp_path)
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "proj_out.bias", "class_embed.weight", "norm_out.linear.weight",
+            *(f"transformer_blocks.0.attn.{n}" for n in ("to_q.weight_scale", "to_q.base_layer.weight_scale")),
+            *(f"transformer_blocks.0.attn.{n}" for n in ("to_q.base_layer.weight_packed", "to_k.weight_packed")),
+        ],
+    )  # fmt: skip
+    def test_a_weight_of_the_model_is_no_part_of_an_adapter(self, tiny_model, adapter, name):
+        """PEFT would put it in the place of the model's own, where it stays after `unload_lora`."""
+        model = tiny_model("packed")
+        before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        own = before[name.replace(".base_layer", "")]
+        save_file({**load_file(adapter / FILE), name: torch.full_like(own, 3)}, adapter / FILE, {"format": "pt"})
+        with pytest.raises(ValueError, match=f"take LoRA adapters, got a tensor `{name}` in {adapter}"):
+            model.load_lora_adapter(adapter)
+        assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    def test_numbers_that_are_not_finite(self, tiny_model, adapter, value):
+        tensors = load_file(adapter / FILE)
+        next(iter(tensors.values()))[0, 0] = value
+        with pytest.raises(ValueError, match=r"the adapter: tensor `.*lora_.*` holds NaN or infinity"):
+            tiny_model("packed").load_lora_adapter(tensors)
+
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float64, torch.float8_e4m3fn])
+    def test_another_dtype(self, tiny_model, adapter, dtype):
+        tensors = {name: tensor.to(dtype) for name, tensor in load_file(adapter / FILE).items()}
+        with pytest.raises(ValueError, match=f"is {dtype}, expected float32"):
+            tiny_model("packed").load_lora_adapter(tensors)
+
+    def test_every_flipped_bit_of_the_tensors_is_found(self, tiny_model, adapter):
+        data = (adapter / FILE).read_bytes()
+        start, random = 8 + int.from_bytes(data[:8], "little"), np.random.default_rng(0)
+        model = tiny_model("packed")
+        for place in random.integers(start, len(data), 30):
+            damaged = bytearray(data)
+            damaged[place] ^= 1 << int(random.integers(8))
+            (adapter / FILE).write_bytes(damaged)
+            with pytest.raises(ValueError, match=r"do not match the digest|NaN or infinity"):
+                model.load_lora_adapter(adapter)
+            assert not getattr(model, "peft_config", None)
+
+    def test_settings_that_are_not_those_that_were_saved(self, tiny_model, adapter):
+        data = (adapter / FILE).read_bytes()
+        (adapter / FILE).write_bytes(data.replace(b'lora_alpha\\": 6', b'lora_alpha\\": 7', 1))
+        with pytest.raises(ValueError, match="settings are not those that were saved"):
+            tiny_model("packed").load_lora_adapter(adapter)
+
+    def test_without_settings_alpha_is_the_rank_and_said_to_be(self, tiny_model, adapter, caplog, monkeypatch):
+        monkeypatch.setattr(logging.getLogger("diffusers_terdit"), "propagate", True)
+        save_file(load_file(adapter / FILE), adapter / FILE)
+        model = tiny_model("packed")
+        model.load_lora_adapter(adapter)
+        assert "alpha is taken to be the rank" in caplog.text
+        assert next(iter(model.peft_config.values())).lora_alpha == 3
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("target_modules", r"(\w+\.?)+!"),
+            ("exclude_modules", [r"(\w+\.?)+!"]),
+            ("rank_pattern", {r"(\w+\.?)+!": 2}),
+            ("rank_pattern", {"to_q": "2"}),
+            ("r", "3"),
+            ("r", 0),
+            ("lora_alpha", None),
+            ("megatron_config", {}),  # PEFT would import a module that the file names
+            ("layer_replication", [[0, 2]]),
+            ("from_the_future", 1),
+        ],
+    )
+    def test_odd_settings(self, tiny_model, adapter, name, value):
+        """Regular expressions that take hours, other types, and settings that change more than the layers named."""
+        changed_settings(adapter, **{name: value})
+        with pytest.raises(ValueError, match=rf"{adapter}: the adapter has {name}=.*Save it again"):
+            tiny_model("packed").load_lora_adapter(adapter)
+
+    @pytest.mark.parametrize("text", ["[" * 100_000, "{", "[1]", "3"])
+    def test_settings_that_are_no_object(self, tiny_model, adapter, text):
+        save_file(load_file(adapter / FILE), adapter / FILE, {"lora_adapter_metadata": text})
+        with pytest.raises(ValueError, match=f"{adapter}: the adapter's settings are"):
+            tiny_model("packed").load_lora_adapter(adapter)
+
+    def test_a_pickle_is_not_read(self, tiny_model, adapter):
+        torch.save(load_file(adapter / FILE), adapter / "pytorch_lora_weights.bin")
+        for options in ({"weight_name": "pytorch_lora_weights.bin"}, {"use_safetensors": False}):
+            with pytest.raises(ValueError, match="from safetensors only"):
+                tiny_model("packed").load_lora_adapter(adapter, **options)
 
 
 OTHER_KINDS = {

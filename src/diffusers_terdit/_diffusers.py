@@ -65,7 +65,9 @@ def remove_from_config(model: ModelMixin, key: str) -> None:
     model._internal_dict = FrozenDict({name: value for name, value in model.config.items() if name != key})
 
 
-def fetch_adapter(given: Any, options: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+def fetch_adapter(
+    given: Any, options: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None, dict[str, str] | None]:
     """Read an adapter as `load_lora_adapter` does: from a dict of tensors, a folder, a file or the Hub.
 
     Args:
@@ -73,12 +75,13 @@ def fetch_adapter(given: Any, options: Mapping[str, Any]) -> tuple[dict[str, tor
         options: Its keyword arguments, such as `weight_name` or `revision`.
 
     Returns:
-        The tensors by name, and the settings that were saved with them, `None` where there are none.
+        The tensors by name, the settings that were saved with them, `None` where there are none, and the metadata of
+        the file, `None` where there is none.
     """
     names = ("cache_dir", "proxies", "local_files_only", "token", "revision", "subfolder", "weight_name", "metadata")
     chosen = {name: options.get(name) for name in names}
     chosen["force_download"] = options.get("force_download", False)
-    chosen["use_safetensors"] = options.get("use_safetensors", True)  # where no file is named; else for a pickle
+    chosen |= {"use_safetensors": True, "return_file_metadata": True}
     user_agent = {"file_type": "attn_procs_weights", "framework": "pytorch"}
     return _fetch_state_dict(given, allow_pickle=False, user_agent=user_agent, **chosen)
 

@@ -1,26 +1,44 @@
 """LoRA adapters on ternary layers, and every private name of PEFT that this package uses."""
 
+import dataclasses
+import inspect
+import json
+import os
 import re
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.utils import convert_unet_state_dict_to_peft, is_peft_available
-from safetensors import SafetensorError
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from diffusers.utils import convert_unet_state_dict_to_peft, is_peft_available, logging
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from ._diffusers import fetch_adapter, load_adapter
+from .storage.configs import fits
+from .storage.saving import new_file
+from .storage.weights import (
+    canonical_json,
+    check_contents,
+    require_safetensors,
+    state_dict_digest,
+)
 
 
 if is_peft_available():  # diffusers has imported it by now
+    from peft import LoraConfig
     from peft.tuners.lora.layer import Linear as LoraLinear
 else:
-    LoraLinear = torch.nn.Module
+    LoraConfig, LoraLinear = object, torch.nn.Module
+
+logger = logging.get_logger(__name__)
 
 _ITS_MODEL = "Load it into the model that it was trained on."
 
@@ -48,6 +66,7 @@ FUSE_MESSAGE = (
 # What PEFT starts without reading the dense weight.
 _LORA_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 # How the names of a LoRA's tensors end after ".lora_"; AdaLoRA and others have more.
+_LORA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LORA_PARTS = {"A.weight", "B.weight", "B.bias", "embedding_A", "embedding_B", "magnitude_vector"}
 
 
@@ -109,46 +128,116 @@ def _check_settings(model: Any, settings: Mapping[str, Any]) -> None:
         )
 
 
+_NAMES, _NUMBERS = list[str] | None, dict[str, int | float] | None
+# The settings of a LoRA that loading knows how to use, as JSON. The others must have their defaults: with some of them
+# PEFT would change the model's own layers, or import a module that the file names.
+_SAVED_SETTINGS: dict[str, Any] = {
+    "alpha_pattern": _NUMBERS,
+    "base_model_name_or_path": str | None,
+    "bias": str,
+    "exclude_modules": _NAMES,
+    "fan_in_fan_out": bool,
+    "inference_mode": bool,
+    "init_lora_weights": bool | str,
+    "layers_to_transform": list[int] | int | None,
+    "lora_alpha": float,
+    "lora_bias": bool,
+    "lora_dropout": float,
+    "modules_to_save": _NAMES,
+    "peft_type": str,
+    "peft_version": str | None,
+    "r": int,
+    "rank_pattern": dict[str, int] | None,
+    "revision": str | None,
+    "target_modules": _NAMES,
+    "task_type": str | None,
+    "trainable_token_indices": list[int] | dict[str, list[int]] | None,
+    "use_dora": bool,
+    "use_rslora": bool,
+}
+
+
 def _check_saved_settings(given: Any, settings: Mapping[str, Any]) -> None:
-    """Raise unless the settings in a file name layers, one by one: PEFT takes text for a regular expression.
+    """Raise unless the settings in a file are those of a plain LoRA, of PEFT's types, and name layers one by one.
 
-    One that a stranger wrote can take hours to match.
+    PEFT takes text for a regular expression, and one that a stranger wrote can take hours to match.
     """
-
-    def is_plain(value: Any) -> bool:
-        return isinstance(value, (list, dict)) and all(re.fullmatch(r"[\w.]+", str(name)) for name in value)
-
-    for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "trainable_token_indices"):
-        if settings.get(name) is not None and not is_plain(settings[name]):
+    fields = {field.name: field for field in dataclasses.fields(LoraConfig)}
+    for name, value in settings.items():
+        if name not in _SAVED_SETTINGS:
+            made = fields[name].default_factory if name in fields else dataclasses.MISSING
+            default = made() if made is not dataclasses.MISSING else getattr(fields.get(name), "default", None)
+            right, expected = value == default, f"{default!r}, as in plain LoRA"
+        else:
+            hint = _SAVED_SETTINGS[name]
+            right, expected = fits(value, hint, 1), inspect.formatannotation(hint)
+            if hint in (_NAMES, _NUMBERS) or name == "rank_pattern":
+                expected = "names of layers"
+                right = right and all(re.fullmatch(r"[\w.]+", name) for name in value or ())
+        if not right:
             raise ValueError(
-                f"{given}: the adapter has {name}={settings[name]!r:.80}, expected names of layers. Save it again with"
+                f"{given}: the adapter has {name}={value!r:.80}, expected {expected}. Save it again with"
                 " `save_lora_adapter`."
             )
 
 
-def _check_tensors(model: Any, state_dict: Mapping[str, torch.Tensor]) -> None:
-    """Raise unless an adapter holds LoRA tensors only, each with its partner and a layer of the model that it fits."""
+def _check_tensors(where: Any, model: Any, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Raise unless an adapter holds LoRA tensors only, each with its partner and a layer of the model that it fits.
+
+    diffusers would put a tensor with the name of one of the model's own weights in its place, for good.
+    """
     modules = dict(model.named_modules())
     sizes = {"A.weight": ("in_features", -1), "B.weight": ("out_features", 0)}
     for key, tensor in state_dict.items():
         name, _, part = key.partition(".lora_")
         if part not in _LORA_PARTS and not key.endswith(".trainable_tokens_delta"):
-            _refuse_other_kinds(model, f"a tensor `{key}`")
+            _refuse_other_kinds(model, f"a tensor `{key}` in {where}")
+        if tensor.dtype not in _LORA_DTYPES:
+            raise ValueError(
+                f"{where}: tensor `{key}` is {tensor.dtype}, expected float32, bfloat16 or float16. Save it again"
+                " with `save_lora_adapter`."
+            )
         if part and name not in modules:
             raise ValueError(
-                f"The adapter's tensor `{key}` is for a layer that {type(model).__name__} does not have. {_ITS_MODEL}"
+                f"{where}: tensor `{key}` is for a layer that {type(model).__name__} does not have. {_ITS_MODEL}"
             )
         if part in sizes:
             other = f"{name}.lora_{'B' if part[0] == 'A' else 'A'}.weight"
             if other not in state_dict:
-                raise ValueError(f"The adapter has `{key}`, but no `{other}`. Save it again.")
+                raise ValueError(f"{where} has `{key}`, but no `{other}`. Save it again.")
             attribute, dim = sizes[part]
             size = getattr(modules[name], attribute, tensor.shape[dim])
             if tensor.shape[dim] != size:
                 raise ValueError(
-                    f"The adapter's tensor `{key}` has shape {list(tensor.shape)}, the layer's `{attribute}` is"
+                    f"{where}: tensor `{key}` has shape {list(tensor.shape)}, the layer's `{attribute}` is"
                     f" {size}. {_ITS_MODEL}"
                 )
+
+
+def _read_adapter(
+    given: Any, where: Any, options: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    """Return the tensors of an adapter and its settings, found to be those that were saved."""
+    try:
+        state_dict, settings, metadata = fetch_adapter(given, options)
+    except SafetensorError as error:
+        raise OSError(f"{where} holds no readable safetensors file ({error}). Download or save it again.") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(
+            f"{where}: the adapter's settings are no JSON ({error}). Download or save it again."
+        ) from error
+    if not isinstance(settings, dict | None):
+        raise ValueError(f"{where}: the adapter's settings are {settings!r:.80}, expected an object. Save it again.")
+    check_contents(where, state_dict, metadata or {})
+    saved = (metadata or {}).get("terdit.config")
+    if saved is not None and saved != canonical_json(settings or {}):
+        raise ValueError(
+            f"{where}: the adapter's settings are not those that were saved. The file is damaged or was changed;"
+            " download or save it again."
+        )
+    if settings is None and not isinstance(given, dict):
+        logger.warning(f"{where} carries no settings of its LoRA, so alpha is taken to be the rank.")
+    return state_dict, settings
 
 
 class TernaryAdapterMixin(PeftAdapterMixin):
@@ -194,28 +283,61 @@ class TernaryAdapterMixin(PeftAdapterMixin):
             OSError: The file is missing or cannot be read.
         """
         given = pretrained_model_name_or_path_or_dict
+        where = "the adapter" if isinstance(given, dict) else given
+        file = kwargs.get("weight_name") or LORA_WEIGHT_NAME_SAFE
+        if not file.endswith(".safetensors") or kwargs.get("use_safetensors") is False:
+            raise ValueError("Adapters are read from safetensors only, where a file holds no code. Save it as one.")
         with _peft():
-            try:
-                state_dict, metadata = fetch_adapter(given, kwargs)
-            except SafetensorError as error:
-                raise OSError(
-                    f"{given} holds no readable safetensors file ({error}). Download or save it again."
-                ) from error
+            state_dict, metadata = _read_adapter(given, where, kwargs)
             start = "" if prefix is None else f"{prefix}."
             own, settings = (
                 {key.removeprefix(start): value for key, value in (found or {}).items() if key.startswith(start)}
                 for found in (state_dict, metadata)
             )
             if not own:  # diffusers warns
-                where = "" if isinstance(given, dict) else f" in {given}"
-                raise ValueError(f"There is no LoRA{where} whose names start with {prefix!r}. Try `prefix=None`.")
+                raise ValueError(f"There is no LoRA in {where} whose names start with {prefix!r}. Try `prefix=None`.")
             if any("lora_magnitude_vector" in key for key in own):
                 settings["use_dora"] = True
-            _check_saved_settings("the adapter" if isinstance(given, dict) else given, settings)
+            _check_tensors(where, self, convert_unet_state_dict_to_peft(own))
+            _check_saved_settings(where, settings)
             _check_settings(self, settings)
-            _check_tensors(self, convert_unet_state_dict_to_peft(own))
             options = {**kwargs, "prefix": prefix, "hotswap": hotswap, "metadata": metadata}
             load_adapter(self, state_dict, partial(_teach, self), **options)
+
+    def save_lora_adapter(
+        self,
+        save_directory: str | os.PathLike,
+        adapter_name: str = "default",
+        upcast_before_saving: bool = False,
+        safe_serialization: bool = True,
+        weight_name: str | None = None,
+    ) -> None:
+        """Save an adapter, with a digest; see [`~loaders.PeftAdapterMixin.save_lora_adapter`].
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Made if it does not exist.
+            adapter_name (`str`, defaults to `"default"`): Which one.
+            upcast_before_saving (`bool`): Save float32.
+            safe_serialization (`bool`): Only `True`: safetensors.
+            weight_name (`str`, *optional*): The file's, by default `pytorch_lora_weights.safetensors`.
+
+        Raises:
+            ValueError: There is no such adapter, another format is asked for, or `save_directory` is a file.
+            OSError: It cannot be written; what was there before is still there.
+        """
+        require_safetensors(safe_serialization)
+        if os.path.isfile(save_directory):
+            raise ValueError(f"`save_directory` must be a folder, {save_directory} is a file.")
+        with new_file(Path(save_directory, weight_name or LORA_WEIGHT_NAME_SAFE)) as path:
+            PeftAdapterMixin.save_lora_adapter(
+                self, path.parent, adapter_name, upcast_before_saving, weight_name=path.name
+            )
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+            tensors = load_file(path)
+            metadata["terdit.sha256"] = state_dict_digest(tensors)
+            metadata["terdit.config"] = canonical_json(json.loads(metadata[LORA_ADAPTER_METADATA_KEY]))
+            save_file(tensors, path, metadata)
 
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
         """Raise on a ternary model; do as diffusers does on a full-precision one.
@@ -273,7 +395,8 @@ def take_adapters(model: Any, layer_class: type[torch.nn.Module] | None) -> None
     if isinstance(model, TernaryAdapterMixin) or not isinstance(model, PeftAdapterMixin):
         return
     lent = {
-        name: _LentMethod(name, model) for name in ("add_adapter", "load_lora_adapter", "fuse_lora", "unload_lora")
+        name: _LentMethod(name, model)
+        for name in ("add_adapter", "load_lora_adapter", "save_lora_adapter", "fuse_lora", "unload_lora")
     }
     for name, value in {"_adapter_layer_class": layer_class, **lent}.items():
         if layer_class is None:

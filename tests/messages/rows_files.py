@@ -20,12 +20,11 @@ from diffusers_terdit import (
     conversion,
     convert_original_checkpoint,
     export_remote_code,
-    modeling,
 )
 from diffusers_terdit.checkpoints import bundled
 from diffusers_terdit.conversion import convert_dense_checkpoint, swap_bitnet_order
 from diffusers_terdit.hub import model_card
-from diffusers_terdit.storage import inspection, saving, weights
+from diffusers_terdit.storage import configs, inspection, saving, weights
 
 
 INDEX = f"{WEIGHTS}.index.json"
@@ -168,6 +167,12 @@ def broken_card(w):
     model_card.read_card(w.tmp / "README.md")
 
 
+def saved_meanwhile(w):
+    folder = w.saved("layer")
+    with saving.undisturbed(folder):
+        load(folder).save_pretrained(folder)
+
+
 def command(*arguments):
     """A `terdit` command; `TMP` in it is the row's folder."""
     return lambda w: terdit(*(str(argument).replace("TMP", str(w.tmp)) for argument in arguments))
@@ -224,7 +229,8 @@ ROWS = [
     Row(index(text='{"metadata": {}, "weight_map": {"bias": "x.safetensors"}}'), "names x.safetensors",
         "which is not there", "Download or save the model again.", error=OSError),
     Row(index_differs, "['proj_in.bias']", "the index and the files differ", "Save the model again."),
-    Row(lambda w: modeling.check_config(w.tmp / "config.json", []), "config is list", "expected an object"),
+    Row(saved_meanwhile, "TMP/layer", "Another process saved into", "Load it again.", error=OSError),
+    Row(lambda w: configs.check_config(w.tmp / "config.json", []), "config is list", "expected an object"),
     Row(config(text="[" * 10**5), "TMP/layer/config.json", "is not JSON: maximum recursion", AGAIN),
     Row(config(in_features=0), "in_features=0", "TMP/layer/config.json: the config has", "expected a positive int"),
     Row(scheduler(beta_end=1e300), "beta_end=1e+300", "TMP/pipe/scheduler/scheduler_config.json: the config has",
@@ -237,7 +243,7 @@ ROWS = [
     Row(model_index(_class_name=5), "`_class_name` is 5", "expected the name of a class"),
     Row(model_index(transformer=["diffusers", "DiTTransformer2DModel"]), "DiTTransformer2DModel", "`transformer` is",
         "expected a TerDiTTransformer2DModel"),
-    Row(model_index(vae="sd"), "`vae` is 'sd'", "expected the names of a library and a class"),
+    Row(model_index(vae="sd"), "`vae` is 'sd'", "expected an autoencoder of diffusers"),
     Row(model_index(id2label={"0": 5}), "{'0': 5}", "expected names by class id"),
     Row(scheduler(num_train_timesteps=0), "num_train_timesteps=0", "expected a positive int"),
     Row(scheduler(beta_schedule="steep"), "steep", "these settings make no DDPMScheduler",

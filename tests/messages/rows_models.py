@@ -5,6 +5,8 @@ from functools import partial
 import torch
 from diffusers import DDPMScheduler, FasterCacheConfig, FlowMatchEulerDiscreteScheduler
 from message_table import TINY, WEIGHTS, Fixed, Row, changed, dit, edit
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryConfig, lora, quantization
@@ -63,6 +65,15 @@ LORA = "transformer_blocks__0__attn__to_q__lora_{}__weight"
 
 def load_adapter(**changes):
     return lambda w: w.model().load_lora_adapter(saved_adapter(w, **changes))
+
+
+def load_settings(w, text, keep=False):
+    """Load an adapter whose settings say `text`; those that are compared with them are kept, or not."""
+    file = saved_adapter(w) / "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as opened:
+        saved = {"terdit.config": opened.metadata()["terdit.config"]} if keep else {}
+    save_file(load_file(file), file, {**saved, "lora_adapter_metadata": text})
+    w.model().load_lora_adapter(file.parent)
 
 
 def no_safetensors(w):
@@ -317,4 +328,16 @@ ROWS = [
         "but no `transformer_blocks.0.attn.to_q.lora_B.weight`", "Save it again."),
     Row(load_adapter(**{LORA.format("A"): torch.ones(2, 24)}), "[2, 24]", "the layer's `in_features` is 16",
         "Load it into the model that it was trained on."),
+    Row(load_adapter(**{LORA.format("A"): torch.ones(2, 16, dtype=torch.int8)}), "to_q.lora_A.weight` is torch.int8",
+        "expected float32, bfloat16 or float16", "Save it again with `save_lora_adapter`."),
+    Row(lambda w: load_settings(w, '{"r": "3"}'), "r='3'", "TMP/lora: the adapter has", "Save it again with"),
+    Row(lambda w: load_settings(w, "[1]"), "settings are [1]", "expected an object", "Save it again."),
+    Row(lambda w: load_settings(w, "{"), "TMP/lora: the adapter's settings", "are no JSON",
+        "Download or save it again."),
+    Row(lambda w: load_settings(w, "{}", keep=True), "TMP/lora", "settings are not those that were saved",
+        "download or save it again"),
+    Row(lambda w: w.model().load_lora_adapter(w.tmp, use_safetensors=False), Fixed("Adapters"),
+        "read from safetensors only", "Save it as one."),
+    Row(lambda w: with_adapter(w).save_lora_adapter(__file__), "rows_models.py is a file",
+        "`save_directory` must be a folder"),
 ]

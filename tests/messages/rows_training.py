@@ -11,7 +11,7 @@ from diffusers_terdit import training
 from diffusers_terdit.storage import saving
 
 
-OPTIONS = "Resume with the options it was trained with."
+OPTIONS = "Resume with the options it was trained with, or from another checkpoint."
 
 
 def resumed(file=None, **changes):
@@ -89,14 +89,20 @@ def empty_stream(w):
 ROWS = [
     Row(lambda w: training.checkpointing.load(w.tmp, None, None, None), "TMP", "it has no training_state.json",
         "Pass a `checkpoint-N` folder.", error=OSError),
-    Row(resumed("optimizer.safetensors", ghost__exp_avg=torch.zeros(3)), "`ghost.exp_avg`", "1 tensors differ",
+    Row(resumed("optimizer.safetensors", ghost__exp_avg=torch.zeros(3)), "`ghost.exp_avg`",
+        "holds an unexpected tensor", OPTIONS),
+    Row(resumed("model.safetensors", ghost=torch.zeros(3)), "`ghost`", "holds an unexpected tensor", OPTIONS),
+    Row(resumed("ema.safetensors", proj_in__bias=torch.zeros(3)), "is F32 [3]", "expected F32 [16]", OPTIONS),
+    Row(resumed("ema.safetensors", proj_in__bias=None), "`proj_in.bias`", "ema.safetensors lacks 1 tensor(s)",
         OPTIONS),
-    Row(resumed("model.safetensors", ghost=torch.zeros(3)), "`ghost`", "1 tensors differ", OPTIONS),
-    Row(resumed("ema.safetensors", proj_in__bias=torch.zeros(3)), "is [3]", "the model's is [16]", OPTIONS),
+    Row(resumed("config.json", norm_eps=0.5), "norm_eps=0.5, not 1e-05", "TMP/checkpoint-1 was trained with",
+        "Resume with the options it was trained with."),
+    Row(lambda w: training.checkpointing.rotate(w.tmp, -2), "got -2", "must be at least 1", "or -1 to keep all"),
     Row(second_run, "TMP/run", "Another run is writing into", "Wait for its end, or choose another folder.",
         error=OSError),
     Row(no_file, "TMP/checkpoint-1", "cannot be written: No space left on device",
         "Make room there, or choose another folder", error=saving.UnwritableError),
+    Row(lambda w: training.images.read_image(w.tmp, 8), Fixed("OSError"), "this is no regular file", error=OSError),
     Row(no_images, "TMP", "holds no images in folders named after their labels", "such as"),
     Row(lambda w: images(3)(w)[5], "no number 5", "There are 3 images", "numbered from 0", error=IndexError),
     Row(lambda w: images(100)(w)[7], "from number 7", "100 images in a row", "The log names each of them.",

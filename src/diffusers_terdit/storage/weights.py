@@ -9,6 +9,7 @@ Weights are written with this safetensors metadata, and checked against it where
     terdit.version  "1"
     terdit.packing  "row-chunk-2bit", when the file belongs to a packed model (the bytes: ops/reference.py)
     terdit.sha256   digest of the file's tensors, see `digest`
+    terdit.config   config of the model, or settings of the adapter, as canonical JSON
     terdit.model    of a shard: digest of the whole model's tensors, so that shards of two models do not mix
 """
 
@@ -77,7 +78,7 @@ def digest(tensors: Iterable[tuple[str, str, tuple[int, ...], Iterable[bytes | b
     return sha.hexdigest()
 
 
-def state_dict_digest(state_dict: dict[str, torch.Tensor]) -> str:
+def state_dict_digest(state_dict: Mapping[str, torch.Tensor]) -> str:
     """Return the `digest` of the tensors of a state dict."""
 
     def entry(name: str):
@@ -86,6 +87,16 @@ def state_dict_digest(state_dict: dict[str, torch.Tensor]) -> str:
         return name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), [data.data]
 
     return digest(entry(name) for name in sorted(state_dict))
+
+
+def canonical_json(config: Mapping[str, Any]) -> str:
+    """Return a config as JSON text that depends on its values alone; private keys, such as a path, are left out."""
+    return json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, sort_keys=True)
+
+
+def differing_keys(saved: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Return the keys that a config has with another value than `saved`, which may lack those of later releases."""
+    return sorted(key for key, value in saved.items() if not key.startswith("_") and other.get(key) != value)
 
 
 def require_safetensors(safe_serialization: bool, use_flashpack: bool = False) -> None:
@@ -263,23 +274,42 @@ class WeightsFile:
                     " again."
                 )
             if not is_finite(values):
-                raise ValueError(
-                    f"{self.path}: tensor `{name}` holds NaN or infinity. The file is damaged, or its training had"
-                    " diverged: download it again, or take an earlier one."
-                )
+                _refuse_not_finite(self.path, name)
             yield chunk
 
     def check_contents(self) -> None:
         """Raise a `ValueError` if the file holds code 3, NaN or infinity, or does not match its digest."""
         found = digest((n, *self.tensors[n], self._checked_chunks(n)) for n in sorted(self.tensors))
-        expected = self.metadata.get("terdit.sha256")
-        if expected is None:
-            logger.info(f"{self.path} carries no digest, so its contents were not checked for damage.")
-        elif found != expected:
-            raise ValueError(
-                f"{self.path}: the tensors do not match the digest in the file (sha256 {found[:12]}..., expected"
-                f" {expected[:12]}...). The file is damaged or was changed; download or save it again."
-            )
+        _compare_digest(self.path, self.metadata, found)
+
+
+def _refuse_not_finite(path: str | os.PathLike, name: str) -> None:
+    raise ValueError(
+        f"{path}: tensor `{name}` holds NaN or infinity. The file is damaged, or its training had diverged: download"
+        " it again, or take an earlier one."
+    )
+
+
+def _compare_digest(path: str | os.PathLike, metadata: Mapping[str, str], found: str) -> None:
+    """Raise a `ValueError` if the metadata of a file have another digest than its tensors."""
+    expected = metadata.get("terdit.sha256")
+    if expected is None:
+        logger.info(f"{path} carries no digest, so its contents were not checked for damage.")
+    elif found != expected:
+        raise ValueError(
+            f"{path}: the tensors do not match the digest in the file (sha256 {found[:12]}..., expected"
+            f" {expected[:12]}...). The file is damaged or was changed; download or save it again."
+        )
+
+
+def check_contents(
+    path: str | os.PathLike, state_dict: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Raise a `ValueError` if tensors that diffusers has read hold NaN or infinity, or do not match their digest."""
+    for name, tensor in state_dict.items():
+        if not is_finite(tensor):
+            _refuse_not_finite(path, name)
+    _compare_digest(path, metadata, state_dict_digest(state_dict))
 
 
 def load_pickle(path: str | os.PathLike, *allowed: type) -> Any:
