@@ -167,6 +167,11 @@ def broken_card(w):
     model_card.read_card(w.tmp / "README.md")
 
 
+def link(w):
+    (w.saved("layer") / "diffusion_pytorch_model.saving").symlink_to(w.tmp / "elsewhere")
+    w.model().save_pretrained(w.tmp / "layer")
+
+
 def saved_meanwhile(w):
     folder = w.saved("layer")
     with saving.undisturbed(folder):
@@ -229,6 +234,8 @@ ROWS = [
     Row(index(text='{"metadata": {}, "weight_map": {"bias": "x.safetensors"}}'), "names x.safetensors",
         "which is not there", "Download or save the model again.", error=OSError),
     Row(index_differs, "['proj_in.bias']", "the index and the files differ", "Save the model again."),
+    Row(link, "TMP/layer/diffusion_pytorch_model.saving", "is a symbolic link", "or choose another folder.",
+        error=OSError),
     Row(saved_meanwhile, "TMP/layer", "Another process saved into", "Load it again.", error=OSError),
     Row(lambda w: configs.check_config(w.tmp / "config.json", []), "config is list", "expected an object"),
     Row(config(text="[" * 10**5), "TMP/layer/config.json", "is not JSON: maximum recursion", AGAIN),

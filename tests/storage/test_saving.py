@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import SchedulerMixin
 from filelock import FileLock
 
 from diffusers_terdit import DiffusionPipeline, TerDiTPipeline, TerDiTTransformer2DModel, TernaryLinear
@@ -277,6 +278,100 @@ def test_a_rename_that_fails_is_noticed_and_the_next_save_mends_it(tmp_path, mon
     layer.save_pretrained(tmp_path)
     assert time.monotonic() - started < 5  # this process does not wait for itself
     assert torch.equal(TernaryLinear.from_pretrained(tmp_path).weight, layer.weight)
+
+
+class TestSavedMeanwhile:
+    """What is read while another process saves is one model or an error, wherever the save falls."""
+
+    @pytest.fixture
+    def pipelines(self, tiny_pipeline, tmp_path):
+        old, new = tiny_pipeline(norm_eps=1e-5), tiny_pipeline(norm_eps=1e-4)
+        old.save_pretrained(tmp_path / "old", max_shard_size="50kB")
+        return tmp_path / "old", new
+
+    @pytest.mark.parametrize("moment", ["load_config", "_load_pretrained_model"])
+    @pytest.mark.parametrize("place", ["before", "after"])
+    def test_a_model(self, pipelines, monkeypatch, moment, place):
+        folder, new = pipelines[0] / "transformer", pipelines[1].transformer
+        original = getattr(TerDiTTransformer2DModel, moment)
+
+        def meanwhile(*args, **kwargs):
+            if place == "before":
+                new.save_pretrained(folder, max_shard_size="50kB")
+            result = original(*args, **kwargs)
+            if place == "after":
+                new.save_pretrained(folder, max_shard_size="50kB")
+            return result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(TerDiTTransformer2DModel, moment, meanwhile)
+            with pytest.raises(OSError, match=f"Another process saved into {folder} while it was read. Load it again"):
+                TerDiTTransformer2DModel.from_pretrained(folder)
+        assert TerDiTTransformer2DModel.from_pretrained(folder).config.norm_eps == 1e-4
+
+    @pytest.mark.parametrize("part", [TerDiTTransformer2DModel, SchedulerMixin])
+    def test_a_pipeline(self, pipelines, monkeypatch, part):
+        folder, new = pipelines
+        original = part.from_pretrained.__func__
+
+        def meanwhile(cls, *args, **kwargs):
+            new.save_pretrained(folder)
+            return original(cls, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(part, "from_pretrained", classmethod(meanwhile))
+            with pytest.raises(OSError, match=f"Another process saved into {folder}"):
+                TerDiTPipeline.from_pretrained(folder)
+        assert TerDiTPipeline.from_pretrained(folder).transformer.config.norm_eps == 1e-4
+
+
+class TestLinks:
+    """A folder from elsewhere has links to files of this user; nothing is written through them."""
+
+    @pytest.fixture
+    def victim(self, tmp_path):
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "config.json").write_text("mine")
+        return tmp_path / "elsewhere" / "config.json"
+
+    def test_marker_of_a_save(self, tiny_pipeline, tmp_path, victim):
+        pipe = tiny_pipeline()
+        pipe.save_pretrained(tmp_path / "pipe")
+        (tmp_path / "pipe" / "transformer" / "pipeline.saving").symlink_to(victim)
+        with pytest.raises(OSError, match=r"pipeline\.saving is a symbolic link, which is not written through"):
+            pipe.save_pretrained(tmp_path / "pipe")
+        assert victim.read_text() == "mine"
+
+    def test_folder_of_a_part(self, tiny_pipeline, tmp_path, victim):
+        (tmp_path / "pipe").mkdir()
+        (tmp_path / "pipe" / "transformer").symlink_to(victim.parent)
+        with pytest.raises(OSError, match="transformer is a symbolic link"):
+            tiny_pipeline().save_pretrained(tmp_path / "pipe")
+        assert os.listdir(victim.parent) == ["config.json"]
+        assert victim.read_text() == "mine"
+
+    def test_weights_and_config_replace_the_links(self, tiny_model, tmp_path, victim):
+        """Files are renamed into their place, which takes the link away and not what it leads to."""
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "config.json").symlink_to(victim)
+        tiny_model().save_pretrained(tmp_path / "model")
+        assert victim.read_text() == "mine"
+        TerDiTTransformer2DModel.from_pretrained(tmp_path / "model")
+
+    def test_a_log_that_a_run_would_append_to(self, tmp_path, victim):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "log.jsonl").symlink_to(victim)
+        with pytest.raises(OSError, match=r"log\.jsonl is a symbolic link"), saving.output_folder(tmp_path / "run"):
+            pass
+
+    def test_partials_and_locks(self, tmp_path, victim):
+        """The names are those that `remove_partials` looks for; the folder that one leads to stays as it is."""
+        (tmp_path / "run" / "new.0123abcd.partial").mkdir(parents=True)
+        (tmp_path / "run" / "new.0123abcd.partial" / "owner.lock").symlink_to(victim)
+        (tmp_path / "run" / "new.4567abcd.partial").symlink_to(victim.parent)
+        saving.remove_partials(tmp_path / "run")
+        assert os.listdir(victim.parent) == ["config.json"]
+        assert victim.read_text() == "mine"
 
 
 class TestPartials:

@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,8 @@ def partial_path(path: Path) -> Iterator[Path]:
 def remove_partials(folder: Path, name: str = "*") -> None:
     """Remove what killed processes have left half-written in a folder: the partial folders that nobody holds."""
     for left in folder.glob(f"{name}.{'[0-9a-f]' * 8}.partial"):
+        if left.is_symlink():
+            continue
         with suppress(OSError):  # such as a `Timeout`: its process runs
             with FileLock(left / _OWNER, blocking=False):
                 shutil.rmtree(left, ignore_errors=True)
@@ -136,7 +138,8 @@ def replacing(folder: Path, marker: Path, clear: bool = True, seconds: float = 1
         seconds (`float`): How long to wait for another process that is moving its files.
 
     Raises:
-        OSError: The files cannot be written, or another process moves its files for too long.
+        OSError: The files cannot be written, one of the folders or the marker is a symbolic link, or another process
+            moves its files for too long.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -145,7 +148,9 @@ def replacing(folder: Path, marker: Path, clear: bool = True, seconds: float = 1
             partial.mkdir()
             yield partial
             files = sorted(path.relative_to(partial) for path in partial.rglob("*") if path.is_file())
-            for parent in {folder / file.parent for file in files} | {marker.parent}:
+            parents = {folder / file.parent for file in files} | {marker.parent}
+            _refuse_links([marker, *(parents - {folder})])
+            for parent in parents:
                 parent.mkdir(exist_ok=True)
             busy = f"Another process is saving into {marker.parent}. Save elsewhere, or try again."
             with _locked(marker.parent / "terdit-saving.lock", seconds, busy):
@@ -159,6 +164,15 @@ def replacing(folder: Path, marker: Path, clear: bool = True, seconds: float = 1
                         if name and (parent, name) in written and parent / path.name not in files:
                             path.unlink(missing_ok=True)
                 marker.unlink(missing_ok=True)
+
+
+def _refuse_links(paths: Iterable[Path]) -> None:
+    """Raise an `OSError` at a symbolic link: a folder from elsewhere may have one to any file of this user."""
+    for path in paths:
+        if path.is_symlink():
+            raise OSError(
+                f"{path} is a symbolic link, which is not written through. Remove it, or choose another folder."
+            )
 
 
 def refuse_interrupted(folder: Path) -> None:
@@ -216,7 +230,8 @@ def output_folder(path: str | os.PathLike, is_main_process: bool = True, seconds
         seconds (`float`): How long to wait for another run.
 
     Raises:
-        OSError: Another run has the folder, or nothing can be written there.
+        OSError: Another run has the folder, nothing can be written there, or a file in it is a symbolic link: what a
+            run appends to, such as its log, would be written elsewhere.
     """
     path = Path(path)
     with ExitStack() as stack:
@@ -225,6 +240,7 @@ def output_folder(path: str | os.PathLike, is_main_process: bool = True, seconds
             if is_main_process:
                 busy = f"Another run is writing into {path}. Wait for its end, or choose another folder."
                 stack.enter_context(_locked(path / "terdit-run.lock", seconds, busy))
+                _refuse_links(found for found in path.iterdir() if not found.is_dir())
                 for folder in (path, *(found for found in path.iterdir() if found.is_dir())):
                     remove_partials(folder)
         yield
