@@ -108,6 +108,35 @@ class TestCompiledCode:
             assert compiles().keys() == changed.keys()
             assert sum(path.stat().st_size > 40 for path in changed) == 2
 
+    def test_two_processes_that_compile_variants_at_once_do_not_exchange_them(self, compiles, monkeypatch):
+        """numba reads the index, takes the next number of a file, writes the index, then the file, without a lock."""
+        file = numba.core.caching.IndexDataCacheFile
+        save, others = file._save_data, []
+
+        def multiply_by(factor):
+            def multiply(address):
+                numbers = numba.carray(pointer(address, "int64"), 1)
+                numbers[0] = factor * numbers[0]
+
+            number = torch.tensor([21])
+            instructions.c_function(True, factor)(multiply).ctypes(number.data_ptr())
+            return number.item()
+
+        def save_late(*arguments):
+            if not others:  # the other one has read the index before this one wrote it, and writes its own now
+                others.append(3)
+                with monkeypatch.context() as patch:
+                    patch.setattr(file, "_load_index", lambda self: {})
+                    assert multiply_by(3) == 63
+            save(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(file, "_save_data", save_late)
+            assert multiply_by(2) == 42
+        assert others
+        for _ in range(2):  # as later processes load them
+            assert (multiply_by(2), multiply_by(3)) == (42, 63)
+
     def test_there_is_no_place_for_it(self, monkeypatch):
         monkeypatch.setattr(numba.core.caching.CompileResultCacheImpl, "_locator_classes", [])
         with pytest.raises(RuntimeError, match="cache"):
