@@ -72,17 +72,19 @@ def test_its_digest_covers_names_dtypes_shapes_and_bytes_in_the_order_of_the_nam
 def test_saving_it_again_writes_the_same_tensors_and_metadata(tmp_path):
     TernaryLinear.from_pretrained(FOLDER).save_pretrained(tmp_path)
     with safe_open(tmp_path / WEIGHTS.name, framework="pt") as file:
-        assert file.metadata() == {
-            "format": "pt",
-            "terdit.version": "1",
-            "terdit.packing": "row-chunk-2bit",
-            "terdit.sha256": DIGEST,
-        }
+        metadata = file.metadata()
         assert {name: file.get_tensor(name).tolist() for name in file.keys()} == {  # noqa: SIM118
             "weight_packed": PACKED,
             "weight_scale": SCALE,
             "bias": BIAS,
         }
+    assert json.loads(metadata.pop("terdit.config"))["weight_format"] == "packed"
+    assert metadata == {
+        "format": "pt",
+        "terdit.version": "1",
+        "terdit.packing": "row-chunk-2bit",
+        "terdit.sha256": DIGEST,
+    }
     old, new = (json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in (FOLDER, tmp_path))
     assert {name: new[name] for name in old} == {**old, "_diffusers_version": new["_diffusers_version"]}
 

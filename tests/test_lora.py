@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -467,8 +466,7 @@ class TestStrangersFiles:
         with pytest.raises(ValueError, match="settings are not those that were saved"):
             tiny_model("packed").load_lora_adapter(adapter)
 
-    def test_without_settings_alpha_is_the_rank_and_said_to_be(self, tiny_model, adapter, caplog, monkeypatch):
-        monkeypatch.setattr(logging.getLogger("diffusers_terdit"), "propagate", True)
+    def test_without_settings_alpha_is_the_rank_and_said_to_be(self, tiny_model, adapter, caplog):
         save_file(load_file(adapter / FILE), adapter / FILE)
         model = tiny_model("packed")
         model.load_lora_adapter(adapter)

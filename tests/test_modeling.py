@@ -165,6 +165,29 @@ class TestStrictLoading:
             load(tmp_path)
 
 
+class TestConfigOfTheWeights:
+    @single_or_sharded
+    @pytest.mark.parametrize(("key", "value"), [("norm_eps", 1e-3), ("pos_embed_type", "rope+sincos2d")])
+    def test_a_config_of_another_model_is_warned_of(self, tiny_model, tmp_path, caplog, key, value, save):
+        """What changes no shape is taken as it is, with a warning that names both values."""
+        before = tiny_model("packed").config[key]
+        tiny_model("packed").save_pretrained(tmp_path, **save)
+        edit_json(tmp_path / "config.json", **{key: value})
+        assert load(tmp_path).config[key] == value
+        assert f"was saved with {key}={before!r}, not {value!r}" in caplog.text
+
+    def test_the_same_config_and_one_without_a_later_option_are_not(self, tiny_model, tmp_path, caplog):
+        model = tiny_model("float")
+        model.pack().save_pretrained(tmp_path)
+        load(tmp_path)
+        tensors, metadata = read_weights(tmp_path / FILE)
+        saved = json.loads(metadata["terdit.config"])
+        assert saved.pop("norm_eps")
+        save_file(tensors, tmp_path / FILE, {**metadata, "terdit.config": json.dumps(saved)})
+        load(tmp_path)
+        assert "was saved with" not in caplog.text
+
+
 class TestSaving:
     @single_or_sharded
     @pytest.mark.parametrize("weight_format", FORMATS)

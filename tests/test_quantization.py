@@ -7,6 +7,7 @@ import pickle
 import warnings
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -25,6 +26,7 @@ from torch import nn
 from diffusers_terdit import TernaryConfig
 from diffusers_terdit.ops import reference
 from diffusers_terdit.quantization import pack, select_layers
+from diffusers_terdit.storage.inspection import inspect_weights
 from tiny import make_ternary, ternary_layers
 from tiny_flux2 import tiny_flux2_pipeline
 
@@ -196,6 +198,23 @@ class TestLoading:
         config = TernaryConfig(scale_granularity=16)
         packed = Flux2Transformer2DModel.from_pretrained(tmp_path / "dense", quantization_config=config)
         torch.testing.assert_close(run(packed), run(config.quantize(new("Flux2")[0])))
+
+    @pytest.mark.parametrize("save", [{}, {"max_shard_size": "20KB"}], ids=["single", "sharded"])
+    def test_a_flipped_bit_is_found(self, tmp_path, save):
+        TernaryConfig().quantize(new("DiT")[0]).save_pretrained(tmp_path, **save)
+        files = sorted(tmp_path.glob("*.safetensors"))
+        assert len(files) > bool(save)
+        assert inspect_weights(tmp_path).has_digest
+        random = np.random.default_rng(0)
+        for number in range(10 * len(files)):
+            data = (path := files[number % len(files)]).read_bytes()
+            damaged, start = bytearray(data), 8 + int.from_bytes(data[:8], "little")
+            damaged[random.integers(start, len(data))] ^= 1 << int(random.integers(8))
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match=r"do not match the digest|code 3|NaN or infinity"):
+                DiTTransformer2DModel.from_pretrained(tmp_path)
+            path.write_bytes(data)
+        DiTTransformer2DModel.from_pretrained(tmp_path)
 
     def test_no_warning_about_weights_that_were_not_used(self, tmp_path, caplog):
         model, _ = new("DiT")

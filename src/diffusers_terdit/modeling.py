@@ -32,6 +32,7 @@ from .storage.weights import (
     SCALE_SUFFIX,
     TOGETHER,
     VERSION,
+    canonical_json,
     check_weights,
     read_index,
     read_json,
@@ -275,7 +276,7 @@ class TernaryModelMixin(HubMixin, ModelMixin, PortableConfigMixin):
         refuse_adapters(self, "saving the model")
         folder, limit = Path(save_directory), convert_file_size_to_int(max_shard_size)
         state_dict = self.state_dict()
-        metadata = {"format": "pt", "terdit.version": VERSION}
+        metadata = {"format": "pt", "terdit.version": VERSION, "terdit.config": canonical_json(self.config)}
         if self.config.get("weight_format") == "packed":
             metadata["terdit.packing"] = PACKING
         if sum(tensor.nbytes for tensor in state_dict.values()) > limit:

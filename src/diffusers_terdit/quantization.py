@@ -25,7 +25,15 @@ from .layers import TernaryLinear
 from .lora import refuse_adapters, take_adapters
 from .ops import pack_ternary, reference
 from .storage.saving import refuse_interrupted
-from .storage.weights import PACKED_SUFFIX, PACKING, SCALE_SUFFIX, VERSION, check_weights, require_safetensors
+from .storage.weights import (
+    PACKED_SUFFIX,
+    PACKING,
+    SCALE_SUFFIX,
+    VERSION,
+    check_weights,
+    require_safetensors,
+    state_dict_digest,
+)
 
 
 # Names in a config.json of the first models, and what they are called now.
@@ -390,7 +398,7 @@ class TernaryQuantizer(DiffusersQuantizer):
         saved = {
             key: saved_scale(value) if key.endswith(f".{SCALE_SUFFIX}") else value for key, value in state_dict.items()
         }
-        metadata = {"terdit.version": VERSION}
+        metadata = {"terdit.version": VERSION, "terdit.model": state_dict_digest(saved)}
         if self.quantization_config.weight_format == "packed":
             metadata["terdit.packing"] = PACKING
         return saved, metadata

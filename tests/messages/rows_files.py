@@ -265,6 +265,8 @@ ROWS = [
     Row(layer(bias=torch.zeros(8, dtype=torch.int32)), "is stored as I32", "expected floating point", TOGETHER),
     Row(layer(bias=None), "`bias`", "1 missing tensor(s) of TernaryLinear", TOGETHER),
     Row(layer(metadata={"terdit.version": "2"}), "version '2'", "reads version 1", "Update diffusers-terdit."),
+    Row(layer(metadata={"terdit.config": "[1]"}), "`terdit.config` is '[1]'", "expected a JSON object",
+        "Download it again."),
     Row(layer(metadata={"terdit.packing": "columns"}), "'columns'", "this release reads 'row-chunk-2bit'",
         "Update diffusers-terdit."),
     Row(config(weight_format="float"), f"TMP/layer/{WEIGHTS}", "but the config says weight_format='float'",

@@ -10,7 +10,7 @@ from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from ..ops import reference
-from .weights import PACKED_SUFFIX, SCALE_SUFFIX, WeightsFile, check_metadata, read_index, read_json
+from .weights import PACKED_SUFFIX, SCALE_SUFFIX, WeightsFile, check_files, check_metadata, read_index, read_json
 
 
 HEADERS = "file headers"
@@ -57,7 +57,7 @@ class WeightsReport:
         shapes (`Counter`): Ternary layers by outputs, inputs and what one scale covers.
         packing (`str` or `None`): As in the files' metadata; `None` where the ternary weights are floats.
         version (`str` or `None`): Of the format, as in the metadata; `None` in files of others.
-        has_digest (`bool`): Whether every file carries a digest; it matched.
+        has_digest (`bool`): Whether all tensors have digests, which matched.
     """
 
     config: dict
@@ -110,7 +110,7 @@ def inspect_weights(path: str | Path) -> WeightsReport:
     packed = any(name.split(".")[-1] == PACKED_SUFFIX for name in shapes)
     for file in files:
         check_metadata(file.path, file.metadata, packed)
-        file.check_contents()
+    has_digest = check_files(files)
     by_name = {name: file for file in files for name in file.tensors}
     for file in files:
         tensor_bytes = 0
@@ -156,7 +156,7 @@ def inspect_weights(path: str | Path) -> WeightsReport:
         shapes=layer_shapes,
         packing=metadata.get("terdit.packing"),
         version=metadata.get("terdit.version"),
-        has_digest=all("terdit.sha256" in file.metadata for file in files),
+        has_digest=has_digest,
     )
 
 

@@ -10,7 +10,8 @@ Weights are written with this safetensors metadata, and checked against it where
     terdit.packing  "row-chunk-2bit", when the file belongs to a packed model (the bytes: ops/reference.py)
     terdit.sha256   digest of the file's tensors, see `digest`
     terdit.config   config of the model, or settings of the adapter, as canonical JSON
-    terdit.model    of a shard: digest of the whole model's tensors, so that shards of two models do not mix
+    terdit.model    digest of the whole model's tensors: in shards, so that those of two models do not mix, and where
+                    diffusers writes the files, with the same metadata in all of them
 """
 
 import hashlib
@@ -19,7 +20,7 @@ import os
 import pickle
 import struct
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
@@ -277,10 +278,27 @@ class WeightsFile:
                 _refuse_not_finite(self.path, name)
             yield chunk
 
-    def check_contents(self) -> None:
-        """Raise a `ValueError` if the file holds code 3, NaN or infinity, or does not match its digest."""
-        found = digest((n, *self.tensors[n], self._checked_chunks(n)) for n in sorted(self.tensors))
-        _compare_digest(self.path, self.metadata, found)
+
+def check_files(files: Sequence[WeightsFile]) -> bool:
+    """Raise a `ValueError` if the files of a model hold code 3, NaN or infinity, or do not match their digests.
+
+    Returns:
+        `bool`: Whether there are digests of all tensors.
+    """
+    models = {file.metadata.get("terdit.model") for file in files}
+    if len(models - {None}) > 1:
+        raise ValueError(
+            f"{files[0].path.parent} holds shards of several models. Download all of them again, or save the model"
+            " again."
+        )
+    parts = [([file], file.metadata.get("terdit.sha256")) for file in files]
+    if None in {expected for _, expected in parts}:  # diffusers gives all files of a model the same metadata
+        parts = [(list(files), models.pop())] if None not in models else parts
+    for part, expected in parts:
+        holder = {name: file for file in part for name in file.tensors}
+        found = digest((n, *holder[n].tensors[n], holder[n]._checked_chunks(n)) for n in sorted(holder))
+        _compare_digest(part[0].path, expected, found)
+    return all(expected for _, expected in parts)
 
 
 def _refuse_not_finite(path: str | os.PathLike, name: str) -> None:
@@ -290,9 +308,8 @@ def _refuse_not_finite(path: str | os.PathLike, name: str) -> None:
     )
 
 
-def _compare_digest(path: str | os.PathLike, metadata: Mapping[str, str], found: str) -> None:
-    """Raise a `ValueError` if the metadata of a file have another digest than its tensors."""
-    expected = metadata.get("terdit.sha256")
+def _compare_digest(path: str | os.PathLike, expected: str | None, found: str) -> None:
+    """Raise a `ValueError` if tensors have another digest than the metadata of their file say."""
     if expected is None:
         logger.info(f"{path} carries no digest, so its contents were not checked for damage.")
     elif found != expected:
@@ -309,7 +326,7 @@ def check_contents(
     for name, tensor in state_dict.items():
         if not is_finite(tensor):
             _refuse_not_finite(path, name)
-    _compare_digest(path, metadata, state_dict_digest(state_dict))
+    _compare_digest(path, metadata.get("terdit.sha256"), state_dict_digest(state_dict))
 
 
 def load_pickle(path: str | os.PathLike, *allowed: type) -> Any:
@@ -441,13 +458,25 @@ def check_weights(
         where = ", ".join(str(file.path) for file in files)
         shown = ", ".join(f"`{name}`" for name in missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise ValueError(f"{where}: {len(missing)} missing tensor(s) of {type(model).__name__}: {shown}. {TOGETHER}")
-    for file in files:
-        file.check_contents()
-    if len({file.metadata.get("terdit.model") for file in files} - {None}) > 1:
-        raise ValueError(
-            f"{files[0].path.parent} holds shards of several models. Download all of them again, or save the model"
-            " again."
-        )
+    check_files(files)
+    _compare_config(files[0], model)
+
+
+def _compare_config(file: WeightsFile, model: ModelMixin) -> None:
+    """Warn if a model is built with another config than its weights were saved with."""
+    text = file.metadata.get("terdit.config")
+    if text is None:
+        return
+    try:
+        saved = json.loads(text)
+    except (ValueError, RecursionError):
+        saved = None
+    if not isinstance(saved, dict):
+        raise ValueError(f"{file.path}: `terdit.config` is {text!r:.80}, expected a JSON object. Download it again.")
+    built = json.loads(canonical_json(model.config))
+    if keys := differing_keys(saved, built):
+        shown = ", ".join(f"{key}={saved[key]!r:.80}, not {built.get(key)!r:.80}" for key in keys[:5])
+        logger.warning(f"{file.path} was saved with {shown}. config.json may be of another model, or was changed.")
 
 
 def check_tensors_of(
@@ -483,7 +512,7 @@ def check_tensors_of(
                 f"{path}: `{name}` is {dtype} {list(shape)}, expected {DTYPE_NAMES[expected[name][0]]}"
                 f" {list(expected[name][1])}. {advice}"
             )
-    file.check_contents()
+    check_files([file])
     return file
 
 
@@ -512,7 +541,7 @@ def check_file(path: str | os.PathLike, packed: bool) -> None:
     """
     file = WeightsFile(path)
     check_metadata(file.path, file.metadata, packed)
-    file.check_contents()
+    check_files([file])
 
 
 def _raise_format_mismatch(path: Path, name: str, packed_model: bool) -> None:
