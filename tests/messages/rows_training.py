@@ -95,6 +95,8 @@ ROWS = [
     Row(resumed("ema.safetensors", proj_in__bias=torch.zeros(3)), "is F32 [3]", "expected F32 [16]", OPTIONS),
     Row(resumed("ema.safetensors", proj_in__bias=None), "`proj_in.bias`", "ema.safetensors lacks 1 tensor(s)",
         OPTIONS),
+    Row(resumed("training_state.json", step=2), "TMP/checkpoint-1/model.safetensors", "was not saved with this",
+        "Resume from another one."),
     Row(resumed("config.json", norm_eps=0.5), "norm_eps=0.5, not 1e-05", "TMP/checkpoint-1 was trained with",
         "Resume with the options it was trained with."),
     Row(lambda w: training.checkpointing.rotate(w.tmp, -2), "got -2", "must be at least 1", "or -1 to keep all"),

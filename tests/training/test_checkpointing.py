@@ -1,8 +1,10 @@
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from diffusers_terdit import training
+from tiny import read_weights
 from tiny_training import fresh_model, optimizer_of, take_steps
 
 
@@ -19,6 +21,7 @@ class TestFolders:
             "checkpoint-100",
         ]
         training.checkpointing.rotate(tmp_path, None)
+        training.checkpointing.rotate(tmp_path, -1)
         assert len(training.checkpointing.find(tmp_path)) == 3
         training.checkpointing.rotate(tmp_path, 2)
         assert [path.name for path in training.checkpointing.find(tmp_path)] == ["checkpoint-20", "checkpoint-100"]
@@ -27,7 +30,9 @@ class TestFolders:
 class TestLog:
     def test_lines_after_the_step_and_torn_lines_are_cut(self, tmp_path):
         path = tmp_path / "log.jsonl"
-        path.write_text('{"step": 1}\n{"step": 2, "loss": 0.5}\n{"step": 3}\n{"step": 2, "lo')
+        path.write_bytes(
+            b'{"step": 1}\n{"step": 2, "loss": 0.5}\n{"step": 3}\n{}\nnull\n[1]\n\xff\n{"step": "2"}\n{"step": 2, "lo'
+        )
         training.checkpointing.cut_log(path, 2)
         assert path.read_text() == '{"step": 1}\n{"step": 2, "loss": 0.5}\n'
         assert [file.name for file in tmp_path.iterdir()] == ["log.jsonl"]
@@ -101,3 +106,68 @@ class TestCheckpoints:
         take_steps(resumed, resumed_optimizer, 2)
         for name, value in model.state_dict().items():
             assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+class TestDamage:
+    """A damaged or changed checkpoint, or one of another network, is refused; nothing trains on from it."""
+
+    @pytest.fixture
+    def checkpoint(self, tmp_path):
+        model = fresh_model()
+        optimizer = optimizer_of(model)
+        take_steps(model, optimizer, 2)
+        training.checkpointing.save(tmp_path / "checkpoint-2", model, fresh_model(2), optimizer, {"step": 2})
+        return tmp_path / "checkpoint-2"
+
+    @staticmethod
+    def resume(folder, **changes):
+        model = fresh_model(1, **changes)
+        return training.checkpointing.load(folder, model, fresh_model(1, **changes), optimizer_of(model))
+
+    @pytest.mark.parametrize("name", ["model", "ema", "optimizer"])
+    def test_a_flipped_bit(self, checkpoint, name):
+        path, random = checkpoint / f"{name}.safetensors", np.random.default_rng(0)
+        data = path.read_bytes()
+        for place in random.integers(8 + int.from_bytes(data[:8], "little"), len(data), 10):
+            damaged = bytearray(data)
+            damaged[place] ^= 1 << int(random.integers(8))
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match=rf"{path}.*(the digest|NaN or infinity)"):
+                self.resume(checkpoint)
+
+    @pytest.mark.parametrize("edit", [
+        lambda tensors: {name: tensor.to(torch.int8) for name, tensor in tensors.items()},
+        lambda tensors: {},
+        lambda tensors: {name: tensor for name, tensor in tensors.items() if not name.startswith("proj_in.")},
+        lambda tensors: {**tensors, "proj_in.weight.momentum": torch.zeros(3)},
+    ])  # fmt: skip
+    @pytest.mark.parametrize("keep", [True, False])
+    def test_other_tensors_in_the_optimizer(self, checkpoint, edit, keep):
+        path = checkpoint / "optimizer.safetensors"
+        tensors, metadata = read_weights(path)
+        save_file(edit(tensors), path, metadata if keep else None)
+        with pytest.raises(ValueError, match=str(path)):
+            self.resume(checkpoint)
+
+    @pytest.mark.parametrize(
+        "text", ['{"step": 5}', "{}", '{"step": 9223372036854775808}', "[2]", '{"step": 2', "[" * 100_000]
+    )
+    def test_another_state(self, checkpoint, text):
+        (checkpoint / "training_state.json").write_text(text)
+        with pytest.raises(ValueError, match=r"training_state\.json"):
+            self.resume(checkpoint)
+
+    def test_files_of_two_checkpoints(self, checkpoint):
+        model = fresh_model()
+        training.checkpointing.save(checkpoint.with_name("other"), model, model, optimizer_of(model), {"step": 3})
+        (checkpoint.with_name("other") / "ema.safetensors").replace(checkpoint / "ema.safetensors")
+        with pytest.raises(ValueError, match=r"ema\.safetensors was not saved with this"):
+            self.resume(checkpoint)
+
+    @pytest.mark.parametrize(
+        "change", [{"pos_embed_type": "rope+sincos2d"}, {"activation_bits": 8}, {"norm_eps": 1e-3}]
+    )
+    def test_another_network_of_the_same_shapes(self, checkpoint, change):
+        (name,) = change
+        with pytest.raises(ValueError, match=f"{checkpoint} was trained with {name}="):
+            self.resume(checkpoint, **{name: value})

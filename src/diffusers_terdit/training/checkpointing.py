@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..storage.saving import new_file, new_folder, partial_path
-from ..storage.weights import check_tensors_of, read_json, state_dict_digest
+from ..storage.weights import WeightsFile, canonical_json, check_tensors_of, read_json, state_dict_digest
 from .sharding import shard_like
 
 
@@ -51,14 +51,14 @@ def rotate(output_dir: str | os.PathLike, limit: int | None) -> None:
 def cut_log(path: str | os.PathLike, step: int) -> None:
     """Keep the lines of a JSONL log up to a step, because a resumed run writes the later ones again.
 
-    A killed run may have torn the last line; it is dropped.
+    A killed run may have torn the last line; it is dropped, as is any other that is no record of a step.
     """
     path = Path(path)
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             kept += [f"{line}\n"] if json.loads(line)["step"] <= step else []
     with new_file(path) as partial:
         partial.write_text("".join(kept), encoding="utf-8")
@@ -92,6 +92,9 @@ def save(
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+    written = json.dumps(state, indent=2)
+    # In each file: files of several checkpoints do not mix, and an edited state is found.
+    marks = {"format": "pt", "terdit.state": canonical_json(json.loads(written))}
     # Rank 0 gets everything, the others nothing.
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
 
@@ -100,8 +103,8 @@ def save(
         def write(name: str, tensors: dict[str, Any]) -> None:
             if partial is not None:
                 contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-                metadata = {"format": "pt", "terdit.sha256": state_dict_digest(contiguous)}
-                save_file(contiguous, partial / f"{name}.safetensors", metadata)
+                digest = {"terdit.sha256": state_dict_digest(contiguous)}
+                save_file(contiguous, partial / f"{name}.safetensors", {**marks, **digest})
 
         write("model", get_model_state_dict(model, options=options))
         write("ema", get_model_state_dict(ema_model, options=options))
@@ -109,7 +112,7 @@ def save(
         write("optimizer", _optimizer_state(model, optimizer, options) if optimizer.state else {})
         if partial is not None:
             model.save_config(partial)
-            (partial / STATE_NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            (partial / STATE_NAME).write_text(written + "\n", encoding="utf-8")
 
 
 def load(
@@ -121,7 +124,8 @@ def load(
 
     Raises:
         OSError: The folder is not a complete checkpoint.
-        ValueError: The tensors are not those of this model and optimizer.
+        ValueError: The config or the tensors are not those of this model and optimizer, or the files are damaged or
+            not of one checkpoint.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
@@ -130,6 +134,12 @@ def load(
         raise OSError(f"{folder} is no checkpoint: it has no {STATE_NAME}. Pass a `checkpoint-N` folder.")
     _check_config(folder, model)
     state = read_json(folder / STATE_NAME)
+    for name in ("model", "ema", "optimizer"):
+        if WeightsFile(path := folder / f"{name}.safetensors").metadata.get("terdit.state") != canonical_json(state):
+            raise ValueError(
+                f"{path} was not saved with this {STATE_NAME}: one of them is damaged, was changed, or is of another"
+                " checkpoint. Resume from another one."
+            )
     restore_tensors(folder / "model.safetensors", model.state_dict())
     restore_tensors(folder / "ema.safetensors", ema_model.state_dict())
     # The optimizer's own tensors, which a step without gradients makes where there are none. They are overwritten in
