@@ -342,6 +342,9 @@ class TestHostileFiles:
             ("model_index.json", {"transformer": [3, None]}, "`transformer` is"),
             ("model_index.json", {"scheduler": ["subprocess", "Popen"]}, "`scheduler` is"),
             ("model_index.json", {"scheduler": {}}, "`scheduler` is"),
+            # diffusers would build whole pipelines
+            ("model_index.json", {"scheduler": ["diffusers", "DiffusionPipeline"]}, "`scheduler` is"),
+            ("model_index.json", {"vae": ["diffusers", "DiffusionPipeline"]}, "`vae` is"),
             ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**15}, "num_train_timesteps"),
             ("scheduler/scheduler_config.json", {"num_train_timesteps": "1000"}, "num_train_timesteps"),
         ],
@@ -353,6 +356,24 @@ class TestHostileFiles:
         with pytest.raises(ValueError, match=re.escape(message)) as error:
             TerDiTPipeline.from_pretrained(tmp_path)
         assert str(tmp_path) in str(error.value)
+
+    @pytest.mark.parametrize("name", ["CLIPProcessor", "AutoModel", "PreTrainedModel"])
+    def test_a_vae_of_transformers_does_not_run_the_code_that_it_brings(
+        self, tiny_pipeline, tmp_path, monkeypatch, name
+    ):
+        """transformers would ask whether to run it, and a hasty "y" would."""
+        folder = tmp_path / "pipeline"
+        tiny_pipeline().save_pretrained(folder)
+        edit_json(folder / "model_index.json", vae=["transformers", name])
+        (folder / "vae").mkdir()
+        (folder / "vae" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+        places = dict.fromkeys(("AutoModel", "AutoConfig", "AutoProcessor"), "evil.Evil")
+        for file in ("config.json", "processor_config.json", "preprocessor_config.json"):
+            (folder / "vae" / file).write_text(json.dumps({"auto_map": places, "processor_class": "Evil"}))
+        monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+        with pytest.raises(ValueError, match=rf"model_index\.json: `vae` is \['transformers', '{name}'\]"):
+            TerDiTPipeline.from_pretrained(folder)
+        assert not (tmp_path / "ran").exists()
 
     @pytest.mark.parametrize("text", ['{"a":' * 100_000, "null", '{"num_layers": 1' + "0" * 5000 + "}"])
     def test_config_that_is_no_object_is_an_error_that_names_it(self, tiny_model, tmp_path, text):

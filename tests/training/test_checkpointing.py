@@ -165,9 +165,8 @@ class TestDamage:
             self.resume(checkpoint)
 
     @pytest.mark.parametrize(
-        "change", [{"pos_embed_type": "rope+sincos2d"}, {"activation_bits": 8}, {"norm_eps": 1e-3}]
+        ("name", "value"), [("pos_embed_type", "rope+sincos2d"), ("activation_bits", 8), ("norm_eps", 1e-3)]
     )
-    def test_another_network_of_the_same_shapes(self, checkpoint, change):
-        (name,) = change
+    def test_another_network_of_the_same_shapes(self, checkpoint, name, value):
         with pytest.raises(ValueError, match=f"{checkpoint} was trained with {name}="):
             self.resume(checkpoint, **{name: value})
