@@ -25,7 +25,7 @@ from .hub.errors import hub_errors
 from .hub.push import HubMixin
 from .lora import refuse_adapters
 from .storage.configs import check_config, fits
-from .storage.saving import refuse_interrupted, replacing, scrub_paths, undisturbed
+from .storage.saving import replacing, scrub_paths, undisturbed
 from .storage.weights import (
     PACKED_SUFFIX,
     PACKING,
@@ -222,7 +222,6 @@ class TernaryModelMixin(HubMixin, ModelMixin, PortableConfigMixin):
         cls, model, state_dict, resolved_model_file, name_or_path, loaded_keys, *args, **kwargs
     ):
         files = list(resolved_model_file)
-        refuse_interrupted(Path(files[0]).parent)
         check_weights(model, files, kwargs.get("ignore_mismatched_sizes", False))
         kwargs["keep_in_fp32_modules"] = [*(kwargs.get("keep_in_fp32_modules") or []), SCALE_SUFFIX]
         differing = sorted(set(loaded_keys) ^ set(model.state_dict()))
