@@ -14,7 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..storage.saving import new_file, new_folder, partial_path
-from ..storage.weights import WeightsFile, canonical_json, check_tensors_of, read_json, state_dict_digest
+from ..storage.weights import (
+    WeightsFile,
+    canonical_json,
+    check_tensors_of,
+    differing_keys,
+    read_json,
+    state_dict_digest,
+)
 from .sharding import shard_like
 
 
@@ -153,13 +160,9 @@ def load(
 
 def _check_config(folder: Path, model: ModelMixin) -> None:
     """Raise a `ValueError` that names what differs between the config of a checkpoint and that of a model."""
-    saved, asked = (
-        {key: value for key, value in config.items() if not key.startswith("_")}
-        for config in (read_json(folder / "config.json"), json.loads(model.to_json_string()))
-    )
-    differing = sorted(key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key))
-    if differing:
-        shown = ", ".join(f"{key}={saved.get(key)!r:.80}, not {asked.get(key)!r:.80}" for key in differing[:5])
+    saved, asked = read_json(folder / "config.json"), json.loads(model.to_json_string())
+    if keys := differing_keys(saved, asked):
+        shown = ", ".join(f"{key}={saved[key]!r:.80}, not {asked.get(key)!r:.80}" for key in keys[:5])
         raise ValueError(f"{folder} was trained with {shown}. Resume with the options it was trained with.")
 
 
