@@ -563,9 +563,7 @@ class Trainer:
             options = training.export.card_options(pipe, self.facts(), images, args.license)
             training.export.save_card(pipe, args.output_dir, name, options)
             if args.push_to_hub:
-                commit = push_saved(
-                    pipe, args.output_dir, options, name, token=args.hub_token, ignore=["checkpoint-*"]
-                )
+                commit = push_saved(pipe, args.output_dir, options, name, token=args.hub_token)
                 logger.info(f"pushed to {commit.repo_url.repo_id}")
             folder = str(args.output_dir)
             logger.info(f"{folder} is a pipeline: TerDiTPipeline.from_pretrained({folder!r})")

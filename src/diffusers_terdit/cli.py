@@ -3,14 +3,11 @@
 import argparse
 import json
 import os
-import re
-import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,7 +17,7 @@ from PIL import Image
 from .checkpoints import resolve_model
 from .conversion import convert_dense_checkpoint, convert_original_checkpoint, is_diffusers_checkpoint
 from .hub.errors import hub_errors
-from .hub.model_card import CardOptions, human_bytes, read_card
+from .hub.model_card import CardOptions, human_bytes
 from .hub.push import push_saved
 from .ops import choose_kernel
 from .pipelines.pipeline_terdit import TerDiTPipeline
@@ -320,39 +317,23 @@ def pack(args: argparse.Namespace) -> None:
 
 
 def push(args: argparse.Namespace) -> None:
-    """Upload a pipeline folder to the Hub, as it is, with a model card."""
+    """Upload the files of a pipeline's folder to the Hub, as they are, with a model card."""
     pipe = load_pipeline(args.model)  # what does not load is not pushed
     source = Path(resolve_model(args.model))
     if not source.is_dir():
         raise NotADirectoryError(f"{args.model} is no folder here; what is on the Hub needs no push.")
     images = {path.stem: Image.open(path) for path in map(Path, args.images)}
-    parts = [name for name, value in _model_index(source).items() if isinstance(value, list) and value[0]]
-    with TemporaryDirectory() as folder:
-        for name in ["model_index.json", *parts, *_card_files(source)]:
-            target = Path(folder, name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            (shutil.copytree if (source / name).is_dir() else shutil.copyfile)(source / name, target)
-        commit = push_saved(
-            pipe,
-            folder,
-            CardOptions(args.license, args.base_model, images),
-            args.repo_id,
-            args.private or None,
-            args.commit_message,
-            create_pr=args.create_pr,
-            revision=args.revision,
-        )
+    commit = push_saved(
+        pipe,
+        source,
+        CardOptions(args.license, args.base_model, images),
+        args.repo_id,
+        args.private or None,
+        args.commit_message,
+        create_pr=args.create_pr,
+        revision=args.revision,
+    )
     print(f"Pushed {args.model} to {commit.pr_url or commit.commit_url}")
-
-
-def _card_files(folder: Path) -> list[str]:
-    """README.md and the pictures of the folder that it shows."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return []
-    shown = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", read_card(card).text)
-    inside = {name for name in shown if (folder / name).is_file() and ".." not in Path(name).parts}
-    return ["README.md", *sorted(name for name in inside if not Path(name).is_absolute())]
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -88,6 +88,30 @@ class TestPipeline:
             assert not (tmp_path / "packed").exists()
             assert not list(tmp_path.glob("*.partial"))
 
+    @pytest.mark.parametrize(
+        "name", ["tokenizer/vocab.json", "tokenizer", "scheduler/scheduler_config.json", "README.md"]
+    )
+    def test_nothing_is_copied_through_a_link(self, published, tmp_path, name):
+        (tmp_path / "private").mkdir()
+        (tmp_path / "private" / "vocab.json").write_text("secret")
+        path = published / name
+        path.rename(tmp_path / "away") if path.exists() else None
+        path.symlink_to(tmp_path / "private" if name == "tokenizer" else tmp_path / "private" / "vocab.json")
+        with pytest.raises(OSError, match=f"{name} is a link"):
+            convert_dense_checkpoint(published, tmp_path / "packed")
+        assert not (tmp_path / "packed").exists()
+
+    def test_what_belongs_to_no_component_stays(self, published, tmp_path):
+        (published / "notes.txt").symlink_to("/etc/passwd")
+        (published / ".git").mkdir()
+        (published / ".git" / "config").write_text("token")
+        (published / "LICENSE").write_text("free")
+        convert_dense_checkpoint(published, tmp_path / "packed")
+        found = {path.name for path in (tmp_path / "packed").iterdir()}
+        parts = {path.name for path in published.iterdir()}
+        assert found == parts - {"notes.txt", ".git"}
+        assert "tokenizer" in found
+
     def test_an_output_that_is_not_empty_is_kept(self, published, tmp_path):
         (tmp_path / "packed").mkdir()
         (tmp_path / "packed" / "thesis.txt").write_text("years of work")

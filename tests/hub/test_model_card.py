@@ -268,7 +268,7 @@ class TestAuthor:
         (tmp_path / "folder" / "README.md").write_bytes(OWN.encode())
         model.save_pretrained("folder", push_to_hub=True, repo_id=REPO, token=fake_hub.token)
         assert readme(fake_hub).endswith("It is mine.\r\n")
-        assert (tmp_path / "folder" / "README.md").read_bytes().decode() == readme(fake_hub)
+        assert (tmp_path / "folder" / "README.md").read_bytes().decode() == OWN
         assert "apache-2.0" in readme(fake_hub)
 
     def test_of_two_texts_neither_is_lost(self, fake_hub, tiny_model, tmp_path, monkeypatch):

@@ -103,7 +103,7 @@ class TestTraining:
 
     def push(self, hub, pipe, repo_id="digits"):
         options = training.export.card_options(pipe, {"steps": "12,000"}, ["samples/1.png"], "mit")
-        return push_saved(pipe, "out", options, repo_id, token=hub.token, ignore=["checkpoint-*"]).repo_url.repo_id
+        return push_saved(pipe, "out", options, repo_id, token=hub.token).repo_url.repo_id
 
     def test_the_card_is_that_of_the_repository_and_checkpoints_stay(self, fake_hub, tiny_pipeline, tmp_path, sample):
         pipe = tiny_pipeline(weight_format="packed")
@@ -137,4 +137,4 @@ class TestTraining:
         assert card.endswith("\nMine.\n")
         assert "| steps | 12,000 |" in card
         assert "| steps | 2 |" not in card
-        assert card == path.read_text("utf-8")
+        assert "| steps | 2 |" in path.read_text("utf-8")  # a push only reads the folder

@@ -23,7 +23,8 @@ from diffusers_terdit import (
 )
 from diffusers_terdit.checkpoints import bundled
 from diffusers_terdit.conversion import convert_dense_checkpoint, swap_bitnet_order
-from diffusers_terdit.hub import model_card
+from diffusers_terdit.hub import known_files, model_card
+from diffusers_terdit.hub.push import push_saved
 from diffusers_terdit.storage import configs, inspection, saving, weights
 
 
@@ -206,6 +207,21 @@ def info(kind, *arguments, **changes):
     return changed(kind, lambda folder: terdit("info", folder, *arguments), **changes)
 
 
+def opened(make):
+    """Open a known file that `make` puts there."""
+
+    def provoke(w):
+        make(w.tmp / "LICENSE")
+        known_files.open_inside(w.tmp, "LICENSE")
+
+    return provoke
+
+
+def push_a_config_that_is_none(w):
+    (w.saved("layer") / "config.json").write_text("{")
+    push_saved(TernaryLinear(8, 8), w.tmp / "layer", model_card.CardOptions(), "user/layer")
+
+
 def push_from_the_hub(w):
     w.hub.upload_folder("user/digits", bundled())
     terdit("push", "user/digits", "user/other")
@@ -377,6 +393,11 @@ ROWS = [
 
     # the card
     Row(broken_card, "TMP/README.md", "cannot be read as a model card", "Correct it first."),
+    Row(opened(lambda path: path.symlink_to("/etc/hosts")), "TMP/LICENSE", "is a link, or in a folder that is one",
+        "Put the file itself there, or remove the link.", error=OSError),
+    Row(opened(os.mkfifo), "TMP/LICENSE", "is not a regular file", "Put one there, or remove it.", error=OSError),
+    Row(opened(str), "TMP/LICENSE", "No such file or directory", error=FileNotFoundError),
+    Row(push_a_config_that_is_none, "config.json is not JSON", "Expecting property name", "Save the model again."),
     Row(lambda w: model_card.CardOptions(images={"a cat": "cat.png"}), "got str for 'a cat'", "must hold PIL images",
         "as a list or by caption"),
 

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..hub.errors import hub_errors
+from ..hub.known_files import known_files, open_inside
 from ..modeling import REFUSALS
 from ..ops import reference
 from ..quantization import TernaryConfig, saved_scale, select_layers, ternary_tensors
@@ -56,7 +57,8 @@ def convert_dense_checkpoint(
 ) -> Path:
     """Pack a ternary model of any diffusers class whose weights were published as dense tensors, without any loss.
 
-    One tensor is in memory at a time, and the packed ones of a shard. Other components of a pipeline are copied.
+    One tensor is in memory at a time, and the packed ones of a shard. Other components of a pipeline are copied, and
+    its card, license and index; nothing is copied through a link but from the Hub's cache.
 
     Args:
         path (`str` or `os.PathLike`): Pipeline folder with a model_index.json, model folder, or Hub id.
@@ -74,7 +76,7 @@ def convert_dense_checkpoint(
     Raises:
         ValueError: A weight is not ternary (layer and group are named), the folder holds another layout, or there is
             nothing to pack.
-        OSError: A file or repository cannot be read, or `output` is not empty.
+        OSError: A file or repository cannot be read, a file to copy is a link, or `output` is not empty.
     """
     output = Path(output)
     remove_partials(output.parent, output.name)
@@ -91,8 +93,11 @@ def convert_dense_checkpoint(
         raise OSError(f"{folder} has no config.json; `path` must be a diffusers pipeline or model, in folders.")
     with writing(output), partial_path(output) as partial:
         if is_pipeline:
-            # files that are links, as in the Hub's cache, are followed
-            shutil.copytree(source, partial, ignore=lambda here, names: {component} if Path(here) == source else set())
+            for name in known_files(source, whole=True):
+                if name.split("/")[0] != component:
+                    (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                    with open_inside(source, name) as file, (partial / name).open("wb") as copy:
+                        shutil.copyfileobj(file, copy)
         with hub_errors(folder), writing(output):
             target = partial / component if is_pipeline else partial
             _pack_model(folder, target, scale_granularity, max_shard_size, choice)

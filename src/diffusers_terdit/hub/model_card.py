@@ -5,6 +5,7 @@ Every push renews the part between two marks. Everything else in the card, metad
 
 import io
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -16,11 +17,11 @@ from huggingface_hub import CardData, RepoCard, try_to_load_from_cache
 from PIL import Image
 
 from ..storage.weights import ORIGINAL, PACKED_SUFFIX, SCALE_SUFFIX
+from .known_files import PICTURES, open_inside
 
 
 BEGIN = "<!-- diffusers-terdit: written anew by every push, up to the closing mark -->"
 END = "<!-- /diffusers-terdit -->"
-PICTURES = "card_images"  # folder of the repository
 SMALLEST_SIDE = 128  # pixels of a picture in a card
 
 
@@ -126,22 +127,31 @@ def model_card(model: Any, name: str, options: CardOptions, **load_arguments: An
     return f"---\n{CardData(**metadata).to_yaml()}\n---\n\n" + "\n\n".join([BEGIN, *sections, END]) + "\n"
 
 
-def read_card(path: Path, where: str | None = None) -> RepoCard:
+def read_card(path: Path) -> RepoCard:
     """Return the card in a file.
 
+    Raises:
+        OSError: It cannot be read, or only through a link.
+        ValueError: It is no card, see `parse_card`.
+    """
+    with open_inside(path.parent, path.name) as file:
+        return parse_card(file.read(), path)
+
+
+def parse_card(content: bytes, where: str | os.PathLike) -> RepoCard:
+    """Return the card that a file holds.
+
     Args:
-        path (`Path`): The file.
-        where (`str`, *optional*): What the message calls it; by default its path.
+        content (`bytes`): The file.
+        where (`str` or `os.PathLike`): What the message calls it.
 
     Raises:
         ValueError: It is not UTF-8, or its metadata is not YAML of `key: value` lines.
     """
     try:
-        return RepoCard.load(path)
-    except OSError:
-        raise
+        return RepoCard(content.decode())
     except Exception as error:  # of YAML, whose package only huggingface_hub imports; or a key that is no string
-        raise ValueError(f"{where or path} cannot be read as a model card: {error}. Correct it first.") from error
+        raise ValueError(f"{where} cannot be read as a model card: {error}. Correct it first.") from error
 
 
 def merge_cards(generated: str, existing: RepoCard | None, options: CardOptions, append: bool = False) -> str:

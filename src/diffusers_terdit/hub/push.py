@@ -1,11 +1,13 @@
 """Upload a model in one commit that loses nothing of what the repository holds."""
 
+import json
 import os
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, BinaryIO
 
 from diffusers.utils import logging
 from huggingface_hub import (
@@ -20,18 +22,15 @@ from huggingface_hub import (
     list_repo_files,
 )
 from huggingface_hub.errors import EntryNotFoundError
-from huggingface_hub.utils import filter_repo_objects
 
-from ..storage.saving import scrub_paths, weights_name
+from ..storage.saving import undisturbed, weights_name
 from ..storage.weights import require_safetensors
 from .errors import hub_errors
-from .model_card import PICTURES, CardOptions, merge_cards, model_card, own_text, read_card
+from .known_files import CARD, PICTURES, known_files, open_inside
+from .model_card import CardOptions, merge_cards, model_card, own_text, parse_card
 
 
 logger = logging.get_logger(__name__)
-
-# What the Hub does not take, and what processes that write into a folder have there meanwhile.
-_NEVER = [".git/", "*/.git/", ".cache/", "*/.cache/", "*.partial", "*.partial/", "terdit-*.lock", "*/terdit-*.lock"]
 
 
 def create_repository(
@@ -61,14 +60,13 @@ def push_saved(
     variant: str | None = None,
     subfolder: str | None = None,
     revision: str | None = None,
-    ignore: Sequence[str] = (),
 ) -> CommitInfo:
     """Upload a folder that holds a saved model, with a card, in one commit; delete the weights that it replaces.
 
     Args:
         model ([`TerDiTPipeline`], [`TerDiTTransformer2DModel`] or [`TernaryLinear`]): What was saved.
-        folder (`str` or `os.PathLike`): The folder. It gets the uploaded card, too, and its configs lose the paths of
-            this machine.
+        folder (`str` or `os.PathLike`): The folder, which is only read. What is uploaded are its `known_files`,
+            without the paths of this machine in configs.
         options ([`CardOptions`]): What the card says beyond the model.
         repo_id (`str`, *optional*): Repository, created if it does not exist; by default named as the folder.
         private (`bool`, *optional*): Whether a created repository is private.
@@ -78,25 +76,27 @@ def push_saved(
         variant (`str`, *optional*): Variant under which the weights were saved.
         subfolder (`str`, *optional*): Folder of the repository to upload into; then there is no card.
         revision (`str`, *optional*): Branch, created from `main` if it does not exist.
-        ignore (`Sequence[str]`): Patterns of paths in the folder that stay here, such as `"checkpoint-*"`.
 
     Raises:
-        OSError: The Hub does not allow it, or cannot be reached.
+        OSError: The Hub does not allow it, or cannot be reached; or a file is a link, or another process saves into
+            the folder.
         ValueError: A README.md that is there cannot be read.
     """
     folder = Path(folder)
-    scrub_paths(folder)
-    repo_id = create_repository(repo_id or folder.resolve().name, private, token, revision)
-    paths = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    added: dict[str, str | bytes] = {
-        prefix + path: str(folder / path) for path in filter_repo_objects(paths, ignore_patterns=[*_NEVER, *ignore])
-    }
-    with hub_errors(repo_id, revision, writing=True):
+    with ExitStack() as opened:
+        names = known_files(folder)
+        with undisturbed(folder, *{(folder / name).parent for name in names} - {folder}):
+            files = {name: opened.enter_context(open_inside(folder, name)) for name in names}
+        added = {prefix + name: _content(name, file) for name, file in files.items()}
+        repo_id = create_repository(repo_id or folder.resolve().name, private, token, revision)
+        opened.enter_context(hub_errors(repo_id, revision, writing=True))
         if not subfolder:
+            saved = added.get(CARD)
+            ours = parse_card(saved, folder / CARD) if isinstance(saved, bytes) else None
             theirs = _read_remote_card(repo_id, revision, token)
             card = model_card(model, repo_id, options, revision=revision, variant=variant)
-            added["README.md"] = _merge_into(folder, card, theirs, repo_id, options).encode()
+            added[CARD] = _merged(ours, card, theirs, repo_id, options).encode()
             added |= options.encoded()
         present = list_repo_files(repo_id, revision=revision, token=token)
         logger.info(f"Uploading {len(added)} files to {repo_id}.")
@@ -113,19 +113,33 @@ def push_saved(
         )
 
 
+def _content(name: str, file: BinaryIO) -> str | bytes | BinaryIO:
+    """Return what of an open file is uploaded: its bytes, or, of weights, the file itself, whatever its path names."""
+    if name.endswith((".safetensors", ".bin")):
+        path = f"/proc/self/fd/{file.fileno()}"  # of Linux; huggingface_hub reads open files slower than paths
+        return path if os.path.exists(path) else file
+    content = file.read()
+    if name.endswith("config.json"):
+        try:
+            config = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{name} is not JSON: {error}. Save the model again.") from error
+        if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
+            return f"{json.dumps(config, indent=2, sort_keys=True)}\n".encode()
+    return content
+
+
 def _read_remote_card(repo_id: str, revision: str | None, token: str | None) -> RepoCard | None:
     """Return the card of a repository, or `None` where there is none."""
     try:
-        path = hf_hub_download(repo_id, "README.md", revision=revision, token=token)
+        path = hf_hub_download(repo_id, CARD, revision=revision, token=token)
     except EntryNotFoundError:
         return None
-    return read_card(Path(path), f"README.md of {repo_id}")
+    return parse_card(Path(path).read_bytes(), f"{CARD} of {repo_id}")
 
 
-def _merge_into(folder: Path, card: str, theirs: RepoCard | None, repo_id: str, options: CardOptions) -> str:
-    """Return the card to upload, and write it into the folder; if both have an author's text, each keeps its own."""
-    path = folder / "README.md"
-    ours = read_card(path) if path.exists() else None
+def _merged(ours: RepoCard | None, card: str, theirs: RepoCard | None, repo_id: str, options: CardOptions) -> str:
+    """Return the card to upload; if the folder and the repository both have an author's text, each keeps its own."""
     our_text, their_text, append = own_text(ours), own_text(theirs), bool(options.images)
     if our_text and their_text and our_text != their_text:
         logger.warning(
@@ -134,9 +148,7 @@ def _merge_into(folder: Path, card: str, theirs: RepoCard | None, repo_id: str, 
         )
         return merge_cards(card, theirs, options, append)
     first, last = (theirs, ours) if our_text else (ours, theirs)
-    card = merge_cards(merge_cards(card, first, options), last, options, append)
-    path.write_bytes(card.encode())
-    return card
+    return merge_cards(merge_cards(card, first, options), last, options, append)
 
 
 def _replaced(present: Iterable[str], added: Collection[str]) -> list[str]:
