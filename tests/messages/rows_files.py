@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import warnings
 import zipfile
 from functools import partial
 
@@ -32,6 +33,7 @@ INDEX = f"{WEIGHTS}.index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 AGAIN = "Download or save it again."
 TOGETHER = "Download or save config.json and weights again, together."
+SHARED = torch.ones(8)
 NAN = torch.full((8,), float("nan"))
 CODE_3 = torch.full((2, 8), 255, dtype=torch.uint8)
 HUGE = {"num_attention_heads": 2**30, "attention_head_dim": 2**30}
@@ -115,6 +117,20 @@ def compress(path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in records.items():
             archive.writestr(name, data)
+
+
+def name_twice(path):
+    with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile's own, of the name
+        archive.writestr(archive.namelist()[0], b"")
+
+
+def cut_a_record(path):
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in records.items():
+            archive.writestr(name, data[:-1] if name.endswith("/data/0") else data)
 
 
 def original(damage=None, arguments=None, options=None, **changes):
@@ -299,12 +315,16 @@ ROWS = [
     Row(lambda w: (w.hub, TerDiTPipeline.from_pretrained("user/nothing")), "user/nothing", "no repository",
         "check the name, or log in with `hf auth login`", error=OSError),
     Row(original(arguments={"x": Payload()}), "TMP/original/model_args.pth",
-        "holds more than tensors and plain values", "do not trust this file"),
+        "holds more than tensors and plain values, such as posix.mkdir", "do not trust this file"),
     Row(original(lambda path: path.write_bytes(path.read_bytes()[:1000])), f"TMP/original/{PTH}",
         "truncated or damaged?", "Download it again.", error=OSError),
     Row(original(compress), f"TMP/original/{PTH}", "a record is compressed, or marked as a folder",
         "Download it again.", error=OSError),
     Row(original(flip), f"TMP/original/{PTH}", "does not have its checksum", "Download it again.", error=OSError),
+    Row(original(name_twice), f"TMP/original/{PTH}", "two records have one place or one name", "Download it again.",
+        error=OSError),
+    Row(original(cut_a_record), f"TMP/original/{PTH}", "its records are not as long as its tensors",
+        "Download it again.", error=OSError),
     Row(original(lambda path: torch.save([1], path)), f"TMP/original/{PTH}", "does not hold a dict of tensors", AGAIN),
     Row(original(x=torch.zeros(()).expand(8)), "tensor `x` has shape [8]", "memory for fewer numbers", AGAIN),
     Row(original(x=torch.zeros(3).to_sparse()), "tensor `x` is torch.sparse_coo", "expected a dense one on the CPU",
@@ -315,6 +335,14 @@ ROWS = [
         "only files of its authors are converted"),
     Row(original(arguments={"ntk_factor": 2.0}), "ntk_factor=2.0", "which this package does not implement",
         "take another file"),
+    Row(original(arguments={"model": 5}), "model=5", "expected a name", "take the model_args.pth that belongs to it"),
+    Row(original(arguments={"vae": "../x"}, options={"vae": "auto"}), "vae='../x'", 'expected "ema" or "mse"',
+        "Pass a VAE, or its Hub id."),
+    Row(original(layers__0__attention__wq__weight_scale=torch.ones(1)), "`layers.0.attention.wq.weight_scale`",
+        "is a second `transformer_blocks.0.attn.to_q.weight_scale`", "download the file again"),
+    Row(original(x=torch.zeros(3, dtype=torch.complex64).conj().imag), "`x`", "a view with the signs changed",
+        "download the file again"),
+    Row(original(x=SHARED, y=SHARED), "`y` shares its memory with `x`", "download the file again"),
     Row(original(x_embedder__weight=None), "`x_embedder.weight`", "so this is not a TerDiT",
         "download the file again"),
     Row(original(x_embedder__weight=NAN), "has shape [8]", "expected a matrix", "download the file again"),

@@ -93,6 +93,11 @@ def convert_name(name: str) -> str:
     raise ValueError(f"tensor `{name}` does not belong to a TerDiT; only files of its authors are converted")
 
 
+def _shown(value: Any) -> str:
+    """Return a value as a message shows it; a list may be nested too deeply for that, or hold itself."""
+    return f"{value!r:.80}" if isinstance(value, (str, int, float)) else type(value).__name__
+
+
 def infer_config(state_dict: dict[str, Tensor], args: dict[str, Any], num_attention_heads: int = 32) -> dict[str, Any]:
     """Init arguments of the [`TerDiTTransformer2DModel`] that a state dict was saved from; sizes come from the
     tensors.
@@ -109,7 +114,7 @@ def infer_config(state_dict: dict[str, Tensor], args: dict[str, Any], num_attent
         factor = args.get(option)
         if factor is not None and not (isinstance(factor, (int, float)) and factor == 1):
             raise ValueError(
-                f"it was trained with {option}={factor!r:.80}, which this package does not implement; take another"
+                f"it was trained with {option}={_shown(factor)}, which this package does not implement; take another"
                 " file"
             )
 
@@ -128,7 +133,12 @@ def infer_config(state_dict: dict[str, Tensor], args: dict[str, Any], num_attent
         raise ValueError(f"`num_attention_heads` must be a positive int, got {num_attention_heads!r}")
     if dim % num_attention_heads:
         raise ValueError(f"width {dim} does not divide into {num_attention_heads} heads; pass `num_attention_heads`")
-    found = re.search(r"patch(\d+)", str(args.get("model", "")))
+    name = args.get("model", "")
+    if not isinstance(name, str):
+        raise ValueError(
+            f"its arguments say model={_shown(name)}, expected a name; take the {ARGS_NAME} that belongs to it"
+        )
+    found = re.search(r"patch(\d+)", name)
     patch_size = int(found[1][:4]) if found else 2
     in_channels = state_dict["x_embedder.weight"].shape[1] // max(patch_size, 1) ** 2
     if patch_size < 1 or in_channels < 1:
@@ -139,7 +149,7 @@ def infer_config(state_dict: dict[str, Tensor], args: dict[str, Any], num_attent
     image_size = args.get("image_size", 256)
     if isinstance(image_size, bool) or not isinstance(image_size, int) or not VAE_FACTOR <= image_size <= 2**20:
         raise ValueError(
-            f"its arguments say image_size={image_size!r:.80}, expected pixels; take the {ARGS_NAME} that belongs to"
+            f"its arguments say image_size={_shown(image_size)}, expected pixels; take the {ARGS_NAME} that belongs to"
             " it"
         )
     blocks = {found[1] for found in (re.match(r"layers\.(\d+)\.", name) for name in state_dict) if found}
@@ -171,6 +181,16 @@ def infer_config(state_dict: dict[str, Tensor], args: dict[str, Any], num_attent
     }
 
 
+def _refuse_views(state_dict: dict[str, Tensor]) -> None:
+    """Raise a `ValueError` unless each tensor is one block of numbers that is its own."""
+    memory: dict[int, str] = {}
+    for name, tensor in state_dict.items():
+        if tensor.is_nested or tensor.is_neg():
+            raise ValueError(f"tensor `{name}` is nested, or a view with the signs changed; download the file again")
+        if tensor.numel() and (other := memory.setdefault(tensor.untyped_storage().data_ptr(), name)) != name:
+            raise ValueError(f"tensor `{name}` shares its memory with `{other}`; download the file again")
+
+
 def convert_state_dict(state_dict: dict[str, Tensor], pack: bool = False) -> dict[str, Tensor]:
     """Original tensors to this package's names and label order, one at a time.
 
@@ -183,10 +203,10 @@ def convert_state_dict(state_dict: dict[str, Tensor], pack: bool = False) -> dic
             memory-mapped file of 17 GB is not read into memory.
 
     Raises:
-        ValueError: An unknown tensor, one of another dtype, a packed one with a code that is not ternary, or NaN or
-            infinity.
+        ValueError: An unknown tensor, a second one of one name, one of another dtype, a packed one with a code that is
+            not ternary, or NaN or infinity.
     """
-    converted = {}
+    converted: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
         new_name = convert_name(name)
         if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
@@ -201,15 +221,17 @@ def convert_state_dict(state_dict: dict[str, Tensor], pack: bool = False) -> dic
                 raise ValueError(
                     f"tensor `{name}` is uint8 but does not hold packed ternary codes; download the file again"
                 )
-            converted[f"{new_name}_packed"] = tensor.clone()
+            new_name, new = f"{new_name}_packed", tensor.clone()
         elif is_ternary and pack:
-            converted[f"{new_name}_packed"] = pack_ternary(ternarize(tensor.float()))
+            new_name, new = f"{new_name}_packed", pack_ternary(ternarize(tensor.float()))
         elif name == "y_embedder.embedding_table.weight" and len(tensor) == 1001:
-            table = torch.empty_like(tensor, dtype=torch.float32)
-            table[[*label_rows(1000), 1000]] = tensor.float()
-            converted[new_name] = table
+            new = torch.empty_like(tensor, dtype=torch.float32)
+            new[[*label_rows(1000), 1000]] = tensor.float()
         else:
-            converted[new_name] = tensor.float()
+            new = tensor.float()
+        if new_name in converted:
+            raise ValueError(f"tensor `{name}` is a second `{new_name}` of this package; download the file again")
+        converted[new_name] = new
     return converted
 
 
@@ -299,6 +321,13 @@ def convert_original_checkpoint(
         raise ValueError(
             f"{arguments} holds {type(args).__name__}, expected the arguments of a training run. Download it again."
         )
+    if vae == "auto":
+        kind = args.get("vae", "ema")
+        if kind not in ("ema", "mse"):
+            raise ValueError(
+                f'{arguments} says vae={_shown(kind)}, expected "ema" or "mse". Pass a VAE, or its Hub id.'
+            )
+        vae = f"stabilityai/sd-vae-ft-{kind}"
     check_tensors(weights, state_dict)
     transformer = _with_file_name(
         weights, lambda: _convert_transformer(state_dict, args, weight_format, num_attention_heads)
@@ -308,8 +337,6 @@ def convert_original_checkpoint(
         "sha256": {file.name: _sha256(file) for file in (weights, arguments)},
     }
     transformer.register_to_config(**{ORIGINAL: original})
-    if vae == "auto":
-        vae = f"stabilityai/sd-vae-ft-{args.get('vae', 'ema')}"
     if isinstance(vae, (str, os.PathLike)):
         vae = AutoencoderKL.from_pretrained(vae)
     id2label = imagenet_labels() if transformer.config.num_classes == 1000 else None
@@ -331,13 +358,14 @@ def _with_file_name(path: Path, convert: Callable[[], Any]) -> Any:
 def _convert_transformer(
     state_dict: dict[str, Tensor], args: dict[str, Any], weight_format: str | None, num_attention_heads: int
 ) -> TerDiTTransformer2DModel:
+    _refuse_views(state_dict)
     config = infer_config(state_dict, args, num_attention_heads)
     pack = weight_format == "packed" and config["weight_format"] == "float"
     with init_empty_weights():
         model = TerDiTTransformer2DModel(**{**config, "weight_format": "packed" if pack else config["weight_format"]})
     converted = convert_state_dict(state_dict, pack)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in converted.items()}
+    expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
+    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in converted.items()}
     if shapes != expected:
         wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
         name = wrong[0]

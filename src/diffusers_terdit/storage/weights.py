@@ -18,9 +18,11 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import struct
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
@@ -343,14 +345,25 @@ def load_pickle(path: str | os.PathLike, *allowed: type) -> Any:
     try:
         with torch.serialization.safe_globals(list(allowed)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle's protocol
-            _check_archive(path)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+            sizes = _check_archive(path)
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+            if (
+                sizes is not None
+                and isinstance(loaded, dict)  # weights; what else may be in their place, callers refuse
+                and all(isinstance(t, torch.Tensor) and t.layout is torch.strided for t in loaded.values())
+                and not any(t.is_nested for t in loaded.values())
+            ):
+                storages = [tensor.untyped_storage() for tensor in loaded.values() if tensor.is_cpu]
+                lengths = {storage.data_ptr(): storage.nbytes() for storage in storages}
+                if sorted(filter(None, lengths.values())) != sizes:  # a tensor would go on into the next record
+                    raise OSError("its records are not as long as its tensors")
+            return loaded
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
+        name = re.search(r"GLOBAL ([\w.]+)", str(error))  # the rest of torch's message says how to run it after all
         raise ValueError(
-            f"{path} holds more than tensors and plain values, so it was not read and nothing in it was run. Weights"
-            f" need no such thing; do not trust this file. ({reason})"
-        ) from error
+            f"{path} holds more than tensors and plain values{f', such as {name[1]}' if name else ''}, so it was not"
+            " read and nothing in it was run. Weights need no such thing; do not trust this file."
+        ) from None
     except FileNotFoundError:
         raise
     except (  # what an unpickler comes upon in damaged bytes: names, indices, opcodes and sizes that cannot be
@@ -362,19 +375,26 @@ def load_pickle(path: str | os.PathLike, *allowed: type) -> Any:
         ) from error
 
 
-def _check_archive(path: str | os.PathLike) -> None:
-    """Raise unless every record of a PyTorch file has its checksum, which torch does not look at, and is as it is.
+def _check_archive(path: str | os.PathLike) -> list[int] | None:
+    """Return the lengths of the tensors' records in a PyTorch file but empty ones, sorted; `None` for no archive.
 
-    Compressed records would let a small file fill the memory, and of a record that is marked as a folder torch reads
-    nothing, or its bytes, depending on whether the file is mapped. torch writes neither.
+    Raises an `OSError` unless every record has its checksum, which torch does not look at, and a place and a name that
+    no other has. Compressed records would let a small file fill the memory, and of a record that is marked as a folder
+    torch reads nothing, or its bytes, depending on whether the file is mapped. torch writes neither.
     """
     if not is_zipfile(path):
-        return
+        return None
     with ZipFile(path) as archive:
-        if any(record.compress_type != ZIP_STORED or record.external_attr & 0x10 for record in archive.infolist()):
+        records = sorted(archive.infolist(), key=lambda record: record.header_offset)
+        if any(record.compress_type != ZIP_STORED or record.external_attr & 0x10 for record in records):
             raise OSError("a record is compressed, or marked as a folder")
+        overlap = any(one.header_offset + one.file_size >= next.header_offset for one, next in pairwise(records))
+        if overlap or len(set(archive.namelist())) < len(records):  # each would be read, again and again
+            raise OSError("two records have one place or one name")
         if damaged := archive.testzip():
             raise OSError(f"the record {damaged} does not have its checksum")
+    sizes = [record.file_size for record in records if record.filename.split("/")[-2:-1] == ["data"]]
+    return sorted(filter(None, sizes))
 
 
 def check_tensors(path: str | os.PathLike, state_dict: Any) -> None:
