@@ -109,9 +109,15 @@ def expand_scale(weight_scale: Tensor, in_features: int) -> Tensor:
     return weight_scale.repeat_interleave(in_features // weight_scale.shape[1], dim=1)
 
 
-def round_to_ternary(weight: Tensor, scale_granularity: str | int, out: Tensor | None = None) -> Tensor:
-    """`ternarize` without autograd or checks: (N, K) float -> (N, K) float32, into `out` when given."""
-    threshold = expand_scale(absmean(weight, scale_granularity), weight.shape[1]) + EPS
+def round_to_ternary(
+    weight: Tensor, scale_granularity: str | int, out: Tensor | None = None, mean: Tensor | None = None
+) -> Tensor:
+    """`ternarize` without autograd or checks: (N, K) float -> (N, K) float32, into `out` when given.
+
+    `mean` is the `absmean` of these rows, where it is known: of "tensor", that of the matrix that they belong to.
+    """
+    mean = absmean(weight, scale_granularity) if mean is None else mean
+    threshold = expand_scale(mean, weight.shape[1]) + EPS
     out = torch.empty_like(weight, dtype=torch.float32) if out is None else out
     thresholds = row_blocks(threshold.expand(weight.shape))
     for block, limit, result in zip(row_blocks(weight), thresholds, row_blocks(out), strict=True):

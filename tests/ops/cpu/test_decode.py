@@ -44,6 +44,18 @@ def test_rounding_differs_from_the_reference_by_the_order_of_a_sum_at_most(shape
     assert torch.equal(decode.linear(input, weight, scale, bias), output)  # pack() changes no bit
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "row", 26])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_both_formats_are_multiplied_in_the_same_memory(granularity, dtype):
+    """A quarter of 69 rows of 442 does not end at a multiple of 64 bytes: where its product's last bits may change."""
+    weight, scale = torch.randn(276, 442), torch.ones(reference.scale_shape(276, 442, granularity))
+    packed = reference.pack_ternary(reference.round_to_ternary(weight, granularity))
+    for half, whole in zip(*(decode.decode_blocks(w, scale, dtype) for w in (packed, weight)), strict=True):
+        assert half[0] == whole[0]
+        assert (half[1].data_ptr(), half[1].dtype) == (whole[1].data_ptr(), dtype)
+        assert torch.equal(whole[1], reference.unpack_ternary(packed)[whole[0]].to(dtype))
+
+
 def test_a_result_outlives_the_next_call():
     for granularity in GRANULARITIES:
         first, second = (exact_case(5, 16, 12, granularity, seed) for seed in (0, 1))

@@ -34,20 +34,28 @@ def decode_matrix(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> T
 
 
 def decode_blocks(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """T in quarters, each valid until the next one, so that a packed weight needs a quarter of the memory.
+    """T in quarters, each valid until the next one, so that a weight needs a quarter of the memory.
 
-    A float weight comes in the same quarters: the matmuls, and so the results, are the packed weight's bit for bit.
+    A float weight comes in the same quarters and the same scratch: the matmuls, whose last bits may depend on where a
+    matrix begins in memory, and so the results, are the packed weight's bit for bit.
     """
-    if weight.dtype != torch.uint8:
-        ternary = _round(weight, weight_scale, dtype)
-        rows = len(weight) // 4 if len(weight) % 4 == 0 else len(weight)
-        for start in range(0, len(weight), rows):
-            yield slice(start, start + rows), ternary[start : start + rows]
+    if weight.dtype == torch.uint8:
+        rows = len(weight)
+        ternary = scratch.take("quarter", weight.numel(), dtype).view(weight.shape)
+        for quarter in range(4):
+            yield slice(quarter * rows, (quarter + 1) * rows), _decode_quarter(weight, quarter, ternary)
         return
-    rows = len(weight)
-    ternary = scratch.take("quarter", weight.numel(), dtype).view(weight.shape)
-    for quarter in range(4):
-        yield slice(quarter * rows, (quarter + 1) * rows), _decode_quarter(weight, quarter, ternary)
+    rows = len(weight) // 4 if len(weight) % 4 == 0 else len(weight)
+    granularity = reference.granularity_of(weight_scale, weight.shape[1])
+    mean = reference.absmean(weight, granularity)
+    ternary = scratch.take("quarter", rows * weight.shape[1], dtype).view(rows, -1)
+    rounded = ternary
+    if dtype != torch.float32:
+        rounded = scratch.take("rounded", ternary.numel(), torch.float32).view(ternary.shape)
+    for start in range(0, len(weight), rows):
+        part = slice(start, start + rows)
+        reference.round_to_ternary(weight[part], granularity, rounded, mean if mean.dim() == 1 else mean[part])
+        yield part, ternary if rounded is ternary else ternary.copy_(rounded)
 
 
 def matmul_dtype(dtype: torch.dtype) -> torch.dtype:
