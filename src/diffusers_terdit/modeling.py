@@ -265,7 +265,8 @@ class TernaryModelMixin(HubMixin, ModelMixin, PortableConfigMixin):
             kwargs: The other arguments of `push_to_hub`.
 
         Raises:
-            ValueError: `save_directory` is a file, another format is asked for, or the model carries adapters.
+            ValueError: `save_directory` is a file, another format is asked for, or the model carries adapters or is
+                offloaded by accelerate.
             OSError: It cannot be written; what was there before is still there. Only where the last step, moving the
                 files, breaks off, the folder holds neither model, and says so when it is loaded.
         """
@@ -275,6 +276,12 @@ class TernaryModelMixin(HubMixin, ModelMixin, PortableConfigMixin):
         refuse_adapters(self, "saving the model")
         folder, limit = Path(save_directory), convert_file_size_to_int(max_shard_size)
         state_dict = self.state_dict()
+        if away := [name for name, tensor in state_dict.items() if tensor.is_meta]:
+            raise ValueError(
+                f"{len(away)} weights, such as `{away[0]}`, are on the meta device, as those of a model that"
+                " accelerate offloads: there is nothing to save. Save it before, or bring them back with"
+                " `accelerate.hooks.remove_hook_from_module(model, recurse=True)`."
+            )
         metadata = {"format": "pt", "terdit.version": VERSION, "terdit.config": canonical_json(self.config)}
         if self.config.get("weight_format") == "packed":
             metadata["terdit.packing"] = PACKING

@@ -275,7 +275,7 @@ def test_arguments_of_another_type_or_size_are_a_value_error(tmp_path):
         ({"image_size": 10**30}, "image_size="),
         ({"image_size": [256]}, "image_size="),
         ({"model": "DiT_Llama_patch99999999999999999999"}, "patches of 9999"),
-        ({"ntk_factor": torch.ones(2)}, "ntk_factor=Tensor"),
+        ({"ntk_factor": torch.ones(2)}, r"ntk_factor=tensor\(\[1\., 1\.\]\)"),
         ({"model": 5}, "model=5"),
     ):
         torch.save(argparse.Namespace(**{**args, **change}), folder / "model_args.pth")
@@ -290,7 +290,7 @@ def test_lists_that_are_too_deep_to_be_printed_are_a_value_error(tmp_path, name)
     rewrite_archive(
         folder / "model_args.pth", lambda n, data: b"\x80\x02}" + entry + b"." if n[-3:] == "pkl" else data
     )
-    with pytest.raises(ValueError, match=f"{name}=list"):
+    with pytest.raises(ValueError, match=rf"{name}=\[\[\[\[.*\.\.\."):
         convert_original_checkpoint(folder, vae="auto")
 
 

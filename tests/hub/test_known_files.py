@@ -221,6 +221,27 @@ def test_a_link_that_is_swapped_in_and_out_is_never_read(tmp_path):
     assert min(outcomes.values()) > 0, outcomes
 
 
+def test_where_folders_cannot_be_opened_links_are_refused_by_their_path(folder, monkeypatch):
+    """As on Windows."""
+    monkeypatch.setattr(os, "supports_dir_fd", set())
+    (folder / "LICENSE").symlink_to("../secret")
+    (folder / "there").symlink_to("../private")
+    for name in ("LICENSE", "there/config.json"):
+        with pytest.raises(OSError, match="is a link, or in a folder that is one"):
+            open_inside(folder, name)
+    with open_inside(folder, "model_index.json") as file:
+        assert file.read() == (folder / "model_index.json").read_bytes()
+
+
+@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize("name", ["../secret", "transformer/../../secret", "/etc/hosts", "", ".", "transformer"])
+def test_a_name_that_is_no_file_inside_is_refused(folder, monkeypatch, name, windows):
+    if windows:
+        monkeypatch.setattr(os, "supports_dir_fd", set())
+    with pytest.raises(OSError, match=r"mine|hosts|secret"):
+        open_inside(folder, name)
+
+
 def test_the_command_refuses_what_would_be_followed(fake_hub, folder, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", fake_hub.token)
     show(folder, "pic.png")

@@ -224,6 +224,7 @@ ROWS = [
         "Pass class ids."),
     Row(call("dogs"), "'dogs'", "is not a label of this model", "Close matches: 'dog'"),
     Row(lambda w: w.pipe().get_label_ids([3]), "got 3", "A label name is a string", "pass it as it is"),
+    Row(call([[[[[[[[[[1]]]]]]]]]]), Fixed("in 9 lists"), "Labels are lists in", "Pass a flat list."),
     Row(call(None), "got None (NoneType)", "is an int or a name"),
     Row(call(float("nan")), "got nan (float)", "is an int or a name"),
     Row(call(-1), "-1", "is out of range", "classes 0 to 3"),
@@ -305,6 +306,8 @@ ROWS = [
 
     # adapters
     Row(no_peft, Fixed("LoRA"), "needs PEFT", "pip install 'diffusers-terdit[lora]'", error=ImportError),
+    Row(lambda w: w.model().to("meta").save_pretrained(w.tmp / "x"), "`proj_in.weight`", "are on the meta device",
+        "Save it before, or bring them back"),
     Row(lambda w: with_adapter(w).save_pretrained(w.tmp / "x"), "['default']", "The model carries adapters",
         "`save_lora_adapter` saves them"),
     Row(add(trainable_token_indices={"class_embed": [4]}), "[4]", "here row 4 is the null label",

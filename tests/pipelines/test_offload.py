@@ -6,8 +6,9 @@ From CPU to CPU the hooks run and the copies between devices do not; tests marke
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from accelerate.hooks import remove_hook_from_module
 
-from diffusers_terdit import TerDiTPipeline
+from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel
 from diffusers_terdit._diffusers import is_offloaded
 
 
@@ -66,6 +67,22 @@ def test_offloading_changes_no_bit(tiny_pipeline, tmp_path, weight_format, offlo
     if offload.startswith("leaves"):
         holders = [module for module in pipe.transformer.modules() if list(module.parameters(recurse=False))]
         assert all(hasattr(module, "_diffusers_hook") for module in holders)
+
+
+@pytest.mark.parametrize("offload", ["sequential", "disk"])
+@pytest.mark.parametrize("part", ["pipeline", "transformer"])
+def test_a_model_whose_weights_are_elsewhere_says_how_to_save_it(tiny_pipeline, tmp_path, offload, part):
+    pipe = tiny_pipeline(True, weight_format="packed")
+    expected = pipe.transformer.state_dict()
+    OFFLOADS[offload](pipe, tmp_path / "offloaded")
+    saved = pipe if part == "pipeline" else pipe.transformer
+    with pytest.raises(ValueError, match=r"are on the meta device.*remove_hook_from_module\(model, recurse=True\)"):
+        saved.save_pretrained(tmp_path / "saved")
+    assert not list((tmp_path / "saved").rglob("*"))
+    remove_hook_from_module(pipe.transformer, recurse=True)
+    pipe.transformer.save_pretrained(tmp_path / "saved")
+    again = TerDiTTransformer2DModel.from_pretrained(tmp_path / "saved").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
 
 
 def test_components_go_to_the_device_in_order_of_use():

@@ -104,16 +104,24 @@ class TestLabels:
 
     def test_whatever_is_no_label_is_refused(self, tiny_pipeline):
         pipe = tiny_pipeline()
+        deep, itself = [], []
+        itself += [itself, itself]
+        for _ in range(5000):
+            deep = [deep]
         types = True, 1.0, b"one", {"one": 1}, np.float32(1), np.array([True]), torch.tensor([1.5]), torch.tensor(True)
         for labels, message in (
             *((label, "class label is an int or a name") for label in types),
             *((nothing, "`class_labels` is empty") for nothing in ([], [[]], torch.empty(0, dtype=torch.long))),
             *(([0, label], rf"{label} is out of range.*0 to 9") for label in (-1, 10)),  # 10 is the null label
+            *((labels, "Labels are lists in 9 lists, expected at most 8") for labels in (deep, itself)),
+            *(({"one": labels}, r"got \{'one': \[\[\[\[.*\.\.\.") for labels in (deep, itself)),
             ("seventh", "'seventh' is not a label.*'seven'"),
             ("xyzzy", "'xyzzy' is not a label of this model. All labels: `pipe.labels`"),
         ):
             with pytest.raises(ValueError, match=message):
                 pipe(labels)
+        with pytest.raises(ValueError, match=r"A label name is a string, got \[\[\["):
+            pipe.get_label_ids([deep])
         with pytest.raises(ValueError, match=r"10.*0 to 9"):  # it would silently be the null label
             tiny_pipeline(id2label={"10": "eleven"})("eleven")
 

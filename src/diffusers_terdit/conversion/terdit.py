@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -93,11 +94,6 @@ def convert_name(name: str) -> str:
     raise ValueError(f"tensor `{name}` does not belong to a TerDiT; only files of its authors are converted")
 
 
-def _shown(value: Any) -> str:
-    """Return a value as a message shows it; a list may be nested too deeply for that, or hold itself."""
-    return f"{value!r:.80}" if isinstance(value, (str, int, float)) else type(value).__name__
-
-
 def infer_config(state_dict: dict[str, Tensor], args: dict[str, Any], num_attention_heads: int = 32) -> dict[str, Any]:
     """Init arguments of the [`TerDiTTransformer2DModel`] that a state dict was saved from; sizes come from the
     tensors.
@@ -114,8 +110,8 @@ def infer_config(state_dict: dict[str, Tensor], args: dict[str, Any], num_attent
         factor = args.get(option)
         if factor is not None and not (isinstance(factor, (int, float)) and factor == 1):
             raise ValueError(
-                f"it was trained with {option}={_shown(factor)}, which this package does not implement; take another"
-                " file"
+                f"it was trained with {option}={reprlib.repr(factor)}, which this package does not implement; take"
+                " another file"
             )
 
     def rows(name: str) -> int:
@@ -136,7 +132,7 @@ def infer_config(state_dict: dict[str, Tensor], args: dict[str, Any], num_attent
     name = args.get("model", "")
     if not isinstance(name, str):
         raise ValueError(
-            f"its arguments say model={_shown(name)}, expected a name; take the {ARGS_NAME} that belongs to it"
+            f"its arguments say model={reprlib.repr(name)}, expected a name; take the {ARGS_NAME} that belongs to it"
         )
     found = re.search(r"patch(\d+)", name)
     patch_size = int(found[1][:4]) if found else 2
@@ -149,8 +145,8 @@ def infer_config(state_dict: dict[str, Tensor], args: dict[str, Any], num_attent
     image_size = args.get("image_size", 256)
     if isinstance(image_size, bool) or not isinstance(image_size, int) or not VAE_FACTOR <= image_size <= 2**20:
         raise ValueError(
-            f"its arguments say image_size={_shown(image_size)}, expected pixels; take the {ARGS_NAME} that belongs to"
-            " it"
+            f"its arguments say image_size={reprlib.repr(image_size)}, expected pixels; take the {ARGS_NAME} that"
+            " belongs to it"
         )
     blocks = {found[1] for found in (re.match(r"layers\.(\d+)\.", name) for name in state_dict) if found}
     num_layers = len(blocks)  # a gap in the numbers shows as tensors that do not fit
@@ -325,7 +321,7 @@ def convert_original_checkpoint(
         kind = args.get("vae", "ema")
         if kind not in ("ema", "mse"):
             raise ValueError(
-                f'{arguments} says vae={_shown(kind)}, expected "ema" or "mse". Pass a VAE, or its Hub id.'
+                f'{arguments} says vae={reprlib.repr(kind)}, expected "ema" or "mse". Pass a VAE, or its Hub id.'
             )
         vae = f"stabilityai/sd-vae-ft-{kind}"
     check_tensors(weights, state_dict)

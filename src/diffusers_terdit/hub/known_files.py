@@ -59,11 +59,10 @@ def open_inside(folder: str | os.PathLike, name: str) -> BinaryIO:
                 " through it. Put the file itself there, or remove the link."
             ) from None
         raise OSError(error.errno, error.strerror, str(path)) from None
-    file = os.fdopen(descriptor, "rb")
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
+        os.close(descriptor)
         raise OSError(f"{path} is not a regular file. Put one there, or remove it.")
-    return file
+    return os.fdopen(descriptor, "rb")
 
 
 def _open_without_links(start: Path, parts: tuple[str, ...]) -> int:

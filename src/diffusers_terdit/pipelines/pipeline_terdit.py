@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import math
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -118,7 +119,8 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
         for name in label if isinstance(label, (list, tuple)) else [label]:
             if not isinstance(name, str):
                 raise ValueError(
-                    f"A label name is a string, got {name!r}. A class id needs no look-up: pass it as it is."
+                    f"A label name is a string, got {reprlib.repr(name)}. A class id needs no look-up: pass it as it"
+                    " is."
                 )
             ids = names.get(name.strip()) or any_case.get(name.strip().casefold(), [])
             ids = ids or [
@@ -136,17 +138,19 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
                 raise ValueError(f"{name!r} is not a label of this model.{hint} All labels: `pipe.labels`.")
         return class_ids
 
-    def _class_ids(self, class_labels: ClassLabels) -> list[int]:
+    def _class_ids(self, class_labels: ClassLabels, depth: int = 0) -> list[int]:
         """Ids, names, lists, tensors and arrays of them, nested too -> a flat list of valid ids."""
+        if depth > 8:  # such as in a list that holds itself
+            raise ValueError(f"Labels are lists in {depth} lists, expected at most 8. Pass a flat list.")
         if isinstance(class_labels, (Tensor, np.ndarray, np.generic)):
             class_labels = class_labels.tolist()
         if isinstance(class_labels, str):
             class_labels = self.get_label_ids(class_labels)
         if isinstance(class_labels, Sequence) and not isinstance(class_labels, bytes):
-            return [class_id for item in class_labels for class_id in self._class_ids(item)]
+            return [class_id for item in class_labels for class_id in self._class_ids(item, depth + 1)]
         if not isinstance(class_labels, int) or isinstance(class_labels, bool):
             raise ValueError(
-                f"A class label is an int or a name, got {class_labels!r} ({type(class_labels).__name__})."
+                f"A class label is an int or a name, got {reprlib.repr(class_labels)} ({type(class_labels).__name__})."
             )
         num_classes = self.transformer.config.num_classes
         if not 0 <= class_labels < num_classes:
