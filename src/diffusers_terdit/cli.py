@@ -25,6 +25,7 @@ from .pipelines.schedulers import scheduler_by_name
 from .storage.inspection import HEADERS, inspect_weights
 from .storage.weights import read_json
 from .training.export import image_grid
+from .training.images import formats
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -322,7 +323,7 @@ def push(args: argparse.Namespace) -> None:
     source = Path(resolve_model(args.model))
     if not source.is_dir():
         raise NotADirectoryError(f"{args.model} is no folder here; what is on the Hub needs no push.")
-    images = {path.stem: Image.open(path) for path in map(Path, args.images)}
+    images = {path.stem: Image.open(path, formats=formats()) for path in map(Path, args.images)}
     commit = push_saved(
         pipe,
         source,

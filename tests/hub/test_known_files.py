@@ -1,6 +1,7 @@
 """Nothing leaves a folder but the files of its model, and nothing is read through links that lead elsewhere."""
 
 import os
+import resource
 import shutil
 import threading
 from pathlib import Path
@@ -171,8 +172,11 @@ def test_a_folder_that_only_looks_like_the_hubs_cache(fake_hub, tmp_path):
         push(fake_hub, home)
 
 
-def test_what_was_checked_is_what_is_uploaded(fake_hub, folder, monkeypatch):
+@pytest.mark.parametrize("linux", [True, False])
+def test_what_was_checked_is_what_is_uploaded(fake_hub, folder, monkeypatch, linux):
     """Between the check and the upload everything in the folder becomes a link to the secret."""
+    exists = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: (linux or not str(path).startswith("/proc")) and exists(path))
     expected = {name: (folder / name).read_bytes() for name in known_files(folder)}
     create = push_module.create_repository
 
@@ -240,6 +244,24 @@ def test_a_name_that_is_no_file_inside_is_refused(folder, monkeypatch, name, win
         monkeypatch.setattr(os, "supports_dir_fd", set())
     with pytest.raises(OSError, match=r"mine|hosts|secret"):
         open_inside(folder, name)
+
+
+def test_a_push_of_a_thousand_pictures_opens_no_thousand_files(fake_hub, folder):
+    (folder / "samples").mkdir()
+    for number in range(1, 101):
+        (folder / "samples" / f"step-{number}.png").write_bytes(b"-")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, hard))
+    try:
+        assert len(push(fake_hub, folder)) > 100
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_folder_that_is_not_there_is_no_empty_model(fake_hub, folder):
+    with pytest.raises(FileNotFoundError, match="typo"):
+        push(fake_hub, folder / "typo")
+    assert not fake_hub.requests
 
 
 def test_the_command_refuses_what_would_be_followed(fake_hub, folder, monkeypatch, capsys):

@@ -91,8 +91,8 @@ def test_no_path_of_this_machine_is_saved_or_pushed(fake_hub, tiny_pipeline, tmp
     optimizer = torch.optim.AdamW(pipe.transformer.parameters())
     training.checkpointing.save(tmp_path / "checkpoint-1", pipe.transformer, pipe.transformer, optimizer, {"step": 1})
     # A folder that was saved by something else, with paths in it
-    for name in ("vae", "transformer"):
-        config = home / "first" / name / "config.json"
+    for name in ("vae/config.json", "transformer/config.json", "model_index.json"):
+        config = home / "first" / name
         config.write_text(config.read_text().replace("{", f'{{\n  "_name_or_path": "{home}/vae",', 1))
     assert main(["push", str(home / "first"), "user/by-command"]) == 0
     saved = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_relative_to(home)]

@@ -74,7 +74,7 @@ def _open_without_links(start: Path, parts: tuple[str, ...]) -> int:
         if Path(os.path.realpath(path)) != path:
             raise OSError
         return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-    descriptor = os.open(start, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(start, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     for i, part in enumerate(parts, 1):
         kind = os.O_DIRECTORY if i < len(parts) else os.O_NONBLOCK  # which does not wait for the writer of a pipe
         try:
@@ -96,10 +96,11 @@ def known_files(folder: str | os.PathLike, whole: bool = False) -> list[str]:
         whole (`bool`): Whether every file of a component counts, as in pipelines of other classes.
 
     Raises:
-        OSError: A file cannot be read, or only through a link.
+        OSError: There is no such folder, or a file cannot be read, or only through a link.
         ValueError: `model_index.json` holds something else.
     """
     folder = Path(folder)
+    os.scandir(folder).close()  # which raises where there is none; `os.walk` does not
     names = list(_names(folder))
     homes = {""}
     if _INDEX in names:

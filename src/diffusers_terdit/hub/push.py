@@ -87,8 +87,7 @@ def push_saved(
     with ExitStack() as opened:
         names = known_files(folder)
         with undisturbed(folder, *{(folder / name).parent for name in names} - {folder}):
-            files = {name: opened.enter_context(open_inside(folder, name)) for name in names}
-        added = {prefix + name: _content(name, file) for name, file in files.items()}
+            added = {prefix + name: _content(folder, name, opened) for name in names}
         repo_id = create_repository(repo_id or folder.resolve().name, private, token, revision)
         opened.enter_context(hub_errors(repo_id, revision, writing=True))
         if not subfolder:
@@ -113,13 +112,15 @@ def push_saved(
         )
 
 
-def _content(name: str, file: BinaryIO) -> str | bytes | BinaryIO:
-    """Return what of an open file is uploaded: its bytes, or, of weights, the file itself, whatever its path names."""
+def _content(folder: Path, name: str, opened: ExitStack) -> str | bytes | BinaryIO:
+    """Return what of a file is uploaded: its bytes; of weights the open file, whatever its path leads to later."""
     if name.endswith((".safetensors", ".bin")):
-        path = f"/proc/self/fd/{file.fileno()}"  # of Linux; huggingface_hub reads open files slower than paths
-        return path if os.path.exists(path) else file
-    content = file.read()
-    if name.endswith("config.json"):
+        weights = opened.enter_context(open_inside(folder, name))
+        path = f"/proc/self/fd/{weights.fileno()}"  # of Linux; huggingface_hub uploads open files slower than paths
+        return path if os.path.exists(path) else weights
+    with open_inside(folder, name) as file:
+        content = file.read()
+    if name.endswith(("config.json", "model_index.json")):
         try:
             config = json.loads(content)
         except (ValueError, RecursionError) as error:
