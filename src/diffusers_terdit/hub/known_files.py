@@ -126,7 +126,8 @@ def known_files(folder: str | os.PathLike, whole: bool = False) -> list[str]:
         ):
             known.add(name)
     heads = {name.split("/")[0] for name in known}
-    left = {name if name.split("/")[0] in heads else name.split("/")[0] for name in names if name not in known}
+    unknown = [name for name in names if name not in known and not name.startswith(".git")]
+    left = {name if name.split("/")[0] in heads else name.split("/")[0] for name in unknown}
     if left:
         listed = ", ".join(map(repr, sorted(left)[:10])) + (f" and {len(left) - 10} more" if len(left) > 10 else "")
         logger.warning(f"Left out of what is taken from {folder}, as no part of the model: {listed}")
