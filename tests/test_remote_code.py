@@ -246,6 +246,20 @@ class TestFiles:
         (folder / "transformer" / "transformer_terdit_mine.py").unlink()
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
 
+    def test_nothing_is_written_through_links(self, folder, tmp_path):
+        """The name of the code that is to be written can be known to whoever made the folder."""
+        code = next(folder.glob("transformer/transformer_terdit_*.py"))
+        for path in (code, folder / "transformer" / "config.json"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+            path.unlink()
+            path.symlink_to(tmp_path / path.name)
+        (tmp_path / code.name).write_text("mine")
+        before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+        export_remote_code(folder)
+        assert code.is_file()
+        assert not code.is_symlink()
+        assert all(path.read_bytes() == content for path, content in before.items())
+
     def test_the_index_names_the_files(self, folder):
         index = json.loads((folder / "model_index.json").read_text())
         assert (folder / f"{index['_class_name'][0]}.py").is_file()

@@ -18,7 +18,7 @@ from . import ops
 from .layers import TernaryLinear
 from .models.transformer_terdit import TerDiTTransformer2DModel
 from .pipelines.pipeline_terdit import TerDiTPipeline
-from .storage.saving import write_json
+from .storage.saving import new_file, write_json
 from .storage.weights import read_json
 
 
@@ -230,7 +230,8 @@ def _write_code(folder: Path, name: str, code: str) -> Path:
         if path.read_text("utf-8").startswith(_HEADER.split("{")[0]):
             path.unlink()
     path = folder / f"{name}_{hashlib.sha256(code.encode()).hexdigest()[:12]}.py"
-    path.write_text(code, encoding="utf-8")
+    with new_file(path) as partial:
+        partial.write_text(code, encoding="utf-8")
     return path
 
 

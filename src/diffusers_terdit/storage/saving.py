@@ -312,5 +312,6 @@ def scrub_paths(folder: str | os.PathLike) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file as diffusers writes its configs."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    """Write a JSON file as diffusers writes its configs, whole or not at all."""
+    with new_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
