@@ -11,15 +11,22 @@ import base64
 import html
 import io
 import math
+import os
 import queue
 import random
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C is one line from here on, also in the seconds that the imports take.
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"app: interrupted\n") and os._exit(130))
 
 try:
     import gradio as gr
@@ -30,7 +37,8 @@ import torch
 from PIL import Image
 
 from diffusers_terdit import TerDiTPipeline
-from diffusers_terdit.cli import DTYPES, load_pipeline, usable_device
+from diffusers_terdit.arguments import at_least, not_negative
+from diffusers_terdit.cli import DTYPES, load_pipeline, run_program, usable_device
 from diffusers_terdit.hub.model_card import human_bytes
 from diffusers_terdit.pipelines.schedulers import is_flow, scheduler_by_name
 
@@ -53,6 +61,9 @@ FLOW_SCHEDULERS = (
 MAX_SEED = 2**31 - 1
 PREVIEW_SHARE = 0.1  # of the time at most goes into previews: a VAE may take as long as a step
 MIN_SIDE = 64  # pixels; smaller images are shown with sharp pixels
+MAX_WAITING = 20  # requests
+MAX_SHARED = 1000  # images x steps of a request, where others wait for it
+LOCAL = ("127.0.0.1", "localhost", "::1")
 
 CSS = """
 .gradio-container { max-width: 1080px !important; margin: auto; }
@@ -248,8 +259,14 @@ def pictures(
     guidance: float,
     scheduler: str,
     visitor: str | None = None,
+    most: float = math.inf,
 ) -> Iterator[str]:
     """Yield the HTML for the values of the page's fields; raise what the page shows as an error."""
+    if num_images * steps > most:
+        raise gr.Error(
+            f"This page is for several visitors: images x steps may be {most}, got {num_images} x {steps}.",
+            print_exception=False,
+        )
     if label is None:
         raise gr.Error("Choose a class: none is chosen.", print_exception=False)
     if seed is None or seed != int(seed) or not 0 <= seed <= MAX_SEED:
@@ -262,13 +279,20 @@ def pictures(
         raise gr.Error(str(error), print_exception=False) from error
 
 
-def build(pipe: TerDiTPipeline, name: str, num_inference_steps: int = 50, guidance_scale: float = 4.0) -> gr.Blocks:
+def build(
+    pipe: TerDiTPipeline,
+    name: str,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 4.0,
+    most: float = math.inf,
+) -> gr.Blocks:
     """Build the page.
 
     Args:
         pipe ([`TerDiTPipeline`]): Shared by all visitors.
         name (`str`): Model name in the title.
         num_inference_steps (`int`), guidance_scale (`float`): Initial values.
+        most (`float`): Images x steps of a request.
     """
     sampler = Sampler(pipe)
     id2label = pipe.config.id2label or {}
@@ -280,7 +304,7 @@ def build(pipe: TerDiTPipeline, name: str, num_inference_steps: int = 50, guidan
         label: int, seed: float, num_images: float, steps: float, guidance: float, scheduler: str, request: gr.Request
     ) -> Iterator[str]:
         yield from pictures(
-            sampler, names, label, seed, num_images, steps, guidance, scheduler, visitor=request.session_hash
+            sampler, names, label, seed, num_images, steps, guidance, scheduler, request.session_hash, most
         )
 
     def stop(request: gr.Request) -> None:
@@ -323,7 +347,7 @@ def build(pipe: TerDiTPipeline, name: str, num_inference_steps: int = 50, guidan
         )
         halt.click(stop, queue=False, show_progress="hidden", api_visibility="private")
         page.unload(stop)  # a closed tab
-    return page
+    return page.queue(max_size=MAX_WAITING)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -334,29 +358,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", default="cpu", help="as torch names them: cpu, cuda, cuda:1, mps, xpu")
     parser.add_argument("--activation_bits", type=int, choices=(16, 8), help="integer activations, for speed on a CPU")
-    parser.add_argument("--num_inference_steps", type=int, default=50, help="what the page starts with")
-    parser.add_argument("--guidance_scale", type=float, default=4.0, help="what the page starts with")
+    parser.add_argument("--num_inference_steps", type=at_least(1, 250), default=50, help="what the page starts with")
+    parser.add_argument("--guidance_scale", type=not_negative, default=4.0, help="what the page starts with")
     parser.add_argument(
         "--server_name", default="127.0.0.1", help="address to listen on; 0.0.0.0 for the local network"
     )
-    parser.add_argument("--server_port", type=int, help="default the first free one from 7860")
+    parser.add_argument("--server_port", type=at_least(1, 65535), help="default the first free one from 7860")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
-        device = usable_device(args.device)
-        pipe = load_pipeline(args.model, args.dtype).to(device)
-        if args.activation_bits:
-            pipe.transformer.set_activation_bits(args.activation_bits)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"app.py: {error}")
-    page = build(pipe, args.model, args.num_inference_steps, args.guidance_scale)
+    device = usable_device(args.device)
+    pipe = load_pipeline(args.model, args.dtype).to(device)
+    if args.activation_bits:
+        pipe.transformer.set_activation_bits(args.activation_bits)
+    most = math.inf if args.server_name in LOCAL else MAX_SHARED
+    page = build(pipe, args.model, args.num_inference_steps, args.guidance_scale, most)
     _, url, _ = page.launch(
         server_name=args.server_name,
         server_port=args.server_port,
         share=False,
+        max_file_size=1,  # Gradio takes uploads on every page
         ssr_mode=False,
         footer_links=[],
         css=CSS,
@@ -369,4 +392,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(Path(__file__).stem, main))

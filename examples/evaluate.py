@@ -16,13 +16,21 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import pkgutil
 import platform
 import re
 import shutil
+import signal
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C is one line from here on, also in the seconds that the imports take.
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"evaluate: interrupted\n") and os._exit(130))
 
 import diffusers
 import numpy as np
@@ -34,9 +42,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffusers_terdit import TerDiTPipeline, __version__, evaluation, training
+from diffusers_terdit.arguments import at_least, not_negative, seed
 from diffusers_terdit.checkpoints import resolve_model
+from diffusers_terdit.cli import run_program
 from diffusers_terdit.evaluation.digits import digits_classifier
 from diffusers_terdit.evaluation.inception import InceptionV3
+from diffusers_terdit.pipelines.schedulers import scheduler_by_name
 from diffusers_terdit.storage.saving import new_file, output_folder, writing
 
 
@@ -51,12 +62,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("samples").add_argument
     add("--model", default="digits", help="folder or Hub id of a pipeline, or a bundled one's name")
-    add("--num_images", type=int, default=1000, help="50,000 in papers")
-    add("--batch_size", type=int, default=32, help="images per process at a time")
-    add("--seed", type=int, default=0)
+    add("--num_images", type=at_least(1), default=1000, help="50,000 in papers")
+    add("--batch_size", type=at_least(1), default=32, help="images per process at a time")
+    add("--seed", type=seed, default=0)
     add("--label_policy", choices=["balanced", "random"], default="balanced", help="image i: class i mod C, or any")
-    add("--guidance_scale", type=float, default=1.5)
-    add("--num_inference_steps", type=int, default=50, help="250 in the paper")
+    add("--guidance_scale", type=not_negative, default=1.5)
+    add("--num_inference_steps", type=at_least(1), default=50, help="250 in the paper")
     add("--scheduler", help="a diffusers scheduler, such as DPMSolverMultistepScheduler; default the pipeline's own")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     add("--output_dir", type=Path, default=Path("evaluation"))
@@ -70,15 +81,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--reference_statistics", type=Path, help="file that keeps the reference's; default in --output_dir")
     add("--inception_weights", help="weights-inception-2015-12-05-6726825d.pth of torch-fidelity: FID as in papers")
     add("--feature_network", help="module:function that returns another network, see docs/evaluation.md")
-    add("--feature_batch_size", type=int, default=64)
-    add("--images_seen", type=int, help="in training, for the report; default what the model's folder says")
+    add("--feature_batch_size", type=at_least(1), default=64)
+    add("--images_seen", type=at_least(1), help="in training, for the report; default what the model's folder says")
     args = parser.parse_args(argv)
-    if min(args.num_images, args.batch_size, args.num_inference_steps, args.feature_batch_size) < 1:
-        given = f"{args.num_images}, {args.batch_size}, {args.num_inference_steps}, {args.feature_batch_size}"
-        parser.error(
-            "--num_images, --batch_size, --num_inference_steps and --feature_batch_size must be at least 1, got "
-            + given
-        )
     if args.inception_weights and args.feature_network:
         parser.error("pass one of --inception_weights, --feature_network")
     return args
@@ -87,10 +92,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 def load_pipeline(args: argparse.Namespace, device: torch.device) -> TerDiTPipeline:
     pipe = TerDiTPipeline.from_pretrained(resolve_model(args.model), dtype=getattr(torch, args.dtype)).to(device)
     if args.scheduler:
-        scheduler = getattr(diffusers, args.scheduler, None)
-        if scheduler is None or not hasattr(scheduler, "set_timesteps"):
-            raise SystemExit(f"diffusers has no scheduler {args.scheduler!r}; try DPMSolverMultistepScheduler.")
-        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+        pipe.scheduler = scheduler_by_name(args.scheduler, pipe.scheduler)
     pipe.set_progress_bar_config(disable=True)
     for module in pipe.transformer.modules():
         if type(module).__name__ in ("TimestepEmbedding", "TerDiTAdaLN", "TerDiTOutNorm"):
@@ -454,7 +456,4 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except OSError as error:  # a full disk, a folder that is read-only: one line
-        raise SystemExit(f"{Path(__file__).name}: {error}") from None
+    sys.exit(run_program(Path(__file__).stem, main))

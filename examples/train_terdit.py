@@ -15,11 +15,19 @@ import logging
 import math
 import os
 import pkgutil
+import re
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from urllib.parse import urlsplit
+
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C is one line from here on, also in the seconds that the imports take.
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"train_terdit: interrupted\n") and os._exit(130))
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -31,6 +39,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, evaluation, losses, training
+from diffusers_terdit.arguments import at_least, granularity, keep_limit, not_negative, positive, seed, share
+from diffusers_terdit.cli import run_program
 from diffusers_terdit.hub.push import push_saved
 from diffusers_terdit.pipelines.schedulers import training_scheduler
 from diffusers_terdit.storage.saving import new_file, output_folder, writing
@@ -56,9 +66,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--streaming", action="store_true", help="read --dataset_name shard by shard, every process all of it")
     add("--image_column", default="image")
     add("--label_column", default="label")
-    add("--resolution", type=int, default=256, help="pixels")
+    add("--resolution", type=at_least(1), default=256, help="pixels")
     add("--random_flip", action="store_true")
-    add("--dataloader_num_workers", type=int, default=0)
+    add("--dataloader_num_workers", type=at_least(0), default=0)
     add("--pretrained_vae_model_name_or_path", help="an AutoencoderKL; without it, and without latents, pixels")
 
 
@@ -67,48 +77,58 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     presets = [name for name in training.recipes.PRESETS if name != "demo"]
     add("--preset", choices=presets, help="model and recipe of the paper")
     add("--in_channels", type=int, default=3, choices=[1, 3], help="of pixels, where there is no VAE")
-    add("--patch_size", type=int, default=2)
-    add("--num_layers", type=int, default=12)
-    add("--num_attention_heads", type=int, default=6)
-    add("--attention_head_dim", type=int, default=64)
-    add("--ffn_dim", type=int)
+    add("--patch_size", type=at_least(1), default=2)
+    add("--num_layers", type=at_least(1), default=12)
+    add("--num_attention_heads", type=at_least(1), default=6)
+    add("--attention_head_dim", type=at_least(1), default=64)
+    add("--ffn_dim", type=at_least(1))
     add("--pos_embed_type", default="rope", choices=["rope", "rope+sincos2d"], help="the second for small models")
     add("--adaln_norm", type=boolean, default=True, help="false: without the paper's RMSNorm")
     add("--initialization", default="small_gain", choices=["small_gain", "reference"])
-    add("--scale_granularity", default="tensor", help='"tensor", "row", or inputs per group')
+    add("--scale_granularity", type=granularity, default="tensor", help='"tensor", "row", or inputs per group')
     add("--activation_bits", type=int, choices=[8], help="train with 8-bit inputs of the ternary layers")
     add("--ternary", type=boolean, default=True, help="false: full precision, the baseline on the same data and noise")
     add("--init_from", help="pipeline, model or checkpoint-N to start from; its sizes replace the flags above")
-    add("--ternary_warmup_steps", type=int, default=0, help="steps over which full precision blends into ternary")
+    add(
+        "--ternary_warmup_steps",
+        type=at_least(0),
+        default=0,
+        help="steps over which full precision blends into ternary",
+    )
     add("--teacher", help="pipeline or model whose noise prediction is learned, too")
-    add("--distillation_weight", type=float, default=1.0)
+    add("--distillation_weight", type=not_negative, default=1.0)
 
 
 def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("loss").add_argument
     add("--learn_sigma", type=boolean, default=True, help="false: squared error alone")
-    add("--snr_gamma", type=float, help="min-SNR weighting; 5.0 is usual")
+    add("--snr_gamma", type=positive, help="min-SNR weighting; 5.0 is usual")
     add("--flow_matching", action="store_true", help="rectified flow instead of DDPM; no learned variance")
-    add("--class_dropout_prob", type=float, default=0.1)
+    add("--class_dropout_prob", type=share, default=0.1)
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--seed", type=int, default=0)
-    add("--max_train_steps", type=int, default=400_000)
-    add("--train_batch_size", type=int, default=32, help="per process and accumulation step")
-    add("--gradient_accumulation_steps", type=int, default=1)
-    add("--total_batch_size", type=int, help="samples per optimizer step; sets the accumulation")
-    add("--learning_rate", type=float, default=5e-4)
+    add("--seed", type=seed, default=0)
+    add("--max_train_steps", type=at_least(1), default=400_000)
+    add("--train_batch_size", type=at_least(1), default=32, help="per process and accumulation step")
+    add("--gradient_accumulation_steps", type=at_least(1), default=1)
+    add("--total_batch_size", type=at_least(1), help="samples per optimizer step; sets the accumulation")
+    add("--learning_rate", type=not_negative, default=5e-4)
     add("--lr_scheduler", default="wsd", choices=["constant", "cosine", "wsd", "piecewise_constant"])
-    add("--lr_warmup_steps", type=int, default=0)
-    add("--lr_decay_steps", type=int, help="wsd: length of the final decay; default a fifth of the run")
+    add("--lr_warmup_steps", type=at_least(0), default=0)
+    add("--lr_decay_steps", type=at_least(0), help="wsd: length of the final decay; default a fifth of the run")
     add("--lr_step_rules", help='piecewise_constant: "1:1550000,0.2" is a fifth from step 1,550,000')
-    add("--scale_lr_factor", type=float, default=1.0, help="learning rate of the ternary scales, relative")
-    add("--adam_beta1", type=float, default=0.9)
-    add("--adam_beta2", type=float, default=0.999)
-    add("--adam_weight_decay", type=float, default=0.0, help="of matrices; never of scales, norms, biases, embeddings")
-    add("--adam_epsilon", type=float, default=1e-8)
-    add("--max_grad_norm", type=float, default=2.0)
-    add("--ema_decay", type=float, default=0.9999)
+    add("--scale_lr_factor", type=not_negative, default=1.0, help="learning rate of the ternary scales, relative")
+    add("--adam_beta1", type=share, default=0.9)
+    add("--adam_beta2", type=share, default=0.999)
+    add(
+        "--adam_weight_decay",
+        type=not_negative,
+        default=0.0,
+        help="of matrices; never of scales, norms, biases, embeddings",
+    )
+    add("--adam_epsilon", type=positive, default=1e-8)
+    add("--max_grad_norm", type=positive, default=2.0)
+    add("--ema_decay", type=share, default=0.9999)
     add("--mixed_precision", choices=["no", "bf16"], help="default: accelerate's; weights, average, loss stay float32")
     add("--gradient_checkpointing", action="store_true")
     add("--torch_compile", action="store_true", help="compile the transformer blocks")
@@ -119,18 +139,27 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=Path, default=Path("terdit-model"))
     add("--export_dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="of non-ternary weights")
-    add("--checkpointing_steps", type=int, default=5000)
-    add("--checkpoints_total_limit", type=int, default=2)
+    add("--checkpointing_steps", type=at_least(1), default=5000)
+    add("--checkpoints_total_limit", type=keep_limit, default=2)
     add("--resume_from_checkpoint", help='a folder, or "latest"')
-    add("--logging_steps", type=int, default=100, help="log.jsonl and trackers")
+    add("--logging_steps", type=at_least(1), default=100, help="log.jsonl and trackers")
     add("--report_to", help="tensorboard, wandb, trackio, ...")
-    add("--validation_steps", type=int, default=10_000, help="sample grid, and error of the noise at fixed noise")
-    add("--num_validation_images", type=int, default=40)
-    add("--num_inference_steps", type=int, default=50)
-    add("--guidance_scale", type=float, default=1.5)
+    add(
+        "--validation_steps",
+        type=at_least(1),
+        default=10_000,
+        help="sample grid, and error of the noise at fixed noise",
+    )
+    add("--num_validation_images", type=at_least(1), default=40)
+    add("--num_inference_steps", type=at_least(1), default=50)
+    add("--guidance_scale", type=not_negative, default=1.5)
     add("--feature_network", help="module:function that returns a network, (B, C, H, W) in [0, 1] -> (B, D)")
-    add("--frechet_steps", type=int, help="Frechet distance of samples to training images, with --feature_network")
-    add("--num_frechet_images", type=int, default=1000)
+    add(
+        "--frechet_steps",
+        type=at_least(0),
+        help="Frechet distance of samples to training images, with --feature_network",
+    )
+    add("--num_frechet_images", type=at_least(1), default=1000)
     add("--push_to_hub", action="store_true")
     add("--hub_model_id", help="default: the name of --output_dir")
     add("--hub_token")
@@ -167,8 +196,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     if args.lr_decay_steps is None:
         args.lr_decay_steps = args.max_train_steps // 5
     args.learn_sigma = args.learn_sigma and not args.flow_matching
-    if args.scale_granularity.isdigit():
-        args.scale_granularity = int(args.scale_granularity)
     return args
 
 
@@ -218,7 +245,7 @@ class Trainer:
         self.args, self.accelerator = args, accelerator
         self.device, self.is_main_process = accelerator.device, accelerator.is_main_process
         self.batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-        self.step, self.stop_requested = 0, False
+        self.step, self.stop_requested, self.interrupted = 0, 0.0, False
         self.log_path = args.output_dir / "log.jsonl"
         found = training.checkpointing.find(args.output_dir)
         if found and not args.resume_from_checkpoint:
@@ -311,15 +338,25 @@ class Trainer:
                 f" has {self.batch_size} and {self.args.seed}. Pass --total_batch_size {state['batch_size']} --seed"
                 f" {state['seed']}."
             )
+        found = {str(key): name for key, name in self.samples.id2label.items()}
+        trained = state.get("id2label", found)  # older checkpoints do not say
+        differing = [key for key in {**trained, **found} if trained.get(key) != found.get(key)]
+        if differing:
+            shown = ", ".join(f"{key} was {trained.get(key)!r}, is {found.get(key)!r}" for key in differing[:5])
+            raise SystemExit(
+                f"{folder} was trained with other classes: {shown}. Pass the data of that run, or another --output_dir."
+            )
         self.step = state["step"]
         if self.args.streaming:
             self.samples.shard_sizes.update({int(key): size for key, size in state["shard_sizes"].items()})
         logger.info(f"resumed {folder} at step {self.step}")
 
     def train(self) -> bool:
-        """Train to the last step; return False where SIGTERM ended the run earlier, after saving."""
+        """Train to the last step; return False where SIGTERM or Ctrl-C ended the run earlier, after saving."""
         args = self.args
-        signal.signal(signal.SIGTERM, self.request_stop)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self.request_stop)
         if self.resumed_from:
             self.make_up_validation()
         batches = self.batches()
@@ -341,7 +378,7 @@ class Trainer:
             if self.step % args.checkpointing_steps == 0 or done or stop:
                 self.save()
             if stop and not done:
-                logger.info("stopped by SIGTERM; go on with --resume_from_checkpoint latest")
+                logger.info("stopped by a signal; go on with --resume_from_checkpoint latest")
                 return False
             if self.validation_due or self.frechet_due:
                 self.validate()
@@ -349,7 +386,14 @@ class Trainer:
         return True
 
     def request_stop(self, signum, frame) -> None:
-        self.stop_requested = True
+        """Ask for a checkpoint and an end after this step; end at once at a second Ctrl-C.
+
+        One that comes within a second is the same one: a launcher passes it on to processes that have got it, too.
+        """
+        now = time.monotonic()
+        if signum == signal.SIGINT and self.stop_requested and now - self.stop_requested > 1:
+            raise KeyboardInterrupt
+        self.stop_requested, self.interrupted = self.stop_requested or now, signum == signal.SIGINT
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
         """Return the micro-batches of this process from the present step on."""
@@ -397,7 +441,7 @@ class Trainer:
         training.recipes.update_average(self.ema_model, self.transformer, decay)
         self.step += 1
         # One reduction: the mean loss, and whether any process was asked to stop.
-        report = torch.stack([step_loss, torch.full_like(step_loss, self.stop_requested)])
+        report = torch.stack([step_loss, torch.full_like(step_loss, bool(self.stop_requested))])
         mean_loss, stop = accelerator.reduce(report, reduction="mean").tolist()
         return mean_loss, grad_norm, bool(stop)
 
@@ -460,6 +504,7 @@ class Trainer:
         """Save a checkpoint, whole or not at all, and remove the oldest beyond the limit."""
         args, step = self.args, self.step
         state = {"step": step, "images_seen": step * self.batch_size, "batch_size": self.batch_size, "seed": args.seed}
+        state["id2label"] = self.samples.id2label
         state["shard_sizes"] = getattr(self.samples, "shard_sizes", {})
         folder = args.output_dir / f"checkpoint-{step}"
         training.checkpointing.save(
@@ -577,7 +622,7 @@ class Trainer:
         loss = "flow matching" if args.flow_matching else "MSE + variational bound" if args.learn_sigma else "MSE"
         images_seen = self.step * self.batch_size
         return {
-            "data": Path(data).name + size,
+            "data": without_place(data) + size,
             "steps": f"{self.step:,} of {self.batch_size} samples, {images_seen:,} images seen",
             "loss": loss + (f", min-SNR {args.snr_gamma}" if args.snr_gamma else ""),
             "label dropout": args.class_dropout_prob,
@@ -589,10 +634,16 @@ class Trainer:
         }
 
 
+def without_place(value: object) -> str:
+    """Return a setting as others may see it: of a path or an address its last part, the rest unchanged."""
+    text = str(value)
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text) and not os.path.exists(text)
+    return text if is_hub_id else Path(urlsplit(text).path).name if "/" in text or os.path.exists(text) else text
+
+
 def tracked(args: argparse.Namespace) -> dict[str, str]:
     """Return the settings for trackers, whose files may be pushed: no token, and only the names of local paths."""
-    settings = {key: str(value) for key, value in vars(args).items() if key != "hub_token"}
-    return {k: Path(v).name if os.path.isabs(v) or os.path.exists(v) else v for k, v in settings.items()}
+    return {key: without_place(value) for key, value in vars(args).items() if key != "hub_token"}
 
 
 def start_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -631,13 +682,13 @@ def main(argv=None) -> None:
     accelerator = start_accelerator(args)
     with output_folder(args.output_dir, accelerator.is_main_process):  # no other run writes there
         trainer = Trainer(args, accelerator)
-        if trainer.train():
+        complete = trainer.train()
+        if complete:
             trainer.export()
         accelerator.end_training()
+    if trainer.interrupted and not complete:
+        raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except OSError as error:  # a full disk, a folder that is read-only: one line
-        raise SystemExit(f"{Path(__file__).name}: {error}") from None
+    sys.exit(run_program(Path(__file__).stem, main))

@@ -14,8 +14,16 @@ import argparse
 import copy
 import json
 import math
+import os
+import signal
+import sys
 import time
 from pathlib import Path
+
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C is one line from here on, also in the seconds that the imports take.
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"train_text_to_image: interrupted\n") and os._exit(130))
 
 import torch
 from accelerate import Accelerator
@@ -34,7 +42,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from diffusers_terdit import TernaryConfig, losses, training
-from diffusers_terdit.storage.saving import new_folder
+from diffusers_terdit.arguments import at_least, granularity, keep_limit, not_negative, positive, seed, share
+from diffusers_terdit.cli import run_program
+from diffusers_terdit.storage.saving import new_file, new_folder
 
 
 MODEL = {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 32, "cross_attention_dim": 128}
@@ -47,9 +57,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add = parser.add_argument_group("data, one of the first two").add_argument
     add("--demo", action="store_true", help="captioned 8x8 digits; without a pretrained model one of 950,000 weights")
     add("--train_data_dir", type=Path, help="folder of images and a metadata.jsonl: file_name and text of each")
-    add("--resolution", type=int, default=8, help="pixels")
-    add("--dataloader_num_workers", type=int, default=0)
-    add("--caption_dropout_prob", type=float, default=0.1, help="share of captions that are empty, for guidance")
+    add("--resolution", type=at_least(1), default=8, help="pixels")
+    add("--dataloader_num_workers", type=at_least(0), default=0)
+    add("--caption_dropout_prob", type=share, default=0.1, help="share of captions that are empty, for guidance")
 
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_model_name_or_path", help="PixArt-alpha pipeline to start from: folder or Hub id")
@@ -57,36 +67,40 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--ternary", action="store_true", help="make the linear layers of the blocks ternary, then train")
     add(
         "--scale_granularity",
+        type=granularity,
         default="tensor",
         help='what one ternary scale covers: "tensor", "row", or inputs per group',
     )
     add("--teacher", help="pipeline whose noise prediction is learned, too: the model before it became ternary")
     add(
-        "--distillation_weight", type=float, default=1.0, help="of the teacher's; the data's is 1 minus it, at least 0"
+        "--distillation_weight",
+        type=not_negative,
+        default=1.0,
+        help="of the teacher's; the data's is 1 minus it, at least 0",
     )
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--seed", type=int, default=0)
-    add("--max_train_steps", type=int, default=2000)
-    add("--train_batch_size", type=int, default=64, help="per process")
-    add("--learning_rate", type=float, default=2e-3)
+    add("--seed", type=seed, default=0)
+    add("--max_train_steps", type=at_least(1), default=2000)
+    add("--train_batch_size", type=at_least(1), default=64, help="per process")
+    add("--learning_rate", type=not_negative, default=2e-3)
     add("--lr_scheduler", default="wsd", choices=["constant", "cosine", "wsd"])
-    add("--lr_warmup_steps", type=int, default=50)
-    add("--adam_weight_decay", type=float, default=0.0)
-    add("--max_grad_norm", type=float, default=2.0)
-    add("--ema_decay", type=float, default=0.99)
+    add("--lr_warmup_steps", type=at_least(0), default=50)
+    add("--adam_weight_decay", type=not_negative, default=0.0)
+    add("--max_grad_norm", type=positive, default=2.0)
+    add("--ema_decay", type=share, default=0.99)
     add("--mixed_precision", choices=["no", "bf16"], help="default: accelerate's; weights, average, loss stay float32")
     add("--gradient_checkpointing", action="store_true")
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=Path, default=Path("text-to-image-model"))
-    add("--checkpointing_steps", type=int, default=500)
-    add("--checkpoints_total_limit", type=int, default=2)
+    add("--checkpointing_steps", type=at_least(1), default=500)
+    add("--checkpoints_total_limit", type=keep_limit, default=2)
     add("--resume_from_checkpoint", help='a folder, or "latest"')
-    add("--logging_steps", type=int, default=50, help="log.jsonl")
-    add("--num_validation_images", type=int, default=16)
-    add("--num_inference_steps", type=int, default=20)
-    add("--guidance_scale", type=float, default=1.5)
+    add("--logging_steps", type=at_least(1), default=50, help="log.jsonl")
+    add("--num_validation_images", type=at_least(1), default=16)
+    add("--num_inference_steps", type=at_least(1), default=20)
+    add("--guidance_scale", type=not_negative, default=1.5)
 
     args = parser.parse_args(argv)
     if args.demo == bool(args.train_data_dir):
@@ -95,8 +109,6 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error(
             "--train_data_dir goes with --pretrained_model_name_or_path: text encoder and VAE are not trained"
         )
-    if args.scale_granularity.isdigit():
-        args.scale_granularity = int(args.scale_granularity)
     return args
 
 
@@ -443,7 +455,8 @@ def export(args: argparse.Namespace, pipe: PixArtAlphaPipeline, ema_model: nn.Mo
     images = sample_images(pipe, shown, list(range(len(shown))), args, "pil")
     (args.output_dir / "samples").mkdir(exist_ok=True)
     grid = training.export.image_grid(images, labels=shown, min_side=128)
-    grid.save(args.output_dir / "samples" / f"step-{args.max_train_steps}.png")
+    with new_file(args.output_dir / "samples" / f"step-{args.max_train_steps}.png") as partial:
+        grid.save(partial)
     print(f"{args.output_dir} is a pipeline: PixArtAlphaPipeline.from_pretrained({str(args.output_dir)!r})")
 
 
@@ -492,4 +505,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(Path(__file__).stem, main))

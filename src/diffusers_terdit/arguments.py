@@ -1,28 +1,40 @@
-"""Types of command-line options, shared by `terdit` and the programs: numbers in their range, or a clear error."""
+"""Types of command-line options, shared by `terdit` and the programs: values in their range, or a clear error."""
 
 import argparse
 import math
 from collections.abc import Callable
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """Return the type of an integer option that is `least` or more."""
+_MAX_INT = 2**63 - 1  # of torch's integers and seeds
+
+
+def at_least(least: int, most: int = _MAX_INT) -> Callable[[str], int]:
+    """Return the type of an integer option from `least` to `most`."""
+    expected = f"{least} or more" if most == _MAX_INT else f"{least} to {most}"
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"expected an integer, {least} or more, got {text!r}")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"expected an integer, {expected}, got {text!r:.80}")
         return value
 
     return parse
 
 
+seed = at_least(0, 2**32 - 1)  # NumPy's range
+
+
 def keep_limit(text: str) -> int:
     """Parse how many to keep: 1 or more, or -1 for all."""
     return -1 if text == "-1" else at_least(1)(text)
+
+
+def granularity(text: str) -> str | int:
+    """Parse what one ternary scale covers: "tensor", "row", or a number of inputs."""
+    return text if text in ("tensor", "row") else at_least(1)(text)
 
 
 def positive(text: str) -> float:
@@ -46,5 +58,5 @@ def _number(text: str, expected: str, fits: Callable[[float], bool]) -> float:
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and fits(value)):
-        raise argparse.ArgumentTypeError(f"expected a number, {expected}, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number, {expected}, got {text!r:.80}")
     return value

@@ -1,28 +1,36 @@
 """The `terdit` command: parse, call one function, print."""
 
 import argparse
+import inspect
 import json
 import os
+import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from huggingface_hub import snapshot_download
 from PIL import Image
 
+from .arguments import at_least, granularity, not_negative
 from .checkpoints import resolve_model
 from .conversion import convert_dense_checkpoint, convert_original_checkpoint, is_diffusers_checkpoint
 from .hub.errors import hub_errors
-from .hub.model_card import CardOptions, human_bytes
+from .hub.model_card import CardOptions, human_bytes, printable
 from .hub.push import push_saved
+from .layers import TernaryLinear
+from .modeling import check_config, check_pipeline_config
+from .models.transformer_terdit import TerDiTTransformer2DModel
 from .ops import choose_kernel
 from .pipelines.pipeline_terdit import TerDiTPipeline
 from .pipelines.schedulers import scheduler_by_name
-from .storage.inspection import HEADERS, inspect_weights
+from .storage.inspection import HEADERS, WeightsReport, inspect_weights
+from .storage.saving import new_file
 from .storage.weights import read_json
 from .training.export import image_grid
 from .training.images import formats
@@ -64,8 +72,8 @@ def _check_picture(output: Path) -> None:
         raise ValueError(f"{output} does not name a picture: end it in .png, .jpg, .webp or another of Pillow's.")
     if output.is_dir():
         raise IsADirectoryError(f"{output} is a folder; name a picture in it.")
-    place = output if output.exists() else next(p for p in output.absolute().parents if p.exists())
-    if not place.is_dir() and place != output:
+    place = next(path for path in output.absolute().parents if path.exists())
+    if not place.is_dir():
         raise NotADirectoryError(f"{output} cannot be written: {place} is a file. Choose another --output.")
     if not os.access(place, os.W_OK):
         raise PermissionError(
@@ -73,13 +81,18 @@ def _check_picture(output: Path) -> None:
         )
 
 
+def _check_size(images: int, width: int, height: int) -> None:
+    """Raise before any work when the picture would be larger than Pillow opens; the images might not fit memory."""
+    pixels, most = images * max(width, 64) * max(height, 64), 2 * (Image.MAX_IMAGE_PIXELS or 2**62)
+    if pixels > most:
+        raise ValueError(
+            f"{images:,} images of {width:,} x {height:,} pixels make a picture of {pixels:,}; Pillow opens none"
+            f" of more than {most:,}. Ask for fewer or smaller images."
+        )
+
+
 def _seeds(seeds: list[int], labels: int, per_label: int) -> list[list[int]]:
     """The seeds of each label's images: counted up from one seed, or the given ones for every label."""
-    for seed in seeds:
-        if not -(2**63) <= seed < 2**63:
-            raise ValueError(f"--seed must be from -2**63 to 2**63 - 1, got {seed}.")
-    if per_label < 1:
-        raise ValueError(f"--num_images_per_label must be 1 or more, got {per_label}.")
     if len(seeds) == 1:
         return [[seeds[0] + i * per_label + j for j in range(per_label)] for i in range(labels)]
     if per_label not in (1, len(seeds)):
@@ -101,8 +114,11 @@ def generate(args: argparse.Namespace) -> None:
         pipe.transformer.set_activation_bits(args.activation_bits)
     if args.scheduler:
         pipe.scheduler = scheduler_by_name(args.scheduler, pipe.scheduler)
-    num_classes = pipe.transformer.config.num_classes
-    labels = [int(label) if label.isdecimal() else label for label in args.labels] or list(range(min(num_classes, 10)))
+    config, names = pipe.transformer.config, pipe.labels
+    labels = [label if label in names or not label.isdecimal() else int(label) for label in args.labels]
+    labels = labels or list(range(min(config.num_classes, 10)))
+    side = config.sample_size * pipe.vae_scale_factor
+    _check_size(len(labels) * max(args.num_images_per_label, len(args.seed)), args.width or side, args.height or side)
     seeds = _seeds(args.seed, len(labels), args.num_images_per_label)
     per_label = len(seeds[0])
     start = time.perf_counter()
@@ -117,14 +133,15 @@ def generate(args: argparse.Namespace) -> None:
     ).images
     seconds = time.perf_counter() - start
     id2label = pipe.config.id2label or {}
-    names = [id2label.get(str(label), str(label)).split(",")[0] for label in labels for _ in range(per_label)]
+    titles = [id2label.get(str(label), str(label)).split(",")[0] for label in labels for _ in range(per_label)]
     # One column per label when each has several images, read top to bottom.
     columns = len(labels) if per_label > 1 else None
     if columns:
         order = [column * per_label + row for row in range(per_label) for column in range(columns)]
-        images, names = [images[i] for i in order], [names[i] for i in order]
+        images, titles = [images[i] for i in order], [titles[i] for i in order]
     output.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(images, columns, names).save(output)
+    with new_file(output) as partial:
+        image_grid(images, columns, titles).save(partial)
     weights = sum(p.numel() * p.element_size() for p in pipe.transformer.parameters())
     bits = f", {args.activation_bits}-bit activations" if args.activation_bits else ""
     first, last = seeds[0][0], seeds[-1][-1]
@@ -146,14 +163,12 @@ def convert(args: argparse.Namespace) -> None:
                 f"{args.path} is a diffusers model: --{', --'.join(unused)} is for the files of TerDiT's authors."
                 " Leave it out."
             )
-        groups = args.scale_granularity
-        granularity = int(groups) if groups and groups.isdigit() else groups
-        folder = convert_dense_checkpoint(args.path, args.output, granularity, component=args.component)
+        folder = convert_dense_checkpoint(args.path, args.output, args.scale_granularity, component=args.component)
         model = folder / args.component if (folder / args.component).is_dir() else folder
         size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
         settings = json.loads((model / "config.json").read_text("utf-8"))["quantization_config"]
-        granularity = settings["scale_granularity"]
-        covers = f"{granularity} inputs" if isinstance(granularity, int) else granularity
+        covers = settings["scale_granularity"]
+        covers = f"{covers} inputs" if isinstance(covers, int) else covers
         print(
             f"Converted {args.path} to {folder}: one scale per {covers}, {human_bytes(size)} of weights in"
             f" {model.name}. It loads with its own class after `import diffusers_terdit`."
@@ -184,7 +199,8 @@ def info(args: argparse.Namespace) -> None:
         id2label = _model_index(path).get("id2label") or {}
         if not id2label:
             raise ValueError(f"{args.model} names no labels; its classes are numbers. Leave out --labels.")
-        print("\n".join(f"{key:>5}  {id2label[key]}" for key in sorted(id2label, key=int)))
+        for key in sorted(id2label, key=lambda key: (len(key), key)):
+            print(f"{printable(key):>5}  {printable(id2label[key])}")
     elif args.kernels:
         _print_kernels(path / "transformer" if _model_index(path) else path)
     else:
@@ -192,9 +208,32 @@ def info(args: argparse.Namespace) -> None:
 
 
 def _model_index(path: Path) -> dict[str, Any]:
-    """The `model_index.json` of a pipeline folder; empty where it is another."""
-    index = path / "model_index.json"
-    return read_json(index) if index.is_file() else {}
+    """The `model_index.json` of a pipeline folder, checked; empty where it is another.
+
+    Raises:
+        ValueError: It cannot be loaded, or is that of another pipeline.
+    """
+    where = path / "model_index.json"
+    if not where.is_file():
+        return {}
+    index = read_json(where)
+    if "TerDiTPipeline" not in str(index.get("_class_name")):  # in a remote-code revision it is a list
+        raise ValueError(
+            f"{path} holds a {index.get('_class_name')!r:.80}, not a TerDiTPipeline. Pass the folder of a model in it."
+        )
+    check_pipeline_config(where, index)
+    return index
+
+
+def _inspect(path: Path) -> WeightsReport:
+    """What the weights files of a model or layer hold, and its config, checked and with its defaults."""
+    report = inspect_weights(path)
+    for cls in (TerDiTTransformer2DModel, TernaryLinear):
+        if report.config.get("_class_name") == cls.__name__:
+            check_config(path / "config.json", report.config, cls)
+            defaults = {key: value.default for key, value in inspect.signature(cls).parameters.items()}
+            report.config = {**defaults, **report.config}
+    return report
 
 
 def _download_weights(repo_id: str) -> Path:
@@ -209,26 +248,21 @@ def _download_weights(repo_id: str) -> Path:
 
 def _print_info(path: Path) -> None:
     index = _model_index(path)
-    if index and "TerDiTPipeline" not in str(index.get("_class_name")):  # in a remote-code revision it is a list
-        raise ValueError(
-            f"{path} holds a {index.get('_class_name')}, not a TerDiTPipeline. Pass the folder of a model in it."
-        )
-    id2label = index.get("id2label") or {}
-    report = inspect_weights(path / "transformer" if index else path)
+    report = _inspect(path / "transformer" if index else path)
     config, total, ternary, scales = (
         report.config, report.total(), report.total("ternary "), report.total("ternary scales"),
     )  # fmt: skip
     weights = ternary.weights - scales.weights
     rows = []
-    if "num_layers" in config:
+    if config.get("_class_name") == TerDiTTransformer2DModel.__name__:
         width = config["num_attention_heads"] * config["attention_head_dim"]
         side = config["sample_size"]
         rows = [
             ("size", f"{config['num_layers']} layers of width {width}, {config['num_attention_heads']} heads"),
             ("latents", f"{config['in_channels']} x {side} x {side}, patch {config['patch_size']}"),
-            ("classes", f"{config['num_classes']}" + (", with names (--labels)" if id2label else "")),
+            ("classes", f"{config['num_classes']}" + (", with names (--labels)" if index.get("id2label") else "")),
         ]
-    elif "in_features" in config:
+    elif config.get("_class_name") == TernaryLinear.__name__:
         rows = [("size", f"one layer, {config['in_features']} inputs, {config['out_features']} outputs")]
     if index:
         rows.append(("scheduler", index["scheduler"][1]))
@@ -267,7 +301,7 @@ def _print_info(path: Path) -> None:
         vae = sum(file.stat().st_size for file in (path / "vae").glob("*.safetensors"))
         rows.append(("vae", f"{human_bytes(vae)} besides" if vae else "not here"))
     width = max(len(name) for name, _ in rows)
-    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+    print("\n".join(f"{name:<{width}}  {printable(value)}" for name, value in rows))
 
     table = [("where the bytes go", "dtype", "weights", "bytes", "share", "zeros")]
     for name, group in report.groups.items():
@@ -280,8 +314,9 @@ def _print_info(path: Path) -> None:
     _print_table(table, "<<>>>>")
 
 
-def _print_table(table: Sequence[tuple[str, ...]], alignment: str) -> None:
+def _print_table(table: Sequence[Sequence[str]], alignment: str) -> None:
     """Print columns, each aligned to the left (`<`) or right (`>`)."""
+    table = [[printable(cell) for cell in row] for row in table]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
         cells = (f"{cell:{side}{width}}" for cell, side, width in zip(row, alignment, widths, strict=True))
@@ -290,7 +325,7 @@ def _print_table(table: Sequence[tuple[str, ...]], alignment: str) -> None:
 
 def _print_kernels(path: Path) -> None:
     """Print which kernels compute the ternary layers on this machine, and why."""
-    report = inspect_weights(path)
+    report = _inspect(path)
     if not report.layers:
         raise ValueError(f"{path} has no ternary layers, for which a kernel is chosen. Leave out --kernels.")
     packed, trained = "2-bit" in report.total("ternary ").dtypes, report.config.get("activation_bits")
@@ -351,20 +386,25 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command(generate, "Sample images from a pipeline folder, a Hub id, or a bundled checkpoint.")
     sub.add_argument("model", nargs="?", default="digits", help="folder, Hub id, or name of a bundled checkpoint")
-    sub.add_argument("--labels", nargs="+", default=[], help="class ids or label names; default the first ten classes")
-    sub.add_argument("--num_images_per_label", type=int, default=1)
-    sub.add_argument("--num_inference_steps", type=int, default=50)
-    sub.add_argument("--guidance_scale", type=float, default=4.0)
+    sub.add_argument(
+        "--labels",
+        nargs="+",
+        default=[],
+        help="label names or class ids; a number that is a name means that name; default the first ten classes",
+    )
+    sub.add_argument("--num_images_per_label", type=at_least(1), default=1)
+    sub.add_argument("--num_inference_steps", type=at_least(1), default=50)
+    sub.add_argument("--guidance_scale", type=not_negative, default=4.0)
     sub.add_argument("--scheduler", help="name of a diffusers scheduler, such as DPMSolverMultistepScheduler")
     sub.add_argument(
         "--seed",
-        type=int,
+        type=at_least(-(2**63)),
         nargs="+",
         default=[0],
         help="of the first image, the next has the next seed; several seeds: an image of every label for each",
     )
-    sub.add_argument("--height", type=int, help="pixels")
-    sub.add_argument("--width", type=int, help="pixels")
+    sub.add_argument("--height", type=at_least(1), help="pixels")
+    sub.add_argument("--width", type=at_least(1), help="pixels")
     sub.add_argument("--dtype", choices=DTYPES, default="float32")
     sub.add_argument(
         "--activation_bits",
@@ -384,12 +424,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--subfolder", help="folder inside `path`")
     sub.add_argument("--weights_name", help="file to read; default the packed EMA one where there is one")
     sub.add_argument("--weight_format", choices=("float", "packed"), help="default as in the file")
-    sub.add_argument("--num_attention_heads", type=int, default=32)
+    sub.add_argument("--num_attention_heads", type=at_least(1), default=32)
     sub.add_argument(
         "--vae", help='"auto" (the one the checkpoint names, downloaded), a folder or a Hub id; default none'
     )
     sub.add_argument(
-        "--scale_granularity", help='of dense weights: "tensor", "row" or inputs per scale; default found out'
+        "--scale_granularity",
+        type=granularity,
+        help='of dense weights: "tensor", "row" or inputs per scale; default found out',
     )
     sub.add_argument("--component", default="transformer", help="of a diffusers pipeline, the ternary one")
 
@@ -422,22 +464,42 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0 when it worked, 1 with a one-line message when it could not."""
-    args = build_parser().parse_args(argv)
+def report_errors(name: str, run: Callable[[], Any]) -> int:
+    """Call a function; return 0 when it worked, else 1, or 130 after Ctrl-C, with one line that says why.
+
+    Args:
+        name (`str`): Of the program, which begins the line.
+        run: What to call. A programming error in it surfaces as itself.
+    """
     try:
-        args.run(args)
+        return run() or 0
     except KeyboardInterrupt:
-        print("terdit: interrupted", file=sys.stderr)
-        return 130
+        reason, code = "interrupted", 130
     except BrokenPipeError:  # `terdit info | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, ImportError) as error:
-        print(f"terdit: {error}", file=sys.stderr)
-        return 1
-    return 0
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        reason, code = str(error), 1
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+            raise
+        reason, code = f"not enough memory ({error}). Ask for less at once.", 1
+    print(f"{name}: {printable(' '.join(reason.split()))}", file=sys.stderr)
+    return code
+
+
+def run_program(name: str, main: Callable[[], Any]) -> int:
+    """`report_errors` for a program that ends at Ctrl-C by a handler of its own while it imports."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    return report_errors(name, main)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; 0 when it worked, 1 with a one-line message when it could not."""
+    args = build_parser().parse_args(argv)
+    return report_errors("terdit", lambda: args.run(args))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("terdit", main))

@@ -86,6 +86,11 @@ def human_bytes(size: float) -> str:
     return f"{size:.2f} GB"
 
 
+def printable(text: str) -> str:
+    """Return text, such as a name in a file, with what a terminal would obey or not show written as Python does."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def model_card(model: Any, name: str, options: CardOptions, **load_arguments: Any) -> str:
     """Return the text of a README.md.
 
@@ -109,7 +114,7 @@ def model_card(model: Any, name: str, options: CardOptions, **load_arguments: An
         "tags": [*tags, "diffusers"],
     }
     arguments = "".join(f", {key}={value!r}" for key, value in load_arguments.items() if value is not None)
-    sections = [f"# {name}", _description(model, ternary)]
+    sections = [f"# {printable(name)}", _description(model, ternary)]
     if pictures := options.paths():
         sections.append("\n".join(f"![{_one_line(caption)}]({path})" for caption, path in pictures.items()))
     sections += ["```python\n" + _snippet(model, f"{json.dumps(name)}{arguments}") + "\n```", _sizes(model)]
@@ -198,7 +203,7 @@ def _around(text: str) -> tuple[str, str] | None:
 
 def _one_line(value: Any) -> str:
     """Return the text of a table's cell."""
-    return " ".join(str(value).split()).replace("|", "\\|")
+    return printable(" ".join(str(value).split())).replace("|", "\\|")
 
 
 def _origin(model: Any, name: str) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import (
+    ConfigMixin,
     DDPMParallelScheduler,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -59,7 +60,7 @@ def scheduler_by_name(name: str, current: SchedulerMixin) -> SchedulerMixin:
         ValueError: No such scheduler (near matches are shown), or it cannot sample what the model predicts.
     """
     found = getattr(diffusers, name, None)
-    if not isinstance(found, type) or not issubclass(found, diffusers.SchedulerMixin):
+    if not isinstance(found, type) or not (issubclass(found, SchedulerMixin) and issubclass(found, ConfigMixin)):
         names = [other for other in dir(diffusers) if other.endswith("Scheduler")]
         inside = sorted((other for other in names if name.lower() in other.lower()), key=len)
         near = difflib.get_close_matches(name, names, n=3) or inside[:3]
