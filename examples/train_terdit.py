@@ -344,7 +344,7 @@ class Trainer:
         if differing:
             shown = ", ".join(f"{key} was {trained.get(key)!r}, is {found.get(key)!r}" for key in differing[:5])
             raise SystemExit(
-                f"{folder} was trained with other classes: {shown}. Pass the data of that run, or another --output_dir."
+                f"{folder} was trained with other classes: {shown}. Pass that data, or another --output_dir."
             )
         self.step = state["step"]
         if self.args.streaming:

@@ -1,13 +1,19 @@
 """The `terdit` command does what it prints."""
 
 import fcntl
+import json
 import os
 import re
+import resource
 import shlex
 import shutil
+import signal
 import struct
+import subprocess
 import sys
 import termios
+import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +24,9 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_terdit import TerDiTPipeline, TernaryLinear
 from diffusers_terdit.checkpoints import bundled
-from diffusers_terdit.cli import DTYPES, build_parser, human_bytes, main
+from diffusers_terdit.cli import DTYPES, build_parser, human_bytes, main, report_errors
 from diffusers_terdit.ops import choose_kernel, has_integer_kernel
+from diffusers_terdit.training.export import image_grid
 
 
 ROOT = Path(__file__).parent.parent
@@ -141,6 +148,102 @@ def test_what_cannot_work_is_said_before_anything_is_loaded(option, capsys, monk
     assert {"--device": "cannot be used here", "--output": "no permission"}[option] in capsys.readouterr().err
 
 
+def test_a_label_that_is_a_name_is_that_label_even_if_it_is_a_number(tiny_pipeline, tmp_path):
+    """Folders "1" to "10" are numbered in the order "1", "10", "2", ..."""
+    names = sorted(str(i) for i in range(1, 11))
+    tiny_pipeline(id2label=dict(enumerate(names)), weight_format="packed").save_pretrained(tmp_path / "pipe")
+
+    def picture(label):
+        path = tmp_path / f"{label}.png"
+        command = ["generate", str(tmp_path / "pipe"), "--labels", label, "--num_inference_steps", "2"]
+        assert main([*command, "--output", str(path)]) == 0
+        with PIL.Image.open(path) as image:
+            return np.asarray(image)[22:]  # below the name
+
+    ten, zero = picture("10"), picture("0")  # no folder has the name "0"
+    pipe = TerDiTPipeline.from_pretrained(tmp_path / "pipe")
+    for label, found in ((pipe.labels["10"], ten), (0, zero)):
+        image = pipe(label, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+        assert np.array_equal(found, np.asarray(image_grid([image], labels=[""]))[22:])
+    assert pipe.labels["10"] == 1
+
+
+def test_a_full_disk_leaves_the_picture_that_was_there(tmp_path, capsys):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"a picture")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+    try:
+        code = main(["generate", "--num_inference_steps", "1", "--output", str(path)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 1
+    assert f"{path} cannot be written" in capsys.readouterr().err
+    assert path.read_bytes() == b"a picture"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_images_per_label", "0"], "expected an integer, 1 or more, got '0'"),
+        (["--num_inference_steps", "-1"], "expected an integer, 1 or more, got '-1'"),
+        (["--seed", str(2**63)], "expected an integer"),
+        (["--guidance_scale", "nan"], "expected a number, 0 or more, got 'nan'"),
+        (["--num_images_per_label", str(10**11)], "1,000,000,000,000 images of 8 x 8 pixels make a picture of"),
+        (["--height", "100000000"], "10 images of 8 x 100,000,000 pixels make a picture of"),
+        (["--scheduler", "SchedulerMixin"], "diffusers has no scheduler 'SchedulerMixin'"),
+    ],
+    ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_drawn_is_one_line(flags, message, capsys, tmp_path):
+    try:
+        code = main(["generate", *flags, "--output", str(tmp_path / "x.png")])
+    except SystemExit as stop:
+        code = stop.code
+    assert code in (1, 2)
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [MemoryError("12 GB"), None], ids=["NumPy", "torch"])
+def test_a_full_memory_is_one_line_and_a_programming_error_is_none(error, capsys):
+    def run():
+        if error:
+            raise error
+        torch.empty(2**60)
+
+    assert report_errors("terdit", run) == 1
+    assert "terdit: not enough memory (" in (printed := capsys.readouterr().err)
+    assert len(printed.splitlines()) == 1
+    with pytest.raises(RuntimeError, match="mat1"):
+        report_errors("terdit", lambda: torch.zeros(1, 2) @ torch.zeros(3, 1))
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.5, 3.0])
+def test_an_interrupt_is_one_line_in_the_imports_too(seconds, tmp_path):
+    code = "import sys; from diffusers_terdit_command import main; sys.exit(main())"
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "generate",
+        "--num_inference_steps",
+        "1000000",
+        "--output",
+        tmp_path / "x.png",
+    ]
+    default = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest may ignore it, and pass that on
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    finally:
+        signal.signal(signal.SIGINT, default)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    assert (process.wait(60), process.communicate()[0]) == (130, "terdit: interrupted\n")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_interrupt_is_one_line(capsys, monkeypatch, tmp_path):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -233,6 +336,55 @@ def test_info_says_which_kernel_computes_the_layers(tmp_path, capsys, tiny_model
         rounded = bits or activation_bits
         assert shown == [kernel, f"{rounded}-bit" if rounded else "not rounded", reason]
         assert layers == "16"
+
+
+def test_info_of_configs_that_leave_out_defaults(tmp_path, capsys):
+    shutil.copytree(bundled(), tmp_path / "pipe")
+    for name in ("model_index.json", "transformer/config.json", "scheduler/scheduler_config.json"):
+        path = tmp_path / "pipe" / name
+        config = json.loads(path.read_text())
+        kept = {"num_classes", "num_layers", "scheduler", "transformer", "sample_size", "in_channels", "weight_format"}
+        kept |= {"num_attention_heads", "attention_head_dim", "_class_name"}
+        path.write_text(json.dumps({key: value for key, value in config.items() if key in kept}))
+    assert main(["info", "digits"]) == 0
+    whole = capsys.readouterr().out.replace(", with names (--labels)", "")
+    assert main(["info", str(tmp_path / "pipe")]) == 0
+    assert capsys.readouterr().out == whole
+
+
+@pytest.mark.parametrize("flag", [None, "--labels"])
+def test_info_of_edited_configs_works_or_names_the_file(flag, tmp_path, capsys):
+    """Every key of every file is left out, or has a value of each type; what does not matter is not looked at."""
+    folder = shutil.copytree(bundled(), tmp_path / "pipe")
+    absent, counts = object(), Counter()
+    for path in (
+        folder / "model_index.json",
+        folder / "scheduler/scheduler_config.json",
+        folder / "transformer/config.json",
+    ):
+        config = json.loads(path.read_text())
+        for key in config:
+            for value in (absent, None, -1, 2**70, "x", [], {"9" * 5000: "x"}):
+                changed = {**config, key: value}
+                path.write_text(json.dumps({k: v for k, v in changed.items() if v is not absent}))
+                code, error = main(["info", str(folder), *([flag] if flag else [])]), capsys.readouterr().err
+                counts[code] += 1
+                assert code == 0 or error.startswith(f"terdit: {folder}"), (key, value, error)
+        path.write_text(json.dumps(config))
+    assert counts[0] > 30
+    assert counts[1] > 30
+
+
+def test_names_in_files_cannot_steer_a_terminal(tmp_path, capsys):
+    path = shutil.copytree(bundled(), tmp_path / "pipe") / "model_index.json"
+    labels = {"0": "\x1b]0;title\x07", "1": "one\n    2  forged", "2": "\u202etwo", "10": "caf\u00e9", "3": "\x1b["}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "id2label": labels}))
+    assert main(["info", str(tmp_path / "pipe"), "--labels"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        r"    0  \x1b]0;title\x07", r"    1  one\n    2  forged", r"    2  \u202etwo", r"    3  \x1b[", "   10  caf\u00e9",
+    ]  # fmt: skip
+    assert main(["info", str(tmp_path / "\x1b[2J")]) == 1
+    assert "\x1b" not in capsys.readouterr().err
 
 
 def test_info_prints_labels(capsys):

@@ -5,6 +5,7 @@ import os
 import struct
 import warnings
 import zipfile
+from argparse import ArgumentTypeError
 from functools import partial
 
 import diffusers
@@ -18,6 +19,7 @@ from diffusers_terdit import (
     TerDiTPipeline,
     TerDiTTransformer2DModel,
     TernaryLinear,
+    arguments,
     conversion,
     convert_original_checkpoint,
     export_remote_code,
@@ -446,15 +448,17 @@ ROWS = [
         error=PermissionError),
     Row(generate("--seed", 1, 2, "--num_images_per_label", 3), "2 seeds", "but 3 were asked for",
         "Leave out --num_images_per_label"),
-    Row(generate("--seed", 2**70), f"got {2**70}", "from -2**63 to 2**63 - 1"),
-    Row(generate("--num_images_per_label", -2), "got -2", "--num_images_per_label must be 1 or more"),
+    Row(generate("--num_images_per_label", 10**11), "1,000,000,000,000 images of 8 x 8 pixels",
+        "Pillow opens none of more than", "Ask for fewer or smaller images."),
+    Row(lambda w: arguments.at_least(1)("0"), "'0'", "expected an integer, 1 or more", error=ArgumentTypeError),
+    Row(lambda w: arguments.share("1.5"), "'1.5'", "expected a number, 0 to 1", error=ArgumentTypeError),
     Row(converts("dense", "--vae", "auto"), "TMP/dense", "--vae is for the files of TerDiT's authors",
         "Leave it out."),
     Row(converts("original", "--scale_granularity", "row"), "TMP/original",
         "--scale_granularity is for diffusers models with dense weights", "Leave it out."),
     Row(info("layer", "--labels"), "TMP/layer", "names no labels", "Leave out --labels."),
     Row(info("dense", "--kernels"), "TMP/dense", "has no ternary layers", "Leave out --kernels."),
-    Row(info("pipe", file="model_index.json", _class_name="DiTPipeline"), "holds a DiTPipeline",
+    Row(info("pipe", file="model_index.json", _class_name="DiTPipeline"), "holds a 'DiTPipeline'",
         "not a TerDiTPipeline", "Pass the folder of a model in it."),
     Row(info("pipe", file="model_index.json", text="{"), "TMP/pipe/model_index.json", "is not JSON", AGAIN),
     Row(push_from_the_hub, "user/digits", "is no folder here", "what is on the Hub needs no push",

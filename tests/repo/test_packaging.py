@@ -32,13 +32,14 @@ def test_the_wheel_is_pure_and_holds_the_package_alone(distributions):
         metadata = email.message_from_bytes(wheel.read(f"{info}/METADATA"))
         scripts = wheel.read(f"{info}/entry_points.txt").decode()
     source = {path for path in SOURCE.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    source.add(SOURCE.parent / "diffusers_terdit_command.py")
     differs = {name for name in names if not name.startswith(info)} ^ {
         path.relative_to(SOURCE.parent).as_posix() for path in source
     }
     assert not differs, f"in src/ or in the wheel, not in both; see [tool.hatch] in pyproject.toml: {differs}"
     assert f"{info}/licenses/LICENSE" in names
     assert (tags["Root-Is-Purelib"], tags["Tag"]) == ("true", "py3-none-any")
-    assert "terdit = diffusers_terdit.cli:main" in scripts
+    assert "terdit = diffusers_terdit_command:main" in scripts
     refused = [line for line in metadata.get_all("Requires-Dist") if "@" in line]
     assert not refused, f"a registry refuses direct references: name a release instead of {refused}"
     assert distributions[".whl"].stat().st_size < 3e6, "a checkpoint this large belongs on the Hub"
