@@ -44,6 +44,7 @@ from diffusers_terdit.cli import run_program
 from diffusers_terdit.hub.push import push_saved
 from diffusers_terdit.pipelines.schedulers import training_scheduler
 from diffusers_terdit.storage.saving import new_file, output_folder, writing
+from diffusers_terdit.storage.weights import read_json
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -331,7 +332,7 @@ class Trainer:
 
     def resume(self, folder: Path) -> None:
         """Restore a checkpoint; the position in the data follows from its step."""
-        state = training.checkpointing.load(folder, self.transformer, self.ema_model, self.optimizer)
+        state = read_json(folder / training.checkpointing.STATE_NAME)
         if (state["batch_size"], state["seed"]) != (self.batch_size, self.args.seed):
             raise SystemExit(
                 f"{folder} was trained with {state['batch_size']} samples per step and seed {state['seed']}, this run"
@@ -342,10 +343,11 @@ class Trainer:
         trained = state.get("id2label", found)  # older checkpoints do not say
         differing = [key for key in {**trained, **found} if trained.get(key) != found.get(key)]
         if differing:
-            shown = ", ".join(f"{key} was {trained.get(key)!r}, is {found.get(key)!r}" for key in differing[:5])
+            shown = "; ".join(f"{key} was {trained.get(key)!r}, is {found.get(key)!r}" for key in differing[:5])
             raise SystemExit(
                 f"{folder} was trained with other classes: {shown}. Pass that data, or another --output_dir."
             )
+        training.checkpointing.load(folder, self.transformer, self.ema_model, self.optimizer)
         self.step = state["step"]
         if self.args.streaming:
             self.samples.shard_sizes.update({int(key): size for key, size in state["shard_sizes"].items()})

@@ -1,10 +1,12 @@
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +41,7 @@ def programs():
 @pytest.fixture(scope="module")
 def run_in(programs):
     """`run_in(folder, "--demo", ...)`: run a program in this process; the folder."""
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def run(folder, *args, steps=4, program="train"):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -49,7 +51,8 @@ def run_in(programs):
         return folder
 
     yield run
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -189,22 +192,59 @@ class TestInterrupted:
                 assert (folder / picture).read_bytes() == (plain / picture).read_bytes()
         assert [path.name for path in training.checkpointing.find(folder)] == ["checkpoint-4"]
 
-    def test_a_stop_signal_saves_and_the_run_goes_on(self, run, plain, monkeypatch):
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_a_stop_signal_saves_and_the_run_goes_on(self, run, plain, tmp_path, monkeypatch, number):
         update, calls = training.recipes.update_average, []
 
         def stop_in_second_step(*args):
             calls.append(1)
             if len(calls) == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), number)  # a launcher passes on what all processes have got
             return update(*args)
 
         monkeypatch.setattr(training.recipes, "update_average", stop_in_second_step)
-        folder = run("--demo", "--ema_decay", 0.5)
+        folder = tmp_path / "out"
+        with pytest.raises(KeyboardInterrupt) if number == signal.SIGINT else nullcontext():
+            run("--demo", "--ema_decay", 0.5)
         assert [path.name for path in training.checkpointing.find(folder)] == ["checkpoint-2"]
         assert not (folder / "model_index.json").exists()
         monkeypatch.undo()
         run("--demo", "--ema_decay", 0.5, "--resume_from_checkpoint", "latest")
         assert_same_bits(plain / "checkpoint-4", folder / "checkpoint-4")
+
+    def test_a_second_interrupt_ends_the_run_at_once(self, run, tmp_path, monkeypatch):
+        update = training.recipes.update_average
+
+        def interrupt_twice(*args):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1.1)
+            os.kill(os.getpid(), signal.SIGINT)
+            return update(*args)
+
+        monkeypatch.setattr(training.recipes, "update_average", interrupt_twice)
+        with pytest.raises(KeyboardInterrupt):
+            run("--demo")
+        assert not training.checkpointing.find(tmp_path / "out")
+
+    @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+    def test_an_interrupted_run_saves_says_so_and_exits_with_130(self, tmp_path, processes):
+        default = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest may ignore it, and pass that on
+        try:
+            process = start(tmp_path, processes=processes, steps=10**6)
+        finally:
+            signal.signal(signal.SIGINT, default)
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "log.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        output = process.communicate(timeout=120)[0]
+        assert len(training.checkpointing.find(tmp_path)) == 1
+        assert "stopped by a signal; go on with --resume_from_checkpoint latest" in output
+        assert "train_terdit: interrupted" in output
+        if processes == 1:
+            assert process.returncode == 130
+            assert "Traceback" not in output
 
     def test_a_loss_that_is_no_number_ends_the_run_and_writes_nothing(self, run, tmp_path):
         with pytest.raises(FloatingPointError, match=r"last checkpoint is of step \d"):
@@ -213,7 +253,7 @@ class TestInterrupted:
             assert all(t.isfinite().all() for t in load_file(path / "model.safetensors").values()), path
         assert not (tmp_path / "out" / "model_index.json").exists()
 
-    def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(self, tmp_path, monkeypatch):
+    def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(self, tmp_path, monkeypatch, capsys):
         save_file, calls = training.checkpointing.save_file, []
 
         def full_after_two_files(*args, **kwargs):
@@ -225,9 +265,10 @@ class TestInterrupted:
         monkeypatch.setattr(training.checkpointing, "save_file", full_after_two_files)
         flags = ["--checkpointing_steps", "1", "--max_train_steps", "4", "--output_dir", str(tmp_path)]
         monkeypatch.setattr(sys, "argv", ["train_terdit.py", "--demo", *TINY, *flags])
-        message = rf"^train_terdit.py: {tmp_path / 'checkpoint-2'} cannot be written: No space left on device. Make"
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(SystemExit, match=r"^1$"):
             runpy.run_path(str(EXAMPLES / "train_terdit.py"), run_name="__main__")
+        message = f"train_terdit: {tmp_path / 'checkpoint-2'} cannot be written: No space left on device. Make"
+        assert message in capsys.readouterr().err
         assert [path.name for path in sorted(tmp_path.glob("checkpoint*"))] == ["checkpoint-1"]
 
     @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -281,6 +322,22 @@ class TestHub:
         assert (settings["train_data_dir"], settings["output_dir"]) == (tmp_path.name, "later")
         assert (settings["init_from"], settings["learning_rate"]) == ("someone/model", "0.0005")
         assert not [value for value in settings.values() if "hf_secret" in value or str(tmp_path) in value]
+
+    @pytest.mark.parametrize(
+        ("given", "seen"),
+        [
+            ("https://user:password@example.org/a/faces.parquet?token=1", "faces.parquet"),
+            ("https://user:password@example.org", ""),
+            ("~/private/faces", "faces"),
+            ("../private/faces", "faces"),
+            ("./faces", "faces"),
+            ("private/no/such/faces", "faces"),
+            ("someone/faces.v2", "someone/faces.v2"),
+            ("1:1550000,0.2", "1:1550000,0.2"),
+        ],
+    )
+    def test_no_password_and_no_place_is_told(self, programs, given, seen):
+        assert programs["train"].without_place(given) == seen
 
 
 class TestStart:
@@ -336,6 +393,17 @@ class TestData:
         (image_folder / "ant" / "3.png").write_bytes(b"no image")
         folder = run("--train_data_dir", image_folder, "--resolution", 16, "--random_flip")
         assert TerDiTPipeline.from_pretrained(folder).labels == {"ant": 0, "bee": 1}
+
+    def test_a_run_is_resumed_with_the_classes_it_was_trained_with(self, run, image_folder):
+        flags = ("--train_data_dir", image_folder, "--resolution", 16)
+        folder = run(*flags)
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        shutil.copytree(image_folder / "ant", image_folder / "ape")
+        for message in ("1 was 'bee', is 'ape'; 2 was None, is 'bee'", "0 was 'ant', is 'ape'"):
+            with pytest.raises(SystemExit, match=f"checkpoint-4 was trained with other classes: {message}."):
+                run(*flags, "--resume_from_checkpoint", "latest", steps=6)
+            shutil.rmtree(image_folder / "ant", ignore_errors=True)
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
     def test_a_data_set_gives_the_run_of_its_folder(self, run, image_folder, parquet):
         flags = ("--resolution", 16, "--random_flip")
@@ -398,6 +466,8 @@ class TestRefusals:
             (("--demo", "--activation_bits", 8, "--ternary", "false"), "--activation_bits"),
             (("--demo", "--total_batch_size", 12), "no multiple of 1 process"),
             (("--demo", "--lr_scheduler", "linear"), "invalid choice"),
+            (("--demo", "--checkpoints_total_limit", "0"), "expected an integer, 1 or more, got '0'"),
+            (("--demo", "--max_grad_norm", "0"), "expected a number, above 0, got '0'"),
             (("--demo", "--report_to", "wandb"), "not installed"),
             (("--demo", "--teacher", "TEACHER"), "knows 3 classes, the data has 10"),
         ],
