@@ -332,22 +332,21 @@ class Trainer:
 
     def resume(self, folder: Path) -> None:
         """Restore a checkpoint; the position in the data follows from its step."""
-        state = read_json(folder / training.checkpointing.STATE_NAME)
+        classes = {str(key): name for key, name in self.samples.id2label.items()}
+        trained = read_json(folder / training.checkpointing.STATE_NAME).get("id2label", classes)
+        if isinstance(trained, dict) and trained != classes:
+            keys = [key for key in {**trained, **classes} if trained.get(key) != classes.get(key)]
+            shown = "; ".join(f"{key} was {trained.get(key)!r}, is {classes.get(key)!r}" for key in keys[:5])
+            raise SystemExit(
+                f"{folder} was trained with other classes: {shown}. Pass that data, or another --output_dir."
+            )
+        state = training.checkpointing.load(folder, self.transformer, self.ema_model, self.optimizer)
         if (state["batch_size"], state["seed"]) != (self.batch_size, self.args.seed):
             raise SystemExit(
                 f"{folder} was trained with {state['batch_size']} samples per step and seed {state['seed']}, this run"
                 f" has {self.batch_size} and {self.args.seed}. Pass --total_batch_size {state['batch_size']} --seed"
                 f" {state['seed']}."
             )
-        found = {str(key): name for key, name in self.samples.id2label.items()}
-        trained = state.get("id2label", found)  # older checkpoints do not say
-        differing = [key for key in {**trained, **found} if trained.get(key) != found.get(key)]
-        if differing:
-            shown = "; ".join(f"{key} was {trained.get(key)!r}, is {found.get(key)!r}" for key in differing[:5])
-            raise SystemExit(
-                f"{folder} was trained with other classes: {shown}. Pass that data, or another --output_dir."
-            )
-        training.checkpointing.load(folder, self.transformer, self.ema_model, self.optimizer)
         self.step = state["step"]
         if self.args.streaming:
             self.samples.shard_sizes.update({int(key): size for key, size in state["shard_sizes"].items()})

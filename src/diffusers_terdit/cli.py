@@ -24,11 +24,12 @@ from .hub.errors import hub_errors
 from .hub.model_card import CardOptions, human_bytes, printable
 from .hub.push import push_saved
 from .layers import TernaryLinear
-from .modeling import check_config, check_pipeline_config
+from .modeling import check_pipeline_config
 from .models.transformer_terdit import TerDiTTransformer2DModel
 from .ops import choose_kernel
 from .pipelines.pipeline_terdit import TerDiTPipeline
 from .pipelines.schedulers import scheduler_by_name
+from .storage.configs import check_config
 from .storage.inspection import HEADERS, WeightsReport, inspect_weights
 from .storage.saving import new_file
 from .storage.weights import read_json
