@@ -2,12 +2,15 @@
 
 import base64
 import io
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from PIL import Image
 
 from diffusers_terdit import TerDiTPipeline
 from diffusers_terdit.checkpoints import bundled
-from diffusers_terdit.cli import load_pipeline
+from diffusers_terdit.cli import load_pipeline, report_errors
 
 
 APP = Path(__file__).parents[2] / "examples" / "app.py"
@@ -64,11 +67,25 @@ def pipeline_images(pipe, settings):
     return [image.tobytes() for image in images]
 
 
-def test_bad_arguments_are_one_line(app):
-    with pytest.raises(SystemExit, match="No bundled checkpoint 'nothing'"):
-        app.main(["--model", "nothing"])
-    with pytest.raises(SystemExit, match="Device 'toaster' cannot be used here"):
-        app.main(["--device", "toaster"])
+def test_bad_arguments_are_one_line(app, capsys):
+    for flags, message in (
+        (["--model", "nothing"], "app: No bundled checkpoint 'nothing'"),
+        (["--device", "toaster"], "app: Device 'toaster' cannot be used here"),
+    ):
+        assert report_errors("app", lambda flags=flags: app.main(flags)) == 1
+        assert capsys.readouterr().err.startswith(message)
+
+
+def test_a_page_for_others_draws_so_many_images_x_steps_at_a_time(app):
+    sampler, names = app.Sampler(load_pipeline("digits")), {3: "three"}
+    asked = (3, 0, 16, 250, 2.0, "DDPMScheduler")
+    with pytest.raises(app.gr.Error, match="images x steps may be 1000, got 16 x 250"):
+        next(app.pictures(sampler, names, *asked, most=app.MAX_SHARED))
+    few = app.pictures(sampler, names, 3, 0, 2, 2, 2.0, "DDPMScheduler", most=app.MAX_SHARED)
+    assert "2 steps" in [*few][-1]
+    own = app.pictures(sampler, names, *asked)
+    assert "step " in next(own)
+    own.close()
 
 
 @pytest.mark.parametrize("model", ["digits", "emoji"])
@@ -163,6 +180,29 @@ def served(tmp_path):
             process.terminate()
     assert "Traceback" not in (tmp_path / "stderr.txt").read_text()
     assert not calls.exists(), calls.read_text()
+
+
+def post(url, body, kind="application/json"):
+    """Status and text of the answer to a request."""
+    request = urllib.request.Request(url, body.encode(), {"Content-Type": kind})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_nobody_stores_files_there_or_fills_the_queue(app, served):
+    body = '--x\r\nContent-Disposition: form-data; name="files"; filename="a.bin"\r\n\r\nsome bytes\r\n--x--\r\n'
+    status, text = post(f"{served}/gradio_api/upload", body, "multipart/form-data; boundary=x")
+    assert status == 413, text
+    answers = []
+    for i in range(app.MAX_WAITING + 5):
+        job = {"data": [3, 1, 16, 250, 2.0, "DDPMScheduler"], "session_hash": f"visitor{i}", "fn_index": 1}
+        answers.append(post(f"{served}/gradio_api/queue/join", json.dumps(job)))
+    assert answers[0][0] == 200
+    assert answers[-1][0] == 503
+    assert "Queue is full" in answers[-1][1]
 
 
 @pytest.fixture
