@@ -3,7 +3,8 @@
     pip install 'diffusers-terdit[app]'
     python examples/app.py --model digits        # a bundled name, a pipeline folder or a Hub id
 
-It runs on this machine, loads nothing from the network (but a Hub model) and reports to nobody. See docs/app.md.
+It runs on this machine, loads nothing from the network (but a Hub model) and reports to nobody. A page for others
+(`--server_name 0.0.0.0`) takes no uploads, lets 20 requests wait, and limits what each may ask for. See docs/app.md.
 """
 
 import argparse
@@ -361,7 +362,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_inference_steps", type=at_least(1, 250), default=50, help="what the page starts with")
     parser.add_argument("--guidance_scale", type=not_negative, default=4.0, help="what the page starts with")
     parser.add_argument(
-        "--server_name", default="127.0.0.1", help="address to listen on; 0.0.0.0 for the local network"
+        "--server_name",
+        default="127.0.0.1",
+        help=f"address to listen on; 0.0.0.0: the local network, at most {MAX_SHARED} images x steps a request",
     )
     parser.add_argument("--server_port", type=at_least(1, 65535), help="default the first free one from 7860")
     return parser.parse_args(argv)

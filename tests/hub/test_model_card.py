@@ -31,6 +31,13 @@ def run_snippet(text):
     return namespace
 
 
+def test_names_cannot_steer_a_terminal(tiny_pipeline):
+    pipe = tiny_pipeline(id2label={"0": "\x1b[2J\u202ecat"})
+    text = model_card(pipe, "\x1b]0;x\x07", CardOptions(facts={"data": "faces\x1b[2J"}, files={"\x1b[0m": "a.png"}))
+    assert all(char.isprintable() or char == "\n" for char in text)
+    assert "faces\\x1b[2J" in text
+
+
 class TestSnippet:
     @pytest.mark.parametrize(
         ("vae", "options"), [(True, {}), (False, {}), (True, {"revision": "other"}), (False, {"variant": "fp16"})]
