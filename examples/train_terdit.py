@@ -141,7 +141,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output_dir", type=Path, default=Path("terdit-model"))
     add("--export_dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="of non-ternary weights")
     add("--checkpointing_steps", type=at_least(1), default=5000)
-    add("--checkpoints_total_limit", type=keep_limit, default=2)
+    add("--checkpoints_total_limit", type=keep_limit, default=2, help="-1 keeps all")
     add("--resume_from_checkpoint", help='a folder, or "latest"')
     add("--logging_steps", type=at_least(1), default=100, help="log.jsonl and trackers")
     add("--report_to", help="tensorboard, wandb, trackio, ...")

@@ -95,7 +95,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=Path, default=Path("text-to-image-model"))
     add("--checkpointing_steps", type=at_least(1), default=500)
-    add("--checkpoints_total_limit", type=keep_limit, default=2)
+    add("--checkpoints_total_limit", type=keep_limit, default=2, help="-1 keeps all")
     add("--resume_from_checkpoint", help='a folder, or "latest"')
     add("--logging_steps", type=at_least(1), default=50, help="log.jsonl")
     add("--num_validation_images", type=at_least(1), default=16)
