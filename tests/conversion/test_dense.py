@@ -106,11 +106,14 @@ class TestPipeline:
         (published / ".git").mkdir()
         (published / ".git" / "config").write_text("token")
         (published / "LICENSE").write_text("free")
+        (published / "tokenizer" / ".ipynb_checkpoints").mkdir()
+        (published / "tokenizer" / ".env").write_text("token")
         convert_dense_checkpoint(published, tmp_path / "packed")
         found = {path.name for path in (tmp_path / "packed").iterdir()}
         parts = {path.name for path in published.iterdir()}
         assert found == parts - {"notes.txt", ".git"}
         assert "tokenizer" in found
+        assert not list((tmp_path / "packed" / "tokenizer").glob(".*"))
 
     def test_an_output_that_is_not_empty_is_kept(self, published, tmp_path):
         (tmp_path / "packed").mkdir()

@@ -1,9 +1,11 @@
 """Nothing leaves a folder but the files of its model, and nothing is read through links that lead elsewhere."""
 
+import json
 import os
 import resource
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -122,6 +124,26 @@ def test_a_card_shows_pictures_of_its_folder_alone(fake_hub, folder, name):
     show(folder, name)
     assert set(push(fake_hub, folder)) - {".gitattributes"} == set(known_files(bundled()))
     assert SECRET not in everything_sent(fake_hub)
+
+
+@pytest.mark.parametrize("name", [".env", "id_rsa", "notes.txt"])
+def test_a_file_that_the_index_calls_a_component_is_none(fake_hub, folder, name):
+    """Such an index loads, and its author could guess the names of files that others have."""
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, name: ["diffusers", "DDIMScheduler"]}))
+    (folder / name).write_bytes(SECRET)
+    TerDiTPipeline.from_pretrained(folder)
+    assert set(push(fake_hub, folder)) - {".gitattributes"} == set(known_files(bundled()))
+    assert name not in known_files(folder, whole=True)
+    assert SECRET not in everything_sent(fake_hub)
+
+
+@pytest.mark.parametrize("unit", ["![", "![]("])
+def test_the_time_to_read_a_card_is_linear_in_it(folder, unit):
+    (folder / "README.md").write_text(unit * 200_000)  # a quadratic search took minutes
+    start = time.perf_counter()
+    known_files(folder)
+    assert time.perf_counter() - start < 5
 
 
 def test_the_folder_itself_may_be_a_link_as_its_user_names_it(fake_hub, folder):

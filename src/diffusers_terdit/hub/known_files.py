@@ -27,7 +27,7 @@ _CONFIG = re.compile(r"(\w+_)?config\.json")
 _CODE = re.compile(r"(pipeline_terdit|transformer_terdit|ternary_linear)_[0-9a-f]{12}\.py")
 _LICENSE = re.compile(r"(LICENSE|NOTICE)(\.\w+)?")
 _PICTURE = re.compile(r".+\.(png|jpe?g|webp|gif)", re.IGNORECASE)
-_SHOWN = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
+_SHOWN = re.compile(r"!\[[^\[\]]*\]\(([^()\s]+)\)")  # no bracket in brackets: the time is linear in the card
 
 
 def open_inside(folder: str | os.PathLike, name: str) -> BinaryIO:
@@ -93,7 +93,7 @@ def known_files(folder: str | os.PathLike, whole: bool = False) -> list[str]:
 
     Args:
         folder (`str` or `os.PathLike`): Of a pipeline, model or layer.
-        whole (`bool`): Whether every file of a component counts, as in pipelines of other classes.
+        whole (`bool`): Whether every file of a component counts but hidden ones, as in pipelines of other classes.
 
     Raises:
         OSError: There is no such folder, or a file cannot be read, or only through a link.
@@ -117,12 +117,13 @@ def known_files(folder: str | os.PathLike, whole: bool = False) -> list[str]:
         home, _, file_name = name.rpartition("/")
         stem, _ = weights_name(file_name) or ("", "")
         if (
-            name in {_INDEX, CARD, _LOG, *homes}  # a home is a name here where it is a link, which is not read
+            name in {_INDEX, CARD, _LOG}
+            or (name in homes and os.path.islink(folder / name))  # refused when it is opened
             or (home in homes and (_CONFIG.fullmatch(file_name) or stem == _WEIGHTS))
             or (home in {"", *homes} and _CODE.fullmatch(file_name))
             or (home == "" and _LICENSE.fullmatch(file_name))
             or (home in ("samples", PICTURES) and _PICTURE.fullmatch(file_name))
-            or (whole and name.split("/")[0] in homes)
+            or (whole and home and home.split("/")[0] in homes and not file_name.startswith("."))
         ):
             known.add(name)
     heads = {name.split("/")[0] for name in known}
