@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from diffusers_terdit import TerDiTPipeline, convert_original_checkpoint, ternarize
 from diffusers_terdit.conversion.terdit import WEIGHTS_NAMES, convert_name, imagenet_labels, label_rows
+from diffusers_terdit.storage.weights import load_pickle
 
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference"
@@ -235,6 +236,18 @@ def test_a_record_of_another_length_is_refused(tmp_path, length):
     rewrite_archive(path, lambda name, data: other(data) if name.endswith("/data/0") else data)
     with pytest.raises(OSError, match=r"consolidated_ema_ternary.*its records are not as long as its tensors"):
         convert_original_checkpoint(folder)
+
+
+def test_records_with_exchanged_lengths_are_refused(tmp_path):
+    """Together they are as long as their tensors, and one of these would go on into the next record."""
+    path = tmp_path / "x.pth"
+    torch.save({"x": torch.arange(16.0), "y": torch.arange(32.0)}, path)
+    assert torch.equal(load_pickle(path)["y"], torch.arange(32.0))
+    with zipfile.ZipFile(path) as archive:
+        first, second = (archive.read(name) for name in archive.namelist() if "/data/" in name)
+    rewrite_archive(path, lambda name, data: {"x/data/0": second, "x/data/1": first}.get(name, data))
+    with pytest.raises(OSError, match="its records are not as long as its tensors"):
+        load_pickle(path)
 
 
 def test_records_that_are_one_place_are_refused_before_they_are_read(tmp_path, monkeypatch):

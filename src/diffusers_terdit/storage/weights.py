@@ -355,7 +355,8 @@ def load_pickle(path: str | os.PathLike, *allowed: type) -> Any:
             ):
                 storages = [tensor.untyped_storage() for tensor in loaded.values() if tensor.is_cpu]
                 lengths = {storage.data_ptr(): storage.nbytes() for storage in storages}
-                if sorted(filter(None, lengths.values())) != sizes:  # a tensor would go on into the next record
+                found = [lengths[place] for place in sorted(lengths) if lengths[place]]
+                if found != sizes:  # a tensor would go on into the next record
                     raise OSError("its records are not as long as its tensors")
             return loaded
     except pickle.UnpicklingError as error:
@@ -376,7 +377,7 @@ def load_pickle(path: str | os.PathLike, *allowed: type) -> Any:
 
 
 def _check_archive(path: str | os.PathLike) -> list[int] | None:
-    """Return the lengths of the tensors' records in a PyTorch file but empty ones, sorted; `None` for no archive.
+    """Return the lengths of the tensors' records in a PyTorch file but empty ones, in its order; `None` for no zip.
 
     Raises an `OSError` unless every record has its checksum, which torch does not look at, and a place and a name that
     no other has. Compressed records would let a small file fill the memory, and of a record that is marked as a folder
@@ -393,8 +394,8 @@ def _check_archive(path: str | os.PathLike) -> list[int] | None:
             raise OSError("two records have one place or one name")
         if damaged := archive.testzip():
             raise OSError(f"the record {damaged} does not have its checksum")
-    sizes = [record.file_size for record in records if record.filename.split("/")[-2:-1] == ["data"]]
-    return sorted(filter(None, sizes))
+    tensors = [record for record in records if record.filename.split("/")[-2:-1] == ["data"]]
+    return [record.file_size for record in tensors if record.file_size]
 
 
 def check_tensors(path: str | os.PathLike, state_dict: Any) -> None:
