@@ -345,6 +345,20 @@ class TestHostileFiles:
             # diffusers would build whole pipelines
             ("model_index.json", {"scheduler": ["diffusers", "DiffusionPipeline"]}, "`scheduler` is"),
             ("model_index.json", {"vae": ["diffusers", "DiffusionPipeline"]}, "`vae` is"),
+            ("model_index.json", {"id2label": {"9" * 5000: "cat"}}, "`id2label` is"),
+            ("model_index.json", {"id2label": {"0": ["cat"]}}, "`id2label` is"),
+            ("transformer/config.json", {"_converted_from": 5}, "_converted_from=5"),
+            (
+                "transformer/config.json",
+                {"_converted_from": {"repo_id": "a/b\n# c", "sha256": {}}},
+                "_converted_from=",
+            ),
+            (
+                "transformer/config.json",
+                {"_converted_from": {"repo_id": None, "sha256": {"a": "b"}}},
+                "_converted_from=",
+            ),
+            ("scheduler/scheduler_config.json", {"trained_betas": []}, "these settings make no"),
             ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**15}, "num_train_timesteps"),
             ("scheduler/scheduler_config.json", {"num_train_timesteps": "1000"}, "num_train_timesteps"),
         ],

@@ -7,6 +7,7 @@ saved carries metadata and digests.
 import inspect
 import json
 import os
+import re
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import cache
@@ -51,7 +52,7 @@ _loading: ContextVar[bool] = ContextVar("loading", default=False)
 
 # What the constructors of diffusers' classes raise for numbers that they cannot use and for choices that they do not
 # have: NotImplementedError is a RuntimeError, UnboundLocalError comes from an `if` without an `else`.
-REFUSALS = (ArithmeticError, RuntimeError, UnboundLocalError, ValueError)
+REFUSALS = (ArithmeticError, LookupError, RuntimeError, UnboundLocalError, ValueError)
 _DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
@@ -91,7 +92,11 @@ def check_pipeline_config(where: str | os.PathLike, config: Any) -> None:
             "an autoencoder of diffusers",
         ),
         ("guidance_channels", fits(config.get("guidance_channels"), int | None, 1), "a positive int or null"),
-        ("id2label", isinstance(labels, dict) and fits(list(labels.values()), list[str], 1), "names by class id"),
+        (
+            "id2label",
+            fits(labels, dict[str, str], 1) and all(re.fullmatch(r"[0-9]{1,9}", key) for key in labels),
+            "names by class id",
+        ),
     ):
         if not right:
             raise ValueError(f"{where}: `{key}` is {config.get(key)!r:.80}, expected {expected}.")
@@ -105,7 +110,9 @@ def check_pipeline_config(where: str | os.PathLike, config: Any) -> None:
             if issubclass(cls, SchedulerMixin):
                 known = {key: settings[key] for key in inspect.signature(cls).parameters if key in settings}
                 try:
-                    cls(**known)
+                    betas = getattr(built := cls(**known), "betas", None)
+                    if betas is not None and len(betas) != (steps := built.config.num_train_timesteps):
+                        raise ValueError(f"{len(betas)} betas for {steps} timesteps")
                 except REFUSALS as error:
                     raise ValueError(
                         f"{path}: these settings make no {cls.__name__} ({error}). Save it again, or update diffusers."

@@ -27,8 +27,8 @@ from ..models.transformer_terdit import TerDiTTransformer2DModel
 from ..ops import pack_ternary, reference, ternarize
 from ..pipelines.pipeline_terdit import TerDiTPipeline
 from ..pipelines.schedulers import default_scheduler
-from ..storage.configs import MAX_BLOCKS
-from ..storage.weights import ORIGINAL, check_tensors, is_finite, load_pickle
+from ..storage.configs import MAX_BLOCKS, ORIGINAL
+from ..storage.weights import check_tensors, is_finite, load_pickle
 
 
 # In the order of preference: what the authors recommend is smallest and first.

@@ -16,7 +16,8 @@ from typing import Any
 from huggingface_hub import CardData, RepoCard, try_to_load_from_cache
 from PIL import Image
 
-from ..storage.weights import ORIGINAL, PACKED_SUFFIX, SCALE_SUFFIX
+from ..storage.configs import ORIGINAL
+from ..storage.weights import PACKED_SUFFIX, SCALE_SUFFIX
 from .known_files import PICTURES, open_inside
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 
+ORIGINAL = "_converted_from"  # in a config: the files a model was converted from; the host passes `_...` along
 MAX_BLOCKS = 1000  # of a config: each takes a millisecond to build, before the weights are read
 _MAX_TIMESTEPS = 10**6  # a scheduler allocates several numbers for each
 _MAX_INT = 2**31 - 1
@@ -43,6 +44,10 @@ def check_config(where: str | os.PathLike, config: Any, cls: type | None = None)
         raise ValueError(
             f"{where}: the config has quantization_config={quantization!r:.80}, expected one with a `quant_method`."
         )
+    if not _is_original(original := config.get(ORIGINAL)):
+        raise ValueError(
+            f"{where}: the config has {ORIGINAL}={original!r:.80}, expected a Hub id, and sha256 by file."
+        )
     if cls is None:
         return
     hints = get_type_hints(cls.__init__)  # type: ignore[misc]
@@ -60,6 +65,19 @@ def check_config(where: str | os.PathLike, config: Any, cls: type | None = None)
             positive = int in (hint, *get_args(hint)) and least == 1
             expected = "a positive int" if positive else inspect.formatannotation(hint)
             raise ValueError(f"{where}: the config has {key}={value!r:.80}, expected {expected}.")
+
+
+def _is_original(value: Any) -> bool:
+    """Return whether a config says what a model was converted from as conversion does; cards repeat it."""
+    if value is None:
+        return True
+    digests = value.get("sha256") if isinstance(value, dict) else None
+    if not isinstance(digests, dict) or not fits(digests, dict[str, str], 1):
+        return False
+    lines = [f"{file}:{digest}" for file, digest in digests.items()]
+    repo_id = value.get("repo_id")
+    named = repo_id is None or (isinstance(repo_id, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id))
+    return bool(named) and all(re.fullmatch(r"[\w .+-]+:[0-9a-f]{64}", line) for line in lines)
 
 
 def fits(value: Any, hint: Any, least: float) -> bool:

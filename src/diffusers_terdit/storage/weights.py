@@ -43,7 +43,6 @@ logger = logging.get_logger(__name__)
 
 PACKING = "row-chunk-2bit"
 VERSION = "1"
-ORIGINAL = "_converted_from"  # in the config: the files a model was converted from; the host passes `_...` along
 PACKED_SUFFIX = "weight_packed"
 SCALE_SUFFIX = "weight_scale"
 
