@@ -25,7 +25,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import AutoencoderKL
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -34,6 +33,7 @@ from diffusers_terdit import training
 from diffusers_terdit.arguments import at_least
 from diffusers_terdit.cli import run_program
 from diffusers_terdit.storage.saving import new_file, output_folder
+from diffusers_terdit.storage.weights import WeightsFile, canonical_json, differing_keys, state_dict_digest
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -107,15 +107,19 @@ def cache(args: argparse.Namespace, accelerator: Accelerator) -> None:
         samples = training.data.ImageSamples.from_folder(args.train_data_dir, **options)
     else:
         dataset = training.data.open_dataset(args.dataset_name, args.dataset_config_name, args.dataset_split)
-        samples = training.data.ImageSamples.from_dataset(dataset, args.image_column, args.label_column, **options)
+        columns = (args.image_column, args.label_column)
+        samples = training.data.ImageSamples.from_dataset(dataset, *columns, args.dataset_name, **options)
     vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path).eval().to(accelerator.device)
-    settings = {
-        "num_images": str(len(samples)),
-        "resolution": str(args.resolution),
-        "flip": str(not args.no_flip),
-        "shard_size": str(args.shard_size),
-        "dtype": args.dtype,
+    info = {
+        "latent_shape": list(training.data.LatentCodec(vae).latent_shape(args.resolution, 3)),
+        "scaling_factor": vae.config.scaling_factor,
+        "flip": not args.no_flip,
+        "resolution": args.resolution,
         "vae": args.pretrained_vae_model_name_or_path,
+        "id2label": {str(label): name for label, name in samples.id2label.items()},
+        "num_images": len(samples),
+        "shard_size": args.shard_size,
+        "dtype": args.dtype,
     }
     shards = [
         (args.output_dir / f"latents-{i:05d}.safetensors", range(start, min(start + args.shard_size, len(samples))))
@@ -125,10 +129,12 @@ def cache(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
     for path, indices in shards[accelerator.process_index :: accelerator.num_processes]:
         if path.exists():
-            with safe_open(path, framework="pt") as file:
-                found = file.metadata()
-            if found != settings:
-                raise SystemExit(f"{path} was made with {found}, not {settings}. Take another --output_dir.")
+            before = json.loads(WeightsFile(path).metadata.get("terdit.config", "{}"))
+            differing = [
+                f"{key} {before.get(key)!r:.80} (now {info[key]!r:.80})" for key in differing_keys(info, before)
+            ]
+            if differing:
+                raise SystemExit(f"{path} was made with {', '.join(differing)}. Take another --output_dir.")
             continue
         tensors: dict[str, list[torch.Tensor]] = {"moments": [], "moments_flipped": [], "labels": []}
         loader = DataLoader(
@@ -148,29 +154,21 @@ def cache(args: argparse.Namespace, accelerator: Accelerator) -> None:
                 f"None of the images {indices.start} to {indices.stop - 1} can be read. The log above names them."
             )
         whole = {name: torch.cat(parts).contiguous() for name, parts in tensors.items() if parts}
+        metadata = {"terdit.sha256": state_dict_digest(whole), "terdit.config": canonical_json(info)}
         with new_file(path) as partial:
-            save_file(whole, partial, metadata=settings)
+            save_file(whole, partial, {"format": "pt", **metadata})
     accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:
-        info = {
-            "latent_shape": None,
-            "scaling_factor": vae.config.scaling_factor,
-            "flip": not args.no_flip,
-            "resolution": args.resolution,
-            "vae": args.pretrained_vae_model_name_or_path,
-            "id2label": samples.id2label,
-            "shards": [],
-        }
+        entries = []
         for path, _ in shards:
-            with safe_open(path, framework="pt") as file:
-                count, channels, height, width = file.get_slice("moments").get_shape()
-            info["latent_shape"] = [channels // 2, height, width]
-            info["shards"].append({"name": path.name, "num_samples": count})
+            file = WeightsFile(path)
+            count = file.tensors["labels"][1][0]
+            entries.append({"name": path.name, "num_samples": count, "sha256": file.metadata["terdit.sha256"]})
         with new_file(args.output_dir / training.data.LATENTS_NAME) as partial:
-            partial.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+            partial.write_text(json.dumps({**info, "shards": entries}, indent=2) + "\n", encoding="utf-8")
         size = sum(path.stat().st_size for path, _ in shards)
-        total = sum(shard["num_samples"] for shard in info["shards"])
+        total = sum(entry["num_samples"] for entry in entries)
         logger.info(f"{args.output_dir} holds {total} latents of {len(samples)} images, {size / 1e6:.1f} MB")
 
 

@@ -88,7 +88,7 @@ def write_faces(package: Path, output_dir: Path, resolution: int = 32) -> list[s
         raise ValueError(f"{index} gives two faces the name {twice[0]!r}; a label must mean one picture. Rename one.")
 
     for emoji, name in zip(faces, labels, strict=True):
-        with Image.open(pictures / emoji["image"]) as image:
+        with Image.open(pictures / emoji["image"], formats=["PNG"]) as image:
             picture = on_white(image, resolution)
         folder = output_dir / name
         folder.mkdir(parents=True)

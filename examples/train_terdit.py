@@ -213,8 +213,10 @@ def open_samples(args: argparse.Namespace, channels: int):
         args.dataset_name, args.dataset_config_name, args.dataset_split, args.streaming
     )
     if args.streaming:
-        return training.data.ShardedStream(dataset, args.image_column, args.label_column, args.seed, **options)
-    return training.data.ImageSamples.from_dataset(dataset, args.image_column, args.label_column, **options)
+        columns = (args.image_column, args.label_column, args.seed)
+        return training.data.ShardedStream(dataset, *columns, args.dataset_name, **options)
+    columns = (args.image_column, args.label_column)
+    return training.data.ImageSamples.from_dataset(dataset, *columns, args.dataset_name, **options)
 
 
 def build_transformer(args: argparse.Namespace, sample_size: int, in_channels: int, num_classes: int):

@@ -1,17 +1,22 @@
 """Training: checkpoints, data, recipes, what a run starts from."""
 
+import json
 import sys
 
 import torch
 from message_table import Fixed, Row, edit
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from diffusers_terdit import training
 from diffusers_terdit.storage import saving
+from diffusers_terdit.storage.weights import canonical_json
 
 
 OPTIONS = "Resume with the options it was trained with, or from another checkpoint."
+
+AGAIN = "Run cache_latents.py again, into another folder."
 
 
 def resumed(file=None, **changes):
@@ -64,6 +69,19 @@ def latents(text):
     return provoke
 
 
+def cache(shard=None, **changes):
+    """Cached latents of one image, with other entries in the index or tensors in the shard."""
+
+    def provoke(w):
+        moments = {"moments": torch.ones(1, 8, 2, 2).half(), "labels": torch.zeros(1, dtype=torch.int64)}
+        index = {"latent_shape": [4, 2, 2], "scaling_factor": 1.0, "flip": False, "id2label": {"0": "cat"}}
+        save_file(moments | (shard or {}), w.tmp / "a.safetensors", {"terdit.config": canonical_json(index)})
+        index["shards"] = [{"name": "a.safetensors", "num_samples": 1}]
+        latents(json.dumps(index | changes))(w)
+
+    return provoke
+
+
 def rows(**columns):
     """A data set of pictures, `labels` of them."""
     from datasets import Dataset
@@ -112,8 +130,13 @@ ROWS = [
     Row(lambda w: images(1)(w).read(0), "image 0 (TMP/1.png)", "cannot be read", "Repair or remove it.",
         error=OSError),
     Row(latents(""), "TMP", "holds no whole latent cache", "Run cache_latents.py (again).", error=OSError),
-    Row(latents("{"), "TMP", "holds no whole latent cache", "Run cache_latents.py (again).", error=OSError),
-    Row(latents("{}"), "TMP", "no whole latent cache: 'id2label'", "Run cache_latents.py", error=OSError),
+    Row(latents("{}"), "id2label=None", "TMP/latents.json has", f"expected dict[str, str]. {AGAIN}"),
+    Row(cache(shards=[{"name": "../a", "num_samples": 1}]), "the shards ['../a']", "expected plain names of files",
+        AGAIN),
+    Row(cache(id2label={"1": "cat"}), "names the classes '1'", "expected 0 to the last one", AGAIN),
+    Row(cache(scaling_factor=2.0), "TMP/a.safetensors", "was not written with its latents.json", AGAIN),
+    Row(cache({"labels": torch.ones(1, dtype=torch.int64)}), "`labels` has 1 to 1", "names 1 classes", AGAIN),
+    Row(cache({"moments": -torch.ones(1, 8, 2, 2).half()}), "`moments`", "has a negative deviation", AGAIN),
     Row(no_extra, Fixed("datasets"), "This needs datasets", "pip install 'diffusers-terdit[train]'",
         error=ImportError),
     Row(lambda w: training.data.open_dataset(f"{w.tmp}/x.parquet"), "TMP/x.parquet", "cannot be loaded",
@@ -122,6 +145,10 @@ ROWS = [
         "has no column", "its columns are image, label"),
     Row(lambda w: training.data.ImageSamples.from_dataset(rows(label=[]), resolution=8), "the columns image, label",
         "but no rows", "Take another split."),
+    Row(lambda w: training.data.ImageSamples.from_dataset(rows(label=[1, None]), resolution=8), "the label None",
+        "Row 1 of the data set", "Take a split with labels"),
+    Row(lambda w: training.data.ImageSamples([{"path": "/a.png"}], [0], {0: "cat"}, 8).read(0), "image 0 (/a.png)",
+        "it is not in the data set's folder", "Repair or remove it.", error=OSError),
     Row(lambda w: training.data.TrainingExamples([], 0, (1, 8, 8), 10), "got []", "`samples` holds none",
         "Pass at least one."),
     Row(lambda w: training.data.TrainingExamples([0], 0, (1, 8, 8), 10, class_dropout_prob=5), "got 5",

@@ -1,3 +1,4 @@
+import json
 import logging
 import math
 
@@ -5,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from diffusers_terdit import training
+from diffusers_terdit.storage.weights import state_dict_digest
 
 
 @pytest.fixture
@@ -72,6 +75,49 @@ class TestDatasets:
         assert samples.labels == [1, 0, 1]
         assert samples.id2label == {0: "10", 1: "30"}
 
+    @pytest.mark.parametrize("label", [-1, None])
+    def test_a_row_without_one_of_the_classes_is_named(self, label):
+        datasets = pytest.importorskip("datasets")
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee"])})
+        rows = {"image": [{"path": None, "bytes": b""}] * 3, "label": [0, 1, label]}
+        table = datasets.Dataset.from_dict(rows, features)
+        with pytest.raises(ValueError, match=rf"Row 2 of the data set has the label {label}, expected 0 to 1\."):
+            training.data.ImageSamples.from_dataset(table, resolution=8)
+
+    @pytest.mark.parametrize("labels", [[1.0, math.nan], ["a", None], [[1], [2]]])
+    def test_a_label_that_is_no_name_or_number(self, labels):
+        datasets = pytest.importorskip("datasets")
+        table = datasets.Dataset.from_dict({"image": [{"path": None, "bytes": b""}] * 2, "label": labels})
+        with pytest.raises(ValueError, match=r"Row \d of the data set has the label .*, expected one like"):
+            training.data.ImageSamples.from_dataset(table, resolution=8)
+
+    def test_files_that_rows_name_are_opened_in_the_folder_of_the_data_set_alone(
+        self, image_folder, tmp_path, monkeypatch
+    ):
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        secret = tmp_path / "secret.png"
+        Image.new("RGB", (8, 8)).save(secret)
+        rows = {"image": [{"path": str(secret), "bytes": None}, {"path": "../secret.png", "bytes": None}]}
+        dataset = datasets.Dataset.from_dict(rows | {"label": [0, 0]}, datasets.Features(
+            {"image": datasets.Image(decode=False), "label": datasets.Value("int64")}))  # fmt: skip
+        monkeypatch.chdir(image_folder)
+        for name in (None, image_folder, "me/pictures"):
+            samples = training.data.ImageSamples.from_dataset(dataset, name=name, resolution=8)
+            for index in range(2):
+                with pytest.raises(OSError, match=r"secret\.png\) cannot be read: .* not in the data set's folder"):
+                    samples.read(index)
+        for streaming in (False, True):  # datasets itself gives absolute paths of a folder
+            dataset = training.data.open_dataset(str(image_folder), streaming=streaming)
+            if streaming:
+                stream = training.data.ShardedStream(
+                    dataset, "image", "label", 0, image_folder, resolution=8, flip=False
+                )
+                assert len(list(stream.samples(range(6)))) == 6
+            else:
+                samples = training.data.ImageSamples.from_dataset(dataset, name=image_folder, resolution=8)
+                assert [samples.read(i).shape for i in range(6)] == [(3, 8, 8)] * 6
+
 
 class TestStream:
     rows = ((0, 1, 2), (10, 11), (), (20, 21, 22, 23))
@@ -111,6 +157,108 @@ class TestStream:
         assert sorted(shades[:6]) == sorted(shades[6:]) == [0, 10, 20, 100, 110, 120]
         assert stream.id2label == {0: "ant", 1: "bee"}
         assert stream.shard_sizes == {0: 6}
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """Cached latents of five images of two classes, in two shards."""
+    config = {"latent_shape": [4, 2, 2], "scaling_factor": 0.5, "flip": True, "id2label": {"0": "ant", "1": "bee"}}
+    text = json.dumps(config, sort_keys=True)
+    shards = []
+    for number, labels in enumerate(([0, 0, 1], [1, 0])):
+        moments = training.random.normal(number, "moments", range(len(labels)), (8, 2, 2))
+        moments[:, 4:].abs_()
+        tensors = {"moments": moments.half(), "moments_flipped": moments.flip(-1).half().contiguous()}
+        tensors["labels"] = torch.tensor(labels)
+        name = f"latents-{number:05}.safetensors"
+        sha = state_dict_digest(tensors)
+        save_file(tensors, tmp_path / name, {"format": "pt", "terdit.sha256": sha, "terdit.config": text})
+        shards.append({"name": name, "num_samples": len(labels), "sha256": sha})
+    (tmp_path / "latents.json").write_text(json.dumps({**config, "shards": shards}))
+    return tmp_path
+
+
+def edit_index(folder, change):
+    path = folder / "latents.json"
+    info = json.loads(path.read_text())
+    change(info)
+    path.write_text(json.dumps(info))
+
+
+def edit_shard(folder, change, metadata=None):
+    """Change the tensors of the first shard, which keeps no digest."""
+    path = folder / "latents-00000.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata)
+    edit_index(folder, lambda info: [shard.pop("sha256") for shard in info["shards"]])
+
+
+INDEX_EDITS = {
+    "no scaling factor": lambda info: info.pop("scaling_factor"),
+    "a scaling factor of text": lambda info: info.update(scaling_factor="0.5"),
+    "another scaling factor": lambda info: info.update(scaling_factor=0.25),
+    "moments for latents": lambda info: info.update(latent_shape=[8, 2, 2]),
+    "no latents": lambda info: info.update(latent_shape=[4, 2]),
+    "a class without a name": lambda info: info["id2label"].pop("0"),
+    "one class fewer": lambda info: info["id2label"].pop("1"),
+    "another name": lambda info: info["id2label"].update({"1": "fly"}),
+    "no shards": lambda info: info.update(shards=[]),
+    "a path": lambda info: info["shards"][0].update(name="../latents-00000.safetensors"),
+    "shards in another order": lambda info: info["shards"].reverse(),
+    "a shard twice": lambda info: info["shards"].append(info["shards"][1]),
+    "more rows": lambda info: info["shards"][0].update(num_samples=4),
+    "very many rows": lambda info: info["shards"][0].update(num_samples=2**40),
+    "no rows": lambda info: info["shards"][0].update(num_samples=0),
+    "another digest": lambda info: info["shards"][0].update(sha256="0" * 64),
+}
+SHARD_EDITS = {
+    "bytes": lambda tensors: tensors.update(moments=tensors["moments"].to(torch.int8)),
+    "NaN": lambda tensors: tensors["moments"][1, 2].fill_(math.nan),
+    "negative deviations": lambda tensors: tensors["moments_flipped"][2, 5].fill_(-1),
+    "the null label": lambda tensors: tensors["labels"][0].fill_(2),
+    "a negative label": lambda tensors: tensors["labels"][0].fill_(-1),
+    "no labels": lambda tensors: tensors.pop("labels"),
+    "another tensor": lambda tensors: tensors.update(more=torch.zeros(1)),
+}
+
+
+class TestCachedLatents:
+    def test_give_what_was_cached_also_without_a_digest(self, cache):
+        samples = training.data.LatentSamples(cache)
+        assert [samples[i][1] for i in range(len(samples))] == [0, 0, 1, 1, 0]
+        assert (samples.id2label, samples.flip) == ({0: "ant", 1: "bee"}, True)
+        edit_shard(cache, lambda tensors: None)
+        before = training.data.LatentSamples(cache)
+        assert all(torch.equal(before.get(i, True)[0], samples.get(i, True)[0]) for i in range(5))
+
+    @pytest.mark.parametrize("change", INDEX_EDITS)
+    def test_an_edited_index_is_refused_at_opening(self, cache, change):
+        edit_index(cache, INDEX_EDITS[change])
+        with pytest.raises(ValueError, match=r"latents(-00000|-00001)?\.(json|safetensors)"):
+            training.data.LatentSamples(cache)
+
+    @pytest.mark.parametrize("change", SHARD_EDITS)
+    def test_an_edited_shard_is_refused_at_opening(self, cache, change):
+        edit_shard(cache, SHARD_EDITS[change])
+        with pytest.raises(ValueError, match=r"latents-00000\.safetensors"):
+            training.data.LatentSamples(cache)
+
+    def test_a_flipped_bit_a_cut_and_a_swap_are_found(self, cache):
+        first, second = (cache / f"latents-0000{i}.safetensors" for i in range(2))
+        whole = first.read_bytes()
+        first.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(ValueError, match="do not match the digest"):
+            training.data.LatentSamples(cache)
+        first.write_bytes(whole[:-1])
+        with pytest.raises(OSError, match="not a readable safetensors file"):
+            training.data.LatentSamples(cache)
+        edit_index(cache, lambda info: info["shards"][0].update(num_samples=2))
+        edit_index(cache, lambda info: info["shards"][1].update(num_samples=3))
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(whole)
+        with pytest.raises(ValueError, match=r"was not written with its latents\.json"):
+            training.data.LatentSamples(cache)
 
 
 class TestLatents:

@@ -199,6 +199,11 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     return found
 
 
+def is_plain_name(name: str) -> bool:
+    """Return whether this names a file in a folder, and leads nowhere else."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
 def read_index(path: str | os.PathLike, present: bool = True) -> list[Path]:
     """Return the weights files that an index names, all of them in its folder.
 
@@ -218,7 +223,7 @@ def read_index(path: str | os.PathLike, present: bool = True) -> list[Path]:
         raise ValueError(f"{path} has no `metadata`. Download or save it again.")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if name in ("", ".", "..") or set(name) & set("/\\\0"):
+        if not is_plain_name(name):
             raise ValueError(f"{path} names {name!r}; a shard is a plain file name, in the folder of the index.")
         if present and not (Path(path).parent / name).is_file():
             raise OSError(f"{path} names {name}, which is not there. Download or save the model again.")

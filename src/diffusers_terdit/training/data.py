@@ -1,9 +1,10 @@
 """Training data: images, data sets, streams and cached latents, and the examples that a run draws from them."""
 
+import inspect
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from diffusers.utils import logging
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from ..storage.configs import fits
+from ..storage.weights import WeightsFile, canonical_json, check_tensors_of, is_plain_name, read_json
 from .images import read_image, suffixes
 from .random import normal, permutation, sample_order, uniform
 
@@ -69,6 +73,7 @@ class ImageSamples(Dataset):
         resolution (`int`): Pixels.
         channels (`int`): 1 or 3.
         flip (`bool`): Whether a trainer may mirror them.
+        folders (`Sequence[str]`): Where a file may be that a dict names, because a data set of a stranger names any.
     """
 
     def __init__(
@@ -79,18 +84,31 @@ class ImageSamples(Dataset):
         resolution: int,
         channels: int = 3,
         flip: bool = False,
+        folders: Sequence[str] = (),
     ):
         self.sources, self.labels, self.id2label = sources, labels, id2label
-        self.resolution, self.channels, self.flip = resolution, channels, flip
+        self.resolution, self.channels, self.flip, self.folders = resolution, channels, flip, folders
 
     @classmethod
     def from_dataset(
-        cls, dataset: Any, image_column: str = "image", label_column: str = "label", **kwargs: Any
+        cls,
+        dataset: Any,
+        image_column: str = "image",
+        label_column: str = "label",
+        name: str | os.PathLike | None = None,
+        **kwargs: Any,
     ) -> "ImageSamples":
         """Take images and labels from a loaded `datasets.Dataset`; images are decoded on access.
 
+        Args:
+            dataset (`datasets.Dataset`): Its rows hold the images, or name files in the folder it was loaded from.
+            image_column (`str`): Images.
+            label_column (`str`): A `ClassLabel`, or numbers or texts.
+            name (`str` or `os.PathLike`, *optional*): What `open_dataset` was given.
+            kwargs: `resolution`, `channels` and `flip`.
+
         Raises:
-            ValueError: A column is missing, or there are no rows.
+            ValueError: A column is missing, there are no rows, or a row has no label.
         """
         from datasets import ClassLabel
         from datasets import Image as ImageFeature
@@ -104,13 +122,15 @@ class ImageSamples(Dataset):
             )
         if isinstance(feature, ClassLabel):
             names = feature.names
+            _check_labels(labels, names)
         else:
+            _check_labels(labels)
             values = sorted(set(labels))
             names, numbers = [str(value) for value in values], {value: i for i, value in enumerate(values)}
             labels = [numbers[label] for label in labels]
         if isinstance(dataset.features[image_column], ImageFeature):
             dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
-        return cls(dataset[image_column], labels, dict(enumerate(names)), **kwargs)
+        return cls(dataset[image_column], labels, dict(enumerate(names)), **kwargs, folders=_folders_of(name))
 
     @classmethod
     def from_folder(cls, root: str | os.PathLike, **kwargs: Any) -> "ImageSamples":
@@ -143,11 +163,15 @@ class ImageSamples(Dataset):
         Raises:
             OSError: The image cannot be read.
         """
+        source = self.sources[index]
+        where = (source.get("path") or "of the data set") if isinstance(source, dict) else source
         try:
-            return read_image(self.sources[index], self.resolution, self.channels)
+            if isinstance(source, dict) and source.get("path") and not source.get("bytes"):
+                path = os.path.abspath(source["path"])
+                if not any(Path(path).is_relative_to(folder) for folder in self.folders):
+                    raise OSError("the data set holds its name alone, and it is not in the data set's folder")
+            return read_image(source, self.resolution, self.channels)
         except OSError as error:
-            source = self.sources[index]
-            where = (source.get("path") or "of the data set") if isinstance(source, dict) else source
             raise OSError(f"image {index} ({where}) cannot be read: {error}. Repair or remove it.") from error
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
@@ -162,23 +186,78 @@ class ImageSamples(Dataset):
         raise OSError(f"100 images in a row, from number {index}, cannot be read. The log names each of them.")
 
 
+_INDEX = {"id2label": dict[str, str], "latent_shape": list[int], "scaling_factor": float, "flip": bool}
+_INDEX |= {"shards": list[dict[str, object]]}
+_CACHE_AGAIN = "Run cache_latents.py again, into another folder."
+
+
 class LatentSamples(Dataset):
     """Latents cached by `examples/cache_latents.py`: mean and deviation of the VAE's output, also of mirrored images.
 
+    All of them are read once at opening, to find damage before a run starts: 20 GB take about a minute of one core.
+
     Args:
         folder (`str` or `os.PathLike`): Holds `latents.json` and safetensors shards, which are read row by row.
+
+    Raises:
+        ValueError: The files do not belong together, or one is damaged.
+        OSError: One is missing or cannot be read.
     """
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        try:
-            self.info = json.loads((self.folder / LATENTS_NAME).read_text(encoding="utf-8"))
-            self.id2label = {int(key): name for key, name in self.info["id2label"].items()}
-            self.flip = self.info["flip"]
-            self.ends = np.cumsum([shard["num_samples"] for shard in self.info["shards"]])
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise OSError(f"{folder} holds no whole latent cache: {error}. Run cache_latents.py (again).") from error
+        path = self.folder / LATENTS_NAME
+        if not path.is_file():
+            raise OSError(f"{folder} holds no whole latent cache, no {LATENTS_NAME}. Run cache_latents.py (again).")
+        self.info = read_json(path)
+        _check_types(path, self.info, _INDEX)
+        shards = self.info["shards"]
+        for shard in shards:
+            _check_types(path, shard, {"name": str, "num_samples": int})
+        names = [shard["name"] for shard in shards]
+        if not names or names != sorted(set(names)) or not all(map(is_plain_name, names)):
+            raise ValueError(
+                f"{path} has the shards {names!r:.80}, expected plain names of files in its folder, in their order."
+                f" {_CACHE_AGAIN}"
+            )
+        if set(self.info["id2label"]) != {str(i) for i in range(len(self.info["id2label"]))}:
+            raise ValueError(
+                f"{path} names the classes {', '.join(self.info['id2label'])!r:.80}, expected 0 to the last one."
+                f" {_CACHE_AGAIN}"
+            )
+        self.id2label = {int(key): name for key, name in self.info["id2label"].items()}
+        self.flip = self.info["flip"]
+        self.ends = np.cumsum([shard["num_samples"] for shard in shards])
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(self._check_shard, shards))
         self._open: dict[int, Any] = {}
+
+    def _check_shard(self, shard: dict[str, Any]) -> None:
+        """Raise unless a shard is what the index says, and its numbers are moments and labels."""
+        path, count = self.folder / shard["name"], shard["num_samples"]
+        channels, *sides = self.info["latent_shape"]
+        header = WeightsFile(path)
+        dtype = torch.float32 if header.tensors.get("moments", ("", ()))[0] == "F32" else torch.float16
+        moments = ["moments", "moments_flipped"] if self.flip else ["moments"]
+        expected = dict.fromkeys(moments, (dtype, (count, 2 * channels, *sides)))
+        check_tensors_of(path, {**expected, "labels": (torch.int64, (count,))}, _CACHE_AGAIN)
+        config = canonical_json({key: value for key, value in self.info.items() if key != "shards"})
+        if header.metadata.get("terdit.config", config) != config or shard.get("sha256") not in (
+            None,
+            header.metadata.get("terdit.sha256"),
+        ):
+            raise ValueError(f"{path} was not written with its {LATENTS_NAME}. {_CACHE_AGAIN}")
+        with safe_open(path, framework="pt") as file:
+            labels = file.get_tensor("labels")
+            if labels.min() < 0 or labels.max() >= len(self.id2label):
+                raise ValueError(
+                    f"{path}: `labels` has {int(labels.min())} to {int(labels.max())}, where {LATENTS_NAME} names"
+                    f" {len(self.id2label)} classes. {_CACHE_AGAIN}"
+                )
+            for name in moments:
+                rows = file.get_slice(name)
+                if any((rows[start : start + 1024, channels:] < 0).any() for start in range(0, count, 1024)):
+                    raise ValueError(f"{path}: `{name}` has a negative deviation. {_CACHE_AGAIN}")
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -277,6 +356,14 @@ class TrainingExamples(Dataset):
         return uniform(self.seed, stream, [position]).item()
 
 
+def _check_types(path: Path, found: dict[str, Any], hints: dict[str, Any]) -> None:
+    """Raise a `ValueError` unless an object of a JSON file has these keys, with values of these types."""
+    for key, hint in hints.items():
+        if not fits(found.get(key), hint, 1) or (key == "latent_shape" and len(found[key]) != 3):
+            kind = inspect.formatannotation(hint)
+            raise ValueError(f"{path} has {key}={found.get(key)!r:.80}, expected {kind}. {_CACHE_AGAIN}")
+
+
 class LatentCodec:
     """Encodes training data to the latents that the model works on, and decodes samples; pixels pass unchanged.
 
@@ -353,6 +440,30 @@ def check_columns(columns: Sequence[str], *wanted: str) -> None:
             raise ValueError(f"The data set has no column {column!r}; its columns are {', '.join(columns)}.")
 
 
+def _check_labels(labels: Sequence[Any], names: Sequence[str] | None = None) -> None:
+    """Raise a `ValueError` at the first row of a data set without a label, or with one that is no class."""
+    for row, label in enumerate(labels):
+        if names is None:
+            right = isinstance(label, (int, float, str)) and type(label) is type(labels[0]) and label == label  # NaN
+        else:
+            right = isinstance(label, int) and 0 <= label < len(names)
+        if not right:
+            expected = f"0 to {len(names) - 1}" if names else f"one like that of row 0, {labels[0]!r:.80}"
+            raise ValueError(
+                f"Row {row} of the data set has the label {label!r:.80}, expected {expected}. Take a split with"
+                " labels, or leave such rows out."
+            )
+
+
+def _folders_of(name: str | os.PathLike | None) -> list[str]:
+    """Return where the rows of a data set may name files: where it was loaded from, and where `datasets` unpacks."""
+    from datasets import config
+
+    folders = [HF_HUB_CACHE, str(config.HF_DATASETS_CACHE), str(config.DOWNLOADED_DATASETS_PATH)]
+    own = [] if name is None else [os.path.dirname(name) if os.path.isfile(name) else os.fspath(name)]
+    return [os.path.abspath(folder) for folder in folders + own]
+
+
 def stream_samples(
     num_shards: int,
     read_shard: Callable[[int], Any],
@@ -406,13 +517,22 @@ class ShardedStream:
         image_column (`str`): Images.
         label_column (`str`): A `ClassLabel`, so that the labels are known before the data is.
         seed (`int`): Of the order.
+        name (`str` or `os.PathLike`, *optional*): What `open_dataset` was given.
         kwargs: `resolution`, `channels` and `flip` of `ImageSamples`.
 
     Raises:
-        ValueError: A column is missing, or the labels are not a `ClassLabel`.
+        ValueError: A column is missing, the labels are not a `ClassLabel`, or, on access, a row has none.
     """
 
-    def __init__(self, dataset: Any, image_column: str, label_column: str, seed: int, **kwargs: Any):
+    def __init__(
+        self,
+        dataset: Any,
+        image_column: str,
+        label_column: str,
+        seed: int,
+        name: str | os.PathLike | None = None,
+        **kwargs: Any,
+    ):
         from datasets import ClassLabel
         from datasets import Image as ImageFeature
 
@@ -427,13 +547,15 @@ class ShardedStream:
             )
         self.dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
         self.image_column, self.label_column, self.seed = image_column, label_column, seed
-        self.id2label, self.flip, self.kwargs = dict(enumerate(feature.names)), kwargs["flip"], kwargs
+        self.id2label, self.flip = dict(enumerate(feature.names)), kwargs["flip"]
+        self.kwargs = {**kwargs, "folders": _folders_of(name)}
         self.shard_sizes: dict[int, int] = {}  # what a resumed run needs to find its place without reading
 
     def read_shard(self, index: int) -> ImageSamples:
         """Return all samples of a shard, in the order of the file."""
         rows = list(self.dataset.shard(num_shards=self.dataset.num_shards, index=index))
         images, labels = [row[self.image_column] for row in rows], [row[self.label_column] for row in rows]
+        _check_labels(labels, list(self.id2label.values()))
         return ImageSamples(images, labels, self.id2label, **self.kwargs)
 
     def samples(self, positions: Iterable[int]) -> Iterator[tuple[Tensor, int]]:
