@@ -38,6 +38,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -49,6 +50,13 @@ from diffusers_terdit.evaluation.digits import digits_classifier
 from diffusers_terdit.evaluation.inception import InceptionV3
 from diffusers_terdit.pipelines.schedulers import scheduler_by_name
 from diffusers_terdit.storage.saving import new_file, output_folder, writing
+from diffusers_terdit.storage.weights import (
+    WeightsFile,
+    canonical_json,
+    check_tensors_of,
+    read_json,
+    state_dict_digest,
+)
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -155,12 +163,35 @@ def sample(pipe: TerDiTPipeline, args: argparse.Namespace, indices: range) -> np
     return to_uint8(images)
 
 
-def pending(parts: Path, num_images: int, batch_size: int) -> list[range]:
-    """Find the batches of image indices that no whole file holds yet."""
+def part_config(settings: dict, first: int, last: int) -> str:
+    """Return what a part says it is: images `first` to `last` of a run with these settings."""
+    return canonical_json({**settings, "first": first, "last": last})
+
+
+def indices_in(path: Path, settings: dict) -> range:
+    """Return the image indices of a part, which is found to be whole and of a run with these settings."""
+    advice = "It is drawn again."
+    found = re.fullmatch(r"(\d{8})-(\d{8})", path.stem)
+    first, last = map(int, found.groups()) if found else (0, -1)
+    shape = WeightsFile(path).tensors.get("images", ("", ()))[1]
+    file = check_tensors_of(path, {"images": (torch.uint8, (last - first + 1, *shape[1:]))}, advice)
+    wanted = part_config(settings, first, last)
+    if file.metadata.get("terdit.config") != wanted or "terdit.sha256" not in file.metadata:
+        raise ValueError(f"{path} holds other images than its name and the settings say. {advice}")
+    return range(first, last + 1)
+
+
+def pending(parts: Path, num_images: int, batch_size: int, settings: dict) -> list[range]:
+    """Find the batches of image indices that no whole file holds yet; damaged and foreign files are removed."""
     done = np.zeros(num_images, dtype=bool)
-    for path in parts.glob("*.npy"):
-        first, last = map(int, path.stem.split("-"))
-        done[first : last + 1] = True
+    for path in parts.glob("*.safetensors"):
+        try:
+            indices = indices_in(path, settings)
+        except (OSError, ValueError) as error:
+            logger.warning(str(error))
+            path.unlink(missing_ok=True)
+        else:
+            done[indices.start : indices.stop] = True
     batches: list[range] = []
     for index in np.flatnonzero(~done).tolist():
         if batches and batches[-1].stop == index and len(batches[-1]) < batch_size:
@@ -170,19 +201,21 @@ def pending(parts: Path, num_images: int, batch_size: int) -> list[range]:
     return batches
 
 
-def save_part(parts: Path, indices: range, images: np.ndarray) -> None:
-    path = parts / f"{indices[0]:08}-{indices[-1]:08}.npy"
-    with new_file(path) as partial, partial.open("wb") as file:
-        np.save(file, images)
+def save_part(parts: Path, indices: range, images: np.ndarray, settings: dict) -> None:
+    tensors = {"images": torch.from_numpy(images)}
+    metadata = {"format": "pt", "terdit.sha256": state_dict_digest(tensors)}
+    metadata["terdit.config"] = part_config(settings, indices[0], indices[-1])
+    with new_file(parts / f"{indices[0]:08}-{indices[-1]:08}.safetensors") as partial:
+        save_file(tensors, partial, metadata)
 
 
 def merge(parts: Path, num_images: int, path: Path) -> None:
     """Write all parts, in order of their index, into one uncompressed .npz, with one part in memory at a time."""
-    files = sorted(parts.glob("*.npy"))
-    arrays = [np.load(file, mmap_mode="r") for file in files]
-    sizes = sorted({array.shape[1:] for array in arrays})
-    if len(sizes) != 1 or sum(map(len, arrays)) != num_images:
-        raise SystemExit(f"{parts} holds {sum(map(len, arrays))} of {num_images} images, of sizes {sizes}. Delete it.")
+    files = sorted(parts.glob("*.safetensors"))
+    shapes = [WeightsFile(file).tensors["images"][1] for file in files]
+    count, sizes = sum(shape[0] for shape in shapes), sorted({shape[1:] for shape in shapes})
+    if len(sizes) != 1 or count != num_images:
+        raise SystemExit(f"{parts} holds {count} of {num_images} images, of sizes {sizes}. Delete it.")
     header = {"descr": "|u1", "fortran_order": False, "shape": (num_images, *sizes[0])}
     with (
         new_file(path) as partial,
@@ -190,8 +223,8 @@ def merge(parts: Path, num_images: int, path: Path) -> None:
         archive.open("arr_0.npy", "w", force_zip64=True) as file,
     ):
         np.lib.format.write_array_header_1_0(file, header)
-        for array in arrays:
-            file.write(np.ascontiguousarray(array))
+        for part in files:
+            file.write(load_file(part)["images"].numpy())
 
 
 def sample_all(pipe: TerDiTPipeline, args: argparse.Namespace, accelerator: Accelerator, settings: dict) -> None:
@@ -199,7 +232,7 @@ def sample_all(pipe: TerDiTPipeline, args: argparse.Namespace, accelerator: Acce
     path, parts = args.output_dir / "samples.npz", args.output_dir / "parts"
     settings_path = args.output_dir / "settings.json"
     if settings_path.exists():
-        before = json.loads(settings_path.read_text())
+        before = read_json(settings_path)
         changed = [key for key in settings if before.get(key) != settings[key]]
         if changed:
             differences = ", ".join(f"{key} {before.get(key)} (now {settings[key]})" for key in changed)
@@ -215,7 +248,7 @@ def sample_all(pipe: TerDiTPipeline, args: argparse.Namespace, accelerator: Acce
     if path.exists():
         logger.info(f"{path} is complete")
     else:
-        batches = pending(parts, args.num_images, args.batch_size)
+        batches = pending(parts, args.num_images, args.batch_size, settings)
         accelerator.wait_for_everyone()  # all have made the same list
         left = sum(map(len, batches))
         progress = tqdm(
@@ -228,7 +261,7 @@ def sample_all(pipe: TerDiTPipeline, args: argparse.Namespace, accelerator: Acce
             round_ = batches[turn : turn + accelerator.num_processes]
             if accelerator.process_index < len(round_):
                 indices = round_[accelerator.process_index]
-                save_part(parts, indices, sample(pipe, args, indices))
+                save_part(parts, indices, sample(pipe, args, indices), settings)
             progress.update(sum(map(len, round_)))
         progress.close()
         accelerator.wait_for_everyone()

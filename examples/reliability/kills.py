@@ -34,6 +34,7 @@ import torch
 import transformers
 from diffusers import DiTTransformer2DModel
 from PIL import Image
+from safetensors.torch import load_file
 
 from diffusers_terdit import (
     DiffusionPipeline,
@@ -404,7 +405,8 @@ class Evaluate(Program):
         parts = [name for name in names if name.startswith("parts/")]
         for name in parts:
             first, last = map(int, Path(name).stem.split("-"))
-            assert np.array_equal(np.load(folder / name), samples[first : last + 1]), f"{name} is torn"
+            images = load_file(folder / name)["images"].numpy()
+            assert np.array_equal(images, samples[first : last + 1]), f"{name} is torn"
         self.check_new(variant, folder, [name for name in names if name not in parts])
         return "new" if "report.md" in names else "part" if names else "old"
 

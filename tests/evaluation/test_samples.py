@@ -1,6 +1,7 @@
 """Files of images are mapped, not read; damaged ones and pickles are refused."""
 
 import io
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -55,6 +56,20 @@ def test_other_arrays_and_objects_are_refused_before_they_are_read(tmp_path, nam
         SAVE[name](tmp_path / name, array)
         with pytest.raises(ValueError, match=rf"{name}.*{message}"):
             open_samples(tmp_path / name)
+
+
+def test_of_a_compressed_array_no_more_is_read_than_its_header_says(tmp_path):
+    content = io.BytesIO()
+    np.lib.format.write_array(content, np.zeros((4, 8, 8, 1), np.uint8))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("arr_0.npy", content.getvalue() + bytes(10**8))
+    tracemalloc.start()
+    try:
+        with pytest.raises(OSError, match=r"a\.npz is damaged or cut short .its images take 256 bytes, it holds more"):
+            open_samples(tmp_path / "a.npz")
+        assert tracemalloc.get_traced_memory()[1] < 10**7
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name", SAVE)

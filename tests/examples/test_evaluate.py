@@ -15,6 +15,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import evaluate as script
 from diffusers_terdit import TerDiTPipeline, cli, evaluation, training
@@ -73,11 +75,11 @@ def test_the_same_bytes_from_two_processes_and_after_a_kill(evaluate, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     killed = subprocess.Popen([*command, "--batch_size", "2"], env=environment)
     deadline = time.monotonic() + 120
-    while len(list(parts.glob("*.npy"))) < 2 and time.monotonic() < deadline:
+    while len(list(parts.glob("*.safetensors"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     killed.kill()
     killed.wait()
-    assert 2 <= len(list(parts.glob("*.npy"))) < 12
+    assert 2 <= len(list(parts.glob("*.safetensors"))) < 12
     (parts / "00000020-00000021.partial").write_bytes(b"cut short")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -92,10 +94,56 @@ def test_the_same_bytes_from_two_processes_and_after_a_kill(evaluate, tmp_path):
     assert report(folder)["fid"] == pytest.approx(report(whole)["fid"], rel=1e-9)
 
 
+def parts_of(folder, **changes):
+    """Parts of a run of ten images, and the settings."""
+    settings = {"seed": 0, "num_images": 10}
+    for first, last in ((2, 4), (7, 7), (8, 9)):
+        images = np.full((last - first + 1, 4, 4, 1), first, dtype=np.uint8)
+        script.save_part(folder, range(first, last + 1), images, {**settings, **changes})
+    return settings
+
+
 def test_pending_batches_skip_what_is_there(tmp_path):
-    for name in ("00000002-00000004.npy", "00000007-00000007.npy", "00000008-00000009.partial"):
-        (tmp_path / name).touch()
-    assert script.pending(tmp_path, 11, 2) == [range(0, 2), range(5, 7), range(8, 10), range(10, 11)]
+    settings = parts_of(tmp_path)
+    (tmp_path / "00000008-00000009.safetensors").rename(tmp_path / "00000008-00000009.partial")
+    assert script.pending(tmp_path, 11, 2, settings) == [range(0, 2), range(5, 7), range(8, 10), range(10, 11)]
+
+
+def rewrite(path, change):
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        save_file({name: change(tensor) for name, tensor in tensors.items()}, path, file.metadata())
+
+
+DAMAGES = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "empty": lambda path: path.write_bytes(b""),
+    "a flipped bit": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x03"),
+    "float32": lambda path: rewrite(path, lambda images: images.float()),
+    "another image": lambda path: rewrite(path, lambda images: images + 1),
+    "fewer images": lambda path: rewrite(path, lambda images: images[1:].clone()),
+    "another range": lambda path: path.rename(path.with_stem("00000000-00000002")),
+    "another name": lambda path: path.rename(path.with_stem("x")),
+    "other settings": lambda path: parts_of(path.parent, seed=1),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_part_is_drawn_again(tmp_path, damage):
+    settings = parts_of(tmp_path)
+    whole = script.pending(tmp_path, 10, 9, settings)
+    assert whole == [range(0, 2), range(5, 7)]
+    DAMAGES[damage](tmp_path / "00000002-00000004.safetensors")
+    again = script.pending(tmp_path, 10, 9, settings)
+    assert again == ([range(0, 9), range(9, 10)] if damage == "other settings" else [range(0, 7)])
+    assert not (tmp_path / "00000002-00000004.safetensors").exists()
+
+
+def test_settings_that_are_not_json_are_named(evaluate, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "settings.json").write_text("{")
+    with pytest.raises(ValueError, match=r"settings\.json is not JSON"):
+        evaluate("--num_images", 2)
 
 
 def test_pixels_are_rounded_as_adm_does():

@@ -340,5 +340,5 @@ def _adm_moments(path: Path) -> tuple[GaussianStatistics | None, GaussianStatist
             return moments[0], moments[1], "arr_0" in file.files
     except ValueError as error:
         raise ValueError(f"{path} is no ADM reference file: {error}") from error
-    except (EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:  # memory for what a header names
         raise OSError(f"{path} is no whole .npz file ({error}). Download it again.") from error

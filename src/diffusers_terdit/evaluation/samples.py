@@ -64,8 +64,9 @@ def _open_npz(path: Path, file: BinaryIO) -> np.ndarray:
         if member.compress_type != zipfile.ZIP_STORED:
             with archive.open(member) as stream:
                 shape, order = _read_header(path, stream)
-                pixels = np.frombuffer(stream.read(), np.uint8)  # to its end, where the CRC is checked
-            _check_length(len(pixels), shape)
+                # One byte more than the header says: at the end the CRC is checked, and a small file may hold much more
+                pixels = np.frombuffer(stream.read(math.prod(shape) + 1), np.uint8)
+            _check_length(len(pixels), shape, exact=True)
             return pixels.reshape(shape, order=order)
     # The member's own header repeats its name and extra field, whose lengths may differ from the directory's.
     file.seek(member.header_offset)
@@ -99,10 +100,10 @@ def _read_header(path: Path, stream: IO[bytes]) -> tuple[tuple[int, ...], Litera
     return shape, "F" if fortran else "C"
 
 
-def _check_length(held: int, shape: tuple[int, ...]) -> None:
+def _check_length(held: int, shape: tuple[int, ...], exact: bool = False) -> None:
     size = math.prod(shape)
-    if held < size:
-        raise EOFError(f"its images take {size:,} bytes, it holds {held:,}")
+    if held < size or (exact and held > size):
+        raise EOFError(f"its images take {size:,} bytes, it holds {'more' if held > size else f'{held:,}'}")
 
 
 class _Described(NamedTuple):
