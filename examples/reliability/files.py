@@ -19,17 +19,14 @@ import pickle
 import platform
 import random
 import resource
-import select
 import shutil
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 import warnings
 import zipfile
-from collections import Counter
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -45,7 +42,7 @@ from diffusers_terdit.conversion import convert_dense_checkpoint
 from diffusers_terdit.conversion.terdit import ARGS_NAME, convert_name
 from diffusers_terdit.storage.inspection import inspect_weights
 from diffusers_terdit.storage.weights import DTYPE_NAMES
-from harness import PTH, make_bases, memory, parse, versions, write_report
+from harness import PTH, make_bases, memory, parse, supervise, versions, write_report
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -53,7 +50,6 @@ INDEX = f"{WEIGHTS}.index.json"
 MEMORY = 1 << 30  # bytes of address space that loading a model of some kilobytes may take
 # A class of diffusers: where its config has lost the sizes, diffusers builds its default model, 1.4 GiB and unfilled.
 MEMORY_OF_OTHERS = 2 << 30
-SECONDS = 20  # of wall clock for one case, on a machine that does other work
 
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 DTYPES = {
@@ -907,78 +903,9 @@ def worker(seed: int, folder: Path) -> None:
         (root / "canary").unlink(missing_ok=True)
 
 
-class Worker:
-    """A worker process and its pipes."""
-
-    def __init__(self, seed: int, folder: Path):
-        command = [sys.executable, __file__, "--worker", str(folder), "--seed", str(seed)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        with open(folder / "worker.log", "ab") as log:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment
-            )
-        if self.read(600) != b"ready\n":
-            raise RuntimeError(f"The worker did not start:\n{(folder / 'worker.log').read_text()[-3000:]}")
-
-    def read(self, seconds: float) -> bytes | None:
-        """Read a line: b"" when the process has died, None when it takes too long."""
-        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
-        return self.process.stdout.readline() if ready else None
-
-    def run(self, number: int) -> bytes | None:
-        self.process.stdin.write(f"{number}\n".encode())
-        self.process.stdin.flush()
-        return self.read(SECONDS)
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-
 def run(inputs: int, seed: int, progress: Path | None = None) -> dict:
-    """Try cases 0 to `inputs` and count their outcomes.
-
-    With `progress` the counts are written every 1,000 cases, and a later call resumes there.
-    """
-    report: dict = {"seed": seed, "next": 0, "faults": {}, "kinds": {}, "failures": [], "restarts": 0}
-    report |= {"bytes": 0, "seconds": 0.0, "elapsed": 0.0}
-    if progress is not None and progress.exists():
-        saved = json.loads(progress.read_text())
-        report |= saved if saved["seed"] == seed else {}
-    with tempfile.TemporaryDirectory(prefix="files-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
-        folder = Path(name)
-        make_bases(folder / "bases")
-        process = Worker(seed, folder)
-        begin, before = time.monotonic(), report["elapsed"]
-        try:
-            for number in range(report["next"], inputs):
-                line = process.run(number)
-                if line:
-                    result = json.loads(line)
-                else:
-                    result = {"number": number, "fault": fault_of(number), "kind": "?", "detail": "", "seconds": 0}
-                    result |= {"outcome": "hung" if line is None else "crashed", "bytes": 0}
-                    process.stop()
-                    report["restarts"] += 1
-                    process = Worker(seed, folder)
-                for table, key in (("faults", result["fault"]), ("kinds", result["kind"])):
-                    counts = report[table].setdefault(key, {})
-                    counts[result["outcome"]] = counts.get(result["outcome"], 0) + 1
-                report["bytes"] = max(report["bytes"], result["bytes"])
-                report["seconds"] = max(report["seconds"], result["seconds"])
-                report["next"] = number + 1
-                if result["outcome"] in BAD:
-                    report["failures"].append(result)
-                if progress is not None and (number + 1) % 1000 == 0:
-                    report["elapsed"] = before + time.monotonic() - begin
-                    progress.write_text(json.dumps(report))
-                    print(number + 1, dict(Counter(r["outcome"] for r in report["failures"])), flush=True)
-        finally:
-            process.stop()
-            report["elapsed"] = before + time.monotonic() - begin
-            if progress is not None:
-                progress.write_text(json.dumps(report))
-    return report
+    """Try cases 0 to `inputs` and count their outcomes, see `supervise`."""
+    return supervise(__file__, [], inputs, seed, lambda folder: make_bases(folder / "bases"), fault_of, BAD, progress)
 
 
 def main() -> None:

@@ -2,8 +2,16 @@
 
 import argparse
 import json
+import os
 import platform
+import select
 import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +25,7 @@ from diffusers_terdit.pipelines.schedulers import default_scheduler
 
 
 PTH = WEIGHTS_NAMES[0]
+SECONDS = 20  # of wall clock for one case, on a machine that does other work
 # Modules of the authors' files, of a model of one block
 ORIGINAL_MODULES = [
     "x_embedder", "t_embedder.mlp.0", "t_embedder.mlp.2", "y_embedder.embedding_table", "final_layer.linear",
@@ -90,6 +99,98 @@ def memory(key: str) -> int:
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
     raise KeyError(key)
+
+
+class Worker:
+    """A process that reads numbers of cases and writes a line with the result of each; and its pipes."""
+
+    def __init__(self, program: str, options: list[str], folder: Path):
+        command = [sys.executable, program, "--worker", str(folder), *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        with open(folder / "worker.log", "ab") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment
+            )
+        if self.read(600) != b"ready\n":
+            raise RuntimeError(f"The worker did not start:\n{(folder / 'worker.log').read_text()[-3000:]}")
+
+    def read(self, seconds: float) -> bytes | None:
+        """Read a line: b"" when the process has died, None when it takes too long."""
+        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
+        return self.process.stdout.readline() if ready else None
+
+    def run(self, number: int) -> bytes | None:
+        self.process.stdin.write(f"{number}\n".encode())
+        self.process.stdin.flush()
+        return self.read(SECONDS)
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def supervise(
+    program: str,
+    options: list[str],
+    inputs: int,
+    seed: int,
+    prepare: Callable[[Path], object],
+    fault_of: Callable[[int], str],
+    bad: tuple[str, ...],
+    progress: Path | None = None,
+) -> dict:
+    """Have a worker of `program` try cases 0 to `inputs`, and count their outcomes.
+
+    A worker that dies or takes too long is started again. With `progress` the counts are written every 1,000 cases,
+    and a later call resumes there. `prepare` fills the worker's folder.
+    """
+    report: dict = {"seed": seed, "next": 0, "faults": {}, "kinds": {}, "failures": [], "restarts": 0}
+    report |= {"bytes": 0, "seconds": 0.0, "elapsed": 0.0}
+    if progress is not None and progress.exists():
+        saved = json.loads(progress.read_text())
+        report |= saved if saved["seed"] == seed else {}
+    options = [*options, "--seed", str(seed)]
+    with tempfile.TemporaryDirectory(prefix="files-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
+        folder = Path(name)
+        prepare(folder)
+        process = Worker(program, options, folder)
+        begin, before = time.monotonic(), report["elapsed"]
+        try:
+            for number in range(report["next"], inputs):
+                line = process.run(number)
+                if line:
+                    result = json.loads(line)
+                else:
+                    result = {"number": number, "fault": fault_of(number), "kind": "?", "detail": "", "seconds": 0}
+                    result |= {"outcome": "hung" if line is None else "crashed", "bytes": 0}
+                    process.stop()
+                    report["restarts"] += 1
+                    process = Worker(program, options, folder)
+                for table, key in (("faults", result["fault"]), ("kinds", result["kind"])):
+                    counts = report[table].setdefault(key, {})
+                    counts[result["outcome"]] = counts.get(result["outcome"], 0) + 1
+                report["bytes"] = max(report["bytes"], result["bytes"])
+                report["seconds"] = max(report["seconds"], result["seconds"])
+                report["next"] = number + 1
+                if result["outcome"] in bad:
+                    report["failures"].append(result)
+                if progress is not None and (number + 1) % 1000 == 0:
+                    report["elapsed"] = before + time.monotonic() - begin
+                    progress.write_text(json.dumps(report))
+                    print(number + 1, dict(Counter(r["outcome"] for r in report["failures"])), flush=True)
+        finally:
+            process.stop()
+            report["elapsed"] = before + time.monotonic() - begin
+            if progress is not None:
+                progress.write_text(json.dumps(report))
+    return report
+
+
+def processor() -> str:
+    """Name the processor, as Linux says it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, one core"
 
 
 def versions(*modules: ModuleType) -> str:

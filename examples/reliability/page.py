@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 import files
 import kills
 import load
+from harness import SECONDS
 
 
 def table(header: list[str], rows: list[list]) -> str:
@@ -80,7 +81,7 @@ def render(folder: Path) -> str:
         by_fault=outcomes("fault", {fault: hostile["faults"][fault] for fault in files.FAULTS}),
         by_kind=outcomes("folder", dict(sorted(hostile["kinds"].items()))),
         memory=[files.MEMORY >> 20, files.MEMORY_OF_OTHERS >> 20],
-        seconds=files.SECONDS,
+        seconds=SECONDS,
         faults={name: fault.__doc__ for name, (fault, _) in files.FAULTS.items()},
         by_moment=trials(killed, KILLS, ("kill",)),
         by_disk=trials(killed, DISKS, ("full", "read-only", "forbidden")),

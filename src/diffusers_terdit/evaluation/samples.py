@@ -64,7 +64,7 @@ def _open_npz(path: Path, file: BinaryIO) -> np.ndarray:
         if member.compress_type != zipfile.ZIP_STORED:
             with archive.open(member) as stream:
                 shape, order = _read_header(path, stream)
-                # One byte more than the header says: at the end the CRC is checked, and a small file may hold much more
+                # One byte more than the header says: at its end the CRC is checked, and a file may hold much more
                 pixels = np.frombuffer(stream.read(math.prod(shape) + 1), np.uint8)
             _check_length(len(pixels), shape, exact=True)
             return pixels.reshape(shape, order=order)
