@@ -5,8 +5,9 @@
 #                One part fits in minutes: python examples/experiments/adaln_norm.py --list
 # make docs      the pages as a site in outputs/docs; a warning is an error
 # make dist      wheel and sdist in outputs/dist, checked
-# make stress    100,000 damaged and hostile files, 1,200 kills and full disks, 1,000 loads and 10,000 images: about an hour,
-#                into outputs/results; goes on where it stopped
+# make stress    100,000 damaged and hostile models, 20,000 images, 640 adapters, checkpoints and caches of latents, 200 loads under
+#                saves, 1,200 kills and full disks, 1,000 loads and 10,000 samples: about 75 minutes, into outputs/results;
+#                goes on where it stopped
 # make gpu       everything that is to be measured on a GPU, in four commands of at most ten minutes, into outputs/gpu (OUT=):
 #                gpu-tests, gpu-layers, gpu-steps, gpu-pictures; each goes on where it stopped. Without .venv: PYTHON must
 #                have the packages, and PYTHONPATH may name a folder with more: make gpu PYTHON=.venv/bin/python
@@ -40,6 +41,9 @@ slow: .venv/.dev
 
 stress: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python examples/reliability/files.py --inputs 100000 --output_dir outputs/results
+	OMP_NUM_THREADS=1 $(BIN)/python examples/reliability/data_files.py --adapters 400 --checkpoints 40 --latents 200 \
+		--images 20000 --output_dir outputs/results
+	OMP_NUM_THREADS=1 $(BIN)/python examples/reliability/races.py --loads 200 --output_dir outputs/results
 	OMP_NUM_THREADS=1 $(BIN)/python examples/reliability/kills.py --kills 200 --output_dir outputs/results
 	OMP_NUM_THREADS=1 $(BIN)/python examples/reliability/load.py --cycles 1000 --images 10000 --output_dir outputs/results
 	$(BIN)/python examples/reliability/page.py --output_dir outputs/results

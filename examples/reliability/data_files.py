@@ -145,12 +145,14 @@ class Adapters:
                 self.loaded = get_peft_model_state_dict(model, adapter_name=model.active_adapters()[0])
                 found = digest_of({**self.loaded, "output": model(*self.inputs).sample})
                 model.unload_lora()
-                assert digest_of(model.state_dict()) == self.weights, "the model is another one after `unload_lora`"
+                assert digest_of(model.state_dict()) == self.weights, "an adapter has changed the model's own weights"
             return found
-        except BaseException:
-            changed = digest_of(model.state_dict()) != self.weights
-            self.kept = self.model()
-            assert not changed, "a refused adapter has changed the model"
+        except Exception as error:
+            self.kept, left = self.model(), model.state_dict()
+            own = {name.replace(".base_layer", ""): tensor for name, tensor in left.items() if "lora_" not in name}
+            assert digest_of(own) == self.weights, "an adapter has changed the model's own weights"
+            if own.keys() != left.keys():
+                raise RuntimeError("a refused adapter has left its layers in the model") from error
             raise
 
     def says(self, found: Files) -> bool:

@@ -7,12 +7,15 @@ import argparse
 import json
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+import data_files
 import files
 import kills
 import load
+import races
 from harness import SECONDS
 
 
@@ -23,10 +26,10 @@ def table(header: list[str], rows: list[list]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def outcomes(first: str, counted: dict[str, dict[str, int]]) -> str:
+def outcomes(first: str, counted: dict[str, dict[str, int]], program: ModuleType = files) -> str:
     """Table of outcomes by fault or kind of folder, and of all together."""
     total = sum((Counter(counts) for counts in counted.values()), Counter())
-    columns = [*files.GOOD, *files.BAD]
+    columns = [*program.GOOD, *program.BAD]
     rows = [
         [name, sum(counts.values()), *(counts.get(column, 0) for column in columns)]
         for name, counts in [*counted.items(), ("**all**", total)]
@@ -66,14 +69,15 @@ KILLS = {
     **{state: ("states", state) for state in ("old", "part", "new", "interrupted")},
     "ended exactly": "resumed",
 }
+REPORTS = ("files", "data_files", "races", "kills", "load")
 DISKS = {kind: ("disk", kind) for kind in ("full", "fitted", "read-only disk", "folder without permission")}
 PAIRS = {kind: ("twice", kind) for kind in ("both succeeded", "one was killed", "one was refused")}
 
 
 def render(folder: Path) -> str:
-    """Page of the three reports in a folder."""
-    reports = {n: json.loads((folder / f"reliability_{n}.json").read_text()) for n in ("files", "kills", "load")}
-    hostile, killed, loaded = reports.values()
+    """Page of the reports in a folder."""
+    reports = {name: json.loads((folder / f"reliability_{name}.json").read_text()) for name in REPORTS}
+    hostile, damaged, raced, killed, loaded = reports.values()
     loader = FileSystemLoader(Path(__file__).parent / "pages")
     pages = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     return pages.get_template("reliability.md.j2").render(
@@ -83,6 +87,15 @@ def render(folder: Path) -> str:
         memory=[files.MEMORY >> 20, files.MEMORY_OF_OTHERS >> 20],
         seconds=SECONDS,
         faults={name: fault.__doc__ for name, (fault, _) in files.FAULTS.items()},
+        by_data=outcomes(
+            "files", {kind: found["kinds"].get(kind, {}) for kind, found in damaged["kinds"].items()}, data_files
+        ),
+        by_data_fault={
+            kind: outcomes("fault", found["faults"], data_files) for kind, found in damaged["kinds"].items()
+        },
+        data_options=" ".join(f"--{kind} {found['next']}" for kind, found in damaged["kinds"].items()),
+        data_kinds={kind: " ".join(cls.__doc__.split()) for kind, cls in data_files.KINDS.items()},
+        by_race=outcomes("folder", {kind: found["outcomes"] for kind, found in raced["kinds"].items()}, races),
         by_moment=trials(killed, KILLS, ("kill",)),
         by_disk=trials(killed, DISKS, ("full", "read-only", "forbidden")),
         by_pair=trials(killed, PAIRS, ("twice",)),

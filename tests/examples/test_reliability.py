@@ -1,4 +1,4 @@
-"""examples/reliability: a few of every fault, kills of every program, and leaks; `make stress` does more."""
+"""examples/reliability: a few of every fault, kills of every program, races, and leaks; `make stress` does more."""
 
 import ctypes
 import gc
@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import data_files
 import files
 import kills
 import load
 import page
+import races
 from diffusers_terdit import TernaryLinear
 from diffusers_terdit.storage.configs import MAX_BLOCKS
 
@@ -28,11 +30,20 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 def test_the_committed_page_renders_from_reports_without_a_failure():
     assert (RESULTS / "reliability.md").read_text("utf-8") == page.render(RESULTS)
-    names = ("files", "kills", "load")
-    hostile, killed, loaded = (json.loads((RESULTS / f"reliability_{name}.json").read_text()) for name in names)
+    reports = [json.loads((RESULTS / f"reliability_{name}.json").read_text()) for name in page.REPORTS]
+    hostile, damaged, raced, killed, loaded = reports
     assert hostile["next"] >= 100_000
     assert hostile["failures"] == []
     assert hostile["faults"].keys() == files.FAULTS.keys()
+    for kind, cls in data_files.KINDS.items():
+        found = damaged["kinds"][kind]
+        assert found["next"] >= cls.count // 10
+        assert found["failures"] == []
+        assert found["faults"].keys() == cls.faults.keys()
+    for kind in races.KINDS:
+        found = raced["kinds"][kind]["outcomes"]
+        assert found["A"] + found["B"] >= 50
+        assert not found["mixture"] + found["other error"]
     assert killed["programs"].keys() == kills.PROGRAMS.keys()
     for found in killed["programs"].values():
         assert found["resumed"] == found["kills"] >= 200
@@ -93,6 +104,58 @@ def test_faults_change_the_tensors_of_a_pickle_and_keep_the_others():
     files.edit_tensors(random.Random(0), saved, lambda tensors: tensors.update(a=("F32", [0], b"")))
     changed = files.load_pickle(saved[files.PTH])
     assert [tuple(tensor.shape) for tensor in changed.values()] == [(0,), (3,)]
+
+
+# What training reads
+
+
+@pytest.mark.parametrize("kind", data_files.KINDS)
+def test_damage_of_what_training_reads_gives_the_same_bits_an_error_or_the_next_image(kind):
+    faults = data_files.KINDS[kind].faults
+    report = data_files.run(kind, len(faults) * (20 if kind == "images" else 1), seed=1)
+    assert report["failures"] == []
+    assert report["faults"].keys() == faults.keys()
+    assert len(report["kinds"][kind]) > 2
+
+
+def test_the_judge_of_data_files_notices_a_bit_that_no_digest_tells(tmp_path):
+    (tmp_path / "base").mkdir()
+    adapters = data_files.Adapters()
+    adapters.make(tmp_path / "base")
+    adapters.start(tmp_path / "base")
+    whole = kills.files_of(tmp_path / "base")
+    same = adapters.use(tmp_path / "base")
+    assert adapters.says(whole)
+    assert data_files.own_digest_matches(whole)
+    damaged = {name: data[:-1] + bytes([data[-1] ^ 1]) for name, data in whole.items()}
+    assert not adapters.says(damaged)
+    assert not data_files.own_digest_matches(damaged)
+    adapters.kept.proj_out.bias.data += 1  # as a file would that overwrites the model's own weights
+    with pytest.raises(AssertionError, match="changed the model's own weights"):
+        adapters.use(tmp_path / "base")
+    adapters.kept = adapters.model()
+    assert adapters.use(tmp_path / "base") == same
+
+
+# Races
+
+
+def test_loads_while_another_process_saves_are_whole():
+    found = races.race("model", 8, seed=0)["outcomes"]
+    assert found["A"] + found["B"] == 8
+    assert not found["mixture"] + found["other error"]
+
+
+def test_the_judge_of_races_tells_mixtures(tmp_path):
+    for which in "AB":
+        races.save("pipeline", which, tmp_path / which)
+    known = {races.contents("pipeline", tmp_path / which) for which in "AB"}
+    for name in ("scheduler/scheduler_config.json", "model_index.json", "transformer/config.json", str(next(
+            path.relative_to(tmp_path / "A") for path in (tmp_path / "A").rglob("*.safetensors")))):  # fmt: skip
+        races.save("pipeline", "A", tmp_path / "mixed")
+        (tmp_path / "mixed" / name).write_bytes((tmp_path / "B" / name).read_bytes())
+        assert races.contents("pipeline", tmp_path / "mixed") not in known
+    assert len(known) == 2
 
 
 # Kills
