@@ -422,6 +422,7 @@ def run_case(kind: str, subject, seed: int, number: int, healthy: Files, same: s
                 outcome = "the same" if whole == "read" and torch.equal(image, expected) else "as the files say"
         else:
             shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
             files.place(folder, found, {})
             if subject.use(folder) == same:
                 outcome = "the same"
