@@ -341,7 +341,8 @@ class Train(Saving):
         before = {name.split("/")[0] for name in self.old[variant] if name.startswith("checkpoint-")}
         assert len(found) >= len(before) - 1, "checkpoints are lost"
         for path in found:
-            assert files_of(path) == self.all[path.name], f"{path.name} is not that of its step"
+            kept, right = (super(Train, self).same(files) for files in (files_of(path), self.all[path.name]))
+            assert kept == right, f"{path.name} is not that of its step"
         if found:
             self.load_checkpoint(found[-1])
         for name in ("README.md", *(f"samples/step-{step}.png" for step in (4, 8))):
