@@ -56,6 +56,11 @@ def no_images(w):
     training.data.ImageSamples.from_folder(w.tmp, resolution=8)
 
 
+def large_image(w):
+    Image.new("1", (10_000, 10_000)).save(w.tmp / "1.png")
+    training.images.read_image(w.tmp / "1.png", 8)
+
+
 def images(count):
     return lambda w: training.data.ImageSamples([w.tmp / "1.png"] * count, [0] * count, {0: "cat"}, 8)
 
@@ -123,6 +128,7 @@ ROWS = [
     Row(no_file, "TMP/checkpoint-1", "cannot be written: No space left on device",
         "Make room there, or choose another folder", error=saving.UnwritableError),
     Row(lambda w: training.images.read_image(w.tmp, 8), Fixed("OSError"), "this is no regular file", error=OSError),
+    Row(large_image, "it has 10000 x 10000 pixels", "more than 89478485", error=OSError),
     Row(no_images, "TMP", "holds no images in folders named after their labels", "such as"),
     Row(lambda w: images(3)(w)[5], "no number 5", "There are 3 images", "numbered from 0", error=IndexError),
     Row(lambda w: images(100)(w)[7], "from number 7", "100 images in a row", "The log names each of them.",

@@ -95,6 +95,12 @@ class TestRefusals:
             assert image.shape == (3, 8, 8)
             assert image.isfinite().all()
 
+    def test_a_small_file_of_a_very_large_image(self, tmp_path):
+        Image.new("1", (10_000, 10_000)).save(tmp_path / "1.png")
+        assert (tmp_path / "1.png").stat().st_size < 20_000
+        with pytest.raises(OSError, match="it has 10000 x 10000 pixels, more than 89478485"):
+            read_image(tmp_path / "1.png", 8)
+
     @pytest.mark.parametrize("source", [None, {"bytes": b"", "path": None}, {"bytes": None}, 3])
     def test_a_row_without_an_image(self, source):
         with pytest.raises(OSError, match="Error: "):

@@ -49,6 +49,10 @@ def read_image(source: Any, resolution: int, channels: int = 3) -> Tensor:
         if isinstance(source, Image.Image):
             return prepare_image(source, resolution, channels)
         with Image.open(source, formats=formats()) as image:
+            if (
+                Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS
+            ):  # where Pillow but warns
+                raise OSError(f"it has {image.width} x {image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}")
             return prepare_image(image, resolution, channels)
     except MemoryError:
         raise
