@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 
 import torch
 from message_table import Fixed, Row, edit
@@ -58,7 +59,9 @@ def no_images(w):
 
 def large_image(w):
     Image.new("1", (10_000, 10_000)).save(w.tmp / "1.png")
-    training.images.read_image(w.tmp / "1.png", 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's own
+        training.images.read_image(w.tmp / "1.png", 8)
 
 
 def images(count):
