@@ -26,13 +26,16 @@ def table(header: list[str], rows: list[list]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def total(counted: dict[str, dict[str, int]]) -> dict[str, int]:
+    return sum((Counter(counts) for counts in counted.values()), Counter())
+
+
 def outcomes(first: str, counted: dict[str, dict[str, int]], program: ModuleType = files) -> str:
     """Table of outcomes by fault or kind of folder, and of all together."""
-    total = sum((Counter(counts) for counts in counted.values()), Counter())
     columns = [*program.GOOD, *program.BAD]
     rows = [
         [name, sum(counts.values()), *(counts.get(column, 0) for column in columns)]
-        for name, counts in [*counted.items(), ("**all**", total)]
+        for name, counts in [*counted.items(), ("**all**", total(counted))]
     ]
     return table([first, "inputs", *columns], rows)
 
@@ -88,7 +91,7 @@ def render(folder: Path) -> str:
         seconds=SECONDS,
         faults={name: fault.__doc__ for name, (fault, _) in files.FAULTS.items()},
         by_data=outcomes(
-            "files", {kind: found["kinds"].get(kind, {}) for kind, found in damaged["kinds"].items()}, data_files
+            "files", {kind: total(found["faults"]) for kind, found in damaged["kinds"].items()}, data_files
         ),
         by_data_fault={
             kind: outcomes("fault", found["faults"], data_files) for kind, found in damaged["kinds"].items()
