@@ -349,7 +349,8 @@ def cut(rng, found, root):
 
 
 class Images:
-    """Images of every format that Pillow writes here, read as training reads them, with a healthy one after each."""
+    """Images of every format that Pillow writes here, PostScript and others that are never read included, read as
+    training reads them; a healthy one follows each."""
 
     count = 200_000
 
