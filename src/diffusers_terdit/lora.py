@@ -35,6 +35,7 @@ from .storage.weights import (
 if is_peft_available():  # diffusers has imported it by now
     from peft import LoraConfig
     from peft.tuners.lora.layer import Linear as LoraLinear
+    from peft.utils.other import get_pattern_key
 else:
     LoraConfig, LoraLinear = object, torch.nn.Module
 
@@ -101,20 +102,20 @@ def _refuse_other_kinds(model: Any, given: str) -> None:
     )
 
 
-def _check_settings(model: Any, settings: Mapping[str, Any]) -> None:
+def _check_settings(model: Any, settings: Mapping[str, Any], where: str = "") -> None:
     """Raise if a LoRA, given as the fields of its config, cannot be taken out again or needs a dense weight."""
     rows = settings.get("trainable_token_indices")
     null = getattr(model.config, "num_classes", None)
     if isinstance(rows, dict) and null is not None and max(rows.get("class_embed") or [-1]) >= null:
         raise ValueError(
-            f"The adapter trains rows {rows['class_embed']} of the label table; here row {null} is the null label."
-            " For new classes call `model.add_classes(...)` first, as when the adapter was trained."
+            f"{where}The adapter trains rows {rows['class_embed']} of the label table; here row {null} is the null"
+            " label. For new classes call `model.add_classes(...)` first, as when the adapter was trained."
         )
     beside = {name: settings.get(name) for name in ("modules_to_save", "bias")}
     if kept := [f"{name}={value!r}" for name, value in beside.items() if value not in (None, "none", [])]:
         raise ValueError(
-            f"{', '.join(kept)}: trains weights of the model itself, which diffusers cannot switch off or take out"
-            " again. Name the layers in `target_modules`; for rows of the label table, `trainable_token_indices`."
+            f"{where}{', '.join(kept)}: trains weights of the model itself, which diffusers cannot switch off or take"
+            " out again. Name the layers in `target_modules`; for rows of the label table, `trainable_token_indices`."
         )
     if not any(isinstance(module, model._adapter_layer_class) for module in model.modules()):
         return
@@ -123,8 +124,8 @@ def _check_settings(model: Any, settings: Mapping[str, Any]) -> None:
         wrong.append(f"init_lora_weights={settings['init_lora_weights']!r}")
     if wrong:
         raise ValueError(
-            f"{', '.join(wrong)}: reads a dense weight, which a ternary layer does not have. Use plain LoRA, or adapt"
-            " the full-precision model that `model.dequantize()` gives."
+            f"{where}{', '.join(wrong)}: reads a dense weight, which a ternary layer does not have. Use plain LoRA, or"
+            " adapt the full-precision model that `model.dequantize()` gives."
         )
 
 
@@ -149,7 +150,7 @@ _SAVED_SETTINGS: dict[str, Any] = {
     "r": int,
     "rank_pattern": dict[str, int] | None,
     "revision": str | None,
-    "target_modules": _NAMES,
+    "target_modules": list[str],
     "task_type": str | None,
     "trainable_token_indices": list[int] | dict[str, list[int]] | None,
     "use_dora": bool,
@@ -167,11 +168,11 @@ def _check_saved_settings(given: Any, settings: Mapping[str, Any]) -> None:
         if name not in _SAVED_SETTINGS:
             made = fields[name].default_factory if name in fields else dataclasses.MISSING
             default = made() if made is not dataclasses.MISSING else getattr(fields.get(name), "default", None)
-            right, expected = value == default, f"{default!r}, as in plain LoRA"
+            right, expected = name in fields and value == default, f"{default!r}, as in plain LoRA"
         else:
             hint = _SAVED_SETTINGS[name]
             right, expected = fits(value, hint, 1), inspect.formatannotation(hint)
-            if hint in (_NAMES, _NUMBERS) or name == "rank_pattern":
+            if hint in (_NAMES, _NUMBERS) or name in ("rank_pattern", "target_modules"):
                 expected = "names of layers"
                 right = right and all(re.fullmatch(r"[\w.]+", name) for name in value or ())
         if not right:
@@ -205,6 +206,10 @@ def _check_tensors(where: Any, model: Any, state_dict: Mapping[str, torch.Tensor
             other = f"{name}.lora_{'B' if part[0] == 'A' else 'A'}.weight"
             if other not in state_dict:
                 raise ValueError(f"{where} has `{key}`, but no `{other}`. Save it again.")
+            if tensor.dim() != state_dict[other].dim() or tensor.dim() < 2:
+                raise ValueError(
+                    f"{where}: tensor `{key}` has shape {list(tensor.shape)}, expected two sides. Save it again."
+                )
             attribute, dim = sizes[part]
             size = getattr(modules[name], attribute, tensor.shape[dim])
             if tensor.shape[dim] != size:
@@ -214,13 +219,31 @@ def _check_tensors(where: Any, model: Any, state_dict: Mapping[str, torch.Tensor
                 )
 
 
+def _check_ranks(where: Any, state_dict: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> None:
+    """Raise unless the matrices and biases are those that the settings say; PEFT finds it when it is too late."""
+    ranks = settings.get("rank_pattern") or {}
+    for key, tensor in state_dict.items():
+        name, _, part = key.partition(".lora_")
+        if part not in ("A.weight", "B.weight"):
+            continue
+        default = settings.get("r", LoraConfig.r) if settings else state_dict[f"{name}.lora_A.weight"].shape[0]
+        rank = ranks.get(get_pattern_key(ranks, name), default)
+        if tensor.shape["AB".index(part[0])] != rank:
+            raise ValueError(
+                f"{where}: tensor `{key}` has shape {list(tensor.shape)}, the adapter's rank is {rank}. Download or"
+                " save it again."
+            )
+        if settings.get("lora_bias") and f"{name}.lora_B.bias" not in state_dict:
+            raise ValueError(f"{where} has `{key}`, but no `{name}.lora_B.bias`. Save it again.")
+
+
 def _read_adapter(
     given: Any, where: Any, options: Mapping[str, Any]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
     """Return the tensors of an adapter and its settings, found to be those that were saved."""
     try:
         state_dict, settings, metadata = fetch_adapter(given, options)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise OSError(f"{where} holds no readable safetensors file ({error}). Download or save it again.") from error
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(
@@ -298,9 +321,12 @@ class TernaryAdapterMixin(PeftAdapterMixin):
                 raise ValueError(f"There is no LoRA in {where} whose names start with {prefix!r}. Try `prefix=None`.")
             if any("lora_magnitude_vector" in key for key in own):
                 settings["use_dora"] = True
-            _check_tensors(where, self, convert_unet_state_dict_to_peft(own))
-            _check_saved_settings(where, settings)
-            _check_settings(self, settings)
+            tensors = convert_unet_state_dict_to_peft(own)
+            _check_tensors(where, self, tensors)
+            if metadata is not None:
+                _check_saved_settings(where, {**settings, "target_modules": settings.get("target_modules")})
+            _check_ranks(where, tensors, settings if metadata else {})
+            _check_settings(self, settings, f"{where}: ")
             options = {**kwargs, "prefix": prefix, "hotswap": hotswap, "metadata": metadata}
             load_adapter(self, state_dict, partial(_teach, self), **options)
 

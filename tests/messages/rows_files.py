@@ -254,6 +254,8 @@ ROWS = [
     # saving and loading
     Row(changed("layer", load, "layer.saving", text=""), "TMP/layer", "was interrupted, or is under way",
         "there again", error=OSError),
+    Row(lambda w: weights.WeightsFile(w.tmp), "TMP", "it is no regular file", "Download or save it again.",
+        error=OSError),
     Row(busy, "TMP", "Another process is saving into", "Save elsewhere, or try again", error=OSError),
     Row(lambda w: TernaryLinear(8, 8).save_pretrained(w.tmp, safe_serialization=False), "safe_serialization=False",
         "Ternary weights are saved as safetensors only", "Leave it out."),

@@ -86,7 +86,7 @@ def state_dict_digest(state_dict: Mapping[str, torch.Tensor]) -> str:
     def entry(name: str):
         tensor = state_dict[name].detach().cpu().contiguous()
         data = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
-        return name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), [data.data]
+        return name, DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), [data.data]
 
     return digest(entry(name) for name in sorted(state_dict))
 
@@ -181,6 +181,12 @@ def _shards(tensors: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator
         yield shard
 
 
+def refuse_special(path: str | os.PathLike) -> None:
+    """Raise an `OSError` at a folder, a pipe or a device, which may be read for ever."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise OSError("it is no regular file")
+
+
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """Return the JSON object in a file.
 
@@ -189,6 +195,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
         OSError: The file cannot be read.
     """
     try:
+        refuse_special(path)
         found = json.loads(Path(path).read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}. Download or save it again.") from error
@@ -246,6 +253,7 @@ class WeightsFile:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         try:
+            refuse_special(path)
             with safe_open(path, framework="pt") as file:  # the library validates the header
                 self.metadata: dict[str, str] = file.metadata() or {}
             with open(path, "rb") as file:
