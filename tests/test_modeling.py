@@ -13,7 +13,7 @@ from diffusers import AutoModel, DiffusionPipeline, ModelMixin
 from safetensors.torch import save_file
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryLinear
-from diffusers_terdit.storage.configs import check_config
+from diffusers_terdit.storage.configs import check_config, fits
 from tiny import read_weights, rewrite_weights
 
 
@@ -301,6 +301,15 @@ class TestContactWithTheHost:
         tiny_pipeline(vae=True).save_pretrained(tmp_path)
         edit_json(tmp_path / file, **change)
         assert TerDiTPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("value", "hint", "expected"), [
+    ({"a": [1]}, dict, True), ([1, "a"], list, True), ({"a": 1}, dict[str, int], True),
+    ({"a": "1"}, dict[str, int], False),
+    ({1: 1}, dict[str, int], False), (None, dict[str, int] | None, True), ([1, None], list[int], False),
+])  # fmt: skip
+def test_types_of_json(value, hint, expected):
+    assert fits(value, hint, 1) is expected
 
 
 class TestHostileFiles:

@@ -101,4 +101,4 @@ def fits(value: Any, hint: Any, least: float) -> bool:
         return isinstance(value, (list, tuple)) and all(
             any(fits(item, kind, -math.inf) for kind in kinds) for item in value
         )
-    return not isinstance(kind, type) or isinstance(value, kind)
+    return kind is Any or not isinstance(kind, type) or isinstance(value, kind)
