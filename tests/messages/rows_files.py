@@ -275,7 +275,7 @@ ROWS = [
     Row(saved_meanwhile, "TMP/layer", "Another process saved into", "Load it again.", error=OSError),
     Row(lambda w: configs.check_config(w.tmp / "config.json", []), "config is list", "expected an object"),
     Row(config(text="[" * 10**5), "TMP/layer/config.json", "is not JSON: maximum recursion", AGAIN),
-    Row(config(_converted_from=5), "_converted_from=5", "expected a Hub id and sha256 by file"),
+    Row(config(_converted_from=5), "_converted_from=5", "expected a Hub id, and sha256 by file"),
     Row(config(in_features=0), "in_features=0", "TMP/layer/config.json: the config has", "expected a positive int"),
     Row(scheduler(beta_end=1e300), "beta_end=1e+300", "TMP/pipe/scheduler/scheduler_config.json: the config has",
         "more than a float32 holds"),
