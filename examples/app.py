@@ -152,7 +152,7 @@ class Sampler:
                 del self._stops[visitor or ""]
 
     def _sample(self, settings: Settings, updates: queue.Queue, stop: threading.Event) -> Update:
-        scheduler = scheduler_by_name(settings.scheduler, self.pipe.scheduler)
+        scheduler = scheduler_by_name(settings.scheduler, self.pipe.scheduler, self.pipe.prediction_type)
         shared = self.pipe
         pipe = TerDiTPipeline(
             shared.transformer, scheduler, shared.vae, shared.config.id2label, shared.config.guidance_channels

@@ -114,7 +114,7 @@ def generate(args: argparse.Namespace) -> None:
     if args.activation_bits:
         pipe.transformer.set_activation_bits(args.activation_bits)
     if args.scheduler:
-        pipe.scheduler = scheduler_by_name(args.scheduler, pipe.scheduler)
+        pipe.scheduler = scheduler_by_name(args.scheduler, pipe.scheduler, pipe.prediction_type)
     config, names = pipe.transformer.config, pipe.labels
     labels = [label if label in names or not label.isdecimal() else int(label) for label in args.labels]
     labels = labels or list(range(min(config.num_classes, 10)))

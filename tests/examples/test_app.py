@@ -103,7 +103,7 @@ def test_every_scheduler_on_the_page_samples_the_pipelines_own_images(app, model
         assert last.final
         assert last.step == last.steps
         assert all(0 < update.step <= update.steps and not update.final for update in previews)
-        own.scheduler = app.scheduler_by_name(name, pipe.scheduler)
+        own.scheduler = app.scheduler_by_name(name, pipe.scheduler, pipe.prediction_type)
         assert [image.tobytes() for image in last.images] == pipeline_images(own, asked)
 
 

@@ -88,8 +88,75 @@ def test_a_gpu_draws_what_the_cpu_draws(tiny_pipeline, name, changes):
 
 @pytest.mark.parametrize("name", [*REFUSED, *(name for name, changes in schedulers.FLOW.items() if not changes)])
 def test_a_model_of_noise_refuses_it(digits, name):
-    with pytest.raises(ValueError, match=rf"{name} has other steps.*schedulers\.md"):
+    with pytest.raises(ValueError, match=rf"{name} cannot sample this model.*\(epsilon\).*schedulers\.md"):
         schedulers.draw(digits, name, {}, [3], 4)
+
+
+@pytest.mark.parametrize("name", [name for name, changes in schedulers.FLOW.items() if changes])
+def test_swapped_in_as_the_readme_does_it_draws_the_same_faces(emoji, name):
+    """`from_config` alone leaves DPM-Solver and its kin on noise; the pipeline knows better, and draws no blank."""
+    images = [schedulers.draw(emoji, name, changes, FACES, 8) for changes in ({}, schedulers.FLOW[name])]
+    assert torch.equal(*images)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"])
+def test_a_model_of_flows_refuses_a_scheduler_of_noise(emoji, name):
+    with pytest.raises(ValueError, match=rf"{name} cannot sample this model, which was trained for rectified flow"):
+        schedulers.draw(emoji, name, {}, FACES, 4)
+
+
+@pytest.mark.parametrize("recorded", [None, "flow_prediction"])
+def test_what_a_model_predicts_outlives_its_scheduler(tiny_pipeline, tmp_path, recorded):
+    """Recorded in the model's config; a model saved before is what the scheduler given at construction samples."""
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = tiny_pipeline(learn_sigma=False, scheduler=flow, prediction_type=recorded)
+    pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(flow.config)
+    expected = pipe([1], num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert pipe.scheduler.config.flow_shift == 3.0
+    assert pipe.scheduler.config.prediction_type == pipe.prediction_type == "flow_prediction"
+    pipe.save_pretrained(tmp_path)
+    again = TerDiTPipeline.from_pretrained(tmp_path)
+    assert again.prediction_type == "flow_prediction"
+    images = again([1], num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert torch.equal(images, expected)
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_a_scheduler_learns_what_the_model_predicts(tiny_pipeline, prediction):
+    pipe = tiny_pipeline(
+        learn_sigma=False, prediction_type=prediction, scheduler=diffusers.DDIMScheduler(prediction_type="epsilon")
+    )
+    run = {"num_inference_steps": 3, "output_type": "pt"}
+    images = pipe([1], generator=torch.Generator().manual_seed(0), **run).images
+    pipe.scheduler = diffusers.DDIMScheduler(prediction_type=prediction)
+    assert torch.equal(pipe([1], generator=torch.Generator().manual_seed(0), **run).images, images)
+
+
+class TestOwnSteps:
+    def test_timesteps(self, digits):
+        own = diffusers.DDPMScheduler.from_config(default_scheduler().config)
+        own.set_timesteps(5)
+        digits.scheduler = default_scheduler()
+        run = {"output_type": "pt", "guidance_scale": 1.5}
+        images = digits([3], num_inference_steps=5, generator=torch.Generator().manual_seed(0), **run).images
+        steps = own.timesteps.tolist()
+        again = digits([3], timesteps=steps, generator=torch.Generator().manual_seed(0), **run).images
+        assert digits.num_timesteps == 5
+        torch.testing.assert_close(again, images)
+
+    def test_sigmas(self, emoji):
+        emoji.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(emoji.scheduler.config)
+        images = emoji([3], sigmas=[1.0, 0.6, 0.3], output_type="pt").images
+        assert emoji.num_timesteps == 3
+        assert images.isfinite().all()
+
+    @pytest.mark.parametrize(
+        "steps", [{"sigmas": [1.0]}, {"timesteps": []}, {"timesteps": [1], "sigmas": [1.0]}], ids=str
+    )
+    def test_what_the_scheduler_does_not_take(self, digits, steps):
+        digits.scheduler = default_scheduler()
+        with pytest.raises(ValueError, match="DDPMScheduler takes `timesteps`, one list"):
+            digits([3], **steps)
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,9 @@ class TerDiTTransformer2DModel(TernaryModelMixin, TernaryAdapterMixin, CacheMixi
             new models.
         activation_bits (`int`, *optional*): 8 for a model that is trained with 8-bit inputs of its ternary layers, see
             [`TernaryLinear`].
+        prediction_type (`str`, *optional*): What it is trained to predict, in diffusers' words: `"epsilon"`,
+            `"v_prediction"`, `"sample"`, `"flow_prediction"` or `"flow_sample"`. A pipeline refuses, or configures,
+            schedulers by it; `None`: as the scheduler says that the pipeline is made with.
         initialization (`str`, defaults to `"small_gain"`): `"small_gain"`: variance-preserving scales, adaLN starting
             small (RMSNorm gain 0.1; zero weights where there is no norm). `"reference"`: the authors' (normal scales,
             zero adaLN weights, gain 1). Not stored.
@@ -230,6 +233,7 @@ class TerDiTTransformer2DModel(TernaryModelMixin, TernaryAdapterMixin, CacheMixi
         adaln_norm: bool = True,
         pos_embed_type: str = "rope",
         activation_bits: int | None = None,
+        prediction_type: str | None = None,
         initialization: str = "small_gain",
     ):
         super().__init__()
@@ -246,6 +250,11 @@ class TerDiTTransformer2DModel(TernaryModelMixin, TernaryAdapterMixin, CacheMixi
             raise ValueError(f"`class_dropout_prob` must be a probability, 0 to 1, got {class_dropout_prob}.")
         if pos_embed_type not in ("rope", "rope+sincos2d"):
             raise ValueError(f'`pos_embed_type` must be "rope" or "rope+sincos2d", got {pos_embed_type!r}.')
+        if prediction_type not in (None, "epsilon", "v_prediction", "sample", "flow_prediction", "flow_sample"):
+            raise ValueError(
+                "`prediction_type` must be None, epsilon, v_prediction, sample, flow_prediction or flow_sample, got"
+                f" {prediction_type!r}."
+            )
         if pos_embed_type == "rope+sincos2d" and dim % 4:
             raise ValueError(f"A 2-D sine-cosine embedding needs a width divisible by 4, got {dim}.")
         if not ternary and (weight_format != "float" or activation_bits is not None):

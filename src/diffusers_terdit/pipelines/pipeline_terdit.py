@@ -21,7 +21,15 @@ from .._diffusers import is_offloaded, reset_step_caches
 from ..modeling import StrictPipelineMixin
 from ..models.transformer_terdit import TerDiTTransformer2DModel
 from .finite import FiniteCheck
-from .schedulers import check_scheduler, timesteps_device, unused_variance_lifted, uses_learned_variance
+from .schedulers import (
+    check_variance,
+    fitting_scheduler,
+    prediction_of,
+    set_timesteps,
+    timesteps_device,
+    unused_variance_lifted,
+    uses_learned_variance,
+)
 
 
 ClassLabels = int | str | Sequence[Any] | Tensor | np.ndarray
@@ -70,6 +78,9 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
         if vae is not None and not hasattr(vae, "decode"):
             raise ValueError(f"`vae` must be an AutoencoderKL or None, got {type(vae).__name__}.")
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        # Models that were saved before they recorded it are sampled with the scheduler that they were trained for.
+        recorded = transformer.config.get("prediction_type") or ("epsilon" if transformer.config.learn_sigma else None)
+        self._prediction_type = recorded or prediction_of(scheduler)
         channels = transformer.config.in_channels
         whole = isinstance(guidance_channels, int) and not isinstance(guidance_channels, bool)
         if guidance_channels is not None and not (whole and 1 <= guidance_channels <= channels):
@@ -86,6 +97,11 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
         self.register_to_config(id2label=id2label, guidance_channels=guidance_channels)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @property
+    def prediction_type(self) -> str | None:
+        """What the model predicts, by which schedulers are configured; `None` where nothing says."""
+        return self._prediction_type
 
     @property
     def labels(self) -> dict[str, int]:
@@ -222,7 +238,7 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` may hold {self._callback_tensor_inputs}, got {unknown}."
             )
-        check_scheduler(self.scheduler, config.learn_sigma)
+        check_variance(self.scheduler, config.learn_sigma)
 
     def prepare_latents(
         self,
@@ -317,6 +333,8 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float = 4.0,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -337,6 +355,8 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
             height (`int`, *optional*): In pixels; default the transformer's `sample_size` times the VAE's factor.
             width (`int`, *optional*): In pixels; as `height`.
             num_inference_steps (`int`, defaults to 50): Denoising steps; the paper samples with 250.
+            timesteps (`list`, *optional*): Those of the steps instead, where the scheduler takes them.
+            sigmas (`list`, *optional*): Noise levels of the steps instead, where the scheduler takes them.
             guidance_scale (`float`, defaults to 4.0): Above 1, pulls images towards their label; at 1 or below the
                 unconditional half of the batch is not computed.
             num_images_per_prompt (`int`, defaults to 1): Images per label; those of one label stand together.
@@ -383,6 +403,7 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
                 f" {callback_on_step_end!r:.80}."
             )
         class_ids = self._class_ids(class_labels)
+        self.scheduler = fitting_scheduler(self.scheduler, self._prediction_type)
         self.check_inputs(
             class_ids, height, width, num_inference_steps, guidance_scale, num_images_per_prompt, generator, latents,
             output_type, callback_inputs,
@@ -400,8 +421,8 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
             null_labels = torch.full_like(labels, self.transformer.null_label)
 
             # 3. Timesteps and start noise, in float32
-            self.scheduler.set_timesteps(num_inference_steps, device=timesteps_device(self.scheduler, device))
-            timesteps = self.scheduler.timesteps
+            where = timesteps_device(self.scheduler, device)
+            timesteps = set_timesteps(self.scheduler, num_inference_steps, where, timesteps, sigmas)
             timesteps_on_device = timesteps.to(device)
             self._num_timesteps = len(timesteps)
             latents = self.prepare_latents(

@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,12 +49,13 @@ def training_scheduler(
     return scheduler if learn_sigma else DDPMScheduler.from_config(scheduler.config, variance_type="fixed_small")
 
 
-def scheduler_by_name(name: str, current: SchedulerMixin) -> SchedulerMixin:
-    """Return a diffusers scheduler that samples what `current` samples, from its configuration.
+def scheduler_by_name(name: str, current: SchedulerMixin, prediction: str | None) -> SchedulerMixin:
+    """Return a diffusers scheduler that samples what a model predicts, from the configuration of another one.
 
     Args:
         name (`str`): Name of the class.
         current ([`~diffusers.SchedulerMixin`]): The pipeline's.
+        prediction (`str`, *optional*): What the model predicts, see `fitting_scheduler`.
 
     Raises:
         ValueError: No such scheduler (near matches are shown), or it cannot sample what the model predicts.
@@ -68,13 +69,45 @@ def scheduler_by_name(name: str, current: SchedulerMixin) -> SchedulerMixin:
             f"diffusers has no scheduler {name!r}. {'Close matches' if near else 'There are'}: "
             f"{', '.join(near or ['DDPMScheduler', 'DDIMScheduler', 'DPMSolverMultistepScheduler', '...'])}."
         )
-    cls: Any = found
-    settings: dict[str, Any] = {}
-    flow, asked_flow = is_flow(type(current)), is_flow(cls)
-    if flow and not asked_flow and "use_flow_sigmas" in inspect.signature(cls).parameters:
-        shift = current.config.shift
-        settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
-    elif flow != asked_flow:
+    return fitting_scheduler(found.from_config(current.config), prediction)  # type: ignore[attr-defined]
+
+
+def is_flow(cls: type) -> bool:
+    """Return whether a class of schedulers follows rectified flow, rather than DDPM's noise."""
+    return cls.__name__.startswith(("Flow", "LTX", "Helios"))
+
+
+def prediction_of(scheduler: Any) -> str | None:
+    """Return what a scheduler expects of its model: diffusers' `prediction_type`, `None` where it does not say."""
+    config = getattr(scheduler, "config", {})
+    if is_flow(type(scheduler)) or config.get("use_flow_sigmas"):
+        return "flow_prediction"
+    return config.get("prediction_type")
+
+
+def fitting_scheduler(scheduler: Any, prediction: str | None) -> Any:
+    """Return a scheduler that samples what a model predicts: the one given, or the same with other settings.
+
+    Swapped in by `from_config`, diffusers' schedulers take up neither the flow nor the prediction of a scheduler of
+    another family.
+
+    Args:
+        scheduler ([`~diffusers.SchedulerMixin`]): The pipeline's.
+        prediction (`str`, *optional*): `"epsilon"`, `"v_prediction"`, `"sample"`, `"flow_prediction"`; `None` where it
+            is not known.
+
+    Raises:
+        ValueError: It cannot sample that.
+    """
+    flow = str(prediction).startswith("flow")
+    has_steps = flow or hasattr(scheduler, "alphas_cumprod")
+    if prediction is None or (prediction_of(scheduler) == prediction and has_steps):
+        return scheduler
+    cls = type(scheduler)
+    parameters = inspect.signature(cls).parameters
+    takes_flow = "use_flow_sigmas" in parameters and not is_flow(cls)
+    takes_noise = "prediction_type" in parameters and has_steps
+    if not (takes_flow if flow else takes_noise):
         trained, others = (
             (
                 "rectified flow",
@@ -84,15 +117,13 @@ def scheduler_by_name(name: str, current: SchedulerMixin) -> SchedulerMixin:
             else ("noise prediction", "DDIMScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler")
         )
         raise ValueError(
-            f"{name} cannot sample this model, which was trained for {trained} ({type(current).__name__}). Try"
-            f" {others}."
+            f"{cls.__name__} cannot sample this model, which was trained for {trained} ({prediction}). Try {others};"
+            " docs/schedulers.md lists more."
         )
-    return cls.from_config(current.config, **settings)
-
-
-def is_flow(cls: type) -> bool:
-    """Whether a class of schedulers follows rectified flow, rather than DDPM's noise."""
-    return cls.__name__.startswith("FlowMatch")
+    settings: dict[str, Any] = {"prediction_type": prediction}
+    if takes_flow:
+        settings |= {"use_flow_sigmas": flow, "flow_shift": scheduler.config.get("shift", 1.0)}
+    return cls.from_config(scheduler.config, **settings)
 
 
 def uses_learned_variance(scheduler: SchedulerMixin) -> bool:
@@ -101,23 +132,12 @@ def uses_learned_variance(scheduler: SchedulerMixin) -> bool:
     return ddpm and scheduler.config.get("variance_type") in LEARNED
 
 
-def check_scheduler(scheduler: SchedulerMixin, learn_sigma: bool) -> None:
-    """Raise a `ValueError` where a scheduler cannot sample a model.
-
-    Args:
-        scheduler ([`~diffusers.SchedulerMixin`]): The pipeline's.
-        learn_sigma (`bool`): Whether the model predicts noise and variance of DDPM's steps.
-    """
-    name = type(scheduler).__name__
-    if learn_sigma and not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(
-            f"This model predicts the noise of DDPM's steps (it was trained with learn_sigma=True); {name} has other"
-            " steps and would draw something else. Take one of DDPM's family, such as"
-            " `DPMSolverMultistepScheduler.from_config(...)`; docs/schedulers.md lists them."
-        )
+def check_variance(scheduler: SchedulerMixin, learn_sigma: bool) -> None:
+    """Raise a `ValueError` where a scheduler expects a variance that a model does not predict."""
     if uses_learned_variance(scheduler) and not learn_sigma:
         raise ValueError(
-            f"This {name} expects a learned variance, but this model predicts none (learn_sigma=False). Use"
+            f"This {type(scheduler).__name__} expects a learned variance, but this model predicts none"
+            " (learn_sigma=False). Use"
             ' `DDPMScheduler.from_config(pipe.scheduler.config, variance_type="fixed_small")`.'
         )
 
@@ -128,6 +148,34 @@ def timesteps_device(scheduler: SchedulerMixin, device: torch.device) -> torch.d
     LTX's scheduler multiplies latents by tables that it keeps with its timesteps, so they go on the latents' device.
     """
     return device if isinstance(scheduler, LTXEulerAncestralRFScheduler) else torch.device("cpu")
+
+
+def set_timesteps(
+    scheduler: SchedulerMixin,
+    num_inference_steps: int,
+    device: torch.device,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+) -> torch.Tensor:
+    """Set the steps of a scheduler, by number or one by one, and return the timesteps.
+
+    Raises:
+        ValueError: Both or an empty list are given, or the scheduler does not take them.
+    """
+    own = {name: list(steps) for name, steps in (("timesteps", timesteps), ("sigmas", sigmas)) if steps is not None}
+    if not own:
+        scheduler.set_timesteps(num_inference_steps, device=device)  # type: ignore[attr-defined]
+        return scheduler.timesteps  # type: ignore[attr-defined]
+    accepted = inspect.signature(scheduler.set_timesteps).parameters  # type: ignore[attr-defined]
+    name = type(scheduler).__name__
+    if len(own) == 2 or not all(own.values()) or not own.keys() <= accepted.keys():
+        taken = [f"`{key}`" for key in ("timesteps", "sigmas") if key in accepted]
+        raise ValueError(
+            f"Got {' and '.join(f'{key}={value!r:.80}' for key, value in own.items())}; {name} takes"
+            f" {' or '.join(taken) or 'neither `timesteps` nor `sigmas`'}, one list that is not empty."
+        )
+    scheduler.set_timesteps(device=device, **own)  # type: ignore[attr-defined]
+    return scheduler.timesteps  # type: ignore[attr-defined]
 
 
 @contextmanager
