@@ -302,6 +302,23 @@ class TestContactWithTheHost:
         edit_json(tmp_path / file, **change)
         assert TerDiTPipeline.from_pretrained(tmp_path)
 
+    @pytest.mark.parametrize(
+        ("args", "kwargs"),
+        [
+            ((torch.bfloat16,), {}), ((), {"dtype": torch.bfloat16}), (("cpu", torch.bfloat16), {}),
+            ((torch.device("cpu"), torch.bfloat16, True), {}), ((), {"device": "cpu", "dtype": torch.bfloat16}),
+            ((torch.empty(1, dtype=torch.bfloat16),), {}),
+        ],
+        ids=str,
+    )  # fmt: skip
+    def test_a_cast_warns_of_nothing(self, tiny_model, caplog, args, kwargs):
+        model = tiny_model("packed")
+        assert model.to(*args, **kwargs) is model
+        assert model.dtype == torch.bfloat16
+        assert model.get_submodule(QUERY).weight_scale.dtype == torch.float32
+        assert model.to(dtype=None).to("cpu") is model
+        assert "kept in float32" not in caplog.text
+
 
 @pytest.mark.parametrize(("value", "hint", "expected"), [
     ({"a": [1]}, dict, True), ([1, "a"], list, True), ({"a": 1}, dict[str, int], True),

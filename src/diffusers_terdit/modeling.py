@@ -182,6 +182,18 @@ class TernaryModelMixin(HubMixin, ModelMixin, PortableConfigMixin):
 
     _weights_checked = False  # set by the loading hook, and taken away again
 
+    def to(self, *args, **kwargs):
+        """Cast and move as `torch.nn.Module.to`; offloaded models stay where they are.
+
+        A cast passes the host by, which warns at each of a list of modules that is empty.
+        """
+        dtypes = [value for value in (*args, kwargs.pop("dtype", None)) if isinstance(value, torch.dtype)]
+        if dtypes:
+            torch.nn.Module.to(self, dtype=dtypes[0])
+        if args and isinstance(args[0], torch.dtype):  # (dtype, non_blocking)
+            args = ()
+        return super().to(*(None if isinstance(value, torch.dtype) else value for value in args), **kwargs)
+
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
         # The host leaves out what was not passed by keyword; but `pack()` changes the config after construction.
