@@ -54,6 +54,60 @@ class TestTones:
         assert tone(tmp_path / f"1.{name}") == pytest.approx(0.2, abs=0.01)
 
 
+class TestTransparency:
+    """The colors under transparent pixels are anything; what a viewer shows is the background."""
+
+    @staticmethod
+    def saved(tmp_path, mode, suffix):
+        image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))  # an invisible red
+        image.paste((0, 0, 255, 255), (0, 0, 4, 8))
+        if mode == "P":
+            image = image.quantize(8)
+        elif mode == "RGB":  # one color of an opaque image that counts as transparent
+            image = Image.new("RGB", (8, 8), (255, 0, 0))
+            image.paste((0, 0, 255), (0, 0, 4, 8))
+        else:
+            image = image.convert(mode)
+        options = {"transparency": (255, 0, 0)} if mode == "RGB" else {"lossless": True} if suffix == "webp" else {}
+        image.save(tmp_path / f"1.{suffix}", **options)
+        return tmp_path / f"1.{suffix}"
+
+    @pytest.mark.parametrize(
+        ("mode", "suffix"),
+        [
+            ("RGBA", "png"),
+            ("RGBA", "webp"),
+            ("RGBA", "tiff"),
+            ("LA", "png"),
+            ("P", "png"),
+            ("RGBA", "gif"),
+            ("RGB", "png"),
+        ],
+    )
+    @pytest.mark.parametrize(
+        ("background", "color"), [("white", (1, 1, 1)), ("black", (-1, -1, -1)), ("#ff0", (1, 1, -1))]
+    )
+    def test_transparent_pixels_show_the_background(self, tmp_path, mode, suffix, background, color):
+        image = read_image(self.saved(tmp_path, mode, suffix), 8, background=background)
+        torch.testing.assert_close(image[:, :, 6], torch.tensor(color).float()[:, None].expand(3, 8))
+        inside = read_image(self.saved(tmp_path, mode, suffix), 8, background="black")[:, :, 1]
+        torch.testing.assert_close(image[:, :, 1], inside)
+        assert inside.mean() > -0.99
+
+    def test_half_transparent_pixels_are_mixed_before_scaling(self, tmp_path):
+        Image.new("RGBA", (8, 8), (0, 0, 0, 128)).save(tmp_path / "1.png")
+        assert tone(tmp_path / "1.png") == pytest.approx(127 / 255, abs=0.01)
+
+    def test_cmyk_and_the_first_of_several_frames(self, tmp_path):
+        Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "1.jpg")
+        torch.testing.assert_close(
+            read_image(tmp_path / "1.jpg", 8).mean((1, 2)), torch.tensor([1.0, -1, -1]), atol=0.03, rtol=0
+        )
+        frames = [Image.new("RGB", (8, 8), color) for color in ("white", "black")]
+        frames[0].save(tmp_path / "1.gif", save_all=True, append_images=frames[1:])
+        assert tone(tmp_path / "1.gif") == 1
+
+
 class TestRefusals:
     def test_postscript_starts_no_program(self, tmp_path):
         """Whatever its name; a program called gs, first in PATH, would leave a trace."""

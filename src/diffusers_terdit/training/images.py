@@ -29,7 +29,7 @@ def suffixes() -> set[str]:
     return {suffix for suffix, name in Image.registered_extensions().items() if name in formats()}
 
 
-def read_image(source: Any, resolution: int, channels: int = 3) -> Tensor:
+def read_image(source: Any, resolution: int, channels: int = 3, background: str = "white") -> Tensor:
     """Read the middle square of an image, scaled: (channels, resolution, resolution), float32 in [-1, 1].
 
     Args:
@@ -37,6 +37,7 @@ def read_image(source: Any, resolution: int, channels: int = 3) -> Tensor:
             `datasets` are.
         resolution (`int`): Pixels.
         channels (`int`): 1 or 3.
+        background (`str`): Color behind transparent pixels, as Pillow names it: `"white"`, `"#808080"`.
 
     Raises:
         OSError: It is no regular file, of another format, damaged, or larger than Pillow takes for an attack.
@@ -47,29 +48,34 @@ def read_image(source: Any, resolution: int, channels: int = 3) -> Tensor:
         if isinstance(source, (str, os.PathLike)) and not stat.S_ISREG(Path(source).stat().st_mode):
             raise OSError("this is no regular file")
         if isinstance(source, Image.Image):
-            return prepare_image(source, resolution, channels)
+            return prepare_image(source, resolution, channels, background)
         with Image.open(source, formats=formats()) as image:
             if (
                 Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS
             ):  # where Pillow but warns
                 raise OSError(f"it has {image.width} x {image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}")
-            return prepare_image(image, resolution, channels)
+            return prepare_image(image, resolution, channels, background)
     except MemoryError:
         raise
     except Exception as error:  # a decoder may raise anything at damaged bytes; Pillow's raise ten kinds of errors
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
-def prepare_image(image: Image.Image, resolution: int, channels: int = 3) -> Tensor:
+def prepare_image(image: Image.Image, resolution: int, channels: int = 3, background: str = "white") -> Tensor:
     """Return the middle square of an image, scaled to (channels, resolution, resolution), float32 in [-1, 1].
 
-    It is turned as its EXIF data say. Large images are halved by boxes before one bicubic step, as in the training
+    It is turned as its EXIF data say, and shown on a background where it is transparent: the colors that are stored
+    under transparent pixels are anything. Large images are halved by boxes before one bicubic step, as in the training
     data of ADM and DiT. Source: https://github.com/openai/guided-diffusion (MIT).
     """
     image = ImageOps.exif_transpose(image)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = _eight_bits(image.crop((left, top, left + side, top + side))).convert("L" if channels == 1 else "RGB")
+    image = _eight_bits(image.crop((left, top, left + side, top + side)))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    image = image.convert("L" if channels == 1 else "RGB")
     while image.width >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     image = image.resize((resolution, resolution), Image.Resampling.BICUBIC)
