@@ -100,7 +100,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 def load_pipeline(args: argparse.Namespace, device: torch.device) -> TerDiTPipeline:
     pipe = TerDiTPipeline.from_pretrained(resolve_model(args.model), dtype=getattr(torch, args.dtype)).to(device)
     if args.scheduler:
-        pipe.scheduler = scheduler_by_name(args.scheduler, pipe.scheduler)
+        pipe.scheduler = scheduler_by_name(args.scheduler, pipe.scheduler, pipe.prediction_type)
     pipe.set_progress_bar_config(disable=True)
     for module in pipe.transformer.modules():
         if type(module).__name__ in ("TimestepEmbedding", "TerDiTAdaLN", "TerDiTOutNorm"):

@@ -307,7 +307,7 @@ class TestContactWithTheHost:
         [
             ((torch.bfloat16,), {}), ((), {"dtype": torch.bfloat16}), (("cpu", torch.bfloat16), {}),
             ((torch.device("cpu"), torch.bfloat16, True), {}), ((), {"device": "cpu", "dtype": torch.bfloat16}),
-            ((torch.empty(1, dtype=torch.bfloat16),), {}),
+            ((torch.zeros(1, dtype=torch.bfloat16),), {}),
         ],
         ids=str,
     )  # fmt: skip

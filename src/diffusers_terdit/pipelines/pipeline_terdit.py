@@ -55,6 +55,7 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents"]
+    scheduler: Any
     _call: object  # the running call; there only while one runs
 
     def __init__(
@@ -422,9 +423,9 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
 
             # 3. Timesteps and start noise, in float32
             where = timesteps_device(self.scheduler, device)
-            timesteps = set_timesteps(self.scheduler, num_inference_steps, where, timesteps, sigmas)
-            timesteps_on_device = timesteps.to(device)
-            self._num_timesteps = len(timesteps)
+            steps = set_timesteps(self.scheduler, num_inference_steps, where, timesteps, sigmas)
+            timesteps_on_device = steps.to(device)
+            self._num_timesteps = len(steps)
             latents = self.prepare_latents(
                 len(labels), channels, height, width, torch.float32, device, generator, latents
             )
@@ -441,7 +442,7 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
             predicted = 2 * channels if uses_learned_variance(self.scheduler) else channels
             check_finite = FiniteCheck(self.transformer, self._num_timesteps, device)
             with self.progress_bar(total=self._num_timesteps) as progress_bar:
-                for i, t in enumerate(timesteps):
+                for i, t in enumerate(steps):
                     if self.interrupt:
                         continue
 

@@ -117,8 +117,7 @@ def fitting_scheduler(scheduler: Any, prediction: str | None) -> Any:
             else ("noise prediction", "DDIMScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler")
         )
         raise ValueError(
-            f"{cls.__name__} cannot sample this model, which was trained for {trained} ({prediction}). Try {others};"
-            " docs/schedulers.md lists more."
+            f"{cls.__name__} cannot sample this model, which was trained for {trained} ({prediction}). Try {others}."
         )
     settings: dict[str, Any] = {"prediction_type": prediction}
     if takes_flow:
