@@ -74,8 +74,9 @@ def tiny_pipeline(tiny_model, tiny_vae):
     """`tiny_pipeline(vae=False, weight_format="float", ..., **init_arguments)`: RGB pixels, or latents with a VAE."""
 
     def make(
-        vae=False, weight_format="float", scheduler=None, id2label=None, guidance_channels=None, **init_arguments
-    ):
+        vae=False, weight_format="float", scheduler=None, id2label=None, guidance_channels=None,
+        sampling_defaults=None, **init_arguments,
+    ):  # fmt: skip
         transformer = tiny_model(weight_format, **{"in_channels": 4 if vae else 3, **init_arguments})
         pipe = TerDiTPipeline(
             transformer=transformer,
@@ -83,6 +84,7 @@ def tiny_pipeline(tiny_model, tiny_vae):
             vae=tiny_vae if vae else None,
             id2label={str(i): name for i, name in enumerate(DIGITS)} if id2label is None else id2label,
             guidance_channels=guidance_channels,
+            sampling_defaults=sampling_defaults,
         )
         pipe.set_progress_bar_config(disable=True)
         return pipe

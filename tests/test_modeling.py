@@ -371,6 +371,7 @@ class TestHostileFiles:
             # diffusers would build whole pipelines
             ("model_index.json", {"scheduler": ["diffusers", "DiffusionPipeline"]}, "`scheduler` is"),
             ("model_index.json", {"vae": ["diffusers", "DiffusionPipeline"]}, "`vae` is"),
+            ("model_index.json", {"sampling_defaults": {"guidance_scale": "high"}}, "`sampling_defaults` is"),
             ("model_index.json", {"id2label": {"9" * 5000: "cat"}}, "`id2label` is"),
             ("model_index.json", {"id2label": {"0": ["cat"]}}, "`id2label` is"),
             ("transformer/config.json", {"_converted_from": 5}, "_converted_from=5"),

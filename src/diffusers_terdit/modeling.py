@@ -22,6 +22,7 @@ from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
+from .checkpoints import BUNDLED
 from .hub.errors import hub_errors
 from .hub.push import HubMixin
 from .lora import refuse_adapters
@@ -92,6 +93,11 @@ def check_pipeline_config(where: str | os.PathLike, config: Any) -> None:
             "an autoencoder of diffusers",
         ),
         ("guidance_channels", fits(config.get("guidance_channels"), int | None, 1), "a positive int or null"),
+        (
+            "sampling_defaults",
+            fits(config.get("sampling_defaults"), dict[str, float] | None, 1),
+            "numbers: num_inference_steps, guidance_scale",
+        ),
         (
             "id2label",
             fits(labels, dict[str, str], 1) and all(re.fullmatch(r"[0-9]{1,9}", key) for key in labels),
@@ -193,6 +199,12 @@ class TernaryModelMixin(HubMixin, ModelMixin, PortableConfigMixin):
         if args and isinstance(args[0], torch.dtype):  # (dtype, non_blocking)
             args = ()
         return super().to(*(None if isinstance(value, torch.dtype) else value for value in args), **kwargs)
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Count the weights as diffusers does; a packed byte holds four."""
+        packed = () if only_trainable else self.named_parameters()
+        more = sum(3 * parameter.numel() for name, parameter in packed if name.endswith(PACKED_SUFFIX))
+        return super().num_parameters(only_trainable, exclude_embeddings) + more
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
@@ -329,6 +341,11 @@ class StrictPipelineMixin(HubMixin, PortableConfigMixin):
         path = os.fspath(pretrained_model_name_or_path)
         if not os.path.isdir(path) and (os.path.isabs(path) or path.count("/") > 1 or path.startswith((".", "~"))):
             raise FileNotFoundError(f"{path} is not a folder. Pass that of a saved pipeline, or a Hub id.")
+        if not os.path.isdir(path) and path in BUNDLED:
+            raise FileNotFoundError(
+                f"{path} is not a folder, but the name of a checkpoint that comes with this package. Pass its folder:"
+                f" `diffusers_terdit.checkpoints.bundled({path!r})`."
+            )
         folders = [Path(path, part) for part in ("", "transformer", "scheduler", "vae")]
         with undisturbed(*folders), hub_errors(path, kwargs.get("revision")):
             return super().from_pretrained(path, **kwargs)  # type: ignore[misc]

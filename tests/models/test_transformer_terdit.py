@@ -252,9 +252,11 @@ class TestWeightFormats:
         # never buffers, which the host's disk and stream offloading forget
         assert not list(model.buffers())
 
-    def test_number_of_parameters_counts_what_is_stored(self, tiny_model):
-        model = tiny_model("packed")
-        assert model.num_parameters() == sum(tensor.numel() for tensor in model.state_dict().values())
+    def test_number_of_parameters_counts_weights_packed_or_not(self, tiny_model):
+        model, floats = tiny_model("packed"), tiny_model()
+        assert model.num_parameters() == floats.num_parameters() == sum(p.numel() for p in floats.parameters())
+        assert model.num_parameters(exclude_embeddings=True) == floats.num_parameters(exclude_embeddings=True)
+        assert model.num_parameters(only_trainable=True) < floats.num_parameters(only_trainable=True)
         assert model.get_memory_footprint() == sum(tensor.nbytes for tensor in model.state_dict().values())
         assert repr(model).count("weight=2-bit packed") == 8  # equal blocks are printed once
 

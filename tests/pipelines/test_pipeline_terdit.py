@@ -185,10 +185,46 @@ class TestSampling:
         images = sample(pipe, output_type="pt")
         torch.testing.assert_close(images, (latents / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-4)
 
-    def test_default_is_fifty_steps_at_guidance_four(self):
-        defaults = {name: p.default for name, p in inspect.signature(TerDiTPipeline.__call__).parameters.items()}
-        assert defaults["num_inference_steps"] == 50
-        assert defaults["guidance_scale"] == 4.0
+    @pytest.mark.parametrize(
+        ("own", "steps", "guidance"),
+        [
+            (None, 50, 4.0),
+            ({"num_inference_steps": 3}, 3, 4.0),
+            ({"guidance_scale": 1.5}, 50, 1.5),
+            ({"num_inference_steps": 2, "guidance_scale": 1}, 2, 1),
+        ],
+        ids=str,
+    )
+    def test_a_call_takes_the_settings_that_the_model_recommends(self, tiny_pipeline, tmp_path, own, steps, guidance):
+        tiny_pipeline(sampling_defaults=own).save_pretrained(tmp_path)
+        pipe = load(tmp_path)
+        assert pipe.sampling_defaults == {"num_inference_steps": steps, "guidance_scale": guidance}
+        pipe(1, output_type="latent")
+        assert (pipe.num_timesteps, pipe.guidance_scale) == (steps, guidance)
+        pipe(1, num_inference_steps=1, guidance_scale=2.5, output_type="latent")
+        assert (pipe.num_timesteps, pipe.guidance_scale) == (1, 2.5)
+
+    @pytest.mark.parametrize(
+        "wrong", [{"steps": 3}, 3, {"num_inference_steps": 0}, {"guidance_scale": "high"}, {"guidance_scale": np.nan}]
+    )
+    def test_impossible_recommendations_are_refused(self, tiny_pipeline, wrong):
+        with pytest.raises(ValueError, match=r"must be a dict|must be a positive int|must be a number|finite"):
+            tiny_pipeline(sampling_defaults=wrong)
+
+    def test_a_model_of_one_class_needs_no_label(self, tiny_pipeline):
+        alone, several = tiny_pipeline(num_classes=1, id2label={}), tiny_pipeline()
+        options = {"num_inference_steps": 2, "guidance_scale": 1, "output_type": "latent"}
+        drawn = alone(generator=seeded(0), num_images_per_prompt=2, **options).images
+        assert torch.equal(drawn, alone([0, 0], generator=seeded(0), **options).images)
+        with pytest.raises(ValueError, match="`class_labels` is missing, and this model has 10 classes"):
+            several(**options)
+
+    def test_another_size_than_that_of_training_is_drawn_with_a_warning(self, tiny_pipeline, caplog):
+        pipe = tiny_pipeline()
+        sample(pipe)
+        assert not caplog.records
+        assert sample(pipe, height=16, width=8).shape[-2:] == (16, 8)
+        assert "trained on images of 8 x 8 pixels. At 16 x 8 they may be distorted" in caplog.text
 
     def test_same_seed_gives_the_same_image_packed_or_not_and_another_seed_another(self, tiny_pipeline):
         pipe = tiny_pipeline(weight_format="packed")
@@ -267,8 +303,8 @@ class TestSampling:
         pipe, generator, latents = tiny_pipeline(), torch.Generator(), torch.zeros(2, 3, 8, 8)
         calls = watch(pipe)
         for argument, values in {
-            "guidance_scale": (np.inf, None, True),
-            "num_inference_steps": (-1, 2.5, True, None, 1001),
+            "guidance_scale": (np.inf, "4", True),
+            "num_inference_steps": (-1, 2.5, True, 1001),
             "num_images_per_prompt": (0,),
             "height": (0, -8, 8.0),
             "width": (9, "8"),

@@ -3,6 +3,10 @@
 from pathlib import Path
 
 
+_ROOT = Path(__file__).parent
+BUNDLED = tuple(sorted(path.parent.name for path in _ROOT.glob("*/model_index.json")))
+
+
 def bundled(name: str = "digits") -> Path:
     """Folder of a bundled checkpoint, for [`TerDiTPipeline.from_pretrained`].
 
@@ -12,11 +16,9 @@ def bundled(name: str = "digits") -> Path:
     Raises:
         ValueError: No such checkpoint.
     """
-    root = Path(__file__).parent
-    names = sorted(path.parent.name for path in root.glob("*/model_index.json"))
-    if name not in names:
-        raise ValueError(f"No bundled checkpoint {name!r}; there are {', '.join(map(repr, names))}.")
-    return root / name
+    if name not in BUNDLED:
+        raise ValueError(f"No bundled checkpoint {name!r}; there are {', '.join(map(repr, BUNDLED))}.")
+    return _ROOT / name
 
 
 def resolve_model(model: str) -> str:

@@ -260,6 +260,8 @@ def _snippet(model: Any, arguments: str) -> str:
             use = [f'latents = pipe([{label}], output_type="latent").images']
         else:
             use = [f"image = pipe([{label}]).images[0]", 'image.save("sample.png")']
+        defaults = model.sampling_defaults
+        use += [f"# by default {defaults['num_inference_steps']} steps, guidance {defaults['guidance_scale']:g}"]
         use += [f"# {len(labels):,} labels, by name or id: pipe.labels"] if labels else []
     torch_line = [] if variable == "pipe" else ["import torch"]
     return "\n".join([*torch_line, f"from diffusers_terdit import {name}", "", load, *use])

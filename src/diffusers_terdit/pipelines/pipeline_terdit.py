@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -32,7 +33,21 @@ from .schedulers import (
 )
 
 
+logger = logging.get_logger(__name__)
+
+SAMPLING_DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 4.0}  # of models that recommend none
 ClassLabels = int | str | Sequence[Any] | Tensor | np.ndarray
+
+
+def _check_settings(num_inference_steps: Any, guidance_scale: Any, **counts: Any) -> None:
+    """Raise a `ValueError` unless the guidance scale is a number, and the others are positive ints."""
+    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, (int, float, np.number)):
+        raise ValueError(f"`guidance_scale` must be a number, got {guidance_scale!r}.")
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"`guidance_scale` must be finite, got {guidance_scale}.")
+    for name, value in {"num_inference_steps": num_inference_steps, **counts}.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(f"`{name}` must be a positive int, got {value!r}.")
 
 
 class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
@@ -48,6 +63,8 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
             commas.
         guidance_channels (`int`, *optional*): How many noise channels guidance acts on; `None` for all. The
             checkpoints of the TerDiT authors are sampled with 3 of 4.
+        sampling_defaults (`dict`, *optional*): The `num_inference_steps` and `guidance_scale` that suit the model,
+            for calls that pass none; 50 and 4.0 where it does not say.
 
     Source: TerDiT (https://arxiv.org/abs/2405.14854); classifier-free guidance (https://arxiv.org/abs/2207.12598).
     """
@@ -65,6 +82,7 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
         vae: AutoencoderKL | None = None,
         id2label: dict[str, str] | None = None,
         guidance_channels: int | None = None,
+        sampling_defaults: dict[str, float] | None = None,
     ):
         super().__init__()
         if not isinstance(transformer, torch.nn.Module):
@@ -95,7 +113,16 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
             wrong = [key for key in id2label if not key.isdecimal()]
             if wrong:
                 raise ValueError(f'The keys of `id2label` must be class ids, such as 0 or "0", got {wrong[:5]}.')
-        self.register_to_config(id2label=id2label, guidance_channels=guidance_channels)
+        if sampling_defaults is not None:
+            if not isinstance(sampling_defaults, dict) or not sampling_defaults.keys() <= SAMPLING_DEFAULTS.keys():
+                raise ValueError(
+                    f"`sampling_defaults` must be a dict of {' and '.join(SAMPLING_DEFAULTS)}, got"
+                    f" {sampling_defaults!r:.80}."
+                )
+            _check_settings(**{**SAMPLING_DEFAULTS, **sampling_defaults})
+        self.register_to_config(
+            id2label=id2label, guidance_channels=guidance_channels, sampling_defaults=sampling_defaults
+        )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
@@ -103,6 +130,11 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
     def prediction_type(self) -> str | None:
         """What the model predicts, by which schedulers are configured; `None` where nothing says."""
         return self._prediction_type
+
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """The `num_inference_steps` and `guidance_scale` of calls that pass none."""
+        return {**SAMPLING_DEFAULTS, **(self.config.sampling_defaults or {})}
 
     @property
     def labels(self) -> dict[str, int]:
@@ -193,16 +225,7 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
         config = self.transformer.config
         if not class_ids:
             raise ValueError("`class_labels` is empty; pass at least one class id or name.")
-        if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, (int, float, np.number)):
-            raise ValueError(f"`guidance_scale` must be a number, got {guidance_scale!r}.")
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"`guidance_scale` must be finite, got {guidance_scale}.")
-        for name, value in (
-            ("num_inference_steps", num_inference_steps),
-            ("num_images_per_prompt", num_images_per_prompt),
-        ):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-                raise ValueError(f"`{name}` must be a positive int, got {value!r}.")
+        _check_settings(num_inference_steps, guidance_scale, num_images_per_prompt=num_images_per_prompt)
         multiple = self.vae_scale_factor * config.patch_size
         sides = [side for side in (height, width) if isinstance(side, (int, np.integer))]
         if len(sides) < 2 or min(sides) < 1 or any(side % multiple for side in sides):
@@ -330,13 +353,13 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: ClassLabels,
+        class_labels: ClassLabels | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
-        guidance_scale: float = 4.0,
+        guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -352,14 +375,15 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
 
         Args:
             class_labels (`int`, `str`, `list`, `torch.Tensor` or `np.ndarray`): Class ids or label names, mixed at
-                will.
+                will. A model of one class needs none.
             height (`int`, *optional*): In pixels; default the transformer's `sample_size` times the VAE's factor.
             width (`int`, *optional*): In pixels; as `height`.
-            num_inference_steps (`int`, defaults to 50): Denoising steps; the paper samples with 250.
+            num_inference_steps (`int`, *optional*): Denoising steps; default the model's `sampling_defaults`, else 50.
+                The paper samples with 250.
             timesteps (`list`, *optional*): Those of the steps instead, where the scheduler takes them.
             sigmas (`list`, *optional*): Noise levels of the steps instead, where the scheduler takes them.
-            guidance_scale (`float`, defaults to 4.0): Above 1, pulls images towards their label; at 1 or below the
-                unconditional half of the batch is not computed.
+            guidance_scale (`float`, *optional*): Above 1, pulls images towards their label; at 1 or below the
+                unconditional half of the batch is not computed. Default the model's `sampling_defaults`, else 4.0.
             num_images_per_prompt (`int`, defaults to 1): Images per label; those of one label stand together.
             generator (`torch.Generator` or `list`, *optional*): One for all images, or one per image.
             latents (`torch.Tensor`, *optional*): (B, C, h, w) standard normal noise to start from.
@@ -396,6 +420,9 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
         default_size = self.transformer.config.sample_size * self.vae_scale_factor
         height = default_size if height is None else height
         width = default_size if width is None else width
+        defaults = self.sampling_defaults
+        num_inference_steps = defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
+        guidance_scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
 
         # 1. Check
         if callback_on_step_end is not None and not callable(callback_on_step_end):
@@ -403,12 +430,25 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
                 f"`callback_on_step_end` must be a function (pipe, step, timestep, kwargs) -> dict, got"
                 f" {callback_on_step_end!r:.80}."
             )
+        if class_labels is None:
+            num_classes = self.transformer.config.num_classes
+            if num_classes > 1:
+                raise ValueError(
+                    f"`class_labels` is missing, and this model has {num_classes} classes. Pass ids from 0 to"
+                    f" {num_classes - 1}, or names: `pipe.labels`."
+                )
+            class_labels = 0
         class_ids = self._class_ids(class_labels)
         self.scheduler = fitting_scheduler(self.scheduler, self._prediction_type)
         self.check_inputs(
             class_ids, height, width, num_inference_steps, guidance_scale, num_images_per_prompt, generator, latents,
             output_type, callback_inputs,
         )  # fmt: skip
+        if (height, width) != (default_size, default_size):
+            logger.warning(
+                f"This model was trained on images of {default_size} x {default_size} pixels. At {height} x {width}"
+                " they may be distorted."
+            )
         with self._running(), unused_variance_lifted(self.scheduler):
             self._guidance_scale = float(guidance_scale)
             self._interrupt = False

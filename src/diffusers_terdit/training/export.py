@@ -46,6 +46,7 @@ def to_pipeline(
     scheduler: SchedulerMixin | None = None,
     vae: AutoencoderKL | None = None,
     id2label: dict[int, str] | None = None,
+    sampling_defaults: dict[str, float] | None = None,
 ) -> TerDiTPipeline:
     """Return a pipeline of a trained model, on the CPU: ternarized and packed, or, in full precision, copied.
 
@@ -55,12 +56,14 @@ def to_pipeline(
         scheduler ([`~diffusers.SchedulerMixin`], *optional*): Default `training_scheduler`.
         vae ([`~diffusers.AutoencoderKL`], *optional*): Decoder.
         id2label (`dict[int, str]`, *optional*): Label names.
+        sampling_defaults (`dict`, *optional*): Steps and guidance that suit it, see [`TerDiTPipeline`].
     """
     return TerDiTPipeline(
         transformer=packed_model(transformer) if transformer.config.ternary else _copy(transformer),
         scheduler=scheduler or training_scheduler(transformer.config.learn_sigma),
         vae=vae,
         id2label={str(key): value for key, value in id2label.items()} if id2label else None,
+        sampling_defaults=sampling_defaults,
     )
 
 
