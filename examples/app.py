@@ -1,6 +1,6 @@
 """A page to sample a model by hand, and to watch it denoise.
 
-    pip install 'diffusers-terdit[app]'
+    pip install gradio
     python examples/app.py --model digits        # a bundled name, a pipeline folder or a Hub id
 
 It runs on this machine, loads nothing from the network (but a Hub model) and reports to nobody. A page for others
@@ -32,7 +32,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 try:
     import gradio as gr
 except ImportError:
-    sys.exit("examples/app.py needs Gradio: pip install 'diffusers-terdit[app]'")
+    sys.exit("The app needs Gradio: pip install gradio")
 
 import torch
 from PIL import Image

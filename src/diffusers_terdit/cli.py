@@ -1,6 +1,7 @@
 """The `terdit` command: parse, call one function, print."""
 
 import argparse
+import importlib
 import inspect
 import json
 import os
@@ -37,6 +38,14 @@ from .training.export import image_grid
 from .training.images import formats
 
 
+# Commands that are programs with a parser of their own, by the file in `programs`.
+PROGRAMS = {
+    "train": ("train_terdit", "Train a model on your images, or on a data set of the Hub."),
+    "train-lora": ("train_lora", "Teach a model new classes with a small adapter, also a packed model."),
+    "cache-latents": ("cache_latents", "Encode images once, so that training with a VAE reads latents."),
+    "evaluate": ("evaluate", "Sample many images, and measure them as papers do."),
+    "app": ("app", "Open a page to sample a model by hand, and to watch it denoise."),
+}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -462,6 +471,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--images", nargs="+", default=[], help="pictures for the card; the names of the files are captions"
     )
+
+    for name, (_, text) in PROGRAMS.items():  # listed here; `main` hands their arguments on
+        commands.add_parser(name, help=text, add_help=False)
     return parser
 
 
@@ -498,6 +510,12 @@ def run_program(name: str, main: Callable[[], Any]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0 when it worked, 1 with a one-line message when it could not."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in PROGRAMS:
+        name = f"terdit {argv[0]}"
+        sys.argv = [name, *argv[1:]]  # what its parser calls itself
+        program = importlib.import_module(f"{__package__}.programs.{PROGRAMS[argv[0]][0]}")
+        return report_errors(name, lambda: program.main(argv[1:]))
     args = build_parser().parse_args(argv)
     return report_errors("terdit", lambda: args.run(args))
 

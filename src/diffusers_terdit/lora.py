@@ -84,7 +84,7 @@ def refuse_adapters(model: torch.nn.Module, action: str) -> None:
 def _peft() -> Iterator[None]:
     """Raise if PEFT is not installed; hide its warning about adding a second adapter."""
     if not is_peft_available():
-        raise ImportError("LoRA needs PEFT: pip install 'diffusers-terdit[lora]'")
+        raise ImportError("LoRA needs PEFT: pip install peft")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
         yield

@@ -37,7 +37,7 @@ def test_without_gradio_it_says_what_to_install(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, APP], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert done.stderr.strip().endswith("examples/app.py needs Gradio: pip install 'diffusers-terdit[app]'")
+    assert done.stderr.strip().endswith("The app needs Gradio: pip install gradio")
 
 
 @pytest.fixture

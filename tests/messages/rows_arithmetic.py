@@ -77,7 +77,7 @@ ROWS = [
     Row(lambda w: TernaryLinear(8.0, 8), "in_features=8.0", "needs at least one input and output, as ints"),
     Row(lambda w: TernaryLinear(8, 8).set_activation_bits("8"), "got '8'", '`bits` must be None, 8, 16 or "auto"'),
     Row(trained_with_8_bits, "got 16", "was trained with 8-bit inputs", 'pass 8 or "auto"'),
-    Row(no_numba, "16 bits", "need numba", "pip install 'diffusers-terdit[cpu]'", error=ImportError),
+    Row(no_numba, "16 bits", "need numba", "pip install numba", error=ImportError),
     Row(lambda w: TernaryLinear(8, 6, weight_format="packed"), "got 6", "to be a multiple of 4",
         "Keep this layer in float format, or pad its outputs."),
     Row(nan_weight, Fixed("NaN or infinity"), "round to none of {-1, 0, +1}",

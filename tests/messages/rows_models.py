@@ -312,7 +312,7 @@ ROWS = [
         Fixed("single file"), "works with `from_pretrained` only", "as a folder first"),
 
     # adapters
-    Row(no_peft, Fixed("LoRA"), "needs PEFT", "pip install 'diffusers-terdit[lora]'", error=ImportError),
+    Row(no_peft, Fixed("LoRA"), "needs PEFT", "pip install peft", error=ImportError),
     Row(lambda w: w.model().to("meta").save_pretrained(w.tmp / "x"), "`proj_in.weight`", "are on the meta device",
         "Save it before, or bring them back"),
     Row(lambda w: with_adapter(w).save_pretrained(w.tmp / "x"), "['default']", "The model carries adapters",

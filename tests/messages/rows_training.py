@@ -146,7 +146,7 @@ ROWS = [
     Row(cache(scaling_factor=2.0), "TMP/a.safetensors", "was not written with its latents.json", AGAIN),
     Row(cache({"labels": torch.ones(1, dtype=torch.int64)}), "`labels` has 1 to 1", "names 1 classes", AGAIN),
     Row(cache({"moments": -torch.ones(1, 8, 2, 2).half()}), "`moments`", "has a negative deviation", AGAIN),
-    Row(no_extra, Fixed("datasets"), "This needs datasets", "pip install 'diffusers-terdit[train]'",
+    Row(no_extra, Fixed("datasets"), "This needs datasets", "pip install datasets",
         error=ImportError),
     Row(lambda w: training.data.open_dataset(f"{w.tmp}/x.parquet"), "TMP/x.parquet", "cannot be loaded",
         "Check name, config and split."),

@@ -211,8 +211,9 @@ def test_the_base_is_what_the_source_imports_and_extras_are_named_where_they_are
                 if name not in base:
                     assert name in extras, f"{path} imports {top}: name its package in pyproject.toml"
                     assert node not in tree.body or path.name in kernels, f"{path}: import {top} where it is used"
-                    named = any(f"diffusers-terdit[{extras[name]}]" in text for text in texts.values())
-                    assert named or name == "triton", f"say `pip install 'diffusers-terdit[{extras[name]}]'`"
+                    generic = extras[name] == "train" and "pip install {package}" in text
+                    named = generic or any(f"pip install {name}" in text for text in texts.values())
+                    assert named or name in ("triton", "llvmlite"), f"say `pip install {name}` where it is missing"
     assert base - used == {"transformers"}, "a dependency that nothing imports: take it out of pyproject.toml"
 
 

@@ -36,8 +36,8 @@ def _train_extra() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        name = str(error.name).partition(".")[0]
-        raise ImportError(f"This needs {name}: pip install 'diffusers-terdit[train]'") from error
+        package = str(error.name).partition(".")[0].replace("sklearn", "scikit-learn")
+        raise ImportError(f"This needs {package}: pip install {package}") from error
 
 
 class Digits(Dataset):

@@ -17,7 +17,7 @@ from ..torch_ops import Case, Choice, name_of, register_kernels, warn_once
 from . import decode
 
 
-INSTALL_NUMBA = "pip install 'diffusers-terdit[cpu]'"
+INSTALL_NUMBA = "pip install numba"
 NO_AVX2 = "This processor has no AVX2, which the integer kernels need; ternary layers compute exactly."
 
 
