@@ -6,6 +6,7 @@ that the first test reads.
 
 import email
 import importlib
+import re
 import subprocess
 import sys
 import tarfile
@@ -48,6 +49,8 @@ def test_the_wheel_is_pure_and_holds_the_package_alone(distributions):
     assert f"{info}/licenses/LICENSE" in names
     assert (tags["Root-Is-Purelib"], tags["Tag"]) == ("true", "py3-none-any")
     assert "terdit = diffusers_terdit_command:main" in scripts
+    relative = re.findall(r"\]\((?!https?:|#)[^)]*\)", metadata.get_payload())
+    assert not relative, f"a page of a registry leads nowhere with {relative}"
     refused = [line for line in metadata.get_all("Requires-Dist") if "@" in line]
     assert not refused, f"a registry refuses direct references: name a release instead of {refused}"
     assert distributions[".whl"].stat().st_size < 3e6, "a checkpoint this large belongs on the Hub"
