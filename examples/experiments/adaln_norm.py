@@ -183,6 +183,7 @@ def variant_row(name: str, outcome: dict) -> list[str]:
         cell(values(outcome, "noise_error")),
         cell(values(outcome, "noise_error_held_out")),
         cell(values(outcome, "frechet_distance"), 1),
+        cell([100 * share for share in values(outcome, "recognised")], 0),
         f"{mean(seed['curve'][0]['frechet_distance'] for seed in outcome['seeds']):.1f}",
         f"{max(values(outcome, 'max_grad_norm')):.0f}",
         rate_cell(outcome),

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, stdev, variance
 
 import diffusers
 import torch
@@ -37,7 +37,8 @@ SCREEN_SEED = 100  # learning rates are compared on a seed that no result uses
 EMA_DECAY = 0.98
 EVAL_SEED = 7  # noise and timesteps of the noise error
 EVAL_DRAWS = 4  # per digit
-MEASURES = {"noise_error_held_out": "noise error", "frechet_distance": "Fréchet distance"}  # lower is better
+SAMPLES = "Fréchet distance"
+MEASURES = {"noise_error_held_out": "noise error", "frechet_distance": SAMPLES}  # lower is better
 
 
 @dataclass(frozen=True)
@@ -495,34 +496,47 @@ def cell(numbers: list[float], digits: int = 4) -> str:
     return f"{mean(numbers):.{digits}f} ± {stdev(numbers):.{digits}f}"
 
 
-def overlap(first: list[float], second: list[float]) -> bool:
-    """Whether the ranges of two variants' seeds overlap, so that their difference may be chance."""
-    return max(first) >= min(second) and max(second) >= min(first)
+def tie(first: list[float], second: list[float]) -> bool:
+    """Whether the means of two variants' seeds differ by no more than chance does in 95 % of cases (Welch)."""
+    t = {2: 4.30, 3: 3.18, 4: 2.78}[len(first) + len(second) - 2]  # Student's, by degrees of freedom
+    error = math.sqrt(variance(first) / len(first) + variance(second) / len(second))
+    return abs(mean(first) - mean(second)) <= t * error
+
+
+def draws_noise(outcome: dict) -> bool:
+    """Whether the classifier recognizes fewer than a quarter of a model's samples; by chance it is a tenth."""
+    return mean(values(outcome, "recognised")) < 0.25
 
 
 def verdict(first: list[float], second: list[float]) -> str:
-    """Say how the first mean differs from the second, lower being better, or that the seeds overlap."""
+    """Say how the first mean differs from the second, lower being better, or that it may be chance."""
     if not all(map(math.isfinite, first + second)):
         return "not every seed finite"
     change = mean(first) / mean(second) - 1
-    if overlap(first, second):
-        return f"within the spread ({change:+.0%})"
-    return f"**{'better' if change < 0 else 'worse'}** ({change:+.0%})"
+    if tie(first, second):
+        return f"tie ({change:+.1%})"
+    return f"**{'better' if change < 0 else 'worse'}** ({change:+.1%})"
+
+
+def verdicts(found: dict[str, dict], first: str, second: str) -> dict[str, str]:
+    """Return the verdict by measure; samples of noise have a Fréchet distance that says nothing."""
+    pair = [found[first], found[second]]
+    words = {name: verdict(*(values(outcome, key) for outcome in pair)) for key, name in MEASURES.items()}
+    return {**words, SAMPLES: "none, noise is drawn"} if any(map(draws_noise, pair)) else words
 
 
 def claim(found: dict[str, dict], first: str, second: str) -> str:
     """Say whether the first variant is better than the second, by both measures."""
     if not {first, second} <= set(found):
         return "not run"
-    pairs = {name: verdict(values(found[first], key), values(found[second], key)) for key, name in MEASURES.items()}
-    text = "; ".join(f"{name}: {words}" for name, words in pairs.items())
+    text = "; ".join(f"{name}: {words}" for name, words in verdicts(found, first, second).items())
     return text.replace("**better**", "**held**").replace("**worse**", "**did not hold, the opposite**")
 
 
 def comparisons(found: dict[str, dict], pairs: list[tuple[str, str]]) -> str:
     """Table of verdicts; pairs that lack a variant are named below it."""
     rows = [
-        [first, second, *(verdict(values(found[first], key), values(found[second], key)) for key in MEASURES)]
+        [first, second, *verdicts(found, first, second).values()]
         for first, second in pairs
         if {first, second} <= set(found)
     ]

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from common import Records, cell, classifier, judge, made_on, main, overlap, save_figure, values, write_page
+from common import Records, cell, classifier, judge, made_on, main, save_figure, tie, values, write_page
 from diffusers_terdit import TernaryConfig, losses, training
 from diffusers_terdit.storage.saving import new_folder
 
@@ -275,8 +275,8 @@ def answer(found: dict[str, dict], first: str, second: str, direction: int, key:
     change = f"{mean(a):.3g} against {mean(b):.3g}"
     if len(a) < 2 or len(b) < 2:
         return f"{change}; one seed"
-    if overlap(a, b):
-        return f"within the spread ({change})"
+    if tie(a, b):
+        return f"tie ({change})"
     return f"**{'yes' if (mean(a) - mean(b)) * direction > 0 else 'no, the opposite'}** ({change})"
 
 

@@ -222,6 +222,7 @@ def variant_row(records: Records, name: str, outcome: dict) -> list[str]:
         cell(values(outcome, "noise_error")),
         cell(values(outcome, "noise_error_held_out")),
         cell(values(outcome, "frechet_distance"), 1),
+        cell([100 * share for share in values(outcome, "recognised")], 0),
         rate_cell(outcome),
     ]
 

@@ -130,7 +130,7 @@ def warn_half_precision_codes(dtype: torch.dtype | None) -> None:
     """Warn, once, when float-format ternary weights are about to be read in half precision."""
     if dtype in (torch.float16, torch.bfloat16):
         logger.warning(
-            f"Float-format ternary weights in {dtype} ternarize differently (0.05-0.2 % of the codes). Call `pack()`"
+            f"Float-format ternary weights in {dtype} ternarize differently (up to 0.13 % of the codes). Call `pack()`"
             " on the float32 model first; packed weights do not change when the model is cast."
         )
 

@@ -48,9 +48,9 @@ def test_the_committed_page_renders_from_the_committed_records(name):
 
 
 def test_variants_that_overlap_are_called_so():
-    assert common.verdict([1, 2, 3], [4, 5, 6]) == "**better** (-60%)"
-    assert common.verdict([4, 5, 6], [1, 2, 3]) == "**worse** (+150%)"
-    assert common.verdict([1, 2, 3], [2.5, 9, 9]).startswith("within the spread")
+    assert common.verdict([1, 2, 3], [4, 5, 6]) == "**better** (-60.0%)"
+    assert common.verdict([4, 5, 6], [1, 2, 3]) == "**worse** (+150.0%)"
+    assert common.verdict([1, 2, 3], [2.5, 9, 9]).startswith("tie (")
     assert common.verdict([math.inf] * 3, [1, 2, 3]) == "not every seed finite"
 
 

@@ -195,9 +195,12 @@ class TestSampling:
         ],
         ids=str,
     )
-    def test_a_call_takes_the_settings_that_the_model_recommends(self, tiny_pipeline, tmp_path, own, steps, guidance):
+    def test_a_call_takes_the_settings_that_the_model_recommends(
+        self, tiny_pipeline, tmp_path, caplog, own, steps, guidance
+    ):
         tiny_pipeline(sampling_defaults=own).save_pretrained(tmp_path)
         pipe = load(tmp_path)
+        assert not caplog.records
         assert pipe.sampling_defaults == {"num_inference_steps": steps, "guidance_scale": guidance}
         pipe(1, output_type="latent")
         assert (pipe.num_timesteps, pipe.guidance_scale) == (steps, guidance)

@@ -133,6 +133,9 @@ def check_command(words):
         program, rest = args.training_script, args.training_script_args
     elif program == "python":
         program, *rest = rest
+    elif program == "terdit" and rest[0] in cli.PROGRAMS:
+        program, rest = f"examples/{cli.PROGRAMS[rest[0]][0]}.py", rest[1:]
+    program = re.sub(r"^diffusers_terdit\.programs\.(\w+)$", r"examples/\1.py", program)
     if program.startswith(("examples/", "docs/", "tests/")):
         script_parser(program)(rest)
     elif program == "terdit":

@@ -82,7 +82,7 @@ class TerDiTPipeline(StrictPipelineMixin, DiffusionPipeline):
         vae: AutoencoderKL | None = None,
         id2label: dict[str, str] | None = None,
         guidance_channels: int | None = None,
-        sampling_defaults: dict[str, float] | None = None,
+        sampling_defaults: dict | None = None,  # bare: the host warns of numbers of two types
     ):
         super().__init__()
         if not isinstance(transformer, torch.nn.Module):
