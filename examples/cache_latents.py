@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from diffusers_terdit import training
-from diffusers_terdit.arguments import at_least
+from diffusers_terdit.arguments import at_least, color
 from diffusers_terdit.cli import run_program
 from diffusers_terdit.storage.saving import new_file, output_folder
 from diffusers_terdit.storage.weights import WeightsFile, canonical_json, differing_keys, state_dict_digest
@@ -49,6 +49,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--image_column", default="image")
     add("--label_column", default="label")
     add("--resolution", type=at_least(1), default=256, help="pixels")
+    add("--background", type=color, default="white", help="The color that transparent pixels of images show.")
     add("--no_flip", action="store_true", help="leave out the mirror images: half the size")
     add("--pretrained_vae_model_name_or_path", required=True)
     add("--output_dir", type=Path, required=True)
@@ -102,7 +103,7 @@ def main(argv=None) -> None:
 
 def cache(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Encode the shards that are missing, then write the index that makes them a cache."""
-    options = {"resolution": args.resolution, "channels": 3}
+    options = {"resolution": args.resolution, "channels": 3, "background": args.background}
     if args.train_data_dir:
         samples = training.data.ImageSamples.from_folder(args.train_data_dir, **options)
     else:
@@ -115,6 +116,7 @@ def cache(args: argparse.Namespace, accelerator: Accelerator) -> None:
         "scaling_factor": vae.config.scaling_factor,
         "flip": not args.no_flip,
         "resolution": args.resolution,
+        "background": args.background,
         "vae": args.pretrained_vae_model_name_or_path,
         "id2label": {str(label): name for label, name in samples.id2label.items()},
         "num_images": len(samples),

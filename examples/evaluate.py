@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffusers_terdit import TerDiTPipeline, __version__, evaluation, training
-from diffusers_terdit.arguments import at_least, not_negative, seed
+from diffusers_terdit.arguments import at_least, color, not_negative, seed
 from diffusers_terdit.checkpoints import resolve_model
 from diffusers_terdit.cli import run_program
 from diffusers_terdit.evaluation.digits import digits_classifier
@@ -86,6 +86,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--reference",
         help='what to compare with: an ADM reference .npz, an .npz or .npy of images, a folder, "digits"',
     )
+    add("--background", type=color, default="white", help="The color that transparent pixels of a folder show.")
     add("--reference_statistics", type=Path, help="file that keeps the reference's; default in --output_dir")
     add("--inception_weights", help="weights-inception-2015-12-05-6726825d.pth of torch-fidelity: FID as in papers")
     add("--feature_network", help="module:function that returns another network, see docs/evaluation.md")
@@ -278,8 +279,9 @@ class FolderImages:
     dtype = np.dtype(np.uint8)
     ndim = 4
 
-    def __init__(self, root: str, size: int, channels: int):
-        self.samples = training.data.ImageSamples.from_folder(root, resolution=size, channels=channels)
+    def __init__(self, root: str, size: int, channels: int, background: str):
+        options = {"resolution": size, "channels": channels, "background": background}
+        self.samples = training.data.ImageSamples.from_folder(root, **options)
         self.shape = (len(self.samples), size, size, channels)
         self.root = Path(root)
 
@@ -292,7 +294,7 @@ class FolderImages:
     def fingerprint(self) -> str:
         """Digest of names and sizes of the files: hashing the pixels would read them twice."""
         files = [(path.relative_to(self.root).as_posix(), path.stat().st_size) for path in self.samples.sources]
-        return hashlib.sha256(json.dumps([self.shape, files]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.shape, self.samples.background, files]).encode()).hexdigest()
 
 
 def file_digest(path: str | Path) -> str:
@@ -319,7 +321,7 @@ def reference_statistics(args, network: nn.Module, shape: tuple[int, ...], devic
             raise SystemExit(
                 f"A folder of references is read as squares, but the samples are {height} x {width}. Pass an .npz."
             )
-        images = FolderImages(name, height, channels)
+        images = FolderImages(name, height, channels, args.background)
     elif not Path(name).is_file():
         raise SystemExit(f'--reference {name}: no such file or folder. Pass one, or "digits".')
     elif zipfile.is_zipfile(name) and "mu.npy" in zipfile.ZipFile(name).namelist():
@@ -464,6 +466,8 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
                 measured = evaluation.compare(found, reference, device)
                 measured["reference"] = args.reference + (f", {reference.count:,} images" if reference.count else "")
                 measured["reference_fingerprint"] = reference.fingerprint
+                if Path(args.reference).is_dir():
+                    measured["background"] = args.background
                 if found.count <= found.features.width:
                     measured["note"] = (
                         f"{found.count:,} images for {found.features.width:,} features: with so few the Fréchet"

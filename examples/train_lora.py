@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from diffusers_terdit import TerDiTPipeline, losses, training
-from diffusers_terdit.arguments import at_least, not_negative, seed, share
+from diffusers_terdit.arguments import at_least, color, not_negative, seed, share
 from diffusers_terdit.checkpoints import resolve_model
 from diffusers_terdit.cli import run_program
 from diffusers_terdit.evaluation.digits import digits_classifier
@@ -48,6 +48,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("--demo", action="store_true", help=f"the bundled digits learn a new class, {NEW_CLASS!r}")
     add("--train_data_dir", help="folder of class folders of images")
+    add("--background", type=color, default="white", help="The color that transparent pixels of images show.")
     add("--model", default="digits", help="folder, Hub id, or the name of a bundled checkpoint")
     add("--output_dir", type=Path, default=Path("terdit-lora"))
     add(
@@ -99,7 +100,8 @@ def open_samples(args: argparse.Namespace, pipe: TerDiTPipeline):
     config = pipe.transformer.config
     resolution = config.sample_size * pipe.vae_scale_factor
     channels = config.in_channels if pipe.vae is None else 3
-    samples = training.data.ImageSamples.from_folder(args.train_data_dir, resolution=resolution, channels=channels)
+    options = {"resolution": resolution, "channels": channels, "background": args.background}
+    samples = training.data.ImageSamples.from_folder(args.train_data_dir, **options)
     known, ids = pipe.labels, {}
     for name in samples.id2label.values():
         ids[name] = known[name] if name in known else config.num_classes + len(set(ids) - set(known))

@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, evaluation, losses, training
-from diffusers_terdit.arguments import at_least, granularity, keep_limit, not_negative, positive, seed, share
+from diffusers_terdit.arguments import at_least, color, granularity, keep_limit, not_negative, positive, seed, share
 from diffusers_terdit.cli import run_program
 from diffusers_terdit.hub.push import push_saved
 from diffusers_terdit.pipelines.schedulers import training_scheduler
@@ -68,6 +68,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image_column", default="image")
     add("--label_column", default="label")
     add("--resolution", type=at_least(1), default=256, help="pixels")
+    add("--background", type=color, default="white", help="The color that transparent pixels of images show.")
     add("--random_flip", action="store_true")
     add("--dataloader_num_workers", type=at_least(0), default=0)
     add("--pretrained_vae_model_name_or_path", help="an AutoencoderKL; without it, and without latents, pixels")
@@ -203,6 +204,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 def open_samples(args: argparse.Namespace, channels: int):
     """Open the training data: (tensor, label) by index; or, streaming, the `datasets` stream itself."""
     options = {"resolution": args.resolution, "channels": channels, "flip": args.random_flip}
+    options["background"] = args.background
     if args.demo:
         return training.data.Digits(train=True)
     if args.train_latents_dir:

@@ -42,7 +42,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from diffusers_terdit import TernaryConfig, losses, training
-from diffusers_terdit.arguments import at_least, granularity, keep_limit, not_negative, positive, seed, share
+from diffusers_terdit.arguments import at_least, color, granularity, keep_limit, not_negative, positive, seed, share
 from diffusers_terdit.cli import run_program
 from diffusers_terdit.storage.saving import new_file, new_folder
 
@@ -58,6 +58,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--demo", action="store_true", help="captioned 8x8 digits; without a pretrained model one of 950,000 weights")
     add("--train_data_dir", type=Path, help="folder of images and a metadata.jsonl: file_name and text of each")
     add("--resolution", type=at_least(1), default=8, help="pixels")
+    add("--background", type=color, default="white", help="The color that transparent pixels of images show.")
     add("--dataloader_num_workers", type=at_least(0), default=0)
     add("--caption_dropout_prob", type=share, default=0.1, help="share of captions that are empty, for guidance")
 
@@ -184,7 +185,7 @@ class CaptionedDigits(Dataset):
         return self.images[index], self.labels[index]
 
 
-def open_images(folder: Path, resolution: int, channels: int) -> training.data.ImageSamples:
+def open_images(folder: Path, channels: int, **options) -> training.data.ImageSamples:
     """Images of a folder, with the captions of its metadata.jsonl: label i means `captions[i]`."""
     path = folder / "metadata.jsonl"
     if not path.is_file():
@@ -196,7 +197,7 @@ def open_images(folder: Path, resolution: int, channels: int) -> training.data.I
     captions = sorted({row["text"] for row in rows})
     numbers = {caption: i for i, caption in enumerate(captions)}
     paths, labels = [folder / row["file_name"] for row in rows], [numbers[row["text"]] for row in rows]
-    samples = training.data.ImageSamples(paths, labels, dict(enumerate(captions)), resolution, channels)
+    samples = training.data.ImageSamples(paths, labels, dict(enumerate(captions)), channels=channels, **options)
     samples.captions = captions
     return samples
 
@@ -354,7 +355,8 @@ def open_samples(args: argparse.Namespace, pipe: PixArtAlphaPipeline) -> Dataset
     """Return training pictures with `captions`, the text of each label."""
     channels = pipe.vae.config.in_channels
     if not args.demo:
-        return open_images(args.train_data_dir, args.resolution, channels)
+        options = {"resolution": args.resolution, "background": args.background}
+        return open_images(args.train_data_dir, channels, **options)
     if channels != 1:
         raise SystemExit(f"--demo has pictures of 1 channel, this VAE takes {channels}; pass --train_data_dir.")
     return CaptionedDigits(train=True)

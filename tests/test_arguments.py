@@ -4,7 +4,17 @@ from argparse import ArgumentTypeError
 
 import pytest
 
-from diffusers_terdit.arguments import at_least, granularity, keep_limit, not_negative, positive, seed, share
+from diffusers_terdit.arguments import (
+    at_least,
+    color,
+    column,
+    granularity,
+    keep_limit,
+    not_negative,
+    positive,
+    seed,
+    share,
+)
 
 
 @pytest.mark.parametrize(
@@ -17,6 +27,10 @@ from diffusers_terdit.arguments import at_least, granularity, keep_limit, not_ne
         (keep_limit, "3", 3),
         (granularity, "row", "row"),
         (granularity, "64", 64),
+        (color, "white", "white"),
+        (color, "#808080", "#808080"),
+        (column, "label", "label"),
+        (column, "none", None),
         (positive, "1e-8", 1e-8),
         (not_negative, "0", 0.0),
         (share, "1", 1.0),
@@ -34,6 +48,7 @@ def test_a_value_in_the_range(kind, text, value):
         *((seed, text) for text in ("-1", str(2**32))),
         *((keep_limit, text) for text in ("0", "-2", "all")),
         *((granularity, text) for text in ("0", "column", "")),
+        *((color, text) for text in ("whit", "", "#ffffff80", "x" * 5000)),
         *((positive, text) for text in ("0", "-1", "nan", "inf", "1e999")),
         (not_negative, "-1e-9"),
         *((share, text) for text in ("1.1", "-0.1", "nan")),

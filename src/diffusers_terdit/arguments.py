@@ -4,6 +4,8 @@ import argparse
 import math
 from collections.abc import Callable
 
+from PIL import ImageColor
+
 
 _MAX_INT = 2**63 - 1  # of torch's integers and seeds
 
@@ -35,6 +37,22 @@ def keep_limit(text: str) -> int:
 def granularity(text: str) -> str | int:
     """Parse what one ternary scale covers: "tensor", "row", or a number of inputs."""
     return text if text in ("tensor", "row") else at_least(1)(text)
+
+
+def color(text: str) -> str:
+    """Parse an opaque color as Pillow names it: "white", "#808080"."""
+    try:
+        opaque = len(ImageColor.getrgb(text)) == 3
+    except ValueError:
+        opaque = False
+    if not opaque:
+        raise argparse.ArgumentTypeError(f"expected a color, such as white, black or #808080, got {text!r:.80}")
+    return text
+
+
+def column(text: str) -> str | None:
+    """Parse the name of a column of a data set; "none" is for no column."""
+    return None if text == "none" else text
 
 
 def positive(text: str) -> float:

@@ -206,6 +206,9 @@ def test_a_folder_is_a_reference_and_an_unreadable_image_in_it_is_named_not_repl
         Image.fromarray(((digits.images[i, 0] + 1) * 127.5).byte().numpy()).save(path)
     args = ("--num_images", 16, "--reference", tmp_path / "reference")
     assert report(evaluate(*args))["reference"].endswith("40 images")
+    kept = (tmp_path / "out" / "reference.safetensors").read_bytes()
+    assert report(evaluate(*args, "--background", "black"))["background"] == "black"
+    assert (tmp_path / "out" / "reference.safetensors").read_bytes() != kept
     path.write_bytes(b"no picture")
     with pytest.raises(OSError, match=r"39\.png\) cannot be read"):
         evaluate(*args)

@@ -447,8 +447,9 @@ class TestData:
         samples = training.data.LatentSamples(latents)
         assert [samples[i][1] for i in range(len(samples))] == [0] * 9 + [1] * 10
         assert (latents / "latents-00001.safetensors").read_bytes() == before
-        with pytest.raises(SystemExit, match="Take another"):
-            run(*flags, "--no_flip", output_dir="latents", program="cache")
+        for changed in (["--no_flip"], ["--background", "black"]):
+            with pytest.raises(SystemExit, match=f"{changed[0][-4:]}.*Take another"):
+                run(*flags, *changed, output_dir="latents", program="cache")
 
 
 class TestRefusals:

@@ -456,6 +456,7 @@ ROWS = [
     Row(generate("--num_images_per_label", 10**11), "1,000,000,000,000 images of 8 x 8 pixels",
         "Pillow opens none of more than", "Ask for fewer or smaller images."),
     Row(lambda w: arguments.at_least(1)("0"), "'0'", "expected an integer, 1 or more", error=ArgumentTypeError),
+    Row(lambda w: arguments.color("whit"), "'whit'", "expected a color, such as white", error=ArgumentTypeError),
     Row(lambda w: arguments.share("1.5"), "'1.5'", "expected a number, 0 to 1", error=ArgumentTypeError),
     Row(converts("dense", "--vae", "auto"), "TMP/dense", "--vae is for the files of TerDiT's authors",
         "Leave it out."),

@@ -56,6 +56,27 @@ class TestImages:
             diffusers_logger.removeHandler(caplog.handler)
         assert "1.png" in caplog.text
 
+    @pytest.mark.parametrize(("background", "tone"), [("white", 1), ("black", -1)])
+    def test_transparent_pixels_show_the_background_wherever_images_come_from(self, tmp_path, background, tone):
+        datasets = pytest.importorskip("datasets")
+        (tmp_path / "ant").mkdir()
+        Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "ant" / "1.png")  # an invisible red
+        options = {"resolution": 8, "background": background}
+        samples = [training.data.ImageSamples.from_folder(tmp_path, **options)]
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant"])})
+        rows = {"image": [str(tmp_path / "ant" / "1.png")], "label": [0]}
+        table = datasets.Dataset.from_dict(rows, features)
+        samples += [training.data.ImageSamples.from_dataset(table, name=tmp_path, **options)]
+        stream = table.to_iterable_dataset()
+        samples += [training.data.ShardedStream(stream, "image", "label", 0, tmp_path, flip=False, **options)]
+        for found in (samples[0][0], samples[1][0], next(iter(samples[2].samples([0])))):
+            assert torch.equal(found[0], torch.full((3, 8, 8), float(tone)))
+
+    def test_a_background_that_is_no_color_is_not_blamed_on_an_image(self, image_folder):
+        samples = training.data.ImageSamples.from_folder(image_folder, resolution=8, background="whit")
+        with pytest.raises(ValueError, match="unknown color specifier: 'whit'"):
+            samples[0]
+
 
 class TestDatasets:
     def test_a_parquet_file_gives_the_images_of_its_folder(self, image_folder, parquet):

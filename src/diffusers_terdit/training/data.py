@@ -74,6 +74,7 @@ class ImageSamples(Dataset):
         channels (`int`): 1 or 3.
         flip (`bool`): Whether a trainer may mirror them.
         folders (`Sequence[str]`): Where a file may be that a dict names, because a data set of a stranger names any.
+        background (`str`): Color behind transparent pixels, see `read_image`.
     """
 
     def __init__(
@@ -85,9 +86,11 @@ class ImageSamples(Dataset):
         channels: int = 3,
         flip: bool = False,
         folders: Sequence[str] = (),
+        background: str = "white",
     ):
         self.sources, self.labels, self.id2label = sources, labels, id2label
         self.resolution, self.channels, self.flip, self.folders = resolution, channels, flip, folders
+        self.background = background
 
     @classmethod
     def from_dataset(
@@ -105,7 +108,7 @@ class ImageSamples(Dataset):
             image_column (`str`): Images.
             label_column (`str`): A `ClassLabel`, or numbers or texts.
             name (`str` or `os.PathLike`, *optional*): What `open_dataset` was given.
-            kwargs: `resolution`, `channels` and `flip`.
+            kwargs: `resolution`, `channels`, `flip` and `background`.
 
         Raises:
             ValueError: A column is missing, there are no rows, or a row has no label.
@@ -170,7 +173,7 @@ class ImageSamples(Dataset):
                 path = os.path.abspath(source["path"])
                 if not any(Path(path).is_relative_to(folder) for folder in self.folders):
                     raise OSError("the data set holds its name alone, and it is not in the data set's folder")
-            return read_image(source, self.resolution, self.channels)
+            return read_image(source, self.resolution, self.channels, self.background)
         except OSError as error:
             raise OSError(f"image {index} ({where}) cannot be read: {error}. Repair or remove it.") from error
 
@@ -518,7 +521,7 @@ class ShardedStream:
         label_column (`str`): A `ClassLabel`, so that the labels are known before the data is.
         seed (`int`): Of the order.
         name (`str` or `os.PathLike`, *optional*): What `open_dataset` was given.
-        kwargs: `resolution`, `channels` and `flip` of `ImageSamples`.
+        kwargs: `resolution`, `channels`, `flip` and `background` of `ImageSamples`.
 
     Raises:
         ValueError: A column is missing, the labels are not a `ClassLabel`, or, on access, a row has none.

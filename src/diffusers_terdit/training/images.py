@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
 from torch import Tensor
 
 
@@ -41,7 +41,9 @@ def read_image(source: Any, resolution: int, channels: int = 3, background: str 
 
     Raises:
         OSError: It is no regular file, of another format, damaged, or larger than Pillow takes for an attack.
+        ValueError: Pillow knows no such color.
     """
+    ImageColor.getrgb(background)  # here, so that no picture is blamed for it
     try:
         if isinstance(source, dict):
             source = io.BytesIO(source["bytes"]) if source.get("bytes") else source["path"]
