@@ -201,6 +201,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
+def prediction_type(args: argparse.Namespace) -> str:
+    """Return what the model is trained to predict, in diffusers' words."""
+    return "flow_prediction" if args.flow_matching else "epsilon"
+
+
 def open_samples(args: argparse.Namespace, channels: int):
     """Open the training data: (tensor, label) by index; or, streaming, the `datasets` stream itself."""
     options = {"resolution": args.resolution, "channels": channels, "flip": args.random_flip}
@@ -229,6 +234,7 @@ def build_transformer(args: argparse.Namespace, sample_size: int, in_channels: i
         "num_classes": num_classes,
         "class_dropout_prob": args.class_dropout_prob,
         "learn_sigma": args.learn_sigma,
+        "prediction_type": prediction_type(args),
         "ternary": args.ternary,
         "activation_bits": args.activation_bits,
     }
@@ -510,6 +516,9 @@ class Trainer:
         args, step = self.args, self.step
         state = {"step": step, "images_seen": step * self.batch_size, "batch_size": self.batch_size, "seed": args.seed}
         state["id2label"] = self.samples.id2label
+        state["sampling_defaults"] = self.sampling_defaults
+        vae = args.pretrained_vae_model_name_or_path
+        state["vae"] = os.path.abspath(vae) if vae and os.path.isdir(vae) else vae
         state["shard_sizes"] = getattr(self.samples, "shard_sizes", {})
         folder = args.output_dir / f"checkpoint-{step}"
         training.checkpointing.save(
@@ -520,6 +529,17 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.last_checkpoint = step
         logger.info(f"saved {folder}")
+
+    @property
+    def sampling_defaults(self) -> dict[str, float]:
+        """The steps and the guidance that the model is validated with, which its pipelines recommend."""
+        return {key: getattr(self.args, key) for key in ("num_inference_steps", "guidance_scale")}
+
+    def pipeline(self) -> TerDiTPipeline:
+        """Return a pipeline of the average; every process must call this."""
+        return training.export.to_pipeline(
+            self.ema_model, self.scheduler, self.vae, self.samples.id2label, self.sampling_defaults
+        )
 
     @property
     def validation_due(self) -> bool:
@@ -542,7 +562,7 @@ class Trainer:
     def validate(self) -> None:
         """Log errors of the average at fixed noise, and its Frechet distance; save a grid of its samples."""
         args, record = self.args, {}
-        pipe = training.export.to_pipeline(self.ema_model, self.scheduler, self.vae, self.samples.id2label)  # by all
+        pipe = self.pipeline()
         pipe.to(self.device).set_progress_bar_config(disable=True)
         if self.validation_due and self.is_main_process:
             if not args.streaming:
@@ -580,8 +600,7 @@ class Trainer:
     def sample_images(self, pipe: TerDiTPipeline, labels: list[int], seeds, output_type: str):
         """Sample one image per label, each from its own seed, so that no other image matters."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        options = {"num_inference_steps": self.args.num_inference_steps, "guidance_scale": self.args.guidance_scale}
-        return pipe(labels, generator=generators, output_type=output_type, **options).images
+        return pipe(labels, generator=generators, output_type=output_type).images
 
     @torch.no_grad()
     def frechet_distance(self, pipe: TerDiTPipeline) -> float:
@@ -602,7 +621,7 @@ class Trainer:
     def export(self) -> None:
         """Save the average as a packed pipeline with a card, and push it if asked to."""
         args = self.args
-        pipe = training.export.to_pipeline(self.ema_model, self.scheduler, self.vae, self.samples.id2label)  # by all
+        pipe = self.pipeline()
         if self.is_main_process:
             if args.export_dtype != "float32":
                 pipe.transformer.to(getattr(torch, args.export_dtype))

@@ -82,7 +82,8 @@ def assert_same_bits(folder, other, parts=PARTS):
 
 
 def samples_of(folder):
-    pipe = TerDiTPipeline.from_pretrained(folder)
+    is_checkpoint = training.checkpointing.is_checkpoint(folder)
+    pipe = (training.export.checkpoint_pipeline if is_checkpoint else TerDiTPipeline.from_pretrained)(folder)
     generator = torch.Generator().manual_seed(0)
     return pipe([0, 1], num_inference_steps=3, generator=generator, output_type="latent").images
 
@@ -111,6 +112,17 @@ class TestRun:
         for name, codes in training.statistics.packed_codes(average).items():
             assert torch.equal(exported.state_dict()[f"{name}.weight_packed"], codes)
         assert torch.equal(exported.proj_in.weight, average.proj_in.weight)
+
+    def test_a_checkpoint_samples_as_the_pipeline_that_a_run_ends_in(self, plain):
+        exported = TerDiTPipeline.from_pretrained(plain)
+        pipe = training.export.checkpoint_pipeline(plain / "checkpoint-4")
+        assert torch.equal(samples_of(plain / "checkpoint-4"), samples_of(plain))
+        assert not torch.equal(samples_of(plain / "checkpoint-2"), samples_of(plain))
+        assert pipe.transformer.config.weight_format == "packed"
+        assert pipe.transformer.config.prediction_type == "epsilon"
+        assert pipe.labels == exported.labels
+        assert pipe.sampling_defaults == exported.sampling_defaults
+        assert pipe.sampling_defaults == {"num_inference_steps": 2, "guidance_scale": 1.5}
 
     @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a single core
     def test_what_saves_time_or_memory_changes_no_bit(self, run, plain):
@@ -160,7 +172,12 @@ class TestRun:
     def test_a_flow_model_is_saved_with_its_scheduler(self, run):
         folder = run("--demo", "--flow_matching")
         assert isinstance(TerDiTPipeline.from_pretrained(folder).scheduler, FlowMatchEulerDiscreteScheduler)
+        assert TerDiTPipeline.from_pretrained(folder).transformer.config.prediction_type == "flow_prediction"
         assert samples_of(folder).isfinite().all()
+        assert torch.equal(samples_of(folder / "checkpoint-4"), samples_of(folder))
+        flags = ("--init_from", folder, "--learn_sigma", "false")  # the run decides, not what it starts from
+        again = run("--demo", *flags, output_dir="noise")
+        assert TerDiTPipeline.from_pretrained(again).prediction_type == "epsilon"
 
     def test_a_feature_network_gives_a_frechet_distance(self, run, tmp_path, monkeypatch):
         (tmp_path / "my_features.py").write_text("import torch\n\n\ndef flat():\n    return torch.nn.Flatten()\n")
@@ -428,6 +445,7 @@ class TestData:
         cached = run("--train_latents_dir", latents, output_dir="cached")
         assert records(cached) == pytest.approx(records(online), rel=1e-4)
         assert TerDiTPipeline.from_pretrained(online).vae is not None
+        assert training.export.checkpoint_pipeline(online / "checkpoint-4")("ant").images[0].size == (16, 16)
         assert TerDiTPipeline.from_pretrained(cached).vae is None
         assert not (cached / "samples").exists()
         with pytest.raises(SystemExit, match="--pretrained_vae"):

@@ -34,6 +34,15 @@ def resumed(file=None, **changes):
     return provoke
 
 
+def unrecorded(w):
+    """A checkpoint of a flow model whose config does not say so."""
+    model = w.model(learn_sigma=False)
+    folder = w.tmp / "checkpoint-1"
+    optimizer = torch.optim.AdamW(training.recipes.parameter_groups(model))
+    training.checkpointing.save(folder, model, model, optimizer, {"step": 1})
+    training.export.checkpoint_pipeline(folder)
+
+
 def no_file(w):
     def refuse(*arguments):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
@@ -115,6 +124,7 @@ def empty_stream(w):
 ROWS = [
     Row(lambda w: training.checkpointing.load(w.tmp, None, None, None), "TMP", "it has no training_state.json",
         "Pass a `checkpoint-N` folder.", error=OSError),
+    Row(unrecorded, "TMP", "did not record what the model predicts", "Resume it with the newest train_terdit.py"),
     Row(resumed("optimizer.safetensors", ghost__exp_avg=torch.zeros(3)), "`ghost.exp_avg`",
         "holds an unexpected tensor", OPTIONS),
     Row(resumed("model.safetensors", ghost=torch.zeros(3)), "`ghost`", "holds an unexpected tensor", OPTIONS),
@@ -122,7 +132,7 @@ ROWS = [
     Row(resumed("ema.safetensors", proj_in__bias=None), "`proj_in.bias`", "ema.safetensors lacks 1 tensor(s)",
         OPTIONS),
     Row(resumed("training_state.json", step=2), "TMP/checkpoint-1/model.safetensors", "was not saved with this",
-        "Resume from another one."),
+        "Take another one."),
     Row(resumed("config.json", norm_eps=0.5), "norm_eps=0.5, not 1e-05", "TMP/checkpoint-1 was trained with",
         "Resume with the options it was trained with."),
     Row(lambda w: training.checkpointing.rotate(w.tmp, -2), "got -2", "must be at least 1", "or -1 to keep all"),

@@ -2,6 +2,7 @@ import copy
 import json
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
@@ -69,6 +70,10 @@ class TestExport:
         export(model, tmp_path)
         loaded = TerDiTPipeline.from_pretrained(tmp_path).transformer
         assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+    def test_a_flow_model_gets_the_scheduler_of_flow(self):
+        pipe = training.export.to_pipeline(fresh_model(learn_sigma=False, prediction_type="flow_prediction"))
+        assert isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
 
     def test_a_model_without_learned_variance_samples_with_the_schedulers_own(self, tmp_path):
         export(fresh_model(learn_sigma=False), tmp_path)

@@ -29,9 +29,14 @@ CHECKPOINT_PREFIX = "checkpoint-"
 STATE_NAME = "training_state.json"
 
 
+def is_checkpoint(folder: str | os.PathLike) -> bool:
+    """Return whether a folder is a whole checkpoint of a trainer."""
+    return (Path(folder) / STATE_NAME).is_file()
+
+
 def find(output_dir: str | os.PathLike) -> list[Path]:
     """Return the whole `checkpoint-N` folders in `output_dir`, sorted by N."""
-    found = [path for path in Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*") if (path / STATE_NAME).is_file()]
+    found = [path for path in Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*") if is_checkpoint(path)]
     return sorted((p for p in found if re.fullmatch(rf"{CHECKPOINT_PREFIX}\d+", p.name)), key=_step_of)
 
 
@@ -137,16 +142,8 @@ def load(
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
     folder = Path(folder)
-    if not (folder / STATE_NAME).is_file():
-        raise OSError(f"{folder} is no checkpoint: it has no {STATE_NAME}. Pass a `checkpoint-N` folder.")
+    state = read_state(folder)
     _check_config(folder, model)
-    state = read_json(folder / STATE_NAME)
-    for name in ("model", "ema", "optimizer"):
-        if WeightsFile(path := folder / f"{name}.safetensors").metadata.get("terdit.state") != canonical_json(state):
-            raise ValueError(
-                f"{path} was not saved with this {STATE_NAME}: one of them is damaged, was changed, or is of another"
-                " checkpoint. Resume from another one."
-            )
     restore_tensors(folder / "model.safetensors", model.state_dict())
     restore_tensors(folder / "ema.safetensors", ema_model.state_dict())
     # The optimizer's own tensors, which a step without gradients makes where there are none. They are overwritten in
@@ -155,6 +152,26 @@ def load(
     for tensor in tensors.values():
         tensor.zero_()  # the file has no state of a parameter that had no gradient yet
     restore_tensors(folder / "optimizer.safetensors", tensors, partial=True)
+    return state
+
+
+def read_state(folder: str | os.PathLike) -> dict[str, Any]:
+    """Return the `state` that a checkpoint was saved with, after a check that its files belong together.
+
+    Raises:
+        OSError: The folder is not a complete checkpoint.
+        ValueError: The files are damaged or not of one checkpoint.
+    """
+    folder = Path(folder)
+    if not is_checkpoint(folder):
+        raise OSError(f"{folder} is no checkpoint: it has no {STATE_NAME}. Pass a `checkpoint-N` folder.")
+    state = read_json(folder / STATE_NAME)
+    for name in ("model", "ema", "optimizer"):
+        if WeightsFile(path := folder / f"{name}.safetensors").metadata.get("terdit.state") != canonical_json(state):
+            raise ValueError(
+                f"{path} was not saved with this {STATE_NAME}: one of them is damaged, was changed, or is of another"
+                " checkpoint. Take another one."
+            )
     return state
 
 

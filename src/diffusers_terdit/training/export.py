@@ -10,11 +10,14 @@ import torch
 from diffusers import AutoencoderKL, SchedulerMixin
 from PIL import Image, ImageDraw, ImageFont
 
+from ..hub.errors import hub_errors
 from ..hub.model_card import CardOptions, merge_cards, model_card, read_card
 from ..models.transformer_terdit import TerDiTTransformer2DModel
 from ..pipelines.pipeline_terdit import TerDiTPipeline
 from ..pipelines.schedulers import training_scheduler
 from ..storage.saving import new_file, replacing
+from .checkpointing import read_state
+from .initialize import load_transformer
 from .sharding import full_tensor
 from .statistics import packed_codes, ternary_statistics
 
@@ -53,18 +56,39 @@ def to_pipeline(
     Args:
         transformer ([`TerDiTTransformer2DModel`]): Float format, float32: the average of the weights. Left unchanged.
             When it is sharded, every process must call this, and each gets a pipeline.
-        scheduler ([`~diffusers.SchedulerMixin`], *optional*): Default `training_scheduler`.
+        scheduler ([`~diffusers.SchedulerMixin`], *optional*): Default `training_scheduler` of what the model predicts.
         vae ([`~diffusers.AutoencoderKL`], *optional*): Decoder.
         id2label (`dict[int, str]`, *optional*): Label names.
         sampling_defaults (`dict`, *optional*): Steps and guidance that suit it, see [`TerDiTPipeline`].
     """
+    config = transformer.config
     return TerDiTPipeline(
-        transformer=packed_model(transformer) if transformer.config.ternary else _copy(transformer),
-        scheduler=scheduler or training_scheduler(transformer.config.learn_sigma),
+        transformer=packed_model(transformer) if config.ternary else _copy(transformer),
+        scheduler=scheduler or training_scheduler(config.learn_sigma, config.prediction_type == "flow_prediction"),
         vae=vae,
         id2label={str(key): value for key, value in id2label.items()} if id2label else None,
         sampling_defaults=sampling_defaults,
     )
+
+
+def checkpoint_pipeline(folder: str | os.PathLike) -> TerDiTPipeline:
+    """Return a pipeline of the averaged weights in a `checkpoint-N` folder of `examples/train_terdit.py`, on the CPU.
+
+    Raises:
+        OSError: The folder is not a complete checkpoint, or the VAE that it was trained with cannot be loaded.
+        ValueError: The files are damaged, not of one checkpoint, or do not say what the model predicts.
+    """
+    state, model = read_state(folder), load_transformer(folder, average=True)
+    if not (model.config.prediction_type or model.config.learn_sigma):
+        raise ValueError(
+            f"{folder} was saved by a release that did not record what the model predicts. Resume it with the newest"
+            " train_terdit.py, whose checkpoints do."
+        )
+    vae = None
+    if name := state.get("vae"):
+        with hub_errors(name):
+            vae = AutoencoderKL.from_pretrained(name)
+    return to_pipeline(model, None, vae, state.get("id2label"), state.get("sampling_defaults"))
 
 
 def save_pipeline(pipe: TerDiTPipeline, save_directory: str | os.PathLike) -> None:

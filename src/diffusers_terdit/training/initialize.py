@@ -11,19 +11,23 @@ from torch import Tensor, nn
 from ..layers import TernaryLinear
 from ..models.transformer_terdit import TerDiTTransformer2DModel
 from ..ops import reference
-from .checkpointing import STATE_NAME, restore_tensors
+from .checkpointing import is_checkpoint, restore_tensors
 
 
-def load_transformer(path: str | os.PathLike) -> TerDiTTransformer2DModel:
-    """Load the transformer of a pipeline (folder or Hub repository), a model folder or a `checkpoint-N` (raw weights).
+def load_transformer(path: str | os.PathLike, average: bool = False) -> TerDiTTransformer2DModel:
+    """Load the transformer of a pipeline (folder or Hub repository), a model folder or a `checkpoint-N`.
+
+    Args:
+        path (`str` or `os.PathLike`): Where it is.
+        average (`bool`): Take the averaged weights of a `checkpoint-N`, not the raw ones.
 
     Raises:
         OSError: There is no model at `path`.
     """
     folder = Path(path)
-    if (folder / STATE_NAME).is_file():
+    if is_checkpoint(folder):
         model = TerDiTTransformer2DModel.from_config(TerDiTTransformer2DModel.load_config(folder))
-        restore_tensors(folder / "model.safetensors", model.state_dict())
+        restore_tensors(folder / f"{'ema' if average else 'model'}.safetensors", model.state_dict())
         return model.eval()
     subfolder = None if (folder / "config.json").is_file() else "transformer"
     return TerDiTTransformer2DModel.from_pretrained(str(path), subfolder=subfolder)
