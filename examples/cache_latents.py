@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from diffusers_terdit import training
-from diffusers_terdit.arguments import at_least, color
+from diffusers_terdit.arguments import at_least, color, column
 from diffusers_terdit.cli import run_program
 from diffusers_terdit.storage.saving import new_file, output_folder
 from diffusers_terdit.storage.weights import WeightsFile, canonical_json, differing_keys, state_dict_digest
@@ -47,7 +47,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--dataset_config_name")
     add("--dataset_split", default="train")
     add("--image_column", default="image")
-    add("--label_column", default="label")
+    add("--label_column", type=column, default="label", help="The column of the classes; none trains without classes.")
+    add(
+        "--label_order",
+        default="value",
+        choices=["value", "text"],
+        help='How classes named by numbers are numbered: by value, or as text, "10" before "2".',
+    )
     add("--resolution", type=at_least(1), default=256, help="pixels")
     add("--background", type=color, default="white", help="The color that transparent pixels of images show.")
     add("--no_flip", action="store_true", help="leave out the mirror images: half the size")
@@ -105,11 +111,12 @@ def cache(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Encode the shards that are missing, then write the index that makes them a cache."""
     options = {"resolution": args.resolution, "channels": 3, "background": args.background}
     if args.train_data_dir:
-        samples = training.data.ImageSamples.from_folder(args.train_data_dir, **options)
+        samples = training.data.ImageSamples.from_folder(args.train_data_dir, args.label_order, **options)
     else:
         dataset = training.data.open_dataset(args.dataset_name, args.dataset_config_name, args.dataset_split)
         columns = (args.image_column, args.label_column)
-        samples = training.data.ImageSamples.from_dataset(dataset, *columns, args.dataset_name, **options)
+        names = (args.dataset_name, args.label_order)
+        samples = training.data.ImageSamples.from_dataset(dataset, *columns, *names, **options)
     vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path).eval().to(accelerator.device)
     info = {
         "latent_shape": list(training.data.LatentCodec(vae).latent_shape(args.resolution, 3)),
@@ -127,6 +134,8 @@ def cache(args: argparse.Namespace, accelerator: Accelerator) -> None:
         (args.output_dir / f"latents-{i:05d}.safetensors", range(start, min(start + args.shard_size, len(samples))))
         for i, start in enumerate(range(0, len(samples), args.shard_size))
     ]
+    if note := training.data.numbering_note(samples.id2label):
+        logger.info(note)
     logger.info(f"{len(samples)} images, {len(shards)} shard(s), {accelerator.num_processes} process(es)")
 
     for path, indices in shards[accelerator.process_index :: accelerator.num_processes]:

@@ -102,6 +102,14 @@ def open_samples(args: argparse.Namespace, pipe: TerDiTPipeline):
     channels = config.in_channels if pipe.vae is None else 3
     options = {"resolution": resolution, "channels": channels, "background": args.background}
     samples = training.data.ImageSamples.from_folder(args.train_data_dir, **options)
+    if not samples.id2label:
+        if config.num_classes > 1:
+            raise SystemExit(
+                f"{args.train_data_dir} holds images without classes, and {args.model} draws {config.num_classes}"
+                " classes. Move them into a folder named after their label."
+            )
+        args.class_dropout_prob, args.guidance_scale = 0.0, 1.0  # without classes there is no null label
+        return samples
     known, ids = pipe.labels, {}
     for name in samples.id2label.values():
         ids[name] = known[name] if name in known else config.num_classes + len(set(ids) - set(known))
@@ -252,7 +260,7 @@ def main(argv=None) -> None:
         report["after, adapter disabled"] = recognized(pipe, args)
         pipe.transformer.enable_adapters()
     new_names = {str(number): name for number, name in new.items()}
-    label = samples.id2label[shown[0]]
+    label = samples.id2label.get(shown[0], shown[0])
     files = {"README.md": card(pipe, args, new_names, label), "report.json": json.dumps(report, indent=2) + "\n"}
     for name, text in files.items():
         with new_file(args.output_dir / name) as partial:

@@ -39,7 +39,17 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, evaluation, losses, training
-from diffusers_terdit.arguments import at_least, color, granularity, keep_limit, not_negative, positive, seed, share
+from diffusers_terdit.arguments import (
+    at_least,
+    color,
+    column,
+    granularity,
+    keep_limit,
+    not_negative,
+    positive,
+    seed,
+    share,
+)
 from diffusers_terdit.cli import run_program
 from diffusers_terdit.hub.push import push_saved
 from diffusers_terdit.pipelines.schedulers import training_scheduler
@@ -66,7 +76,13 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset_split", default="train")
     add("--streaming", action="store_true", help="read --dataset_name shard by shard, every process all of it")
     add("--image_column", default="image")
-    add("--label_column", default="label")
+    add("--label_column", type=column, default="label", help="The column of the classes; none trains without classes.")
+    add(
+        "--label_order",
+        default="value",
+        choices=["value", "text"],
+        help='How classes named by numbers are numbered: by value, or as text, "10" before "2".',
+    )
     add("--resolution", type=at_least(1), default=256, help="pixels")
     add("--background", type=color, default="white", help="The color that transparent pixels of images show.")
     add("--random_flip", action="store_true")
@@ -215,7 +231,7 @@ def open_samples(args: argparse.Namespace, channels: int):
     if args.train_latents_dir:
         return training.data.LatentSamples(args.train_latents_dir)
     if args.train_data_dir:
-        return training.data.ImageSamples.from_folder(args.train_data_dir, **options)
+        return training.data.ImageSamples.from_folder(args.train_data_dir, args.label_order, **options)
     dataset = training.data.open_dataset(
         args.dataset_name, args.dataset_config_name, args.dataset_split, args.streaming
     )
@@ -223,7 +239,7 @@ def open_samples(args: argparse.Namespace, channels: int):
         columns = (args.image_column, args.label_column, args.seed)
         return training.data.ShardedStream(dataset, *columns, args.dataset_name, **options)
     columns = (args.image_column, args.label_column)
-    return training.data.ImageSamples.from_dataset(dataset, *columns, args.dataset_name, **options)
+    return training.data.ImageSamples.from_dataset(dataset, *columns, args.dataset_name, args.label_order, **options)
 
 
 def build_transformer(args: argparse.Namespace, sample_size: int, in_channels: int, num_classes: int):
@@ -292,7 +308,12 @@ class Trainer:
                 "--frechet_steps shows images to a network: pass --pretrained_vae_model_name_or_path, too."
             )
         self.latent_shape = self.codec.latent_shape(args.resolution, args.in_channels)
-        self.num_classes = len(self.samples.id2label)
+        self.num_classes = max(1, len(self.samples.id2label))
+        if note := training.data.numbering_note(self.samples.id2label):
+            logger.info(note)
+        if not self.samples.id2label:
+            logger.info("no classes: the model is unconditional, without label dropout and guidance")
+            args.class_dropout_prob, args.guidance_scale = 0.0, 1.0
         self.examples = training.data.TrainingExamples(
             self.samples,
             args.seed,
@@ -347,8 +368,12 @@ class Trainer:
         if isinstance(trained, dict) and trained != classes:
             keys = [key for key in {**trained, **classes} if trained.get(key) != classes.get(key)]
             shown = "; ".join(f"{key} was {trained.get(key)!r}, is {classes.get(key)!r}" for key in keys[:5])
+            fitting = {tuple(training.data.ordered_labels(classes.values(), o)): o for o in ("value", "text")}
+            order = fitting.get(tuple(trained.values()))
+            fits = order not in (None, self.args.label_order)
+            advice = f"--label_order {order}, with which it was trained" if fits else "that data"
             raise SystemExit(
-                f"{folder} was trained with other classes: {shown}. Pass that data, or another --output_dir."
+                f"{folder} was trained with other classes: {shown}. Pass {advice}, or another --output_dir."
             )
         state = training.checkpointing.load(folder, self.transformer, self.ema_model, self.optimizer)
         if (state["batch_size"], state["seed"]) != (self.batch_size, self.args.seed):

@@ -18,7 +18,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, training
+from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, cli, training
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -421,6 +421,44 @@ class TestData:
                 run(*flags, "--resume_from_checkpoint", "latest", steps=6)
             shutil.rmtree(image_folder / "ant", ignore_errors=True)
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+    def test_numbered_classes_are_told_and_an_order_that_changed_is_refused(self, run, image_folder, tmp_path, caplog):
+        (image_folder / "ant").rename(image_folder / "9")
+        (image_folder / "bee").rename(image_folder / "10")
+        flags = ("--train_data_dir", image_folder, "--resolution", 16, "--resume_from_checkpoint", "latest")
+        caplog.set_level("INFO")
+        for order, other, labels in (("value", "text", ["9", "10"]), ("text", "value", ["10", "9"])):
+            folder = run(*flags, "--label_order", order, output_dir=order)
+            assert TerDiTPipeline.from_pretrained(folder).labels == {name: i for i, name in enumerate(labels)}
+            assert f"id 0 is '{labels[0]}', id 1 is '{labels[1]}'." in caplog.text
+            with pytest.raises(SystemExit, match=f"0 was '{labels[0]}', .*Pass --label_order {order}, with which"):
+                run(*flags, "--label_order", other, output_dir=order, steps=6)
+        shutil.rmtree(image_folder / "9")
+        with pytest.raises(SystemExit, match=r"1 was '9', is None\. Pass that data"):
+            run(*flags, output_dir="text", steps=6)
+
+    def test_images_without_classes_train_a_model_that_needs_no_label(self, run, image_folder, vae, parquet, capsys):
+        flags = ("--train_data_dir", image_folder / "ant", "--resolution", 16)
+        folder = run(*flags, "--random_flip")
+        pipe = TerDiTPipeline.from_pretrained(folder)
+        config = pipe.transformer.config
+        assert (config.num_classes, config.class_dropout_prob, pipe.config.id2label) == (1, 0, None)
+        # SD
+        assert pipe(num_inference_steps=2, num_images_per_prompt=3, output_type="pt").images.shape == (3, 3, 16, 16)
+        drawn = ["generate", str(folder), "--num_inference_steps", "2", "--output", str(folder / "drawn.png")]
+        assert cli.main(drawn) == 0
+        card = (folder / "README.md").read_text("utf-8")
+        assert "unconditional" in card
+        assert "pipe().images[0]" in card
+        assert "class" not in card.split("## Size")[0]
+        run(*flags, "--random_flip", "--resume_from_checkpoint", "latest", steps=6)
+
+        cached = ("--pretrained_vae_model_name_or_path", vae)
+        latents = run(*flags, *cached, output_dir="latents", program="cache")
+        assert training.data.LatentSamples(latents).id2label == {}
+        run("--train_latents_dir", latents, *cached, output_dir="from_latents")
+        from_rows = run("--dataset_name", parquet, "--label_column", "none", "--resolution", 16, output_dir="rows")
+        assert TerDiTPipeline.from_pretrained(from_rows).transformer.config.num_classes == 1
 
     def test_a_data_set_gives_the_run_of_its_folder(self, run, image_folder, parquet):
         flags = ("--resolution", 16, "--random_flip")

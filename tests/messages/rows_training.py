@@ -66,6 +66,13 @@ def no_images(w):
     training.data.ImageSamples.from_folder(w.tmp, resolution=8)
 
 
+def mixed_images(w):
+    (w.tmp / "cat").mkdir()
+    for name in ("1.png", "cat/1.png"):
+        Image.new("L", (8, 8)).save(w.tmp / name)
+    training.data.ImageSamples.from_folder(w.tmp, resolution=8)
+
+
 def large_image(w):
     Image.new("1", (10_000, 10_000)).save(w.tmp / "1.png")
     with warnings.catch_warnings():
@@ -142,7 +149,11 @@ ROWS = [
         "Make room there, or choose another folder", error=saving.UnwritableError),
     Row(lambda w: training.images.read_image(w.tmp, 8), Fixed("OSError"), "this is no regular file", error=OSError),
     Row(large_image, "it has 10000 x 10000 pixels", "more than 89478485", error=OSError),
-    Row(no_images, "TMP", "holds no images in folders named after their labels", "such as"),
+    Row(no_images, "TMP", "holds no images, neither in folders named after their labels", "such as"),
+    Row(lambda w: training.data.ImageSamples.from_folder(w.tmp / "x", resolution=8), "TMP/x is no folder",
+        "Pass one that holds images", error=NotADirectoryError),
+    Row(mixed_images, "such as 1.png", "holds images in itself", "Move all of them"),
+    Row(lambda w: training.data.ordered_labels(["1"], "date"), "got 'date'", '`order` must be "value" or "text"'),
     Row(lambda w: images(3)(w)[5], "no number 5", "There are 3 images", "numbered from 0", error=IndexError),
     Row(lambda w: images(100)(w)[7], "from number 7", "100 images in a row", "The log names each of them.",
         error=OSError),
@@ -162,6 +173,8 @@ ROWS = [
         "Check name, config and split."),
     Row(lambda w: training.data.ImageSamples.from_dataset(rows(label=[0]), "picture", resolution=8), "'picture'",
         "has no column", "its columns are image, label"),
+    Row(lambda w: training.data.ImageSamples.from_dataset(rows(label=[0]), "label", resolution=8), "Column 'label'",
+        "holds int64, not images", "Name the one of the images."),
     Row(lambda w: training.data.ImageSamples.from_dataset(rows(label=[]), resolution=8), "the columns image, label",
         "but no rows", "Take another split."),
     Row(lambda w: training.data.ImageSamples.from_dataset(rows(label=[1, None]), resolution=8), "the label None",

@@ -56,6 +56,74 @@ class TestImages:
             diffusers_logger.removeHandler(caplog.handler)
         assert "1.png" in caplog.text
 
+    @pytest.mark.parametrize(
+        ("names", "order", "expected"),
+        [
+            (["0", "1", "2", "10", "9"], "value", ["0", "1", "2", "9", "10"]),
+            (["0", "1", "2", "10", "9"], "text", ["0", "1", "10", "2", "9"]),
+            (["01", "10", "9", "1"], "value", ["01", "1", "9", "10"]),
+            (["10", "9", "cat"], "value", ["10", "9", "cat"]),
+            (["-1", "1.5", "10", "9"], "value", ["-1", "1.5", "10", "9"]),
+        ],
+    )
+    def test_numbered_folders_and_columns_are_sorted_by_value(self, tmp_path, names, order, expected):
+        datasets = pytest.importorskip("datasets")
+        for name in names:
+            (tmp_path / name).mkdir()
+            Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
+        samples = training.data.ImageSamples.from_folder(tmp_path, order, resolution=8)
+        assert list(samples.id2label.items()) == list(enumerate(expected))
+        assert [samples.id2label[label] for label in samples.labels] == expected
+        assert [path.parent.name for path in samples.sources] == expected
+        table = datasets.Dataset.from_dict({"image": [{"path": None, "bytes": b""}] * len(names), "label": names})
+        columns = training.data.ImageSamples.from_dataset(table, label_order=order, resolution=8)
+        assert columns.id2label == samples.id2label
+        assert [columns.id2label[label] for label in columns.labels] == names
+
+    @pytest.mark.parametrize(
+        ("names", "note"),
+        [
+            (["ant", "bee"], ""),
+            (["0", "1", "2"], ""),
+            (["00", "01", "02"], ""),
+            (["3", "7", "20"], "differ from the names of the classes: id 0 is '3', id 1 is '7', id 2 is '20'."),
+            (["0", "1", "10", "2"], "id 2 is '10', id 3 is '2'."),
+            (["10", "9", "cat"], "Some class names are numbers and some are not, so all are sorted as text: id 0 is"),
+            ([str(i + 1) for i in range(100)], "id 9 is '10', ..., id 99 is '100'."),
+        ],
+    )
+    def test_a_note_says_which_id_is_which_number(self, names, note):
+        found = training.data.numbering_note(dict(enumerate(names)))
+        assert note in found
+        assert bool(note) == bool(found)
+
+    def test_what_is_no_picture_is_no_class_and_no_sample(self, image_folder, caplog):
+        for name in (".cache/1.png", "__MACOSX/ant/1.png", "ant/._0.png", "ant/__MACOSX/1.png", "bee/.trash/1.png"):
+            (image_folder / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(image_folder / name)
+        for name in ("ant/1.pdf", "bee/1.eps", "notes/readme.txt", "._ant", ".DS_Store", "Thumbs.db"):
+            (image_folder / name).parent.mkdir(exist_ok=True)
+            (image_folder / name).write_bytes(b"%PDF-1.7")
+        diffusers_logger = logging.getLogger("diffusers")
+        diffusers_logger.addHandler(caplog.handler)
+        try:
+            samples = training.data.ImageSamples.from_folder(image_folder, resolution=8)
+        finally:
+            diffusers_logger.removeHandler(caplog.handler)
+        assert samples.id2label == {0: "ant", 1: "bee"}
+        assert [path.relative_to(image_folder).as_posix() for path in samples.sources] == [
+            f"{label}/{i}.png" for label in ("ant", "bee") for i in range(3)
+        ]
+        assert "no class is made of folders without images: notes." in caplog.text
+
+    def test_images_without_class_folders_have_one_class_without_a_name(self, image_folder):
+        samples = training.data.ImageSamples.from_folder(image_folder / "ant", resolution=8)
+        assert (samples.labels, samples.id2label) == ([0, 0, 0], {})
+        assert samples[2][1] == 0
+        (image_folder / "cover.png").write_bytes(b"")
+        with pytest.raises(ValueError, match=r"such as cover\.png, and in folders, such as ant"):
+            training.data.ImageSamples.from_folder(image_folder, resolution=8)
+
     @pytest.mark.parametrize(("background", "tone"), [("white", 1), ("black", -1)])
     def test_transparent_pixels_show_the_background_wherever_images_come_from(self, tmp_path, background, tone):
         datasets = pytest.importorskip("datasets")
@@ -95,6 +163,52 @@ class TestDatasets:
         samples = training.data.ImageSamples.from_dataset(dataset, label_column="kind", resolution=8)
         assert samples.labels == [1, 0, 1]
         assert samples.id2label == {0: "10", 1: "30"}
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_a_folder_of_save_to_disk_is_loaded(self, parquet, tmp_path, streaming):
+        datasets = pytest.importorskip("datasets")
+        dataset = training.data.open_dataset(str(parquet))
+        dataset.save_to_disk(tmp_path / "one", num_shards=2)
+        datasets.DatasetDict({"train": dataset}).save_to_disk(tmp_path / "splits")
+        for name in ("one", "splits"):
+            loaded = training.data.open_dataset(str(tmp_path / name), streaming=streaming)
+            if streaming:
+                stream = training.data.ShardedStream(loaded, "image", "label", 0, resolution=8, flip=False)
+                assert sorted(label for _, label in stream.samples(range(6))) == [0, 0, 0, 1, 1, 1]
+            else:
+                samples = training.data.ImageSamples.from_dataset(loaded, resolution=8)
+                assert [label for _, label in (samples[i] for i in range(6))] == [0, 0, 0, 1, 1, 1]
+        with pytest.raises(ValueError, match=r"split 'test'\) cannot be loaded"):
+            training.data.open_dataset(str(tmp_path / "splits"), split="test")
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_images_without_a_label_column_have_one_class(self, parquet, streaming):
+        loaded = training.data.open_dataset(str(parquet), streaming=streaming)
+        if streaming:
+            samples = training.data.ShardedStream(loaded, "image", None, 0, resolution=8, flip=False)
+            assert [label for _, label in samples.samples(range(6))] == [0] * 6
+        else:
+            samples = training.data.ImageSamples.from_dataset(loaded, label_column=None, resolution=8)
+            assert [samples[i][1] for i in range(6)] == [0] * 6
+        assert samples.id2label == {}
+
+    def test_columns_of_bytes_and_of_paths_are_images(self, image_folder):
+        datasets = pytest.importorskip("datasets")
+        files = sorted((image_folder / "ant").iterdir())
+        expected = training.data.ImageSamples.from_folder(image_folder / "ant", resolution=8)
+        for column in ([file.read_bytes() for file in files], list(map(str, files))):
+            table = datasets.Dataset.from_dict({"image": column})
+            samples = training.data.ImageSamples.from_dataset(table, "image", None, image_folder, resolution=8)
+            assert all(torch.equal(samples.read(i), expected.read(i)) for i in range(3))
+        stranger = training.data.ImageSamples.from_dataset(table, "image", None, resolution=8)
+        with pytest.raises(OSError, match="not in the data set's folder"):
+            stranger.read(0)
+
+    def test_a_damaged_file_is_one_error(self, parquet):
+        pytest.importorskip("datasets")
+        parquet.write_bytes(parquet.read_bytes()[:-8] + b"\0" * 8)
+        with pytest.raises(ValueError, match=r"data\.parquet' .* cannot be loaded"):
+            training.data.open_dataset(str(parquet))
 
     @pytest.mark.parametrize("label", [-1, None])
     def test_a_row_without_one_of_the_classes_is_named(self, label):

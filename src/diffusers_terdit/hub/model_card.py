@@ -105,7 +105,11 @@ def model_card(model: Any, name: str, options: CardOptions, **load_arguments: An
     config = transformer.config
     is_layer = "in_features" in config
     ternary = is_layer or config["ternary"]
-    tags = ["terdit", *(["ternary", "1.58-bit"] if ternary else []), *([] if is_layer else ["class-conditional"])]
+    tags = [
+        "terdit",
+        *(["ternary", "1.58-bit"] if ternary else []),
+        *([] if is_layer or _is_unconditional(config) else ["class-conditional"]),
+    ]
     metadata: dict[str, Any] = {
         "library_name": "diffusers",
         # The Hub has no task for images from labels; of its tasks this one asks for no text.
@@ -220,6 +224,11 @@ def _origin(model: Any, name: str) -> str | None:
     return path if any(isinstance(try_to_load_from_cache(path, file), str) for file in files) else None
 
 
+def _is_unconditional(config: Mapping[str, Any]) -> bool:
+    """Whether a network knows neither classes nor a null label."""
+    return config["num_classes"] == 1 and not config["class_dropout_prob"]
+
+
 def _description(model: Any, ternary: bool) -> str:
     transformer = getattr(model, "transformer", model)
     config = transformer.config
@@ -227,10 +236,14 @@ def _description(model: Any, ternary: bool) -> str:
     if "in_features" in config:
         return f"A ternary linear layer, {config['in_features']:,} inputs to {config['out_features']:,} outputs."
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    layers = f"{config['num_layers']} layers of width {width:,}, {config['num_classes']:,} classes"
+    layers = f"{config['num_layers']} layers of width {width:,}"
+    conditioning, labels = "unconditional", ""
+    if not _is_unconditional(config):
+        layers += f", {config['num_classes']:,} classes"
+        conditioning, labels = "class-conditional", " from class labels"
     method = " ([TerDiT](https://arxiv.org/abs/2405.14854): weights -1, 0 or +1, and a scale)" if ternary else ""
     if transformer is model:
-        return f"A {kind} class-conditional diffusion transformer{method}: {layers}."
+        return f"A {kind} {conditioning} diffusion transformer{method}: {layers}."
     factor = model.vae_scale_factor
     side = config["sample_size"] * factor
     pixels = {1: "grey pixels", 3: "RGB pixels"}.get(
@@ -238,7 +251,7 @@ def _description(model: Any, ternary: bool) -> str:
     )
     space = pixels if model.vae is None else "latents of a VAE"
     return (
-        f"Images of {side} x {side} pixels from class labels, by a {kind} class-conditional diffusion"
+        f"Images of {side} x {side} pixels{labels}, by a {kind} {conditioning} diffusion"
         f" transformer{method}: {layers}, {space}. For diffusers, with the package diffusers-terdit."
     )
 
@@ -255,11 +268,11 @@ def _snippet(model: Any, arguments: str) -> str:
         use = [f"noise = transformer(torch.randn({shape}), torch.tensor([999]), torch.tensor([0])).sample"]
     else:
         labels = list(model.labels)
-        label = repr(labels[0]) if labels else "0"
+        label = "" if _is_unconditional(config) else f"[{labels[0]!r}]" if labels else "[0]"
         if model.vae is None and config["in_channels"] not in (1, 3):
-            use = [f'latents = pipe([{label}], output_type="latent").images']
+            use = [f'latents = pipe({label}{", " if label else ""}output_type="latent").images']
         else:
-            use = [f"image = pipe([{label}]).images[0]", 'image.save("sample.png")']
+            use = [f"image = pipe({label}).images[0]", 'image.save("sample.png")']
         defaults = model.sampling_defaults
         use += [f"# by default {defaults['num_inference_steps']} steps, guidance {defaults['guidance_scale']:g}"]
         use += [f"# {len(labels):,} labels, by name or id: pipe.labels"] if labels else []

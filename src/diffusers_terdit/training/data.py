@@ -69,7 +69,7 @@ class ImageSamples(Dataset):
         sources (`Sequence`): One per image: a path, a `PIL.Image.Image`, or a dict with `"bytes"` or `"path"`, as the
             undecoded images of `datasets` are.
         labels (`Sequence[int]`): One class id per image.
-        id2label (`dict[int, str]`): Label names.
+        id2label (`dict[int, str]`): Label names; empty where all images are of one class without a name.
         resolution (`int`): Pixels.
         channels (`int`): 1 or 3.
         flip (`bool`): Whether a trainer may mirror them.
@@ -97,8 +97,9 @@ class ImageSamples(Dataset):
         cls,
         dataset: Any,
         image_column: str = "image",
-        label_column: str = "label",
+        label_column: str | None = "label",
         name: str | os.PathLike | None = None,
+        label_order: str = "value",
         **kwargs: Any,
     ) -> "ImageSamples":
         """Take images and labels from a loaded `datasets.Dataset`; images are decoded on access.
@@ -106,54 +107,80 @@ class ImageSamples(Dataset):
         Args:
             dataset (`datasets.Dataset`): Its rows hold the images, or name files in the folder it was loaded from.
             image_column (`str`): Images.
-            label_column (`str`): A `ClassLabel`, or numbers or texts.
+            label_column (`str` or `None`): A `ClassLabel`, or numbers or texts; `None` for images without classes.
             name (`str` or `os.PathLike`, *optional*): What `open_dataset` was given.
+            label_order (`str`): Of labels that are no `ClassLabel`, see `ordered_labels`.
             kwargs: `resolution`, `channels`, `flip` and `background`.
 
         Raises:
-            ValueError: A column is missing, there are no rows, or a row has no label.
+            ValueError: A column is missing or of another type, there are no rows, or a row has no label.
         """
         from datasets import ClassLabel
-        from datasets import Image as ImageFeature
 
-        check_columns(dataset.column_names, image_column, label_column)
-        feature = dataset.features[label_column]
-        labels = list(dataset[label_column])
-        if not labels:
+        if not len(dataset):
             raise ValueError(
                 f"The data set has the columns {', '.join(dataset.column_names)}, but no rows. Take another split."
             )
+        dataset = _with_images(dataset, image_column, label_column)
+        feature = dataset.features.get(label_column)
+        labels = list(dataset[label_column]) if label_column is not None else [0] * len(dataset)
+        names: Sequence[str] = ()
         if isinstance(feature, ClassLabel):
             names = feature.names
             _check_labels(labels, names)
-        else:
+        elif label_column is not None:
             _check_labels(labels)
-            values = sorted(set(labels))
+            values = ordered_labels(labels, label_order)
             names, numbers = [str(value) for value in values], {value: i for i, value in enumerate(values)}
             labels = [numbers[label] for label in labels]
-        if isinstance(dataset.features[image_column], ImageFeature):
-            dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
         return cls(dataset[image_column], labels, dict(enumerate(names)), **kwargs, folders=_folders_of(name))
 
     @classmethod
-    def from_folder(cls, root: str | os.PathLike, **kwargs: Any) -> "ImageSamples":
-        """Take the images in `root/<label>/`, at any depth below; labels are numbered in the order of their names.
+    def from_folder(cls, root: str | os.PathLike, label_order: str = "value", **kwargs: Any) -> "ImageSamples":
+        """Take the images in `root/<label>/`, at any depth below, or images without classes in `root` itself.
+
+        Hidden files and folders, `__MACOSX` and files of other formats are left out.
+
+        Args:
+            root (`str` or `os.PathLike`): Holds class folders, or images.
+            label_order (`str`): How the labels are numbered, see `ordered_labels`.
+            kwargs: `resolution`, `channels`, `flip` and `background`.
 
         Raises:
-            ValueError: There are no class folders, or no images in them.
+            ValueError: There are no images, or images both in class folders and in `root` itself.
+            OSError: `root` is no folder.
         """
-        folders = sorted(path for path in Path(root).iterdir() if path.is_dir() and not path.name.startswith("."))
-        endings = suffixes()
-        files = [[p for p in sorted(f.rglob("*")) if p.suffix.lower() in endings] for f in folders]
-        found = [(folder.name, paths) for folder, paths in zip(folders, files, strict=True) if paths]
-        if not found:
+        root, endings = Path(root), suffixes()
+        if not root.is_dir():
+            raise NotADirectoryError(f"{root} is no folder. Pass one that holds images, or a folder of each class.")
+
+        def images(found: Iterable[Path], folder: Path) -> list[Path]:
+            pictures = (path for path in found if path.suffix.lower() in endings)
+            return sorted(p for p in pictures if not any(map(_is_hidden, p.relative_to(folder).parts)))
+
+        entries = [path for path in root.iterdir() if not _is_hidden(path.name)]
+        folders = {path.name: path for path in entries if path.is_dir()}
+        direct = images((path for path in entries if path.name not in folders), root)
+        files = {name: images(folder.rglob("*"), folder) for name, folder in sorted(folders.items())}
+        names = ordered_labels((name for name, paths in files.items() if paths), label_order)
+        if direct and names:
             raise ValueError(
-                f"{root} holds no images in folders named after their labels, such as {Path(root) / 'cat' / '1.png'}."
+                f"{root} holds images in itself, such as {direct[0].name}, and in folders, such as {names[0]}. Move"
+                " all of them into a folder of each class; or, to have no classes, into one folder."
             )
+        if not (direct or names):
+            raise ValueError(
+                f"{root} holds no images, neither in folders named after their labels, such as"
+                f" {root / 'cat' / '1.png'}, nor in itself."
+            )
+        if names and (empty := [name for name, paths in files.items() if not paths]):
+            logger.warning(f"{root}: no class is made of folders without images: {', '.join(empty):.200}.")
+        if direct:
+            return cls(direct, [0] * len(direct), {}, **kwargs)
         return cls(
-            [path for _, paths in found for path in paths],
-            [i for i, (_, paths) in enumerate(found) for _ in paths],
-            {i: name for i, (name, _) in enumerate(found)},
+            [path for name in names for path in files[name]],
+            [i for i, name in enumerate(names) for _ in files[name]],
+            dict(enumerate(names)),
             **kwargs,
         )
 
@@ -187,6 +214,45 @@ class ImageSamples(Dataset):
             except OSError as error:
                 logger.warning(f"Skipped: {error}")
         raise OSError(f"100 images in a row, from number {index}, cannot be read. The log names each of them.")
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a file or folder is none of the user's: hidden, or made by macOS when it packs an archive."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def ordered_labels(labels: Iterable[Any], order: str = "value") -> list[Any]:
+    """Return the distinct labels in the order of their ids.
+
+    Args:
+        labels: Names of folders, or what a column holds; all of one type.
+        order (`str`): `"value"` sorts texts by value where all of them are decimal numbers; `"text"` sorts texts as
+            text, "10" before "2".
+
+    Raises:
+        ValueError: `order` is another word.
+    """
+    if order not in ("value", "text"):
+        raise ValueError(f'`order` must be "value" or "text", got {order!r:.80}.')
+    distinct = set(labels)
+    if order == "value" and all(isinstance(label, str) and label.isdecimal() for label in distinct):
+        return sorted(distinct, key=lambda label: (int(label), label))
+    return sorted(distinct)
+
+
+def numbering_note(id2label: dict[int, str]) -> str:
+    """Return a sentence that says which id is which where that could be mistaken, else an empty text.
+
+    Names that are numbers are, unless each is its own id.
+    """
+    numbers = [name.isdecimal() for name in id2label.values()]
+    if not any(numbers) or (all(numbers) and all(int(name) == i for i, name in id2label.items())):
+        return ""
+    why = "Class ids count from 0 and differ from the names of the classes"
+    if not all(numbers):
+        why = "Some class names are numbers and some are not, so all are sorted as text"
+    ids = [f"id {i} is {name!r:.40}" for i, name in id2label.items()]
+    return f"{why}: {', '.join(ids if len(ids) <= 12 else [*ids[:10], '...', ids[-1]])}."
 
 
 _INDEX = {"id2label": dict[str, str], "latent_shape": list[int], "scaling_factor": float, "flip": bool}
@@ -252,7 +318,7 @@ class LatentSamples(Dataset):
             raise ValueError(f"{path} was not written with its {LATENTS_NAME}. {_CACHE_AGAIN}")
         with safe_open(path, framework="pt") as file:
             labels = file.get_tensor("labels")
-            if labels.min() < 0 or labels.max() >= len(self.id2label):
+            if labels.min() < 0 or labels.max() >= max(1, len(self.id2label)):
                 raise ValueError(
                     f"{path}: `labels` has {int(labels.min())} to {int(labels.max())}, where {LATENTS_NAME} names"
                     f" {len(self.id2label)} classes. {_CACHE_AGAIN}"
@@ -419,28 +485,47 @@ class LatentCodec:
 
 
 def open_dataset(name: str, config_name: str | None = None, split: str = "train", streaming: bool = False) -> Any:
-    """Load a data set with `datasets`: a name on the Hub, a folder, or one parquet file.
+    """Load a data set with `datasets`: a name on the Hub, a folder, also one of `save_to_disk`, or one parquet file.
 
     Raises:
-        ValueError: There is no such data set or split.
+        ValueError: There is no such data set or split, or its files are damaged.
     """
     with _train_extra():
-        from datasets import load_dataset
+        from datasets import load_dataset, load_from_disk
+        from datasets.exceptions import DatasetsError
 
     path, files = ("parquet", name) if name.endswith(".parquet") else (name, None)
+    saved = Path(name, split) if Path(name, "dataset_dict.json").is_file() else Path(name)
     try:
+        if (saved / "state.json").is_file():
+            dataset = load_from_disk(saved)
+            return dataset.to_iterable_dataset(max(1, len(dataset.cache_files))) if streaming else dataset
         return load_dataset(path, config_name, data_files=files, split=split, streaming=streaming)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise ValueError(
             f"{name!r} (config {config_name}, split {split!r}) cannot be loaded: {error} Check name, config and split."
         ) from error
 
 
-def check_columns(columns: Sequence[str], *wanted: str) -> None:
-    """Raise a `ValueError` that names the columns there are, unless all wanted ones are among them."""
-    for column in wanted:
-        if column not in columns:
-            raise ValueError(f"The data set has no column {column!r}; its columns are {', '.join(columns)}.")
+def _with_images(dataset: Any, image_column: str, label_column: str | None) -> Any:
+    """Return a data set, streamed or not, with undecoded images; raise a `ValueError` unless it has the columns."""
+    from datasets import Image, Value
+
+    columns = list(dataset.features)
+    for column, advice in ((image_column, ""), (label_column, ", or none to train without classes")):
+        if column is not None and column not in columns:
+            raise ValueError(
+                f"The data set has no column {column!r}; its columns are {', '.join(columns)}. Name one of"
+                f" these{advice}."
+            )
+    feature = dataset.features[image_column]
+    if isinstance(feature, Value) and feature.dtype not in ("string", "binary"):
+        raise ValueError(
+            f"Column {image_column!r} of the data set holds {feature.dtype}, not images; its columns are"
+            f" {', '.join(columns)}. Name the one of the images."
+        )
+    is_image = isinstance(feature, (Image, Value))  # paths and bytes, too; else a dict of them
+    return dataset.cast_column(image_column, Image(decode=False)) if is_image else dataset
 
 
 def _check_labels(labels: Sequence[Any], names: Sequence[str] | None = None) -> None:
@@ -518,7 +603,8 @@ class ShardedStream:
     Args:
         dataset (`datasets.IterableDataset`): From `load_dataset(..., streaming=True)`.
         image_column (`str`): Images.
-        label_column (`str`): A `ClassLabel`, so that the labels are known before the data is.
+        label_column (`str` or `None`): A `ClassLabel`, so that the labels are known before the data is; `None` for
+            images without classes.
         seed (`int`): Of the order.
         name (`str` or `os.PathLike`, *optional*): What `open_dataset` was given.
         kwargs: `resolution`, `channels`, `flip` and `background` of `ImageSamples`.
@@ -531,33 +617,35 @@ class ShardedStream:
         self,
         dataset: Any,
         image_column: str,
-        label_column: str,
+        label_column: str | None,
         seed: int,
         name: str | os.PathLike | None = None,
         **kwargs: Any,
     ):
         from datasets import ClassLabel
-        from datasets import Image as ImageFeature
 
         if dataset.features is None:
             raise ValueError("This stream does not say its columns' types. Load it without --streaming.")
-        check_columns(list(dataset.features), image_column, label_column)
-        feature = dataset.features[label_column]
-        if not isinstance(feature, ClassLabel):
+        self.dataset = _with_images(dataset, image_column, label_column)
+        feature = dataset.features.get(label_column)
+        if label_column is not None and not isinstance(feature, ClassLabel):
             raise ValueError(
                 f"Streaming needs labels of type ClassLabel, column {label_column!r} is {feature}. Load it without"
                 " --streaming."
             )
-        self.dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
         self.image_column, self.label_column, self.seed = image_column, label_column, seed
-        self.id2label, self.flip = dict(enumerate(feature.names)), kwargs["flip"]
+        self.id2label = dict(enumerate(feature.names)) if feature is not None else {}
+        self.flip = kwargs["flip"]
         self.kwargs = {**kwargs, "folders": _folders_of(name)}
         self.shard_sizes: dict[int, int] = {}  # what a resumed run needs to find its place without reading
 
     def read_shard(self, index: int) -> ImageSamples:
         """Return all samples of a shard, in the order of the file."""
         rows = list(self.dataset.shard(num_shards=self.dataset.num_shards, index=index))
-        images, labels = [row[self.image_column] for row in rows], [row[self.label_column] for row in rows]
+        images = [row[self.image_column] for row in rows]
+        if self.label_column is None:
+            return ImageSamples(images, [0] * len(rows), {}, **self.kwargs)
+        labels = [row[self.label_column] for row in rows]
         _check_labels(labels, list(self.id2label.values()))
         return ImageSamples(images, labels, self.id2label, **self.kwargs)
 
