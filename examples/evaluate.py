@@ -48,6 +48,7 @@ from diffusers_terdit.checkpoints import resolve_model
 from diffusers_terdit.cli import run_program
 from diffusers_terdit.evaluation.digits import digits_classifier
 from diffusers_terdit.evaluation.inception import InceptionV3
+from diffusers_terdit.evaluation.pixels import PixelAverages
 from diffusers_terdit.pipelines.schedulers import scheduler_by_name
 from diffusers_terdit.storage.saving import new_file, output_folder, writing
 from diffusers_terdit.storage.weights import (
@@ -69,29 +70,61 @@ MEASURES |= {"recall": "Recall"}
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("samples").add_argument
-    add("--model", default="digits", help="folder or Hub id of a pipeline, or a bundled one's name")
-    add("--num_images", type=at_least(1), default=1000, help="50,000 in papers")
-    add("--batch_size", type=at_least(1), default=32, help="images per process at a time")
-    add("--seed", type=seed, default=0)
-    add("--label_policy", choices=["balanced", "random"], default="balanced", help="image i: class i mod C, or any")
-    add("--guidance_scale", type=not_negative, default=1.5)
-    add("--num_inference_steps", type=at_least(1), default=50, help="250 in the paper")
-    add("--scheduler", help="a diffusers scheduler, such as DPMSolverMultistepScheduler; default the pipeline's own")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    add("--output_dir", type=Path, default=Path("evaluation"))
-    add("--save_images", action="store_true", help="also a folder of PNGs, images/000000.png")
+    add("--model", default="digits", help="The pipeline: a folder, a Hub id, or the name of a bundled checkpoint.")
+    add("--num_images", type=at_least(1), default=1000, help="How many images are drawn; papers draw 50,000.")
+    add("--batch_size", type=at_least(1), default=32, help="Images that a process draws at a time.")
+    add("--seed", type=seed, default=0, help="The seed; image i depends on it and on i alone.")
+    add(
+        "--label_policy",
+        choices=["balanced", "random"],
+        default="balanced",
+        help="Image i is of class i modulo the number of classes, or of one drawn from the seed.",
+    )
+    add("--guidance_scale", type=not_negative, help="The guidance; without it, what the model recommends.")
+    add(
+        "--num_inference_steps",
+        type=at_least(1),
+        help="Denoising steps, 250 in the paper; without it, what the model recommends.",
+    )
+    add(
+        "--scheduler",
+        help="A scheduler of diffusers, such as DPMSolverMultistepScheduler; without it, the pipeline's own.",
+    )
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="The type of the weights and the arithmetic that draw the images.",
+    )
+    add("--output_dir", type=Path, default=Path("evaluation"), help="The folder of the samples and the report.")
+    add("--save_images", action="store_true", help="Also write each image as a PNG, such as images/000000.png.")
 
     add = parser.add_argument_group("metrics").add_argument
     add(
         "--reference",
-        help='what to compare with: an ADM reference .npz, an .npz or .npy of images, a folder, "digits"',
+        help='The images to compare with: a folder, an .npz or .npy of images, an ADM reference .npz, or "digits".',
     )
     add("--background", type=color, default="white", help="The color that transparent pixels of a folder show.")
-    add("--reference_statistics", type=Path, help="file that keeps the reference's; default in --output_dir")
-    add("--inception_weights", help="weights-inception-2015-12-05-6726825d.pth of torch-fidelity: FID as in papers")
-    add("--feature_network", help="module:function that returns another network, see docs/evaluation.md")
-    add("--feature_batch_size", type=at_least(1), default=64)
-    add("--images_seen", type=at_least(1), help="in training, for the report; default what the model's folder says")
+    add(
+        "--reference_statistics",
+        type=Path,
+        help="The file that keeps the statistics of the reference; without it, reference.safetensors in --output_dir.",
+    )
+    add(
+        "--inception_weights",
+        help="The file weights-inception-2015-12-05-6726825d.pth of torch-fidelity, which makes the distance the FID.",
+    )
+    add(
+        "--feature_network",
+        help="module:function of your own feature network (docs/evaluation.md). Without one and without"
+        " --inception_weights, colors of 8 x 8 areas are compared, or digits by a classifier.",
+    )
+    add("--feature_batch_size", type=at_least(1), default=64, help="Images that the network sees at a time.")
+    add(
+        "--images_seen",
+        type=at_least(1),
+        help="Images seen in training, for the report; without it, what the model's folder says.",
+    )
     args = parser.parse_args(argv)
     if args.inception_weights and args.feature_network:
         parser.error("pass one of --inception_weights, --feature_network")
@@ -307,7 +340,9 @@ def feature_network(args: argparse.Namespace, device: torch.device) -> nn.Module
         return InceptionV3(args.inception_weights).eval().to(device)
     if args.feature_network:
         return pkgutil.resolve_name(args.feature_network)().eval().to(device)
-    return digits_classifier().to(device) if args.model == "digits" else None
+    if "digits" in (args.model, args.reference):
+        return digits_classifier().to(device)
+    return PixelAverages() if args.reference else None
 
 
 def reference_statistics(args, network: nn.Module, shape: tuple[int, ...], device) -> evaluation.ImageStatistics:
@@ -328,11 +363,11 @@ def reference_statistics(args, network: nn.Module, shape: tuple[int, ...], devic
         adm = True
     else:
         images = evaluation.open_samples(name)
-        if images.shape[1:] != shape[1:]:
-            raise SystemExit(
-                f"The images of {name} are {images.shape[1:]}, the samples {shape[1:]} (H, W, C). Pass others as"
-                " --reference."
-            )
+    if images is not None and images.shape[1:] != shape[1:]:
+        raise SystemExit(
+            f"The images of {name} are {images.shape[1:]}, the samples {shape[1:]} (H, W, C). Pass others as"
+            " --reference."
+        )
 
     if adm:
         data = file_digest(name)
@@ -389,16 +424,18 @@ def to_pil(image: np.ndarray) -> Image.Image:
 
 
 def report_lines(report: dict) -> Iterator[str]:
-    inception = str(report.get("network", "")).startswith("inception")
+    network = str(report.get("network", ""))
+    inception, pixels = network.startswith("inception"), network.startswith(PixelAverages.name)
+    distance = "FID" if inception else "Pixel Fréchet distance, not FID" if pixels else "Fréchet distance"
     yield f"# {report['model']}: {report['num_images']:,} images\n"
     measured = [key for key in MEASURES if key in report]
     if measured:
         yield "| | |\n| --- | --- |"
         for key in measured:
-            name = MEASURES[key] if inception else {"fid": "Fréchet distance"}.get(key, MEASURES[key])
+            name = distance if key == "fid" else MEASURES[key]
             yield f"| {name} | {report[key]:.4g} |"
         if not inception:
-            yield f"\nOn the features of another network ({report['network']}): not comparable with published FIDs."
+            yield f"\nOn the features of another network ({network}): not comparable with published FIDs."
         if report.get("note"):
             yield f"\n{report['note']}"
     else:
@@ -425,11 +462,10 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if args.model == "digits" and args.reference is None and not Path("digits").is_dir():
         args.reference = "digits"
     network = feature_network(args, device) if accelerator.is_main_process else None
-    if accelerator.is_main_process and args.reference and network is None:
-        raise SystemExit(
-            f"--reference {args.reference} needs a network: pass --inception_weights or --feature_network."
-        )
     pipe = load_pipeline(args, device)
+    for key, value in pipe.sampling_defaults.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
     settings = {
         "model": args.model,
         "weights_sha256": training.statistics.weights_digest(pipe.transformer),
@@ -449,7 +485,8 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
     # 2. Metrics and report, by one
     if accelerator.is_main_process:
         samples = evaluation.open_samples(args.output_dir / "samples.npz")
-        columns = min(pipe.transformer.config.num_classes, 10)
+        num_classes = pipe.transformer.config.num_classes
+        columns = min(num_classes, 10) if num_classes > 1 else 10
         grid = training.export.image_grid([to_pil(image) for image in samples[: 4 * columns]], columns)
         with new_file(args.output_dir / "samples.png") as partial:
             grid.save(partial, format="PNG")

@@ -214,6 +214,42 @@ def test_a_folder_is_a_reference_and_an_unreadable_image_in_it_is_named_not_repl
         evaluate(*args)
 
 
+def test_without_a_network_pixels_are_compared_and_called_no_fid(evaluate, latent_pipeline, tmp_path):
+    """The reference has no class folders, and transparent pixels."""
+    (tmp_path / "reference").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 24, 24, 4), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "reference" / f"{i}.png")
+    args = ("--model", latent_pipeline, "--num_images", 10, "--reference", tmp_path / "reference")
+    folder = evaluate(*args)
+    found = report(folder)
+    assert found["network"].startswith("pixel averages")
+    text = (folder / "report.md").read_text("utf-8")
+    assert f"| Pixel Fréchet distance, not FID | {found['fid']:.4g} |" in text
+    assert "| FID |" not in text
+    areas = []
+    for images in (
+        np.load(folder / "samples.npz")["arr_0"],
+        script.FolderImages(tmp_path / "reference", 16, 3, "white")[:],
+    ):
+        areas.append(torch.from_numpy(images / 255).view(len(images), 8, 2, 8, 2, 3).mean((2, 4)).flatten(1))
+    assert found["fid"] == pytest.approx(evaluation.frechet_distance(*areas), rel=1e-4)
+    assert report(evaluate(*args, "--background", "black"))["fid"] != pytest.approx(found["fid"], rel=1e-3)
+
+
+def test_a_model_is_drawn_as_it_recommends(evaluate, tiny_model, tmp_path):
+    pipe = TerDiTPipeline(
+        tiny_model("packed", in_channels=1, num_classes=1),
+        training_scheduler(),
+        sampling_defaults={"guidance_scale": 1.0},
+    )
+    pipe.save_pretrained(tmp_path / "one")
+    folder = evaluate("--model", tmp_path / "one", "--num_images", 12)
+    assert (report(folder)["guidance_scale"], report(folder)["num_inference_steps"]) == (1.0, 3)
+    with Image.open(folder / "samples.png") as grid:
+        assert grid.width > 4 * grid.height  # not a column
+
+
 def test_images_that_are_not_finite_are_refused(evaluate, latent_pipeline):
     pipe = TerDiTPipeline.from_pretrained(latent_pipeline)
     pipe.vae.decoder.conv_out.bias.data.fill_(torch.nan)
@@ -230,10 +266,7 @@ def test_images_that_are_not_finite_are_refused(evaluate, latent_pipeline):
         (("--inception_weights", "a", "--feature_network", "b"), "pass one of"),
         (("--num_images", 4, "--reference", "none.npz"), "no such file or folder"),
         (("--num_images", 4, "--reference", "big.npz"), r"\(16, 16, 1\), the samples \(8, 8, 1\)"),
-        (
-            ("--model", "latent", "--num_images", 2, "--reference", "digits"),
-            "--inception_weights or --feature_network",
-        ),
+        (("--model", "latent", "--num_images", 2, "--reference", "digits"), r"classifier takes images \(B, 1, 8, 8\)"),
         (("--num_images", 2, "--output_dir", "foreign"), "is not of this script"),
     ],
 )
