@@ -395,7 +395,7 @@ class Trainer:
                 signal.signal(number, self.request_stop)
         if self.resumed_from:
             self.make_up_validation()
-        batches = self.batches()
+        batches = self.show_first(self.batches())
         progress = tqdm(
             total=args.max_train_steps, initial=self.step, disable=not self.accelerator.is_local_main_process
         )
@@ -446,6 +446,23 @@ class Trainer:
             return self.examples.stream(positions)
         workers, pin_memory = args.dataloader_num_workers, self.device.type == "cuda"
         return iter(DataLoader(self.examples, batch_sampler=positions, num_workers=workers, pin_memory=pin_memory))
+
+    def show_first(self, batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        """Save a picture of the first samples of the run as the model sees them; return the batches with the first."""
+        for first in itertools.islice(batches, 1):
+            batches = itertools.chain([first], batches)
+            if self.step == 0 and self.is_main_process and self.codec.decodes:
+                shown = self.codec.encode({key: value[:40].to(self.device) for key, value in first.items()})
+                images = torch.cat([self.codec.decode(part) for part in shown["samples"].split(4)])
+                pictures = TerDiTPipeline.numpy_to_pil(images.permute(0, 2, 3, 1).cpu().numpy())
+                names = self.samples.id2label
+                labels = [names.get(label, "(no label)") for label in shown["class_labels"].tolist()]
+                path = self.args.output_dir / "first-batch.png"
+                with new_file(path) as partial_file:
+                    grid = training.export.image_grid(pictures, labels=labels if names else None, min_side=128)
+                    grid.save(partial_file, format="PNG")
+                logger.info(f"{path} shows what the model sees")
+        return batches
 
     def train_step(self, batches: Iterator[dict[str, Tensor]]) -> tuple[float, float, bool]:
         """Take one optimizer step; return loss, norm of the gradient, and whether any process was asked to stop."""

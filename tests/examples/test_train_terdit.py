@@ -26,6 +26,7 @@ SIZE = ["--num_layers", "1", "--num_attention_heads", "2", "--attention_head_dim
 TINY = [*SIZE, "--train_batch_size", "8", "--lr_warmup_steps", "1", "--lr_decay_steps", "2", "--logging_steps", "1"]
 TINY += ["--num_validation_images", "2", "--num_inference_steps", "2"]
 PARTS = ("model", "ema", "optimizer")
+COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255), "lime": (0, 255, 0)}
 
 
 @pytest.fixture(scope="module")
@@ -410,6 +411,33 @@ class TestData:
         (image_folder / "ant" / "3.png").write_bytes(b"no image")
         folder = run("--train_data_dir", image_folder, "--resolution", 16, "--random_flip")
         assert TerDiTPipeline.from_pretrained(folder).labels == {"ant": 0, "bee": 1}
+
+    def test_the_first_batch_is_shown_as_it_is_trained_with_its_labels(self, run, tmp_path, vae, caplog):
+        caplog.set_level("INFO")
+        for name, color in (("ant", (255, 0, 0)), ("bee", (0, 0, 255))):
+            (tmp_path / "pictures" / name).mkdir(parents=True)
+            for i in range(4):
+                image = Image.new("RGBA", (16, 16))
+                image.paste((*color, 255), (0, 0, 8, 16))  # on the left; the rest is transparent
+                image.save(tmp_path / "pictures" / name / f"{i}.png")
+        flags = ("--train_data_dir", tmp_path / "pictures", "--resolution", 16, "--random_flip")
+        flags += ("--class_dropout_prob", 0, "--background", "lime")
+        folder = run(*flags)
+        assert f"{folder / 'first-batch.png'} shows what the model sees" in caplog.text
+        with Image.open(folder / "first-batch.png") as picture:
+            grid = np.asarray(picture.convert("RGB")).astype(int)
+        counts = {name: (grid == color).all(2).sum() for name, color in COLORS.items()}
+        area = 8 * 128 * 64  # eight pictures, half of each
+        assert (counts["red"] + counts["blue"], counts["lime"]) == (area, area)
+        edges = (grid[:, 1:] == COLORS["lime"]).all(2) & (grid[:, :-1] == (255, 255, 255)).all(2)
+        assert 0 < edges.sum() < 8 * 128  # some are mirrored: these begin with the background
+        assert (grid.sum(2) < 100).any()  # the text of a label
+        (folder / "first-batch.png").unlink()
+        run(*flags, "--resume_from_checkpoint", "latest", steps=6)
+        assert not (folder / "first-batch.png").exists()
+        decoded = run(*flags, "--pretrained_vae_model_name_or_path", vae, output_dir="decoded")
+        with Image.open(decoded / "first-batch.png") as picture:
+            assert picture.size == (3 * 136 + 8, 3 * 150 + 8)
 
     def test_a_run_is_resumed_with_the_classes_it_was_trained_with(self, run, image_folder):
         flags = ("--train_data_dir", image_folder, "--resolution", 16)
