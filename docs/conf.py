@@ -4,7 +4,10 @@ The pages stay plain Markdown. Their order is that of the lists in index.md; the
 are written in diffusers' form: Google's sections, Markdown inside.
 """
 
+import json
 import re
+import subprocess
+from pathlib import Path
 
 import diffusers_terdit
 
@@ -72,8 +75,49 @@ def markdown_to_rst(app, what, name, obj, options, lines):
     lines[:] = "".join(parts).split("\n")
 
 
+KERNELS, MODELS = ("ops", "layers.py"), ("models", "pipelines", "modeling.py", "storage")
+TRAINING = (*KERNELS, "models", "pipelines", "training", "losses.py", "evaluation")
+# The code, in src/diffusers_terdit, whose figures a page shows.
+MEASURES = {
+    "kernels": KERNELS,
+    "step": (*KERNELS, "models"),
+    "numerics": (*KERNELS, "models", "pipelines"),
+    "deployment": (*KERNELS, *MODELS),
+    "flux2": (*KERNELS, *MODELS, "quantization.py", "conversion"),
+    "adaln_norm": TRAINING,
+    "worth_it": TRAINING,
+    "few_steps": (*KERNELS, "models", "pipelines"),
+    "text_to_image": (*TRAINING, "quantization.py"),
+    "reliability": ("",),
+}
+
+
+def report_changes(app, error):
+    """Print how many files of the code that a page of results measures have changed since it was measured."""
+    root, folder = Path(app.srcdir).parent, Path(app.srcdir, "results")
+    for name, found in json.loads((folder / "measured.json").read_text("utf-8")).items():
+        page = name.split(".")[0]
+        parts = MEASURES.get(page, MEASURES["reliability"])
+        paths = [f"src/diffusers_terdit/{part}" for part in parts]
+
+        def files(*words, paths=paths):
+            done = subprocess.run(["git", *words, "--", *paths], cwd=root, capture_output=True, text=True)
+            return (
+                len([line for line in done.stdout.splitlines() if line.endswith(".py")])
+                if not done.returncode
+                else None
+            )
+
+        changed, tracked = files("diff", "--name-only", "--diff-filter=d", found["commit"]), files("ls-files")
+        known = (
+            f"{changed} of its {tracked} files have changed since" if changed is not None else "not in this history"
+        )
+        print(f"{name}: measured on {found['date']} at commit {found['commit']}; {known}")
+
+
 def setup(app):
     """Sphinx calls this."""
+    app.connect("build-finished", report_changes)
     app.connect("source-read", add_toctree)
     app.connect("source-read", for_the_site)
     app.connect("autodoc-process-docstring", markdown_to_rst, priority=100)  # Napoleon comes at 500

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffusers_terdit import TerDiTTransformer2DModel, pack_ternary
+from diffusers_terdit.evaluation.measured import measured, stamp
 from diffusers_terdit.models.transformer_terdit import SIZES
 from diffusers_terdit.ops import dequantize, unpack_ternary
 from diffusers_terdit.ops.gpu import choose, decode
@@ -350,14 +351,18 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(self.path) as file:
             file.write_text(to_json(self.data) + "\n", "utf-8")
+        stamp(self.path)
         if with_page:
-            with new_file(self.path.with_suffix(".md")) as file:
-                file.write_text(self.page(self.data), "utf-8")
+            self.write_page()
+
+    def write_page(self) -> None:
+        with new_file(self.path.with_suffix(".md")) as file:
+            when = measured(self.path)
+            file.write_text(self.page(self.data) + (f"\n{when}\n" if when else ""), "utf-8")
 
     def finish(self, plot: Callable[[dict, Path], None] | None = None) -> None:
         """Write the page, and the plot where there is one."""
-        with new_file(self.path.with_suffix(".md")) as file:
-            file.write_text(self.page(self.data), "utf-8")
+        self.write_page()
         if plot:
             plot(self.data, self.path.with_suffix(".png"))
         print(f"Written to {self.path.with_suffix('.md')}")

@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryLinear, evaluation, losses, training
 from diffusers_terdit.evaluation.digits import digits_classifier
+from diffusers_terdit.evaluation.measured import measured, stamp
 from diffusers_terdit.pipelines.schedulers import training_scheduler
 
 
@@ -438,6 +439,7 @@ class Records:
             self.path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        stamp(self.path)
         self.records.append(record)
         return record["result"]
 
@@ -573,7 +575,8 @@ def made_on(records: Records) -> str:
     """Where the records were made, and how much processor time they took."""
     machines = list(dict.fromkeys(record["machine"] for record in records.records))
     minutes = sum(record["total_cpu_seconds"] for record in records.records) / 60
-    return f"Made on {'; '.join(machines)}: {len(records.records)} records, {minutes:.0f} CPU-minutes."
+    made = f"Made on {'; '.join(machines)}: {len(records.records)} records, {minutes:.0f} CPU-minutes."
+    return f"{made}\n{measured(records.path)}".strip()
 
 
 def write_page(name: str, **parts) -> str:

@@ -21,6 +21,7 @@ from torch import nn
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryConfig, TernaryLinear
 from diffusers_terdit.conversion.terdit import ARGS_NAME, WEIGHTS_NAMES, convert_name
+from diffusers_terdit.evaluation.measured import stamp
 from diffusers_terdit.pipelines.schedulers import default_scheduler
 
 
@@ -201,6 +202,7 @@ def versions(*modules: ModuleType) -> str:
 
 def write_report(path: Path, report: dict) -> None:
     path.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    stamp(path)
 
 
 def features() -> nn.Module:

@@ -16,6 +16,7 @@ import files
 import kills
 import load
 import races
+from diffusers_terdit.evaluation.measured import measured
 from harness import SECONDS
 
 
@@ -79,7 +80,8 @@ PAIRS = {kind: ("twice", kind) for kind in ("both succeeded", "one was killed", 
 
 def render(folder: Path) -> str:
     """Page of the reports in a folder."""
-    reports = {name: json.loads((folder / f"reliability_{name}.json").read_text()) for name in REPORTS}
+    paths = {name: folder / f"reliability_{name}.json" for name in REPORTS}
+    reports = {name: json.loads(path.read_text()) | {"measured": measured(path)} for name, path in paths.items()}
     hostile, damaged, raced, killed, loaded = reports.values()
     loader = FileSystemLoader(Path(__file__).parent / "pages")
     pages = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)

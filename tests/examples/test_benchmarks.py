@@ -73,7 +73,8 @@ def by_mode(records):
 
 @pytest.mark.parametrize("name", ["deployment", "kernels", "step", "flux2", "numerics"])
 def test_the_committed_page_is_what_the_committed_json_renders_to(run, tmp_path, name):
-    shutil.copy(RESULTS / f"{name}.json", tmp_path)
+    for file in (f"{name}.json", "measured.json"):
+        shutil.copy(RESULTS / file, tmp_path)
     _, page = run(name, "--render")
     assert page == (RESULTS / f"{name}.md").read_text("utf-8")
     assert (tmp_path / f"{name}.png").exists() == (RESULTS / f"{name}.png").exists()
@@ -140,7 +141,7 @@ def test_results_of_another_machine_or_setting_are_not_continued(scenarios, tmp_
     assert resumed("here").missing([{"mode": "exact"}, {"mode": "int16"}]) == [{"mode": "int16"}]
     assert resumed("there").missing([{"mode": "exact"}]) == [{"mode": "exact"}]
     assert resumed("here", fresh=True).missing([{"mode": "exact"}]) == [{"mode": "exact"}]
-    assert {path.name for path in tmp_path.iterdir()} == {"some.json", "some.md"}
+    assert {path.name for path in tmp_path.iterdir()} == {"some.json", "some.md", "measured.json"}
 
 
 def test_a_process_of_its_own_answers_on_its_last_line(scenarios, tmp_path, monkeypatch, capsys):
