@@ -38,7 +38,7 @@ import torch
 from PIL import Image
 
 from diffusers_terdit import TerDiTPipeline
-from diffusers_terdit.arguments import at_least, not_negative
+from diffusers_terdit.arguments import Parser, at_least, not_negative
 from diffusers_terdit.cli import DTYPES, load_pipeline, run_program, usable_device
 from diffusers_terdit.hub.model_card import human_bytes
 from diffusers_terdit.pipelines.schedulers import is_flow, scheduler_by_name
@@ -352,9 +352,7 @@ def build(
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="A page to sample a model by hand.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(description="A page to sample a model by hand.")
     parser.add_argument("--model", default="digits", help="bundled name, pipeline folder or Hub id")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", default="cpu", help="as torch names them: cpu, cuda, cuda:1, mps, xpu")

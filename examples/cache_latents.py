@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from diffusers_terdit import training
-from diffusers_terdit.arguments import at_least, color, column
+from diffusers_terdit.arguments import Parser, at_least, color, column
 from diffusers_terdit.cli import run_program
 from diffusers_terdit.storage.saving import new_file, output_folder
 from diffusers_terdit.storage.weights import WeightsFile, canonical_json, differing_keys, state_dict_digest
@@ -40,7 +40,7 @@ logger = get_logger(__name__, log_level="INFO")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--train_data_dir", help="folder of class folders of images")
     add("--dataset_name", help="data set on the Hub, or a folder or parquet file that `datasets` loads")

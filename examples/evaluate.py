@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffusers_terdit import TerDiTPipeline, __version__, evaluation, training
-from diffusers_terdit.arguments import at_least, color, not_negative, seed
+from diffusers_terdit.arguments import Parser, at_least, color, not_negative, seed
 from diffusers_terdit.checkpoints import resolve_model
 from diffusers_terdit.cli import run_program
 from diffusers_terdit.evaluation.digits import digits_classifier
@@ -68,7 +68,7 @@ MEASURES |= {"recall": "Recall"}
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument_group("samples").add_argument
     add("--model", default="digits", help="The pipeline: a folder, a Hub id, or the name of a bundled checkpoint.")
     add("--num_images", type=at_least(1), default=1000, help="How many images are drawn; papers draw 50,000.")

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from diffusers_terdit import TerDiTPipeline, losses, training
-from diffusers_terdit.arguments import at_least, color, not_negative, seed, share
+from diffusers_terdit.arguments import Parser, at_least, color, not_negative, seed, share
 from diffusers_terdit.checkpoints import resolve_model
 from diffusers_terdit.cli import run_program
 from diffusers_terdit.evaluation.digits import digits_classifier
@@ -44,7 +44,7 @@ COLUMNS = 10
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--demo", action="store_true", help=f"the bundled digits learn a new class, {NEW_CLASS!r}")
     add("--train_data_dir", help="folder of class folders of images")

@@ -40,6 +40,7 @@ from tqdm.auto import tqdm
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, evaluation, losses, training
 from diffusers_terdit.arguments import (
+    Parser,
     at_least,
     color,
     column,
@@ -186,7 +187,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parse_args(argv=None) -> argparse.Namespace:
     """Parse the flags; a preset replaces defaults, and what is passed replaces the preset."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add_data_arguments(parser)
     add_model_arguments(parser)
     add_optimization_arguments(parser)

@@ -42,7 +42,17 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from diffusers_terdit import TernaryConfig, losses, training
-from diffusers_terdit.arguments import at_least, color, granularity, keep_limit, not_negative, positive, seed, share
+from diffusers_terdit.arguments import (
+    Parser,
+    at_least,
+    color,
+    granularity,
+    keep_limit,
+    not_negative,
+    positive,
+    seed,
+    share,
+)
 from diffusers_terdit.cli import run_program
 from diffusers_terdit.storage.saving import new_file, new_folder
 
@@ -53,7 +63,7 @@ LOG_NAME = "log.jsonl"
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument_group("data, one of the first two").add_argument
     add("--demo", action="store_true", help="captioned 8x8 digits; without a pretrained model one of 950,000 weights")
     add("--train_data_dir", type=Path, help="folder of images and a metadata.jsonl: file_name and text of each")

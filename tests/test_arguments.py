@@ -1,10 +1,11 @@
-"""Types of options: what is in the range is a number, anything else one line that says what is expected."""
+"""Parsers: help with defaults, either spelling of an option, and values in their range or one line of reason."""
 
 from argparse import ArgumentTypeError
 
 import pytest
 
 from diffusers_terdit.arguments import (
+    Parser,
     at_least,
     color,
     column,
@@ -60,3 +61,50 @@ def test_a_value_out_of_the_range(kind, text):
         kind(text)
     assert repr(text)[:9] in str(error.value)
     assert len(str(error.value)) < 150
+
+
+@pytest.fixture
+def parser():
+    parser = Parser(prog="tool", description="Two lines\n  of text.")
+    parser.add_argument("--learning_rate", type=float, default=1e-4, help="The step size; 5 %% is too much.")
+    parser.add_argument("--labels", nargs="+", default=[], help="Names.")
+    parser.add_argument("--seed", nargs="+", type=int, default=[0, 1], help="Seeds.")
+    parser.add_argument("--mark", default="100 %", help="A mark.")
+    parser.add_argument("--output", help="A picture.")
+    parser.add_argument("--over_write", action="store_true", help="Replace it.")
+    parser.add_argument("rest", nargs="*", help="What is left.")
+    return parser
+
+
+def test_help_shows_the_defaults_that_say_something(parser):
+    shown = parser.format_help()
+    assert "Two lines\n  of text." in shown
+    assert "The step size; 5 % is too much. (default: 0.0001)" in shown
+    assert "Seeds. (default: 0 1)" in shown
+    assert "A mark. (default: 100 %)" in shown
+    assert shown.count("(default") == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "values"),
+    [
+        (["--learning-rate", "1"], {"learning_rate": 1.0}),
+        (["--learning-rate=1"], {"learning_rate": 1.0}),
+        (["--learning_rate", "1", "--over-write"], {"learning_rate": 1.0, "over_write": True}),
+        (["--output=a-b"], {"output": "a-b"}),
+        (["--output=--a-b=c-d"], {"output": "--a-b=c-d"}),
+        (["--labels", "a-b", "c-d"], {"labels": ["a-b", "c-d"]}),
+        (["--", "--a-b", "c-d"], {"rest": ["--a-b", "c-d"]}),
+    ],
+)
+def test_dashes_in_options_are_underscores_and_values_stay(parser, arguments, values):
+    assert vars(parser.parse_args(arguments)).items() >= values.items()
+
+
+def test_a_usage_error_is_one_line(parser, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(["--learning-rate", "x"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "tool: argument --learning_rate: invalid float value: 'x' (`tool --help` explains the options)\n"
+    )

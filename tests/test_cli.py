@@ -443,6 +443,20 @@ def test_push_to_a_branch_and_as_a_pull_request(fake_hub, monkeypatch, capsys):
 COMMANDS = ("generate", "info", "push", "convert", "pack")
 
 
+def test_an_unknown_option_is_an_error_of_its_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "--guidance-scale", "1", "--sede", "2"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("terdit generate: unrecognized arguments: --sede")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_no_default_that_says_nothing(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert not re.search(r"default: (None|False|\[\])", capsys.readouterr().out)
+
+
 def flags_of(command, capsys):
     with pytest.raises(SystemExit) as stop:
         build_parser().parse_args([command, "--help"])

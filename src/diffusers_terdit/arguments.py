@@ -1,13 +1,45 @@
-"""Types of command-line options, shared by `terdit` and the programs: values in their range, or a clear error."""
+"""What the parsers of `terdit` and of the programs share: help, spelling, and types that check a value's range."""
 
 import argparse
 import math
+import re
+import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from PIL import ImageColor
 
 
 _MAX_INT = 2**63 - 1  # of torch's integers and seeds
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help that shows each default that says something, and keeps the lines of a description."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        if "%(default)" in text or default in (None, argparse.SUPPRESS, "", []) or default is False:
+            return text
+        shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+        return f"{text} (default: {shown.replace('%', '%%')})"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of options that may be written with dashes or underscores, whose usage errors are one line."""
+
+    def __init__(self, **options):
+        super().__init__(**{"formatter_class": HelpFormatter, **options})
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse as `argparse` does, and read `--guidance-scale` as `--guidance_scale`."""
+        args = list(sys.argv[1:] if args is None else args)
+        end = args.index("--") if "--" in args else len(args)
+        spelled = [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), arg) for arg in args[:end]]
+        return super().parse_known_args(spelled + args[end:], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2 and one line, not a page of usage."""
+        self.exit(2, f"{self.prog}: {message} (`{self.prog} --help` explains the options)\n")
 
 
 def at_least(least: int, most: int = _MAX_INT) -> Callable[[str], int]:

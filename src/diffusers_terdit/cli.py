@@ -18,7 +18,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from huggingface_hub import snapshot_download
 from PIL import Image
 
-from .arguments import at_least, granularity, not_negative
+from .arguments import Parser, at_least, granularity, not_negative
 from .checkpoints import resolve_model
 from .conversion import convert_dense_checkpoint, convert_original_checkpoint, is_diffusers_checkpoint
 from .hub.errors import hub_errors
@@ -384,14 +384,12 @@ def push(args: argparse.Namespace) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Commands and flags; each command's function is its `run`."""
-    parser = argparse.ArgumentParser(prog="terdit", description="Ternary diffusion transformers.")
+    parser = Parser(prog="terdit", description="Ternary diffusion transformers.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     def command(function, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            function.__name__, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
-        sub.set_defaults(run=function)
+        sub = commands.add_parser(function.__name__, help=help, description=help)
+        sub.set_defaults(run=function, parser=sub)
         return sub
 
     sub = command(generate, "Sample images from a pipeline folder, a Hub id, or a bundled checkpoint.")
@@ -516,7 +514,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.argv = [name, *argv[1:]]  # what its parser calls itself
         program = importlib.import_module(f"{__package__}.programs.{PROGRAMS[argv[0]][0]}")
         return report_errors(name, lambda: program.main(argv[1:]))
-    args = build_parser().parse_args(argv)
+    args, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # argparse has the whole parser say it
     return report_errors("terdit", lambda: args.run(args))
 
 
