@@ -42,27 +42,39 @@ logger = get_logger(__name__, log_level="INFO")
 def parse_args(argv=None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--train_data_dir", help="folder of class folders of images")
-    add("--dataset_name", help="data set on the Hub, or a folder or parquet file that `datasets` loads")
-    add("--dataset_config_name")
-    add("--dataset_split", default="train")
-    add("--image_column", default="image")
-    add("--label_column", type=column, default="label", help="The column of the classes; none trains without classes.")
+    add("--train_data_dir", help="Encode this folder, of a folder of each class, or of images without classes.")
+    add(
+        "--dataset_name",
+        help="Encode this data set: a name on the Hub, a folder, also of save_to_disk, or a parquet file.",
+    )
+    add("--dataset_config_name", help="Take this configuration of --dataset_name.")
+    add("--dataset_split", default="train", help="Take this split of --dataset_name.")
+    add("--image_column", default="image", help="Take the images from this column of --dataset_name.")
+    add("--label_column", type=column, default="label", help="Take the classes from this column; none has no classes.")
     add(
         "--label_order",
         default="value",
         choices=["value", "text"],
-        help='How classes named by numbers are numbered: by value, or as text, "10" before "2".',
+        help='Number classes whose names are numbers by value, or as text, "10" before "2".',
     )
-    add("--resolution", type=at_least(1), default=256, help="pixels")
-    add("--background", type=color, default="white", help="The color that transparent pixels of images show.")
-    add("--no_flip", action="store_true", help="leave out the mirror images: half the size")
-    add("--pretrained_vae_model_name_or_path", required=True)
-    add("--output_dir", type=Path, required=True)
-    add("--batch_size", type=at_least(1), default=32)
-    add("--shard_size", type=at_least(1), default=10_000, help="images per file")
-    add("--dtype", default="float16", choices=["float16", "float32"], help="of the cache; the VAE runs in float32")
-    add("--dataloader_num_workers", type=at_least(0), default=0)
+    add("--resolution", type=at_least(1), default=256, help="Cut and scale images to squares of this many pixels.")
+    add("--background", type=color, default="white", help="Show this color where images are transparent.")
+    add("--no_flip", action="store_true", help="Leave out the mirror images, which halves the size.")
+    add(
+        "--pretrained_vae_model_name_or_path",
+        required=True,
+        help="Encode with this AutoencoderKL: a folder or Hub id.",
+    )
+    add("--output_dir", type=Path, required=True, help="Write the latents into this folder.")
+    add("--batch_size", type=at_least(1), default=32, help="Encode this many images at a time.")
+    add("--shard_size", type=at_least(1), default=10_000, help="Write this many images into a file.")
+    add(
+        "--dtype",
+        default="float16",
+        choices=["float16", "float32"],
+        help="Store the latents in this type; the VAE computes in float32.",
+    )
+    add("--dataloader_num_workers", type=at_least(0), default=0, help="Read images in this many more processes.")
     args = parser.parse_args(argv)
     if bool(args.train_data_dir) == bool(args.dataset_name):
         parser.error("pass one of --train_data_dir, --dataset_name")

@@ -69,26 +69,29 @@ def boolean(text: str) -> bool:
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data, one of the first four").add_argument
-    add("--demo", action="store_true", help="scikit-learn's 8x8 digits and a model of 267 thousand weights")
-    add("--train_data_dir", help="folder of class folders of images")
-    add("--dataset_name", help="data set on the Hub, or a folder or parquet file that `datasets` loads")
-    add("--train_latents_dir", help="folder written by cache_latents.py")
-    add("--dataset_config_name")
-    add("--dataset_split", default="train")
-    add("--streaming", action="store_true", help="read --dataset_name shard by shard, every process all of it")
-    add("--image_column", default="image")
-    add("--label_column", type=column, default="label", help="The column of the classes; none trains without classes.")
+    add("--demo", action="store_true", help="Train a model of 267 thousand weights on scikit-learn's 8x8 digits.")
+    add("--train_data_dir", help="Train on this folder, of a folder of each class, or of images without classes.")
+    add(
+        "--dataset_name",
+        help="Train on this data set: a name on the Hub, a folder, also of save_to_disk, or a parquet file.",
+    )
+    add("--train_latents_dir", help="Train on this folder, which cache_latents.py wrote.")
+    add("--dataset_config_name", help="Take this configuration of --dataset_name.")
+    add("--dataset_split", default="train", help="Take this split of --dataset_name.")
+    add("--streaming", action="store_true", help="Read --dataset_name shard by shard; every process reads all of it.")
+    add("--image_column", default="image", help="Take the images from this column of --dataset_name.")
+    add("--label_column", type=column, default="label", help="Take the classes from this column; none trains without.")
     add(
         "--label_order",
         default="value",
         choices=["value", "text"],
-        help='How classes named by numbers are numbered: by value, or as text, "10" before "2".',
+        help='Number classes whose names are numbers by value, or as text, "10" before "2".',
     )
     add("--resolution", type=at_least(1), default=256, help="pixels")
-    add("--background", type=color, default="white", help="The color that transparent pixels of images show.")
-    add("--random_flip", action="store_true")
-    add("--dataloader_num_workers", type=at_least(0), default=0)
-    add("--pretrained_vae_model_name_or_path", help="an AutoencoderKL; without it, and without latents, pixels")
+    add("--background", type=color, default="white", help="Show this color where images are transparent.")
+    add("--random_flip", action="store_true", help="Mirror half of the images, left to right, at random.")
+    add("--dataloader_num_workers", type=at_least(0), default=0, help="Read images in this many more processes.")
+    add("--pretrained_vae_model_name_or_path", help="Train on latents of this AutoencoderKL, not on pixels.")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -614,8 +617,9 @@ class Trainer:
                 held_out = training.data.Digits(train=False)
                 record["noise_error_held_out"] = self.noise_error(pipe.transformer, held_out)
             if self.codec.decodes:
-                columns, indices = min(self.num_classes, 10), range(args.num_validation_images)
-                images = self.sample_images(pipe, [i % columns for i in indices], indices, "pil")
+                columns = min(self.num_classes, 10) if self.num_classes > 1 else 10
+                indices = range(args.num_validation_images)
+                images = self.sample_images(pipe, [i % columns % self.num_classes for i in indices], indices, "pil")
                 path = args.output_dir / "samples" / f"step-{self.step}.png"
                 path.parent.mkdir(exist_ok=True)
                 with new_file(path) as partial_file:

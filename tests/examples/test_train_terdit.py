@@ -471,7 +471,7 @@ class TestData:
         pipe = TerDiTPipeline.from_pretrained(folder)
         config = pipe.transformer.config
         assert (config.num_classes, config.class_dropout_prob, pipe.config.id2label) == (1, 0, None)
-        # SD
+        assert pipe.sampling_defaults["guidance_scale"] == 1
         assert pipe(num_inference_steps=2, num_images_per_prompt=3, output_type="pt").images.shape == (3, 3, 16, 16)
         drawn = ["generate", str(folder), "--num_inference_steps", "2", "--output", str(folder / "drawn.png")]
         assert cli.main(drawn) == 0

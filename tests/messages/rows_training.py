@@ -174,7 +174,7 @@ ROWS = [
     Row(lambda w: training.data.ImageSamples.from_dataset(rows(label=[0]), "picture", resolution=8), "'picture'",
         "has no column", "its columns are image, label"),
     Row(lambda w: training.data.ImageSamples.from_dataset(rows(label=[0]), "label", resolution=8), "Column 'label'",
-        "holds int64, not images", "Name the one of the images."),
+        "holds int64, not images", "Pass the one of the images as image_column."),
     Row(lambda w: training.data.ImageSamples.from_dataset(rows(label=[]), resolution=8), "the columns image, label",
         "but no rows", "Take another split."),
     Row(lambda w: training.data.ImageSamples.from_dataset(rows(label=[1, None]), resolution=8), "the label None",

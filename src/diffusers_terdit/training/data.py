@@ -509,23 +509,25 @@ def open_dataset(name: str, config_name: str | None = None, split: str = "train"
 
 def _with_images(dataset: Any, image_column: str, label_column: str | None) -> Any:
     """Return a data set, streamed or not, with undecoded images; raise a `ValueError` unless it has the columns."""
-    from datasets import Image, Value
+    from datasets import Image
 
     columns = list(dataset.features)
-    for column, advice in ((image_column, ""), (label_column, ", or none to train without classes")):
+    asked = {"image_column": (image_column, ""), "label_column": (label_column, ", or none to train without classes")}
+    for name, (column, advice) in asked.items():
         if column is not None and column not in columns:
             raise ValueError(
-                f"The data set has no column {column!r}; its columns are {', '.join(columns)}. Name one of"
-                f" these{advice}."
+                f"The data set has no column {column!r}; its columns are {', '.join(columns)}. Pass one of these as"
+                f" {name}{advice}."
             )
     feature = dataset.features[image_column]
-    if isinstance(feature, Value) and feature.dtype not in ("string", "binary"):
+    if isinstance(feature, dict):  # bytes and path of each image, as files hold them
+        return dataset
+    if not isinstance(feature, Image) and feature.dtype not in ("string", "binary"):
         raise ValueError(
             f"Column {image_column!r} of the data set holds {feature.dtype}, not images; its columns are"
-            f" {', '.join(columns)}. Name the one of the images."
+            f" {', '.join(columns)}. Pass the one of the images as image_column."
         )
-    is_image = isinstance(feature, (Image, Value))  # paths and bytes, too; else a dict of them
-    return dataset.cast_column(image_column, Image(decode=False)) if is_image else dataset
+    return dataset.cast_column(image_column, Image(decode=False))
 
 
 def _check_labels(labels: Sequence[Any], names: Sequence[str] | None = None) -> None:
