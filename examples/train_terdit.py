@@ -87,7 +87,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["value", "text"],
         help='Number classes whose names are numbers by value, or as text, "10" before "2".',
     )
-    add("--resolution", type=at_least(1), default=256, help="pixels")
+    add("--resolution", type=at_least(1), help="Scale images to squares of this many pixels.")
     add("--background", type=color, default="white", help="Show this color where images are transparent.")
     add("--random_flip", action="store_true", help="Mirror half of the images, left to right, at random.")
     add("--dataloader_num_workers", type=at_least(0), default=0, help="Read images in this many more processes.")
@@ -97,95 +97,191 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     presets = [name for name in training.recipes.PRESETS if name != "demo"]
-    add("--preset", choices=presets, help="model and recipe of the paper")
-    add("--in_channels", type=int, default=3, choices=[1, 3], help="of pixels, where there is no VAE")
-    add("--patch_size", type=at_least(1), default=2)
-    add("--num_layers", type=at_least(1), default=12)
-    add("--num_attention_heads", type=at_least(1), default=6)
-    add("--attention_head_dim", type=at_least(1), default=64)
-    add("--ffn_dim", type=at_least(1))
-    add("--pos_embed_type", default="rope", choices=["rope", "rope+sincos2d"], help="the second for small models")
-    add("--adaln_norm", type=boolean, default=True, help="false: without the paper's RMSNorm")
-    add("--initialization", default="small_gain", choices=["small_gain", "reference"])
-    add("--scale_granularity", type=granularity, default="tensor", help='"tensor", "row", or inputs per group')
-    add("--activation_bits", type=int, choices=[8], help="train with 8-bit inputs of the ternary layers")
-    add("--ternary", type=boolean, default=True, help="false: full precision, the baseline on the same data and noise")
-    add("--init_from", help="pipeline, model or checkpoint-N to start from; its sizes replace the flags above")
+    add(
+        "--preset",
+        choices=presets,
+        help="Take sizes and recipe for 32 pixels (tiny), 64 (small) or latents (medium), on a laptop, or those of the"
+        " paper; other flags replace single values. If not set: tiny, or medium where latents are trained.",
+    )
+    add(
+        "--in_channels",
+        type=int,
+        default=3,
+        choices=[1, 3],
+        help="Train on gray (1) or color (3) pixels, where no VAE is used.",
+    )
+    add("--patch_size", type=at_least(1), help="A token is a square of this many pixels or latents a side.")
+    add("--num_layers", type=at_least(1), help="The transformer has this many blocks.")
+    add("--num_attention_heads", type=at_least(1), help="Each block has this many attention heads.")
+    add(
+        "--attention_head_dim",
+        type=at_least(1),
+        help="Each head has this many channels; heads times this is the width.",
+    )
+    add(
+        "--ffn_dim",
+        type=at_least(1),
+        help="The feed-forward layers have this width, about 8/3 of the model's if not set.",
+    )
+    add(
+        "--pos_embed_type",
+        choices=["rope", "rope+sincos2d"],
+        help="Tokens know their place by rotation, as in the paper, or by a fixed embedding, too (small models).",
+    )
+    add("--adaln_norm", type=boolean, default=True, help="false leaves out the RMSNorm that the paper adds to adaLN.")
+    add(
+        "--initialization",
+        default="small_gain",
+        choices=["small_gain", "reference"],
+        help="Start from positive scales and small gains of adaLN, or as the authors of the paper do.",
+    )
+    add(
+        "--scale_granularity",
+        type=granularity,
+        default="tensor",
+        help='A ternary scale covers a matrix ("tensor"), a row ("row"), or this many inputs of a row.',
+    )
+    add("--activation_bits", type=int, choices=[8], help="Train with 8-bit inputs of the ternary layers.")
+    add(
+        "--ternary",
+        type=boolean,
+        default=True,
+        help="false trains full precision, a baseline on the same data and noise.",
+    )
+    add(
+        "--init_from",
+        help="Start from this pipeline, model, bundled name or checkpoint-N. Its sizes replace the flags above.",
+    )
     add(
         "--ternary_warmup_steps",
         type=at_least(0),
         default=0,
-        help="steps over which full precision blends into ternary",
+        help="Blend full precision into ternary over this many steps, with --init_from.",
     )
-    add("--teacher", help="pipeline or model whose noise prediction is learned, too")
-    add("--distillation_weight", type=not_negative, default=1.0)
+    add("--teacher", help="Learn the prediction of this pipeline, model or bundled name, too.")
+    add(
+        "--distillation_weight", type=not_negative, default=1.0, help="The teacher's part of the loss has this weight."
+    )
 
 
 def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("loss").add_argument
-    add("--learn_sigma", type=boolean, default=True, help="false: squared error alone")
-    add("--snr_gamma", type=positive, help="min-SNR weighting; 5.0 is usual")
-    add("--flow_matching", action="store_true", help="rectified flow instead of DDPM; no learned variance")
-    add("--class_dropout_prob", type=share, default=0.1)
+    add(
+        "--flow_matching",
+        type=boolean,
+        nargs="?",
+        const=True,
+        help="Train rectified flow instead of the noise of DDPM, as the paper does (false).",
+    )
+    add(
+        "--learn_sigma",
+        type=boolean,
+        default=True,
+        help="false trains DDPM on the squared error alone, without a learned variance. Flow matching has none.",
+    )
+    add("--snr_gamma", type=positive, help="Weight the error of DDPM by min-SNR; 5 is usual.")
+    add(
+        "--class_dropout_prob",
+        type=share,
+        default=0.1,
+        help="Train this share of the examples without their label, for guidance.",
+    )
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--seed", type=seed, default=0)
-    add("--max_train_steps", type=at_least(1), default=400_000)
-    add("--train_batch_size", type=at_least(1), default=32, help="per process and accumulation step")
-    add("--gradient_accumulation_steps", type=at_least(1), default=1)
-    add("--total_batch_size", type=at_least(1), help="samples per optimizer step; sets the accumulation")
-    add("--learning_rate", type=not_negative, default=5e-4)
-    add("--lr_scheduler", default="wsd", choices=["constant", "cosine", "wsd", "piecewise_constant"])
-    add("--lr_warmup_steps", type=at_least(0), default=0)
-    add("--lr_decay_steps", type=at_least(0), help="wsd: length of the final decay; default a fifth of the run")
-    add("--lr_step_rules", help='piecewise_constant: "1:1550000,0.2" is a fifth from step 1,550,000')
-    add("--scale_lr_factor", type=not_negative, default=1.0, help="learning rate of the ternary scales, relative")
-    add("--adam_beta1", type=share, default=0.9)
-    add("--adam_beta2", type=share, default=0.999)
+    add("--seed", type=seed, default=0, help="All random numbers of the run follow from this one.")
+    add("--max_train_steps", type=at_least(1), help="The run has this many optimizer steps.")
+    add("--train_batch_size", type=at_least(1), help="Each process takes this many samples per accumulation step.")
+    add(
+        "--gradient_accumulation_steps", type=at_least(1), default=1, help="Add up the gradients of this many batches."
+    )
+    add(
+        "--total_batch_size",
+        type=at_least(1),
+        help="Take this many samples per optimizer step; sets the accumulation.",
+    )
+    add("--learning_rate", type=not_negative, help="The highest learning rate of AdamW.")
+    add(
+        "--lr_scheduler",
+        choices=["constant", "cosine", "wsd", "piecewise_constant"],
+        help="How the learning rate goes on: wsd is constant, then falls to 0 over --lr_decay_steps.",
+    )
+    add("--lr_warmup_steps", type=at_least(0), help="The learning rate rises from 0 over this many steps.")
+    add("--lr_decay_steps", type=at_least(0), help="wsd falls over this many steps, a fifth of the run if not set.")
+    add(
+        "--lr_step_rules",
+        help='piecewise_constant follows these rules: "1:1550000,0.2" is a fifth from step 1,550,000.',
+    )
+    add("--scale_lr_factor", type=not_negative, help="The ternary scales learn at this multiple of the learning rate.")
+    add("--adam_beta1", type=share, default=0.9, help="AdamW averages gradients with this decay.")
+    add("--adam_beta2", type=share, help="AdamW averages squared gradients with this decay.")
     add(
         "--adam_weight_decay",
         type=not_negative,
         default=0.0,
-        help="of matrices; never of scales, norms, biases, embeddings",
+        help="AdamW shrinks matrices by this; it never shrinks scales, norms, biases and embeddings.",
     )
-    add("--adam_epsilon", type=positive, default=1e-8)
-    add("--max_grad_norm", type=positive, default=2.0)
-    add("--ema_decay", type=share, default=0.9999)
-    add("--mixed_precision", choices=["no", "bf16"], help="default: accelerate's; weights, average, loss stay float32")
-    add("--gradient_checkpointing", action="store_true")
-    add("--torch_compile", action="store_true", help="compile the transformer blocks")
-    add("--fsdp", action="store_true", help="shard weights, average and optimizer over the processes")
+    add("--adam_epsilon", type=positive, default=1e-8, help="AdamW adds this to its divisor.")
+    add(
+        "--max_grad_norm", type=positive, default=2.0, help="A gradient with a larger norm is scaled down to this one."
+    )
+    add("--ema_decay", type=share, help="The average of the weights, which is exported, has this decay.")
+    add(
+        "--mixed_precision",
+        choices=["no", "bf16"],
+        help="bf16 computes in bfloat16; weights, average and loss stay float32. If not set, accelerate's setting.",
+    )
+    add("--gradient_checkpointing", action="store_true", help="Compute activations twice, to keep fewer in memory.")
+    add("--torch_compile", action="store_true", help="Compile the transformer blocks, which takes a minute or two.")
+    add("--fsdp", action="store_true", help="Shard weights, average and optimizer over the processes.")
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", type=Path, default=Path("terdit-model"))
-    add("--export_dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="of non-ternary weights")
-    add("--checkpointing_steps", type=at_least(1), default=5000)
-    add("--checkpoints_total_limit", type=keep_limit, default=2, help="-1 keeps all")
-    add("--resume_from_checkpoint", help='a folder, or "latest"')
-    add("--logging_steps", type=at_least(1), default=100, help="log.jsonl and trackers")
-    add("--report_to", help="tensorboard, wandb, trackio, ...")
+    add(
+        "--output_dir",
+        type=Path,
+        default=Path("terdit-model"),
+        help="Write pipeline, checkpoints, samples and log into this folder.",
+    )
+    add(
+        "--export_dtype",
+        default="float32",
+        choices=["float32", "float16", "bfloat16"],
+        help="Save the weights that are not ternary in this type.",
+    )
+    add("--checkpointing_steps", type=at_least(1), help="Save a checkpoint to resume from every this many steps.")
+    add("--checkpoints_total_limit", type=keep_limit, default=2, help="Keep this many checkpoints; -1 keeps all.")
+    add("--resume_from_checkpoint", help='Go on from this folder, or from the "latest" checkpoint in --output_dir.')
+    add("--logging_steps", type=at_least(1), default=100, help="Write log.jsonl and trackers every this many steps.")
+    add("--report_to", help="Log to this tracker, too: tensorboard, wandb, trackio, ...; none is log.jsonl alone.")
     add(
         "--validation_steps",
         type=at_least(1),
-        default=10_000,
-        help="sample grid, and error of the noise at fixed noise",
+        help="Draw a grid of samples, and measure the error at fixed noise, every this many steps.",
     )
-    add("--num_validation_images", type=at_least(1), default=40)
-    add("--num_inference_steps", type=at_least(1), default=50)
-    add("--guidance_scale", type=not_negative, default=1.5)
-    add("--feature_network", help="module:function that returns a network, (B, C, H, W) in [0, 1] -> (B, D)")
+    add("--num_validation_images", type=at_least(1), default=40, help="The grid has this many samples.")
+    add(
+        "--num_inference_steps",
+        type=at_least(1),
+        help="Samples take this many steps; the model recommends them to its users.",
+    )
+    add(
+        "--guidance_scale",
+        type=not_negative,
+        default=1.5,
+        help="Samples are drawn with this guidance; the model recommends it to its users.",
+    )
+    add("--feature_network", help="module:function returns a network, (B, C, H, W) in [0, 1] -> (B, D) features.")
     add(
         "--frechet_steps",
         type=at_least(0),
-        help="Frechet distance of samples to training images, with --feature_network",
+        help="Measure the Frechet distance to the training images every this many steps, with --feature_network.",
     )
-    add("--num_frechet_images", type=at_least(1), default=1000)
-    add("--push_to_hub", action="store_true")
-    add("--hub_model_id", help="default: the name of --output_dir")
-    add("--hub_token")
-    add("--license", help="of the trained model, for its card")
+    add("--num_frechet_images", type=at_least(1), default=1000, help="It is measured on this many samples.")
+    add("--push_to_hub", action="store_true", help="Upload the pipeline to the Hub at the end.")
+    add("--hub_model_id", help="Upload to this repository, by default named as --output_dir.")
+    add("--hub_token", help="Upload with this token, by default that of `hf auth login`.")
+    add("--license", help="The card of the model names this license.")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -195,8 +291,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_model_arguments(parser)
     add_optimization_arguments(parser)
     add_output_arguments(parser)
+    parser.set_defaults(**training.recipes.PRESETS["tiny"])
     known, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**training.recipes.PRESETS.get("demo" if known.demo else known.preset, {}))
+    latents = known.train_latents_dir or known.pretrained_vae_model_name_or_path
+    preset = "demo" if known.demo else known.preset or ("medium" if latents else "tiny")
+    parser.set_defaults(**training.recipes.PRESETS[preset])
     args = parser.parse_args(argv)
     sources = [args.demo, args.train_data_dir, args.dataset_name, args.train_latents_dir]
     if sum(bool(source) for source in sources) != 1:
@@ -210,7 +309,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     if args.activation_bits and not args.ternary:
         parser.error("--activation_bits is for ternary models, not --ternary false")
     if args.flow_matching and args.snr_gamma:
-        parser.error("--snr_gamma is for DDPM, not --flow_matching")
+        parser.error("--snr_gamma is for DDPM: pass --flow_matching false, too")
     if args.ternary_warmup_steps and not (args.ternary and args.init_from):
         parser.error(
             "--ternary_warmup_steps goes with --init_from a full-precision model, and not with --ternary false"

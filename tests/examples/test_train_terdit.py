@@ -338,7 +338,7 @@ class TestHub:
         args = programs["train"].parse_args([*flags, "--output_dir", str(tmp_path / "later")])
         settings = programs["train"].tracked(args)
         assert (settings["train_data_dir"], settings["output_dir"]) == (tmp_path.name, "later")
-        assert (settings["init_from"], settings["learning_rate"]) == ("someone/model", "0.0005")
+        assert (settings["init_from"], settings["learning_rate"]) == ("someone/model", "0.003")
         assert not [value for value in settings.values() if "hf_secret" in value or str(tmp_path) in value]
 
     @pytest.mark.parametrize(
@@ -594,6 +594,16 @@ def test_the_papers_numbers(programs, name, batch, steps, drop, size):
     ]
     assert rates == pytest.approx([5e-4, 5e-4, 1e-4, 1e-4])
     assert (args.num_layers, args.num_attention_heads * args.attention_head_dim) == size
+
+
+def test_without_a_preset_a_laptop_trains_pixels_or_latents(programs):
+    parse = programs["train"].parse_args
+    pixels, latents = ["--train_data_dir", "x"], ["--train_latents_dir", "x"]
+    assert vars(parse(pixels)) == {**vars(parse([*pixels, "--preset", "tiny"])), "preset": None}
+    assert vars(parse(latents)) == {**vars(parse([*latents, "--preset", "medium"])), "preset": None}
+    assert parse([*pixels, "--resolution", "64"]).max_train_steps == parse(pixels).max_train_steps <= 2000
+    paper = parse([*latents, "--preset", "terdit-600m"])
+    assert (paper.flow_matching, paper.adam_beta2, paper.scale_lr_factor) == (False, 0.999, 1)
 
 
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)

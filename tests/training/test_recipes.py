@@ -25,6 +25,14 @@ class TestLearningRate:
         assert factors == pytest.approx([1, 0.5, 0], abs=1e-3)
 
 
+class TestPresets:
+    def test_each_preset_says_all_that_the_defaults_say(self):
+        """The defaults are those of tiny, which must not slip into the recipe of another one."""
+        presets = training.recipes.PRESETS
+        assert all(presets["tiny"].keys() <= {*preset, "ffn_dim"} for preset in presets.values())
+        assert all("ffn_dim" in preset for preset in presets.values())
+
+
 class TestParameterGroups:
     def test_only_matrices_decay_and_scales_are_alone(self):
         model = fresh_model()

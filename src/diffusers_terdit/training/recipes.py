@@ -15,19 +15,78 @@ def _size(name: str) -> dict[str, Any]:
     return {key: value for key, value in SIZES[name].items() if key != "sample_size"}
 
 
+# What a laptop trains in minutes. Short runs need a fast average, a short memory of squared gradients, and positions.
+_TINY: dict[str, Any] = {
+    "resolution": 32,
+    "patch_size": 4,
+    "num_layers": 6,
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "ffn_dim": 384,
+    "pos_embed_type": "rope+sincos2d",
+    "flow_matching": True,
+    "train_batch_size": 32,
+    "max_train_steps": 1500,
+    "learning_rate": 3e-3,
+    "lr_scheduler": "wsd",
+    "lr_warmup_steps": 75,
+    "scale_lr_factor": 0.1,
+    "adam_beta2": 0.95,
+    "ema_decay": 0.99,
+    "checkpointing_steps": 250,
+    "validation_steps": 250,
+    "num_inference_steps": 25,
+}
+_SMALL: dict[str, Any] = {
+    **_TINY,
+    "resolution": 64,
+    "patch_size": 8,
+    "num_attention_heads": 8,
+    "ffn_dim": None,
+    "max_train_steps": 3000,
+    "learning_rate": 2e-3,
+    "lr_warmup_steps": 150,
+    "ema_decay": 0.995,
+    "checkpointing_steps": 500,
+    "validation_steps": 500,
+}
+
+# What the runs of the paper have in common with the demo.
+_LONG: dict[str, Any] = {
+    "patch_size": 2,
+    "flow_matching": False,
+    "lr_scheduler": "wsd",
+    "lr_warmup_steps": 0,
+    "scale_lr_factor": 1.0,
+    "adam_beta2": 0.999,
+    "num_inference_steps": 50,
+}
 _TERDIT_600M: dict[str, Any] = {
+    **_LONG,
     **_size("terdit-600m-256"),
+    "resolution": 256,
+    "ffn_dim": None,
+    "pos_embed_type": "rope",
+    "train_batch_size": 32,
     "learning_rate": 5e-4,
     "lr_scheduler": "piecewise_constant",
     "lr_step_rules": "1:1550000,0.2",
     "total_batch_size": 256,
     "max_train_steps": 1_750_000,
+    "ema_decay": 0.9999,
+    "checkpointing_steps": 5000,
+    "validation_steps": 10_000,
 }
 
 
-# Model and recipe by name, as flags of examples/train_terdit.py: the numbers of the paper, and the built-in demo.
+# Sizes and recipe by name, as flags of examples/train_terdit.py: for a laptop, the built-in demo, and the sizes and
+# schedules of the paper.
 PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": _TINY,
+    "small": _SMALL,
+    "medium": {**_SMALL, "resolution": 256, "patch_size": 4, "num_layers": 8},  # of latents, an eighth of the pixels
     "demo": {
+        **_LONG,
         "resolution": 8,
         "in_channels": 1,
         "num_layers": 3,
@@ -52,7 +111,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "total_batch_size": 512,
         "max_train_steps": 1_180_000,
     },
-    # Figures 7 and 8: the authors' initialization, one learning rate, a Frechet distance every 100,000 steps.
+    # Figures 7 and 8: the authors' initialization, which the two above lack, one learning rate, and a Frechet distance
+    # every 100,000 steps.
     "ablation": {
         **_TERDIT_600M,
         "initialization": "reference",
