@@ -98,14 +98,19 @@ class TestTransparency:
         Image.new("RGBA", (8, 8), (0, 0, 0, 128)).save(tmp_path / "1.png")
         assert tone(tmp_path / "1.png") == pytest.approx(127 / 255, abs=0.01)
 
-    def test_cmyk_and_the_first_of_several_frames(self, tmp_path):
+    def test_cmyk_is_converted(self, tmp_path):
         Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "1.jpg")
         torch.testing.assert_close(
             read_image(tmp_path / "1.jpg", 8).mean((1, 2)), torch.tensor([1.0, -1, -1]), atol=0.03, rtol=0
         )
+
+    @pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff"])
+    def test_an_animation_gives_its_first_frame(self, tmp_path, suffix):
         frames = [Image.new("RGB", (8, 8), color) for color in ("white", "black")]
-        frames[0].save(tmp_path / "1.gif", save_all=True, append_images=frames[1:])
-        assert tone(tmp_path / "1.gif") == 1
+        frames[0].save(tmp_path / f"1.{suffix}", save_all=True, append_images=frames[1:])
+        with Image.open(tmp_path / f"1.{suffix}") as image:
+            assert image.n_frames == 2
+        assert tone(tmp_path / f"1.{suffix}") == 1
 
 
 class TestRefusals:
