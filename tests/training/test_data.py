@@ -178,8 +178,15 @@ class TestDatasets:
             else:
                 samples = training.data.ImageSamples.from_dataset(loaded, resolution=8)
                 assert [label for _, label in (samples[i] for i in range(6))] == [0, 0, 0, 1, 1, 1]
-        with pytest.raises(ValueError, match=r"split 'test'\) cannot be loaded"):
+        with pytest.raises(ValueError, match=r"split 'test'\) cannot be loaded: Directory .*splits.test not found"):
             training.data.open_dataset(str(tmp_path / "splits"), split="test")
+
+    def test_a_data_set_that_brings_a_script_is_one_error(self, tmp_path):
+        pytest.importorskip("datasets")
+        (tmp_path / "faces").mkdir()
+        (tmp_path / "faces" / "faces.py").write_text("import datasets\n")
+        with pytest.raises(ValueError, match=r"cannot be loaded: .*scripts are no longer supported.* Check name"):
+            training.data.open_dataset(str(tmp_path / "faces"))
 
     @pytest.mark.parametrize("streaming", [False, True])
     def test_images_without_a_label_column_have_one_class(self, parquet, streaming):

@@ -495,15 +495,15 @@ def open_dataset(name: str, config_name: str | None = None, split: str = "train"
         from datasets.exceptions import DatasetsError
 
     path, files = ("parquet", name) if name.endswith(".parquet") else (name, None)
-    saved = Path(name, split) if Path(name, "dataset_dict.json").is_file() else Path(name)
+    has_splits = Path(name, "dataset_dict.json").is_file()
     try:
-        if (saved / "state.json").is_file():
-            dataset = load_from_disk(saved)
+        if has_splits or Path(name, "state.json").is_file():
+            dataset = load_from_disk(os.path.join(name, split) if has_splits else name)
             return dataset.to_iterable_dataset(max(1, len(dataset.cache_files))) if streaming else dataset
         return load_dataset(path, config_name, data_files=files, split=split, streaming=streaming)
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError, RuntimeError) as error:  # the last at a data set that brings a script
         raise ValueError(
-            f"{name!r} (config {config_name}, split {split!r}) cannot be loaded: {error} Check name, config and split."
+            f"{name!r} (config {config_name}, split {split!r}) cannot be loaded: {str(error).rstrip('.')}. Check name, config and split."
         ) from error
 
 
