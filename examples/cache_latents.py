@@ -42,7 +42,7 @@ logger = get_logger(__name__, log_level="INFO")
 def parse_args(argv=None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--train_data_dir", help="Encode this folder, of a folder of each class, or of images without classes.")
+    add("--train_data_dir", help="Encode the images of this folder, in a folder of each class or without classes.")
     add(
         "--dataset_name",
         help="Encode this data set: a name on the Hub, a folder, also of save_to_disk, or a parquet file.",
@@ -50,7 +50,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--dataset_config_name", help="Take this configuration of --dataset_name.")
     add("--dataset_split", default="train", help="Take this split of --dataset_name.")
     add("--image_column", default="image", help="Take the images from this column of --dataset_name.")
-    add("--label_column", type=column, default="label", help="Take the classes from this column; none has no classes.")
+    add(
+        "--label_column",
+        type=column,
+        default="label",
+        help="Take the classes from this column; none stores no classes.",
+    )
     add(
         "--label_order",
         default="value",

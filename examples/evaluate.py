@@ -70,60 +70,68 @@ MEASURES |= {"recall": "Recall"}
 def parse_args(argv=None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument_group("samples").add_argument
-    add("--model", default="digits", help="The pipeline: a folder, a Hub id, or the name of a bundled checkpoint.")
-    add("--num_images", type=at_least(1), default=1000, help="How many images are drawn; papers draw 50,000.")
-    add("--batch_size", type=at_least(1), default=32, help="Images that a process draws at a time.")
-    add("--seed", type=seed, default=0, help="The seed; image i depends on it and on i alone.")
+    add(
+        "--model",
+        default="digits",
+        help="Draw from this pipeline: a folder, a Hub id, or the name of a bundled checkpoint.",
+    )
+    add("--num_images", type=at_least(1), default=1000, help="Draw this many images; papers draw 50,000.")
+    add("--batch_size", type=at_least(1), default=32, help="Draw this many images at a time in each process.")
+    add("--seed", type=seed, default=0, help="Draw the images of this seed; image i depends on it and on i alone.")
     add(
         "--label_policy",
         choices=["balanced", "random"],
         default="balanced",
-        help="Image i is of class i modulo the number of classes, or of one drawn from the seed.",
+        help="Draw image i of class i modulo the number of classes, or of a class drawn from the seed.",
     )
-    add("--guidance_scale", type=not_negative, help="The guidance; without it, what the model recommends.")
+    add(
+        "--guidance_scale",
+        type=not_negative,
+        help="Draw with this guidance; without it, with what the model recommends.",
+    )
     add(
         "--num_inference_steps",
         type=at_least(1),
-        help="Denoising steps, 250 in the paper; without it, what the model recommends.",
+        help="Take this many steps, 250 in the paper; without it, as many as the model recommends.",
     )
     add(
         "--scheduler",
-        help="A scheduler of diffusers, such as DPMSolverMultistepScheduler; without it, the pipeline's own.",
+        help="Draw with this scheduler of diffusers, such as DPMSolverMultistepScheduler; without it, the pipeline's.",
     )
     add(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
         default="float32",
-        help="The type of the weights and the arithmetic that draw the images.",
+        help="Load the weights and compute in this type.",
     )
-    add("--output_dir", type=Path, default=Path("evaluation"), help="The folder of the samples and the report.")
-    add("--save_images", action="store_true", help="Also write each image as a PNG, such as images/000000.png.")
+    add("--output_dir", type=Path, default=Path("evaluation"), help="Write samples and report into this folder.")
+    add("--save_images", action="store_true", help="Write each image as a PNG, too, such as images/000000.png.")
 
     add = parser.add_argument_group("metrics").add_argument
     add(
         "--reference",
-        help='The images to compare with: a folder, an .npz or .npy of images, an ADM reference .npz, or "digits".',
+        help='Compare with these images: a folder, an .npz or .npy of images, an ADM reference .npz, or "digits".',
     )
-    add("--background", type=color, default="white", help="The color that transparent pixels of a folder show.")
+    add("--background", type=color, default="white", help="Show this color where images of a folder are transparent.")
     add(
         "--reference_statistics",
         type=Path,
-        help="The file that keeps the statistics of the reference; without it, reference.safetensors in --output_dir.",
+        help="Keep the reference's statistics in this file; without it, in reference.safetensors of --output_dir.",
     )
     add(
         "--inception_weights",
-        help="The file weights-inception-2015-12-05-6726825d.pth of torch-fidelity, which makes the distance the FID.",
+        help="Measure the FID with weights-inception-2015-12-05-6726825d.pth, a file of torch-fidelity.",
     )
     add(
         "--feature_network",
-        help="module:function of your own feature network (docs/evaluation.md). Without one and without"
+        help="Measure with the network that this module:function returns (docs/evaluation.md). Without it and without"
         " --inception_weights, colors of 8 x 8 areas are compared, or digits by a classifier.",
     )
-    add("--feature_batch_size", type=at_least(1), default=64, help="Images that the network sees at a time.")
+    add("--feature_batch_size", type=at_least(1), default=64, help="Show the network this many images at a time.")
     add(
         "--images_seen",
         type=at_least(1),
-        help="Images seen in training, for the report; without it, what the model's folder says.",
+        help="Report that the model saw this many images in training; without it, what its folder says.",
     )
     args = parser.parse_args(argv)
     if args.inception_weights and args.feature_network:

@@ -48,7 +48,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("--demo", action="store_true", help=f"the bundled digits learn a new class, {NEW_CLASS!r}")
     add("--train_data_dir", help="folder of class folders of images")
-    add("--background", type=color, default="white", help="The color that transparent pixels of images show.")
+    add("--background", type=color, default="white", help="Show this color where images are transparent.")
     add("--model", default="digits", help="folder, Hub id, or the name of a bundled checkpoint")
     add("--output_dir", type=Path, default=Path("terdit-lora"))
     add(

@@ -70,7 +70,7 @@ def boolean(text: str) -> bool:
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data, one of the first four").add_argument
     add("--demo", action="store_true", help="Train a model of 267 thousand weights on scikit-learn's 8x8 digits.")
-    add("--train_data_dir", help="Train on this folder, of a folder of each class, or of images without classes.")
+    add("--train_data_dir", help="Train on the images of this folder, in a folder of each class or without classes.")
     add(
         "--dataset_name",
         help="Train on this data set: a name on the Hub, a folder, also of save_to_disk, or a parquet file.",

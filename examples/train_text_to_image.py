@@ -68,7 +68,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--demo", action="store_true", help="captioned 8x8 digits; without a pretrained model one of 950,000 weights")
     add("--train_data_dir", type=Path, help="folder of images and a metadata.jsonl: file_name and text of each")
     add("--resolution", type=at_least(1), default=8, help="pixels")
-    add("--background", type=color, default="white", help="The color that transparent pixels of images show.")
+    add("--background", type=color, default="white", help="Show this color where images are transparent.")
     add("--dataloader_num_workers", type=at_least(0), default=0)
     add("--caption_dropout_prob", type=share, default=0.1, help="share of captions that are empty, for guidance")
 

@@ -503,7 +503,8 @@ def open_dataset(name: str, config_name: str | None = None, split: str = "train"
         return load_dataset(path, config_name, data_files=files, split=split, streaming=streaming)
     except (OSError, ValueError, DatasetsError, RuntimeError) as error:  # the last at a data set that brings a script
         raise ValueError(
-            f"{name!r} (config {config_name}, split {split!r}) cannot be loaded: {str(error).rstrip('.')}. Check name, config and split."
+            f"{name!r} (config {config_name}, split {split!r}) cannot be loaded: {str(error).rstrip('.')}. Check"
+            " name, config and split."
         ) from error
 
 
