@@ -92,6 +92,16 @@ def test_pictures_of_a_latent_model_pass_its_vae(tiny_pipeline, tmp_path):
     assert snippet(tmp_path / "out")["pipe"].labels["twelve"] == 10
 
 
+def test_images_without_classes_train_a_model_without_classes_alone(tiny_pipeline, tmp_path):
+    one = {"weight_format": "packed", "num_classes": 1, "class_dropout_prob": 0.0}
+    tiny_pipeline(**one).save_pretrained(tmp_path / "model")
+    data = write_images(tmp_path / "data", ["any"]) / "any"
+    assert run(tmp_path / "out", "--model", tmp_path / "model", "--train_data_dir", data)["loss"] > 0
+    assert len(snippet(tmp_path / "out")["images"]) == 1
+    with pytest.raises(SystemExit, match="without classes, and digits draws 10 classes"):
+        run(tmp_path / "ten", "--model", "digits", "--train_data_dir", data)
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(train_lora, "recognized", lambda pipe, args: {})
     with pytest.raises(FloatingPointError, match="Lower --learning_rate"):
