@@ -20,13 +20,16 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from diffusers_terdit import TerDiTPipeline, TernaryLinear
+from diffusers_terdit import TerDiTPipeline, TernaryConfig, TernaryLinear
 from diffusers_terdit.checkpoints import bundled
 from diffusers_terdit.cli import DTYPES, build_parser, human_bytes, main, report_errors
 from diffusers_terdit.ops import choose_kernel, has_integer_kernel
 from diffusers_terdit.training.export import image_grid
+from tiny import make_ternary, tiny_vae
+from tiny_flux2 import tiny_flux2_pipeline
 
 
 ROOT = Path(__file__).parent.parent
@@ -313,6 +316,58 @@ def test_info_of_a_layer_and_of_a_file(tmp_path, capsys):
     save_file(load_file(path), path)  # as other programs do
     assert main(["info", str(path)]) == 0
     assert "none, so damage cannot be seen" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("weight_format", ["packed", "float"])
+def test_info_of_ternary_models_of_other_classes(weight_format, tmp_path, capsys):
+    """A pipeline and its model, and a model of which no pipeline is there."""
+    model = DiTTransformer2DModel(
+        num_layers=1, num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, sample_size=8,
+        num_embeds_ada_norm=10, norm_type="ada_norm_zero",
+    )  # fmt: skip
+    config = TernaryConfig(scale_granularity="row", weight_format=weight_format, modules_to_not_convert=["norm1"])
+    pipe = DiTPipeline(config.quantize(model), tiny_vae(), DDIMScheduler())
+    pipe.save_pretrained(tmp_path / "pipe")
+    flux = FluxTransformer2DModel(
+        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    TernaryConfig(16, weight_format).quantize(flux).save_pretrained(tmp_path / "flux")
+    settings = f"weight_format='{weight_format}'"
+    for folder, cls, covers, layers in (
+        ("pipe", "DiTTransformer2DModel", "row", 6),
+        ("pipe/transformer", "DiTTransformer2DModel", "row", 6),
+        ("flux", "FluxTransformer2DModel", "group of 16", 14 + 6),
+    ):
+        assert main(["info", str(tmp_path / folder)]) == 0
+        printed = capsys.readouterr().out
+        assert re.search(rf"^class +{cls}$", printed, re.MULTILINE)
+        assert re.search(rf"^quantization +TernaryConfig\(.*{settings}", printed, re.MULTILINE)
+        assert re.search(rf"^  ternary +[\d,]+ in {layers} layers$", printed, re.MULTILINE), printed
+        assert f"one per {covers}\n" in printed
+        assert bool(re.search(r"^pipeline +DiTPipeline\npart +transformer$", printed, re.M)) == (folder == "pipe")
+        assert main(["info", str(tmp_path / folder), "--kernels"]) == 0
+        assert printed != (printed := capsys.readouterr().out)
+        assert len(printed.splitlines()) > len(DTYPES)
+
+
+def test_info_of_what_convert_makes_of_a_dense_pipeline(fake_hub, tmp_path, capsys):
+    pipe = tiny_flux2_pipeline()
+    make_ternary(pipe.transformer.float(), 32).half()
+    pipe.save_pretrained(tmp_path / "published")
+    assert main(["info", str(tmp_path / "published")]) == 1
+    assert "without ternary parts" in (said := capsys.readouterr().err)
+    assert said.endswith("where its bytes go: transformer, vae.\n")
+    assert main(["convert", str(tmp_path / "published"), str(tmp_path / "packed")]) == 0
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "packed")]) == 0
+    printed = capsys.readouterr().out
+    assert "Flux2KleinPipeline" in printed
+    assert "scale_granularity=32" in printed
+    fake_hub.upload_folder("user/flux2", tmp_path / "packed")
+    assert main(["info", "user/flux2"]) == 0
+    assert capsys.readouterr().out == printed
+    assert not any(path.startswith("vae/diffusion") for path, _ in fake_hub.downloads)
 
 
 @pytest.mark.parametrize("activation_bits", [None, 8])

@@ -30,6 +30,7 @@ from .models.transformer_terdit import TerDiTTransformer2DModel
 from .ops import choose_kernel
 from .pipelines.pipeline_terdit import TerDiTPipeline
 from .pipelines.schedulers import scheduler_by_name
+from .quantization import TernaryConfig, TernaryMethod
 from .storage.configs import check_config
 from .storage.inspection import HEADERS, WeightsReport, inspect_weights
 from .storage.saving import new_file
@@ -206,33 +207,51 @@ def info(args: argparse.Namespace) -> None:
     path = Path(args.model) if Path(args.model).is_file() else Path(resolve_model(args.model))
     path = path if path.exists() else _download_weights(args.model)
     if args.labels:
-        id2label = _model_index(path).get("id2label") or {}
-        if not id2label:
+        id2label = _parts(path)[0].get("id2label")
+        if not (id2label and isinstance(id2label, dict)):
             raise ValueError(f"{args.model} names no labels; its classes are numbers. Leave out --labels.")
         for key in sorted(id2label, key=lambda key: (len(key), key)):
             print(f"{printable(key):>5}  {printable(id2label[key])}")
     elif args.kernels:
-        _print_kernels(path / "transformer" if _model_index(path) else path)
+        for part in _parts(path)[1]:
+            _print_kernels(part)
     else:
         _print_info(path)
 
 
-def _model_index(path: Path) -> dict[str, Any]:
-    """The `model_index.json` of a pipeline folder, checked; empty where it is another.
+def _parts(path: Path) -> tuple[dict[str, Any], list[Path]]:
+    """The `model_index.json` of a pipeline folder and its ternary parts; else an empty one and the folder itself.
 
     Raises:
-        ValueError: It cannot be loaded, or is that of another pipeline.
+        ValueError: The index cannot be loaded, or names no ternary part.
     """
     where = path / "model_index.json"
     if not where.is_file():
-        return {}
+        return {}, [path]
     index = read_json(where)
-    if "TerDiTPipeline" not in str(index.get("_class_name")):  # in a remote-code revision it is a list
+    if "TerDiTPipeline" in str(index.get("_class_name")):  # in a remote-code revision it is a list
+        check_pipeline_config(where, index)
+        return index, [path / "transformer"]
+    files = {name: path / name / "config.json" for name in index if name.isidentifier()}
+    configs = {name: read_json(file) for name, file in files.items() if file.is_file()}
+    parts = [path / name for name, config in configs.items() if _ternary_settings(config) or _is_ours(config)]
+    if not parts:
         raise ValueError(
-            f"{path} holds a {index.get('_class_name')!r:.80}, not a TerDiTPipeline. Pass the folder of a model in it."
+            f"{path} holds a {index.get('_class_name')!r:.80} without ternary parts. Pass the folder of a model in it,"
+            f" to see where its bytes go: {', '.join(n for n in configs if '_diffusers_version' in configs[n])}."
         )
-    check_pipeline_config(where, index)
-    return index
+    return index, parts
+
+
+def _is_ours(config: dict[str, Any]) -> bool:
+    return config.get("_class_name") in (TerDiTTransformer2DModel.__name__, TernaryLinear.__name__)
+
+
+def _ternary_settings(config: dict[str, Any]) -> TernaryConfig | None:
+    settings = config.get("quantization_config")
+    if not isinstance(settings, dict) or settings.get("quant_method") != TernaryMethod.TERNARY:
+        return None
+    return TernaryConfig.from_dict(settings)
 
 
 def _inspect(path: Path) -> WeightsReport:
@@ -247,34 +266,53 @@ def _inspect(path: Path) -> WeightsReport:
 
 
 def _download_weights(repo_id: str) -> Path:
-    """A Hub model's configs and, for a pipeline, its transformer's weights: the files that `generate` uses, too."""
-    configs = ["model_index.json", "config.json"]
+    """A Hub model's configs and the weights of its ternary parts: the files that `generate` uses, too."""
+    configs = ["model_index.json", "config.json", "transformer/config.json"]
     with hub_errors(repo_id):
         folder = Path(snapshot_download(repo_id, allow_patterns=configs))
-        part = "transformer/" if (folder / "model_index.json").is_file() else ""
-        patterns = [f"{part}config.json", f"{part}diffusion_pytorch_model*.safetensors*"]
+        index = folder / "model_index.json"
+        if index.is_file() and "TerDiTPipeline" not in str(read_json(index).get("_class_name")):
+            folder = Path(snapshot_download(repo_id, allow_patterns=["*/config.json"]))
+        inside = ["" if part == folder else f"{part.name}/" for part in _parts(folder)[1]]
+        patterns = [f"{part}diffusion_pytorch_model*.safetensors*" for part in inside]
         return Path(snapshot_download(repo_id, allow_patterns=[*configs, *patterns]))
 
 
 def _print_info(path: Path) -> None:
-    index = _model_index(path)
-    report = _inspect(path / "transformer" if index else path)
+    index, parts = _parts(path)
+    for i, part in enumerate(parts):
+        print("\n" if i else "", end="")
+        _print_part(path, index, part)
+
+
+def _print_part(path: Path, index: dict[str, Any], part: Path) -> None:
+    report = _inspect(part)
     config, total, ternary, scales = (
         report.config, report.total(), report.total("ternary "), report.total("ternary scales"),
     )  # fmt: skip
     weights = ternary.weights - scales.weights
     rows = []
+    settings = _ternary_settings(config)
+    ours = "TerDiTPipeline" in str(index.get("_class_name"))
+    if index and not ours:
+        rows += [("pipeline", str(index.get("_class_name"))), ("part", part.name)]
+    if config and not _is_ours(config):
+        rows.append(("class", str(config.get("_class_name"))))
+    if settings:
+        chosen = {key: value for key, value in settings.to_dict().items() if value not in (None, False)}
+        given = [f"{key}={value!r}" for key, value in chosen.items() if key not in ("quant_method", "version")]
+        rows.append(("quantization", f"TernaryConfig({', '.join(given)})"))
     if config.get("_class_name") == TerDiTTransformer2DModel.__name__:
         width = config["num_attention_heads"] * config["attention_head_dim"]
         side = config["sample_size"]
-        rows = [
+        rows += [
             ("size", f"{config['num_layers']} layers of width {width}, {config['num_attention_heads']} heads"),
             ("latents", f"{config['in_channels']} x {side} x {side}, patch {config['patch_size']}"),
             ("classes", f"{config['num_classes']}" + (", with names (--labels)" if index.get("id2label") else "")),
         ]
     elif config.get("_class_name") == TernaryLinear.__name__:
-        rows = [("size", f"one layer, {config['in_features']} inputs, {config['out_features']} outputs")]
-    if index:
+        rows += [("size", f"one layer, {config['in_features']} inputs, {config['out_features']} outputs")]
+    if ours:
         rows.append(("scheduler", index["scheduler"][1]))
     covers = ", ".join(f"group of {g}" if isinstance(g, int) else g for g in sorted(report.granularities, key=str))
     packing = f"packed ({report.packing}, version {report.version})" if report.packing else "floats"
@@ -307,7 +345,7 @@ def _print_info(path: Path) -> None:
             rows.append(
                 ("all zero", shown + (f" and {more} more" if (more := len(report.dead_layers) - 3) > 0 else ""))
             )
-    if index.get("vae", [None, None])[1]:
+    if ours and index.get("vae", [None, None])[1]:
         vae = sum(file.stat().st_size for file in (path / "vae").glob("*.safetensors"))
         rows.append(("vae", f"{human_bytes(vae)} besides" if vae else "not here"))
     width = max(len(name) for name, _ in rows)

@@ -89,8 +89,8 @@ def inspect_weights(path: str | Path) -> WeightsReport:
     """Sizes and statistics of a model or layer.
 
     Args:
-        path (`str` or `Path`): Folder of a [`TerDiTTransformer2DModel`] or [`TernaryLinear`], packed or float, ternary
-            or not; or one safetensors file.
+        path (`str` or `Path`): Folder of a model of diffusers or a [`TernaryLinear`], packed or float, ternary or not;
+            or one safetensors file.
 
     Raises:
         OSError: No safetensors weights are there, or they cannot be read.
@@ -174,7 +174,7 @@ def _weights_files(folder: Path) -> list[Path]:
 
 def _role(name: str, leaf: str, ternary: bool) -> str:
     parts = name.split(".")
-    inner = parts[2:] if parts[0] == "transformer_blocks" else parts
+    inner = parts[2:] if parts[0] == "transformer_blocks" and len(parts) > 2 else parts
     part = _PARTS.get(inner[0])
     if leaf == SCALE_SUFFIX:
         return "ternary scales"
