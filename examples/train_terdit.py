@@ -16,12 +16,16 @@ import math
 import os
 import pkgutil
 import re
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Thread
 from urllib.parse import urlsplit
 
 
@@ -31,7 +35,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
 from torch import Tensor
@@ -58,7 +61,8 @@ from diffusers_terdit.storage.saving import new_file, output_folder, writing
 from diffusers_terdit.storage.weights import read_json
 
 
-logger = get_logger(__name__, log_level="INFO")
+logger = logging.getLogger(__name__)
+TIMED_STEPS = 10  # after which a run says how long it will take
 
 
 def boolean(text: str) -> bool:
@@ -279,6 +283,11 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--num_frechet_images", type=at_least(1), default=1000, help="It is measured on this many samples.")
     add("--push_to_hub", action="store_true", help="Upload the pipeline to the Hub at the end.")
+    add(
+        "--hub_push_steps",
+        type=at_least(1),
+        help="Upload it every this many steps, too, while training goes on, with --push_to_hub.",
+    )
     add("--hub_model_id", help="Upload to this repository, by default named as --output_dir.")
     add("--hub_token", help="Upload with this token, by default that of `hf auth login`.")
     add("--license", help="The card of the model names this license.")
@@ -314,6 +323,9 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error(
             "--ternary_warmup_steps goes with --init_from a full-precision model, and not with --ternary false"
         )
+    if args.hub_push_steps and not args.push_to_hub:
+        parser.error("--hub_push_steps goes with --push_to_hub")
+    args.report_to = None if args.report_to == "none" else args.report_to
     if args.lr_decay_steps is None:
         args.lr_decay_steps = args.max_train_steps // 5
     args.learn_sigma = args.learn_sigma and not args.flow_matching
@@ -345,8 +357,14 @@ def open_samples(args: argparse.Namespace, channels: int):
     return training.data.ImageSamples.from_dataset(dataset, *columns, args.dataset_name, args.label_order, **options)
 
 
-def build_transformer(args: argparse.Namespace, sample_size: int, in_channels: int, num_classes: int):
-    """Return a fresh model, or one that starts from `--init_from`."""
+def build_transformer(
+    args: argparse.Namespace,
+    sample_size: int,
+    in_channels: int,
+    num_classes: int,
+    check_memory: Callable[[TerDiTTransformer2DModel], None],
+) -> TerDiTTransformer2DModel:
+    """Return a fresh model, or one that starts from `--init_from`; `check_memory` sees it before it takes memory."""
     config = {
         "sample_size": sample_size,
         "in_channels": in_channels,
@@ -360,12 +378,26 @@ def build_transformer(args: argparse.Namespace, sample_size: int, in_channels: i
     if not args.init_from:
         names = ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "pos_embed_type")
         names += ("adaln_norm", "initialization", "scale_granularity")
-        return TerDiTTransformer2DModel(**config, **{name: getattr(args, name) for name in names})
-    source = training.initialize.load_transformer(args.init_from)
-    transformer = TerDiTTransformer2DModel.from_config(source.config, **config, weight_format="float")
-    fresh = training.initialize.transfer_weights(source, transformer)
-    logger.info(f"started from {args.init_from}" + (f", but for {', '.join(fresh)}" if fresh else ""))
+        build = partial(TerDiTTransformer2DModel, **config, **{name: getattr(args, name) for name in names})
+    else:
+        source = training.initialize.load_transformer(args.init_from)
+        if source.config.prediction_type not in (None, prediction_type(args)):
+            logger.warning(
+                f"{args.init_from} predicts {source.config.prediction_type}, this run {prediction_type(args)}"
+            )
+        build = partial(TerDiTTransformer2DModel.from_config, source.config, **config, weight_format="float")
+    with torch.device("meta"):
+        check_memory(build())
+    set_seed(args.seed)
+    transformer = build()
+    if args.init_from:
+        fresh = training.initialize.transfer_weights(source, transformer)
+        logger.info(f"started from {args.init_from}" + (f", but for {', '.join(fresh)}" if fresh else ""))
     return transformer
+
+
+def tokens_of(model: TerDiTTransformer2DModel) -> int:
+    return (model.config.sample_size // model.config.patch_size) ** 2
 
 
 class Trainer:
@@ -376,6 +408,7 @@ class Trainer:
         self.device, self.is_main_process = accelerator.device, accelerator.is_main_process
         self.batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
         self.step, self.stop_requested, self.interrupted = 0, 0.0, False
+        self.upload: Thread | None = None
         self.log_path = args.output_dir / "log.jsonl"
         found = training.checkpointing.find(args.output_dir)
         if found and not args.resume_from_checkpoint:
@@ -429,9 +462,6 @@ class Trainer:
     def build_models(self) -> None:
         """Build the model, its average, its optimizer, and the networks that judge it."""
         args, device = self.args, self.device
-        set_seed(args.seed)
-        channels, _, size = self.latent_shape
-        self.transformer = build_transformer(args, size, channels, self.num_classes).train().to(device)
         self.teacher = None
         if args.teacher:
             self.teacher = training.initialize.load_transformer(args.teacher).requires_grad_(False).to(device)
@@ -440,6 +470,14 @@ class Trainer:
                     f"--teacher knows {self.teacher.config.num_classes} classes, the data has {self.num_classes}. Pass"
                     " a teacher of these."
                 )
+            if self.teacher.config.prediction_type not in (None, prediction_type(args)):
+                raise SystemExit(
+                    f"--teacher predicts {self.teacher.config.prediction_type}, this run {prediction_type(args)}. Pass"
+                    f" --flow_matching {'false' if args.flow_matching else 'true'}, or another teacher."
+                )
+        channels, _, size = self.latent_shape
+        transformer = build_transformer(args, size, channels, self.num_classes, self.check_memory)
+        self.transformer = transformer.train().to(device)
         if args.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         self.ema_model = copy.deepcopy(self.transformer).requires_grad_(False).eval()
@@ -463,6 +501,55 @@ class Trainer:
         self.network = None
         if args.feature_network:
             self.network = pkgutil.resolve_name(args.feature_network)().eval().to(device)
+
+    def check_memory(self, model: TerDiTTransformer2DModel) -> None:
+        """Estimate the memory that this run needs; refuse it if that is more than 80 % of what is free."""
+        args, processes = self.args, self.accelerator.num_processes
+        needed = training.memory.training_bytes(
+            model,
+            args.train_batch_size,
+            args.mixed_precision == "bf16",
+            args.gradient_checkpointing,
+            processes if args.fsdp else 1,
+        )
+        if self.vae is not None and not self.codec.cache:
+            needed += training.memory.encoder_bytes(self.vae, args.train_batch_size, args.resolution)
+        if self.device.type == "cpu":
+            needed *= processes
+        self.memory, free = needed, training.memory.free_bytes(self.device)
+        if free is not None and needed > 0.8 * free:
+            raise SystemExit(
+                f"This run would take about {needed / 1e9:.1f} GB of memory; {free / 1e9:.1f} GB are free, and it may"
+                f" take 80 % of them. It has {args.train_batch_size} samples of {tokens_of(model):,} tokens at once,"
+                f" in {model.config.num_layers} blocks. Lower --train_batch_size and raise"
+                " --gradient_accumulation_steps, raise --patch_size, pass --gradient_checkpointing, or take a smaller"
+                " --resolution or model, such as --preset tiny."
+            )
+
+    def log_start(self) -> None:
+        """Say what is about to be trained, in the form of diffusers' scripts."""
+        args, config = self.args, self.transformer.config
+        weights = sum(parameter.numel() for parameter in self.transformer.parameters())
+        ternary = sum(layer.weight.numel() for layer in self.transformer.ternary_layers().values()) * config.ternary
+        images = args.max_train_steps * self.batch_size
+        size = "streamed" if args.streaming else f"{len(self.samples):,}"
+        free = training.memory.free_bytes(self.device)
+        logger.info("***** Running training *****")
+        for name, value in {
+            "Num examples": size,
+            "Num classes": f"{len(self.samples.id2label):,}",
+            "Num epochs": "unknown" if args.streaming else f"{images / len(self.samples):,.1f}",
+            "Num processes": f"{self.accelerator.num_processes}, on {self.device.type}",
+            "Instantaneous batch size per device": f"{args.train_batch_size:,}",
+            "Total train batch size (w. parallel, distributed & accumulation)": f"{self.batch_size:,}",
+            "Gradient accumulation steps": f"{args.gradient_accumulation_steps:,}",
+            "Total optimization steps": f"{args.max_train_steps:,}",
+            "Weights": f"{weights:,}, of them {ternary:,} ternary",
+            "Tokens per picture": f"{tokens_of(self.transformer):,}",
+            "Expected memory": f"{self.memory / 1e9:.1f} GB" + (f", {free / 1e9:.1f} GB are free" if free else ""),
+            "Expected time": f"follows after {TIMED_STEPS} steps",
+        }.items():
+            logger.info(f"  {name} = {value}")
 
     def resume(self, folder: Path) -> None:
         """Restore a checkpoint; the position in the data follows from its step."""
@@ -498,7 +585,8 @@ class Trainer:
                 signal.signal(number, self.request_stop)
         if self.resumed_from:
             self.make_up_validation()
-        batches = self.show_first(self.batches())
+        self.log_start()
+        batches, first, began = self.show_first(self.batches()), self.step, 0.0
         progress = tqdm(
             total=args.max_train_steps, initial=self.step, disable=not self.accelerator.is_local_main_process
         )
@@ -511,6 +599,14 @@ class Trainer:
             progress.update()
             progress.set_postfix(loss=f"{loss:.4f}", images_s=f"{images_per_second:.0f}")
             done = self.step == args.max_train_steps
+            if self.step == first + 1:
+                began = time.perf_counter()  # the first step takes longer
+            if self.step == first + TIMED_STEPS and not done:
+                seconds = (time.perf_counter() - began) / (TIMED_STEPS - 1)
+                minutes = seconds * (args.max_train_steps - self.step) / 60
+                logger.info(
+                    f"  Expected time = {minutes:,.0f} more minutes, at {seconds:.2g} s a step, besides validation"
+                )
             if self.step % args.logging_steps == 0 or done:
                 self.log_window(window, images_per_second, codes)
                 codes, window, started = training.statistics.packed_codes(self.transformer), [], time.perf_counter()
@@ -521,6 +617,8 @@ class Trainer:
                 return False
             if self.validation_due or self.frechet_due:
                 self.validate()
+            if args.hub_push_steps and self.step % args.hub_push_steps == 0 and not done:
+                self.push_meanwhile()
         progress.close()
         return True
 
@@ -717,12 +815,15 @@ class Trainer:
                 record["noise_error_held_out"] = self.noise_error(pipe.transformer, held_out)
             if self.codec.decodes:
                 columns = min(self.num_classes, 10) if self.num_classes > 1 else 10
+                first = (math.ceil(self.step / args.validation_steps) - 1) * columns  # the next ten classes in turn
                 indices = range(args.num_validation_images)
-                images = self.sample_images(pipe, [i % columns % self.num_classes for i in indices], indices, "pil")
+                classes = [(first + i % columns) % self.num_classes for i in indices]
+                images = self.sample_images(pipe, classes, indices, "pil")
+                names = self.samples.id2label and [self.samples.id2label[i].split(",")[0] for i in classes]
                 path = args.output_dir / "samples" / f"step-{self.step}.png"
                 path.parent.mkdir(exist_ok=True)
                 with new_file(path) as partial_file:
-                    training.export.image_grid(images, columns).save(partial_file, format="PNG")
+                    training.export.image_grid(images, columns, names or None).save(partial_file, format="PNG")
         if self.frechet_due:
             record["frechet_distance"] = self.frechet_distance(pipe)
         self.log(**record)
@@ -764,22 +865,60 @@ class Trainer:
         gathered = self.accelerator.gather(torch.cat(features))
         return evaluation.frechet_distance(gathered[:, 0], gathered[:, 1])
 
+    def save_exported(self, pipe: TerDiTPipeline, folder: Path) -> Callable[[], None]:
+        """Save the average as a packed pipeline with a card into a folder; return what uploads the folder."""
+        args = self.args
+        if args.export_dtype != "float32":
+            pipe.transformer.to(getattr(torch, args.export_dtype))
+        training.export.save_pipeline(pipe, folder)
+        grids = sorted((args.output_dir / "samples").glob("*.png"), key=lambda path: path.stat().st_mtime)[-1:]
+        for path in grids:
+            if folder != args.output_dir:
+                (folder / "samples").mkdir()
+                shutil.copy(path, folder / "samples")
+        name = args.hub_model_id or args.output_dir.resolve().name
+        images = [f"samples/{path.name}" for path in grids]
+        options = training.export.card_options(pipe, self.facts(), images, args.license)
+        training.export.save_card(pipe, folder, name, options)
+
+        def push() -> None:
+            commit = push_saved(pipe, folder, options, name, commit_message=message, token=args.hub_token)
+            logger.info(f"pushed step {step:,} to {commit.repo_url.repo_id}")
+
+        step, message = self.step, f"Step {self.step:,} of {args.max_train_steps:,}"
+        return push
+
+    def push_meanwhile(self) -> None:
+        """Upload the average in a thread, while training goes on; where the Hub is away, a later upload will do."""
+        pipe = self.pipeline()
+        if not self.is_main_process:
+            return
+        if self.upload is not None and self.upload.is_alive():
+            logger.warning(f"step {self.step:,} is not pushed: the upload before it goes on")
+            return
+        folder = TemporaryDirectory()
+        push = self.save_exported(pipe, Path(folder.name))
+
+        def upload() -> None:
+            with folder:
+                try:
+                    push()
+                except (OSError, ValueError) as error:
+                    logger.warning(f"not pushed, training goes on: {error}")
+
+        self.upload = Thread(target=upload, daemon=True)
+        self.upload.start()
+
     def export(self) -> None:
         """Save the average as a packed pipeline with a card, and push it if asked to."""
         args = self.args
         pipe = self.pipeline()
         if self.is_main_process:
-            if args.export_dtype != "float32":
-                pipe.transformer.to(getattr(torch, args.export_dtype))
-            training.export.save_pipeline(pipe, args.output_dir)
-            grids = sorted((args.output_dir / "samples").glob("*.png"), key=lambda path: path.stat().st_mtime)
-            images = [f"samples/{path.name}" for path in grids[-1:]]
-            name = args.hub_model_id or args.output_dir.name
-            options = training.export.card_options(pipe, self.facts(), images, args.license)
-            training.export.save_card(pipe, args.output_dir, name, options)
+            push = self.save_exported(pipe, args.output_dir)
+            if self.upload is not None:
+                self.upload.join()
             if args.push_to_hub:
-                commit = push_saved(pipe, args.output_dir, options, name, token=args.hub_token)
-                logger.info(f"pushed to {commit.repo_url.repo_id}")
+                push()
             folder = str(args.output_dir)
             logger.info(f"{folder} is a pipeline: TerDiTPipeline.from_pretrained({folder!r})")
         self.accelerator.wait_for_everyone()
@@ -827,7 +966,9 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
     )
     args.mixed_precision = accelerator.mixed_precision
     engine, processes = accelerator.distributed_type.value, accelerator.num_processes
-    logger.info(f"{processes} process(es), {engine}, {accelerator.device}")
+    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
+    if processes < 3:  # a sum of two is the same in any order
+        accelerator.ddp_handler.find_unused_parameters = False
     if engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM") or accelerator.mixed_precision not in ("no", "bf16"):
         raise SystemExit(
             f"accelerate is configured for {engine} in {accelerator.mixed_precision}. Ternary weights need float32"
@@ -848,14 +989,19 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    accelerator = start_accelerator(args)
-    with output_folder(args.output_dir, accelerator.is_main_process):  # no other run writes there
-        trainer = Trainer(args, accelerator)
-        complete = trainer.train()
-        if complete:
-            trainer.export()
-        accelerator.end_training()
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    accelerator, existed = start_accelerator(args), args.output_dir.exists()
+    try:
+        with output_folder(args.output_dir, accelerator.is_main_process):  # no other run writes there
+            trainer = Trainer(args, accelerator)
+            complete = trainer.train()
+            if complete:
+                trainer.export()
+            accelerator.end_training()
+    finally:
+        if accelerator.is_main_process and not existed:
+            with suppress(OSError):  # what could not start leaves no empty folder
+                args.output_dir.rmdir()
     if trainer.interrupted and not complete:
         raise KeyboardInterrupt
 

@@ -1,5 +1,7 @@
 import json
+import logging
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -19,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, cli, training
+from diffusers_terdit.checkpoints import bundled
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -333,6 +336,36 @@ class TestHub:
             assert fake_hub.token.encode() not in data, name
             assert str(tmp_path).encode() not in data, name
 
+    def test_the_pipeline_is_uploaded_while_training_goes_on(self, run, fake_hub, caplog):
+        caplog.set_level("INFO")
+        flags = ("--push_to_hub", "--hub_model_id", "someone/digits", "--hub_token", fake_hub.token)
+        run("--demo", *flags, "--hub_push_steps", 3, "--validation_steps", 2)
+        repo = fake_hub.repos["someone/digits"]
+        titles = [title for title, _ in repo.commits.values()]
+        assert titles[-2:] == ["Step 3 of 4", "Step 4 of 4"]
+        early = next(files for title, files in repo.commits.values() if title == "Step 3 of 4")
+        assert {"README.md", "model_index.json", "samples/step-2.png"} <= set(early)
+        assert b"24 images seen" in early["README.md"]
+        assert not [r for r in caplog.records if r.name == "train_terdit" and r.levelname == "WARNING"]
+
+    def test_a_hub_that_is_away_does_not_end_the_run_but_the_last_upload_says_so(self, run, fake_hub, caplog):
+        fake_hub.refuse_uploads(500)
+        flags = ("--push_to_hub", "--hub_model_id", "someone/digits", "--hub_token", fake_hub.token)
+        with pytest.raises(OSError, match="Try again later"):
+            run("--demo", *flags, "--hub_push_steps", 2)
+        assert "not pushed, training goes on: The Hub answered 500" in caplog.text
+
+    def test_the_clients_of_the_hub_do_not_log_their_requests(self, run, monkeypatch):
+        monkeypatch.setattr(logging.root, "handlers", [])  # pytest's, with which `basicConfig` does nothing
+        level = logging.root.level
+        logging.root.setLevel(logging.WARNING)
+        try:
+            run("--demo", steps=1)
+            assert not logging.getLogger("httpx").isEnabledFor(logging.INFO)
+            assert logging.getLogger("train_terdit").isEnabledFor(logging.INFO)
+        finally:
+            logging.root.setLevel(level)
+
     def test_trackers_get_no_token_and_no_path(self, programs, tmp_path):
         flags = ["--train_data_dir", str(tmp_path), "--hub_token", "hf_secret", "--init_from", "someone/model"]
         args = programs["train"].parse_args([*flags, "--output_dir", str(tmp_path / "later")])
@@ -370,6 +403,18 @@ class TestStart:
         names = load_file(folder / "checkpoint-4" / "model.safetensors").keys()
         fresh = TerDiTTransformer2DModel.from_config(pipe.transformer.config, weight_format="float")
         assert names == fresh.state_dict().keys()
+
+    def test_a_bundled_model_is_known_by_its_name(self, run, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        flags = ("--init_from", "digits", "--teacher", "digits", "--learning_rate", 0, "--report_to", "none")
+        folder = run("--demo", *flags)
+        source = TerDiTPipeline.from_pretrained(bundled("digits")).transformer
+        for name, layer in TerDiTPipeline.from_pretrained(folder).transformer.ternary_layers().items():
+            assert torch.equal(layer.weight_packed, source.state_dict()[f"{name}.weight_packed"])
+
+    def test_a_teacher_of_another_prediction_is_refused(self, run, plain):
+        with pytest.raises(SystemExit, match="predicts epsilon, this run flow_prediction"):
+            run("--demo", "--flow_matching", "--teacher", plain)
 
     def test_a_packed_model_is_fine_tuned_from_its_codes(self, run, plain):
         folder = run("--demo", "--init_from", plain, "--learning_rate", 0)
@@ -487,6 +532,48 @@ class TestData:
         run("--train_latents_dir", latents, *cached, output_dir="from_latents")
         from_rows = run("--dataset_name", parquet, "--label_column", "none", "--resolution", 16, output_dir="rows")
         assert TerDiTPipeline.from_pretrained(from_rows).transformer.config.num_classes == 1
+
+    def test_the_start_says_what_will_be_trained(self, run, image_folder, caplog):
+        caplog.set_level("INFO")
+        folder = run("--train_data_dir", image_folder, "--resolution", 16, steps=12)
+        model = training.initialize.load_transformer(folder / "checkpoint-12")
+        ternary = sum(layer.weight.numel() for layer in model.ternary_layers().values())
+        lines = [record.message for record in caplog.records if record.name == "train_terdit"]
+        assert "***** Running training *****" in lines
+        for line in (
+            "  Num examples = 20", "  Num classes = 2", "  Num epochs = 4.8", "  Num processes = 1, on cpu",
+            "  Total optimization steps = 12", "  Tokens per picture = 16",
+            f"  Weights = {model.num_parameters():,}, of them {ternary:,} ternary",
+        ):  # fmt: skip
+            assert line in lines
+        assert re.search(r"Expected memory = 0\.\d GB, [\d.]+ GB are free", caplog.text)
+        assert re.search(r"Expected time = 0 more minutes, at [\d.e-]+ s a step", caplog.text)
+
+    def test_a_run_that_does_not_fit_the_memory_is_refused_before_it_starts(self, run, image_folder, tmp_path):
+        with pytest.raises(SystemExit, match=r"would take about [\d.]+ GB .*--train_batch_size .*--preset tiny"):
+            run("--train_data_dir", image_folder, "--resolution", 1024, "--patch_size", 1, "--train_batch_size", 999)
+        assert not (tmp_path / "out").exists()
+
+    def test_a_folder_that_is_not_there_leaves_no_empty_output_folder(self, run, tmp_path):
+        with pytest.raises(OSError, match="is no folder"):
+            run("--train_data_dir", tmp_path / "nothing")
+        assert not (tmp_path / "out").exists()
+
+    def test_each_grid_shows_the_next_ten_classes_by_name(self, run, tmp_path, monkeypatch):
+        for i in range(13):
+            (tmp_path / "many" / f"kind {i:02}").mkdir(parents=True)
+            Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(tmp_path / "many" / f"kind {i:02}" / "1.png")
+        image_grid, shown = training.export.image_grid, []
+
+        def watched(images, columns=None, labels=None, **options):
+            shown.append(labels)
+            return image_grid(images, columns, labels, **options)
+
+        monkeypatch.setattr(training.export, "image_grid", watched)
+        flags = ("--resolution", 8, "--validation_steps", 2, "--num_validation_images", 10)
+        run("--train_data_dir", tmp_path / "many", *flags, steps=3)
+        assert shown[-2] == [f"kind {i:02}" for i in range(10)]
+        assert shown[-1] == [f"kind {i:02}" for i in (10, 11, 12, 0, 1, 2, 3, 4, 5, 6)]
 
     def test_a_data_set_gives_the_run_of_its_folder(self, run, image_folder, parquet):
         flags = ("--resolution", 16, "--random_flip")
@@ -630,7 +717,8 @@ def launch(folder, *args, processes=1, steps=6):
     process = start(folder, *args, processes=processes, steps=steps)
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
-    assert f"{processes} process(es)" in output
+    assert f"Num processes = {processes}, on cpu" in output
+    assert "find_unused_parameters" not in output
     return folder
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints import resolve_model
 from ..layers import TernaryLinear
 from ..models.transformer_terdit import TerDiTTransformer2DModel
 from ..ops import reference
@@ -15,22 +16,24 @@ from .checkpointing import is_checkpoint, restore_tensors
 
 
 def load_transformer(path: str | os.PathLike, average: bool = False) -> TerDiTTransformer2DModel:
-    """Load the transformer of a pipeline (folder or Hub repository), a model folder or a `checkpoint-N`.
+    """Load the transformer of a pipeline (folder, Hub repository, bundled name), a model folder or a `checkpoint-N`.
 
     Args:
-        path (`str` or `os.PathLike`): Where it is.
+        path (`str` or `os.PathLike`): Where it is, or the name of a bundled checkpoint.
         average (`bool`): Take the averaged weights of a `checkpoint-N`, not the raw ones.
 
     Raises:
         OSError: There is no model at `path`.
+        ValueError: `path` is neither a folder nor a Hub id, and no bundled checkpoint's name.
     """
     folder = Path(path)
     if is_checkpoint(folder):
         model = TerDiTTransformer2DModel.from_config(TerDiTTransformer2DModel.load_config(folder))
         restore_tensors(folder / f"{'ema' if average else 'model'}.safetensors", model.state_dict())
         return model.eval()
+    folder = Path(resolve_model(str(path)))
     subfolder = None if (folder / "config.json").is_file() else "transformer"
-    return TerDiTTransformer2DModel.from_pretrained(str(path), subfolder=subfolder)
+    return TerDiTTransformer2DModel.from_pretrained(str(folder), subfolder=subfolder)
 
 
 @torch.no_grad()
