@@ -10,11 +10,12 @@ The pictures are Google's Noto Emoji (https://github.com/googlefonts/noto-emoji)
 short one, such as "face with tears of joy, joy": the pipeline knows it by either.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 from PIL import Image
+
+from diffusers_terdit.arguments import Parser
 
 
 LICENSE = """\
@@ -98,10 +99,10 @@ def write_faces(package: Path, output_dir: Path, resolution: int = 32) -> list[s
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("package", type=Path, help="the unpacked npm package emoji-datasource-google")
-    parser.add_argument("--output_dir", type=Path, default=Path("faces"))
-    parser.add_argument("--resolution", type=int, default=32, help="pixels, at most 64")
+    parser = Parser(description=__doc__)
+    parser.add_argument("package", type=Path, help="The unpacked npm package emoji-datasource-google.")
+    parser.add_argument("--output_dir", type=Path, default=Path("faces"), help="Write a folder of each face here.")
+    parser.add_argument("--resolution", type=int, default=32, help="Scale the faces to this many pixels, at most 64.")
     args = parser.parse_args(argv)
     labels = write_faces(args.package, args.output_dir, args.resolution)
     print(f"{args.output_dir}: {len(labels)} faces of {args.resolution}x{args.resolution} pixels")

@@ -300,8 +300,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_model_arguments(parser)
     add_optimization_arguments(parser)
     add_output_arguments(parser)
-    parser.set_defaults(**training.recipes.PRESETS["tiny"])
-    known, _ = parser.parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     latents = known.train_latents_dir or known.pretrained_vae_model_name_or_path
     preset = "demo" if known.demo else known.preset or ("medium" if latents else "tiny")
     parser.set_defaults(**training.recipes.PRESETS[preset])

@@ -65,53 +65,93 @@ LOG_NAME = "log.jsonl"
 def parse_args(argv=None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument_group("data, one of the first two").add_argument
-    add("--demo", action="store_true", help="captioned 8x8 digits; without a pretrained model one of 950,000 weights")
-    add("--train_data_dir", type=Path, help="folder of images and a metadata.jsonl: file_name and text of each")
-    add("--resolution", type=at_least(1), default=8, help="pixels")
+    add(
+        "--demo",
+        action="store_true",
+        help="Train on captioned 8x8 digits, without a pretrained model one of 950,000 weights.",
+    )
+    add(
+        "--train_data_dir",
+        type=Path,
+        help="Train on this folder of images, with a metadata.jsonl that has file_name and text of each.",
+    )
+    add("--resolution", type=at_least(1), default=8, help="Scale images to squares of this many pixels.")
     add("--background", type=color, default="white", help="Show this color where images are transparent.")
-    add("--dataloader_num_workers", type=at_least(0), default=0)
-    add("--caption_dropout_prob", type=share, default=0.1, help="share of captions that are empty, for guidance")
+    add("--dataloader_num_workers", type=at_least(0), default=0, help="Read images in this many more processes.")
+    add(
+        "--caption_dropout_prob",
+        type=share,
+        default=0.1,
+        help="Train this share of the images with an empty caption, for guidance.",
+    )
 
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", help="PixArt-alpha pipeline to start from: folder or Hub id")
-    add("--pretrained_vae_model_name_or_path", help="--demo: an AutoencoderKL of a finished run, not to train one")
-    add("--ternary", action="store_true", help="make the linear layers of the blocks ternary, then train")
+    add("--pretrained_model_name_or_path", help="Start from this PixArt-alpha pipeline, a folder or Hub id.")
+    add(
+        "--pretrained_vae_model_name_or_path",
+        help="Take this AutoencoderKL, such as that of a finished run of --demo, and train none.",
+    )
+    add("--ternary", action="store_true", help="Make the linear layers of the blocks ternary, then train.")
     add(
         "--scale_granularity",
         type=granularity,
         default="tensor",
-        help='what one ternary scale covers: "tensor", "row", or inputs per group',
+        help='A ternary scale covers a matrix ("tensor"), a row ("row"), or this many inputs of a row.',
     )
-    add("--teacher", help="pipeline whose noise prediction is learned, too: the model before it became ternary")
+    add(
+        "--teacher",
+        help="Learn the noise prediction of this pipeline, too, such as the model before it became ternary.",
+    )
     add(
         "--distillation_weight",
         type=not_negative,
         default=1.0,
-        help="of the teacher's; the data's is 1 minus it, at least 0",
+        help="The teacher's part of the loss has this weight, and the data's 1 minus it, at least 0.",
     )
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--seed", type=seed, default=0)
-    add("--max_train_steps", type=at_least(1), default=2000)
-    add("--train_batch_size", type=at_least(1), default=64, help="per process")
-    add("--learning_rate", type=not_negative, default=2e-3)
-    add("--lr_scheduler", default="wsd", choices=["constant", "cosine", "wsd"])
-    add("--lr_warmup_steps", type=at_least(0), default=50)
-    add("--adam_weight_decay", type=not_negative, default=0.0)
-    add("--max_grad_norm", type=positive, default=2.0)
-    add("--ema_decay", type=share, default=0.99)
-    add("--mixed_precision", choices=["no", "bf16"], help="default: accelerate's; weights, average, loss stay float32")
-    add("--gradient_checkpointing", action="store_true")
+    add("--seed", type=seed, default=0, help="All random numbers of the run follow from this one.")
+    add("--max_train_steps", type=at_least(1), default=2000, help="The run has this many optimizer steps.")
+    add("--train_batch_size", type=at_least(1), default=64, help="Each process takes this many samples per step.")
+    add("--learning_rate", type=not_negative, default=2e-3, help="The highest learning rate of AdamW.")
+    add(
+        "--lr_scheduler",
+        default="wsd",
+        choices=["constant", "cosine", "wsd"],
+        help="How the learning rate goes on: wsd is constant, then falls to 0 over the last fifth.",
+    )
+    add("--lr_warmup_steps", type=at_least(0), default=50, help="The learning rate rises from 0 over this many steps.")
+    add("--adam_weight_decay", type=not_negative, default=0.0, help="AdamW shrinks matrices by this.")
+    add(
+        "--max_grad_norm", type=positive, default=2.0, help="A gradient with a larger norm is scaled down to this one."
+    )
+    add("--ema_decay", type=share, default=0.99, help="The average of the weights, which is exported, has this decay.")
+    add(
+        "--mixed_precision",
+        choices=["no", "bf16"],
+        help="bf16 computes in bfloat16; weights and average stay float32. If not set, accelerate's setting.",
+    )
+    add("--gradient_checkpointing", action="store_true", help="Compute activations twice, to keep fewer in memory.")
 
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", type=Path, default=Path("text-to-image-model"))
-    add("--checkpointing_steps", type=at_least(1), default=500)
-    add("--checkpoints_total_limit", type=keep_limit, default=2, help="-1 keeps all")
-    add("--resume_from_checkpoint", help='a folder, or "latest"')
-    add("--logging_steps", type=at_least(1), default=50, help="log.jsonl")
-    add("--num_validation_images", type=at_least(1), default=16)
-    add("--num_inference_steps", type=at_least(1), default=20)
-    add("--guidance_scale", type=not_negative, default=1.5)
+    add(
+        "--output_dir",
+        type=Path,
+        default=Path("text-to-image-model"),
+        help="Write pipeline, checkpoints, samples and log into this folder.",
+    )
+    add(
+        "--checkpointing_steps",
+        type=at_least(1),
+        default=500,
+        help="Save a checkpoint to resume from every this many steps.",
+    )
+    add("--checkpoints_total_limit", type=keep_limit, default=2, help="Keep this many checkpoints; -1 keeps all.")
+    add("--resume_from_checkpoint", help='Go on from this folder, or from the "latest" checkpoint in --output_dir.')
+    add("--logging_steps", type=at_least(1), default=50, help="Write log.jsonl every this many steps.")
+    add("--num_validation_images", type=at_least(1), default=16, help="The grid at the end has this many samples.")
+    add("--num_inference_steps", type=at_least(1), default=20, help="Samples take this many steps.")
+    add("--guidance_scale", type=not_negative, default=1.5, help="Samples are drawn with this guidance.")
 
     args = parser.parse_args(argv)
     if args.demo == bool(args.train_data_dir):

@@ -21,6 +21,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         if "%(default)" in text or default in (None, argparse.SUPPRESS, "", []) or default is False:
             return text
         shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+        shown = f"{default:,}" if type(default) is int else shown
         return f"{text} (default: {shown.replace('%', '%%')})"
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from diffusers_terdit import arguments
+
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
@@ -50,6 +52,23 @@ def test_the_readme_lists_every_script():
         programs |= {f"examples/{folder}/{path.name}" for path in paths if "main(" in path.read_text("utf-8")}
     programs.discard("examples/experiments/common.py")
     assert programs <= set(re.findall(r"examples/[\w/]+\.py", text))
+
+
+class _Parsed(Exception):
+    """Ends a program where it parses its arguments; holds the parser."""
+
+
+@pytest.mark.parametrize("script", ["cache_latents", "emoji_faces", "evaluate", "train_terdit", "train_text_to_image"])
+def test_a_sentence_explains_every_flag(script, monkeypatch):
+    def stop(parser, *args, **kwargs):
+        raise _Parsed(parser)
+
+    program = importlib.import_module(script)
+    monkeypatch.setattr(arguments.Parser, "parse_args", stop)
+    with pytest.raises(_Parsed) as parsed:
+        program.main([])
+    for action in parsed.value.args[0]._actions[1:]:  # after --help
+        assert re.fullmatch(r"\S+ .+\.", action.help or ""), f"{action.option_strings}: {action.help}"
 
 
 @pytest.mark.parametrize("script", PROGRAMS, ids=lambda path: path.name)
