@@ -30,7 +30,7 @@ GPU := PYTHONPATH=src$(if $(PYTHONPATH),:$(PYTHONPATH)) PYTHONUNBUFFERED=1 timeo
 .PHONY: demo test slow stress gpu gpu-tests gpu-layers gpu-steps gpu-pictures audit results quality docs dist format clean
 
 demo: .venv/.ready
-	$(BIN)/terdit generate digits --num_images_per_label 8 --guidance_scale 2 --output demo.png
+	$(BIN)/terdit generate digits --num_images_per_label 8 --overwrite --output demo.png
 
 # A process per core, at most four, each with one thread: the models of the tests are tiny. A file stays in one process.
 test: .venv/.dev

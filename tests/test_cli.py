@@ -16,20 +16,25 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, FluxTransformer2DModel
+from diffusers.utils import logging
 from safetensors.torch import load_file, save_file
 
-from diffusers_terdit import TerDiTPipeline, TernaryConfig, TernaryLinear
+from diffusers_terdit import TerDiTPipeline, TernaryConfig, TernaryLinear, __version__, cli
 from diffusers_terdit.checkpoints import bundled
-from diffusers_terdit.cli import DTYPES, build_parser, human_bytes, main, report_errors
+from diffusers_terdit.cli import DTYPES, build_parser, human_bytes, main, report_errors, usable_device
 from diffusers_terdit.ops import choose_kernel, has_integer_kernel
+from diffusers_terdit.training import checkpointing
 from diffusers_terdit.training.export import image_grid
+from fake_hub import patch_constants
 from tiny import make_ternary, tiny_vae
 from tiny_flux2 import tiny_flux2_pipeline
+from tiny_training import fresh_model, optimizer_of
 
 
 ROOT = Path(__file__).parent.parent
@@ -42,8 +47,7 @@ def test_generate_writes_a_labelled_grid_and_says_so(tmp_path, capsys):
     arguments += ["--scheduler", "DPMSolverMultistepScheduler", "--dtype", "bfloat16"]
     assert main(["generate", "digits", *arguments, "--output", str(output)]) == 0
     with PIL.Image.open(output) as grid:
-        assert grid.width >= 2 * 64
-        assert grid.height >= 3 * 64
+        assert (grid.width, grid.height) == (3 * 136 + 8, 2 * 150 + 8)  # a row of three images for each label
     printed = capsys.readouterr().out
     assert all(
         part in printed for part in ("6 images of 8 x 8 pixels", "2 steps of DPMSolverMultistepScheduler", str(output))
@@ -71,8 +75,8 @@ def test_generate_takes_a_seed_per_image(tmp_path, capsys):
     assert "2 images of" in (printed := capsys.readouterr().out)
     assert "4 images of 32 x 32 pixels" in printed
     assert "seeds 4, 9," in printed
-    # Columns are labels: the first image of the first one has seed 4 in both.
-    cell = np.s_[20:86, 8:72]
+    # Rows are labels: the first image of the first one has seed 4 in both.
+    cell = np.s_[22:150, 8:136]
     assert (both[cell] == four[cell]).all()
     assert (both[cell] != picture("9", "4")[cell]).any()
 
@@ -109,6 +113,181 @@ def test_progress_is_shown_on_a_terminal_only(tmp_path, monkeypatch, terminal):
     assert (b"3/3" in shown) == terminal
 
 
+def draw(path, *arguments):
+    """Run `generate` into a picture and return it and what it says of itself."""
+    assert main(["generate", "emoji", "--num_inference_steps", "1", *arguments, "--output", str(path)]) == 0
+    with PIL.Image.open(path) as image:
+        return np.asarray(image), dict(image.text)
+
+
+def test_a_piped_generate_says_how_far_it_is_in_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "LINE_SECONDS", 0)
+    draw(tmp_path / "x.png", "--labels", "0", "1", "2", "--batch_size", "2")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert re.fullmatch(r"terdit: 50% done, \d+ s left", lines[0])
+
+
+def test_images_are_the_same_in_any_batch_size(tmp_path):
+    arguments = ["--labels", "ghost", "joy", "--num_images_per_label", "3", "--seed", "5"]
+    one, three, six = (draw(tmp_path / f"{n}.png", *arguments, "--batch_size", n)[0] for n in "136")
+    for other in (three, six):
+        assert np.abs(one.astype(int) - other).max() <= 1
+
+
+def test_scale_enlarges_by_a_whole_factor(tmp_path):
+    small, large = (draw(tmp_path / f"{n}.png", "--labels", "ghost", "--scale", n)[0] for n in "13")
+    assert small.shape[0] == 32 + 14 + 16
+    assert small.shape[1] >= 32 + 16
+    assert (small[22:54, 8:40].repeat(3, 0).repeat(3, 1) == large[22:118, 8:104]).all()
+
+
+def test_a_picture_says_how_it_was_drawn(tmp_path):
+    _, text = draw(tmp_path / "x.png", "--labels", "ghost", "joy", "--num_images_per_label", "2", "--dtype", "fp16")
+    assert json.loads(text.pop("labels")) == ["ghost"] * 2 + ["face with tears of joy, joy"] * 2
+    assert json.loads(text.pop("seeds")) == [0, 1, 2, 3]
+    assert text == {
+        "model": "emoji", "num_inference_steps": "1", "guidance_scale": "1.5", "width": "32", "height": "32",
+        "scheduler": "FlowMatchEulerDiscreteScheduler", "dtype": "float16",
+        "device": str(usable_device("auto")), "Software": f"diffusers-terdit {__version__}",
+    }  # fmt: skip
+
+
+def test_a_model_is_drawn_as_it_recommends(tmp_path, capsys):
+    assert main(["generate", "emoji", "--labels", "ghost", "--output", str(tmp_path / "x.jpg")]) == 0
+    defaults = TerDiTPipeline.from_pretrained(bundled("emoji")).sampling_defaults
+    printed = capsys.readouterr().out
+    assert printed.startswith("1 image of 32 x 32 pixels")
+    assert f": {defaults['num_inference_steps']} steps of" in printed
+    assert f"guidance {defaults['guidance_scale']:g}, seed 0, " in printed
+
+
+def test_a_picture_is_replaced_only_when_asked(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["generate", "--labels", "3", "--num_inference_steps", "1"]
+    for name in ("terdit-1.png", "terdit-2.png"):
+        assert main(command) == 0
+        assert capsys.readouterr().out.endswith(f"Written to {name}\n")
+    before = Path("terdit-1.png").stat()
+    assert main([*command, "--output", "terdit-1.png"]) == 1
+    assert "terdit-1.png exists. Pass --overwrite" in capsys.readouterr().err
+    assert Path("terdit-1.png").stat() == before
+    assert main([*command, "--output", "terdit-1.png", "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("labels", "drawn"),
+    [
+        (["ghost,joy"], ["ghost", "face with tears of joy, joy"]),
+        (["clown_face", "Ghost"], ["clown face", "ghost"]),
+        (["alien monster, space invader"], ["alien monster, space invader"]),
+        (["0, ghost"], ["alien monster, space invader", "ghost"]),
+    ],
+    ids=str,
+)
+def test_labels_as_people_write_them(labels, drawn, tmp_path):
+    text = draw(tmp_path / "x.png", "--labels", *labels)[1]
+    assert [label.split(",")[0] for label in json.loads(text["labels"])] == [name.split(",")[0] for name in drawn]
+
+
+def test_a_wrong_label_is_explained_in_the_words_of_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def said(*arguments):
+        assert main(["generate", *arguments]) == 1
+        return capsys.readouterr().err.splitlines()[-1]
+
+    message = said("--labels", "ghost", "emoji")
+    assert "'ghost' is not a label of digits" in message
+    assert "`terdit info digits --labels`" in message
+    assert message.endswith("Put the model first: `terdit generate emoji --labels ...`.")
+    message = said("emoji", "--labels", "\U0001f921")
+    assert "is not a label of emoji" in message
+    assert "Put the model first" not in message
+    assert "Label 10" in (message := said("--labels", "10")) or "10 is out of range: digits has" in message
+
+
+def test_a_name_that_is_a_path_is_explained_as_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for command in ("generate", "info"):
+        assert main([command, "weights.safetensors"]) == 1
+        assert "No file weights.safetensors is here" in capsys.readouterr().err
+    Path("weights.safetensors").touch()
+    assert main(["generate", "weights.safetensors"]) == 1
+    assert "weights.safetensors is a file. Pass the folder" in capsys.readouterr().err
+
+
+def test_a_folder_that_has_the_name_of_a_bundled_checkpoint_is_used_and_named(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(bundled("emoji"), "digits")
+    monkeypatch.setattr(logging.get_logger("diffusers"), "propagate", True)
+    assert main(["info", "digits"]) == 0
+    assert "The folder digits here is used, not the bundled checkpoint of that name." in caplog.text
+
+
+def test_a_pipeline_without_a_vae_is_refused_in_the_words_of_the_command(tmp_path, capsys):
+    assert main(["convert", str(PACKED), str(tmp_path / "pipe")]) == 0
+    assert "It has no VAE, so `terdit generate` cannot draw pictures" in capsys.readouterr().out
+    assert main(["generate", str(tmp_path / "pipe"), "--output", str(tmp_path / "x.png")]) == 1
+    message = capsys.readouterr().err
+    assert "`terdit convert --vae`" in message
+    assert "output_type" not in message
+
+
+def test_a_vae_that_cannot_be_downloaded_is_the_reason_at_once(fake_hub, monkeypatch, tmp_path, capsys):
+    patch_constants(monkeypatch, ENDPOINT="http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", "http://127.0.0.1:9")
+    start = time.monotonic()
+    assert main(["convert", str(PACKED), str(tmp_path / "pipe"), "--vae", "auto"]) == 1
+    assert time.monotonic() - start < 10
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "The connection to the Hub broke off at stabilityai/sd-vae-ft-" in message
+    assert not (tmp_path / "pipe").exists()
+
+
+@pytest.mark.parametrize("command", [["convert", str(PACKED)], ["pack", "digits"]], ids=lambda value: value[0])
+def test_a_folder_that_holds_something_is_not_written_into(command, tmp_path, capsys):
+    (tmp_path / "mine.txt").touch()
+    assert main([*command, str(tmp_path)]) == 1
+    assert f"{tmp_path} exists and is not empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_checkpoint_of_a_run_is_drawn_and_exported(tmp_path, capsys):
+    """The pixels are those of the averaged weights; a folder of a run alone names its newest checkpoint."""
+    model, run = fresh_model(learn_sigma=False, prediction_type="flow_prediction"), tmp_path / "run"
+    average = fresh_model(2, learn_sigma=False, prediction_type="flow_prediction")
+    names = {str(i): f"number {i}" for i in range(model.config.num_classes)}
+    state = {"step": 2, "id2label": names, "sampling_defaults": {"num_inference_steps": 3, "guidance_scale": 1.0}}
+    checkpointing.save(run / "checkpoint-2", model, average, optimizer_of(model), state)
+    picture, folder = ["--labels", "number 1", "--output"], tmp_path / "exported"
+    assert main(["generate", str(run / "checkpoint-2"), *picture, str(tmp_path / "a.png")]) == 0
+    assert ": 3 steps of FlowMatchEulerDiscreteScheduler, guidance 1, seed 0" in capsys.readouterr().out
+    assert main(["generate", str(run), *picture, str(tmp_path / "b.png")]) == 1
+    assert f"Pass the newest checkpoint, {run / 'checkpoint-2'}." in capsys.readouterr().err
+    assert main(["export", str(run / "checkpoint-2"), str(folder)]) == 0
+    assert main(["generate", str(folder), *picture, str(tmp_path / "b.png")]) == 0
+    first, second = (PIL.Image.open(tmp_path / name) for name in ("a.png", "b.png"))
+    assert np.array_equal(np.asarray(first), np.asarray(second))
+    assert TerDiTPipeline.from_pretrained(folder).transformer.config.weight_format == "packed"
+
+
+def test_version_and_environment(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert (stop.value.code, capsys.readouterr().out) == (0, f"diffusers-terdit {__version__}\n")
+    assert main(["env"]) == 0
+    rows = dict(re.split("  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert rows["torch"] == torch.__version__
+    assert rows["device"].startswith(str(usable_device("auto")))
+    assert (rows["integer kernels"] == "none") == (not has_integer_kernel("cpu"))
+
+
+def test_the_package_is_the_command():
+    command = [sys.executable, "-m", "diffusers_terdit", "--version"]
+    assert subprocess.check_output(command, text=True) == f"diffusers-terdit {__version__}\n"
+
+
 @pytest.mark.skipif(not has_integer_kernel("cpu"), reason="no AVX2 or no numba")
 def test_generate_with_integer_activations(tmp_path, capsys):
     pictures = {}
@@ -125,7 +304,7 @@ def test_generate_with_integer_activations(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "--labels", "eleven"], "'eleven' is not a label of this model. Close matches: 'seven'"),
+        (["generate", "--labels", "eleven"], "'eleven' is not a label of digits. Close matches: 'seven'"),
         (["generate", "--output", "picture"], "picture does not name a picture"),
         (["info", str(ROOT / "docs")], "docs has no diffusion_pytorch_model.safetensors. It holds no weights"),
         (["push", "/no/such/folder", "user/name"], "/no/such/folder is not a folder"),
@@ -161,13 +340,13 @@ def test_a_label_that_is_a_name_is_that_label_even_if_it_is_a_number(tiny_pipeli
         command = ["generate", str(tmp_path / "pipe"), "--labels", label, "--num_inference_steps", "2"]
         assert main([*command, "--output", str(path)]) == 0
         with PIL.Image.open(path) as image:
-            return np.asarray(image)[22:]  # below the name
+            return np.asarray(image)[22:, 8:136]  # below the name
 
     ten, zero = picture("10"), picture("0")  # no folder has the name "0"
     pipe = TerDiTPipeline.from_pretrained(tmp_path / "pipe")
     for label, found in ((pipe.labels["10"], ten), (0, zero)):
         image = pipe(label, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
-        assert np.array_equal(found, np.asarray(image_grid([image], labels=[""]))[22:])
+        assert np.array_equal(found, np.asarray(image_grid([image], labels=["1"], min_side=128))[22:, 8:136])
     assert pipe.labels["10"] == 1
 
 
@@ -177,7 +356,7 @@ def test_a_full_disk_leaves_the_picture_that_was_there(tmp_path, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
     try:
-        code = main(["generate", "--num_inference_steps", "1", "--output", str(path)])
+        code = main(["generate", "--num_inference_steps", "1", "--overwrite", "--output", str(path)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 1
@@ -495,7 +674,7 @@ def test_push_to_a_branch_and_as_a_pull_request(fake_hub, monkeypatch, capsys):
     assert main(["push", "user/new", "user/newer"]) == 1
 
 
-COMMANDS = ("generate", "info", "push", "convert", "pack")
+COMMANDS = ("generate", "info", "push", "convert", "export", "pack", "env")
 
 
 def test_an_unknown_option_is_an_error_of_its_command(capsys):

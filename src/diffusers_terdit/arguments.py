@@ -10,6 +10,7 @@ from typing import NoReturn
 from PIL import ImageColor
 
 
+DTYPES = ("float32", "bfloat16", "float16")
 _MAX_INT = 2**63 - 1  # of torch's integers and seeds
 
 
@@ -86,6 +87,11 @@ def color(text: str) -> str:
 def column(text: str) -> str | None:
     """Parse the name of a column of a data set; "none" is for no column."""
     return None if text == "none" else text
+
+
+def dtype(text: str) -> str:
+    """Parse the name of one of `DTYPES`, or a short one: fp32, bf16, fp16."""
+    return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(text, text)
 
 
 def positive(text: str) -> float:

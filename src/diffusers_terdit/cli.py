@@ -1,25 +1,34 @@
 """The `terdit` command: parse, call one function, print."""
 
 import argparse
-import importlib
+import contextlib
+import importlib.metadata
 import inspect
+import itertools
 import json
+import math
 import os
+import platform
+import re
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
+from diffusers.utils import logging
 from huggingface_hub import snapshot_download
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm.auto import tqdm
 
-from .arguments import Parser, at_least, granularity, not_negative
-from .checkpoints import resolve_model
+from . import __version__
+from .arguments import DTYPES, Parser, at_least, dtype, granularity, not_negative
+from .checkpoints import BUNDLED, resolve_model
 from .conversion import convert_dense_checkpoint, convert_original_checkpoint, is_diffusers_checkpoint
 from .hub.errors import hub_errors
 from .hub.model_card import CardOptions, human_bytes, printable
@@ -35,7 +44,8 @@ from .storage.configs import check_config
 from .storage.inspection import HEADERS, WeightsReport, inspect_weights
 from .storage.saving import new_file
 from .storage.weights import read_json
-from .training.export import image_grid
+from .training import checkpointing
+from .training.export import checkpoint_pipeline, image_grid
 from .training.images import formats
 
 
@@ -47,25 +57,41 @@ PROGRAMS = {
     "evaluate": ("evaluate", "Sample many images, and measure them as papers do."),
     "app": ("app", "Open a page to sample a model by hand, and to watch it denoise."),
 }
-DTYPES = ("float32", "bfloat16", "float16")
+LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
+TOKENS_AT_ONCE = 4096  # more at once take more memory, and on a CPU no less time each
+# Distributions whose versions a report of a bug needs.
+REPORTED = ("torch", "diffusers", "transformers", "accelerate", "huggingface-hub", "peft", "numba", "triton")
 
 
 def load_pipeline(model: str, dtype: str = "float32") -> TerDiTPipeline:
-    """A pipeline by folder, Hub id, or name of a bundled checkpoint.
+    """Load a pipeline by folder, Hub id, name of a bundled checkpoint, or folder of a checkpoint of a training run.
 
     Raises:
         ValueError: No such checkpoint, or files that are not what they should be.
-        OSError: No such folder or repository.
+        OSError: No such folder or repository, or a folder of a run that has not ended.
     """
-    return TerDiTPipeline.from_pretrained(resolve_model(model), dtype=getattr(torch, dtype))
+    folder = resolve_model(model)
+    if checkpointing.is_checkpoint(folder):
+        return checkpoint_pipeline(folder).to(getattr(torch, dtype))
+    saved = checkpointing.find(folder)
+    if saved and not Path(folder, "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"{model} holds checkpoints of a run, and no pipeline yet. Pass the newest checkpoint, {saved[-1]}."
+        )
+    return TerDiTPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of this name.
+    """Return the device of this name; for "auto" the first of cuda, xpu and mps that can be used, else the CPU.
 
     Raises:
         ValueError: There is no such device, here or anywhere.
     """
+    if name == "auto":
+        for kind in ("cuda", "xpu", "mps"):
+            with contextlib.suppress(ValueError):
+                return usable_device(kind)
+        return torch.device("cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -75,14 +101,16 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def _check_picture(output: Path) -> None:
-    """Raise before any work when the picture could not be written at the end."""
+def _check_picture(output: Path, overwrite: bool) -> None:
+    """Raise before any work when the picture could not, or should not, be written at the end."""
     Image.init()
     suffix = output.suffix.lower()
     if Image.EXTENSION.get(suffix) not in Image.SAVE:
         raise ValueError(f"{output} does not name a picture: end it in .png, .jpg, .webp or another of Pillow's.")
     if output.is_dir():
         raise IsADirectoryError(f"{output} is a folder; name a picture in it.")
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"{output} exists. Pass --overwrite to replace it, or choose another --output.")
     place = next(path for path in output.absolute().parents if path.exists())
     if not place.is_dir():
         raise NotADirectoryError(f"{output} cannot be written: {place} is a file. Choose another --output.")
@@ -92,14 +120,25 @@ def _check_picture(output: Path) -> None:
         )
 
 
-def _check_size(images: int, width: int, height: int) -> None:
+def _check_size(images: int, width: int, height: int, scale: int | None) -> None:
     """Raise before any work when the picture would be larger than Pillow opens; the images might not fit memory."""
-    pixels, most = images * max(width, 64) * max(height, 64), 2 * (Image.MAX_IMAGE_PIXELS or 2**62)
+    factor = scale or 1
+    pixels = images * max(width * factor, 64) * max(height * factor, 64)
+    most = 2 * (Image.MAX_IMAGE_PIXELS or 2**62)
     if pixels > most:
         raise ValueError(
-            f"{images:,} images of {width:,} x {height:,} pixels make a picture of {pixels:,}; Pillow opens none"
+            f"{_count(images)} of {width:,} x {height:,} pixels make a picture of {pixels:,}; Pillow opens none"
             f" of more than {most:,}. Ask for fewer or smaller images."
         )
+
+
+def _count(images: int) -> str:
+    return f"{images:,} image{'s' if images != 1 else ''}"
+
+
+def _free_name() -> Path:
+    """Return terdit-1.png, or the next number that no picture here has."""
+    return next(path for path in map(Path, map("terdit-{}.png".format, itertools.count(1))) if not path.exists())
 
 
 def _seeds(seeds: list[int], labels: int, per_label: int) -> list[list[int]]:
@@ -114,59 +153,161 @@ def _seeds(seeds: list[int], labels: int, per_label: int) -> list[list[int]]:
     return [seeds] * labels
 
 
+def _read_labels(given: list[str], pipe: TerDiTPipeline) -> list[int]:
+    """Return class ids of names, of numbers that are no name, and of several names joined by commas."""
+    whole = {name: int(key) for key, name in (pipe.config.id2label or {}).items()}
+    names = {name.casefold() for name in pipe.labels} | {name.casefold() for name in whole}
+
+    def read(text: str) -> list[int]:
+        text = text.strip()
+        spaced = text.replace("_", " ")
+        name = spaced if text.casefold() not in names and spaced.casefold() in names else text
+        if name in whole:
+            return [whole[name]]
+        if name.casefold() not in names and name.isdecimal():
+            return [int(name)]
+        if name.casefold() not in names and "," in name:
+            return [class_id for part in name.split(",") if part.strip() for class_id in read(part)]
+        return pipe.get_label_ids(name)
+
+    return [class_id for text in given for class_id in read(text)]
+
+
+@contextlib.contextmanager
+def _in_flags(args: argparse.Namespace) -> Iterator[None]:
+    """Put the pipeline's advice into the words of the command line."""
+    words = {
+        "`pipe.labels`": f"`terdit info {args.model} --labels`",
+        "this model": args.model,
+        'Pass `vae=` when loading, or `output_type="latent"`.': "Convert it with `terdit convert --vae`.",
+        "`height` and `width`": "--height and --width",
+    }
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        for word, flag in words.items():
+            message = message.replace(word, flag)
+        last = args.labels[-1] if args.labels else ""
+        if "is not a label" in message and (last in BUNDLED or Path(last).is_dir()):
+            message += f" Put the model first: `terdit generate {last} --labels ...`."
+        raise ValueError(message) from error
+
+
+class _Progress:
+    """Stands in for the pipeline's bar: one for all batches on a terminal, elsewhere a line every few seconds."""
+
+    def __init__(self, batches: int):
+        self.batches = batches
+        self.bar = tqdm(disable=None)
+        self.started = self.said = time.monotonic()
+
+    def __call__(self, total: int) -> "_Progress":
+        self.bar.total = total * self.batches
+        return self
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def update(self) -> None:
+        self.bar.update()
+        if not self.bar.disable:
+            return
+        self.bar.n += 1
+        now = time.monotonic()
+        if now - self.said >= LINE_SECONDS and self.bar.n < self.bar.total:
+            left = (now - self.started) * (self.bar.total / self.bar.n - 1)
+            print(f"terdit: {self.bar.n / self.bar.total:.0%} done, {left:.0f} s left", file=sys.stderr, flush=True)
+            self.said = now
+
+
 def generate(args: argparse.Namespace) -> None:
     """Sample images into one labelled grid."""
-    output = Path(args.output)
-    _check_picture(output)
+    output = Path(args.output) if args.output else _free_name()
+    _check_picture(output, args.overwrite)
     device = usable_device(args.device)
     pipe = load_pipeline(args.model, args.dtype).to(device)
-    pipe.set_progress_bar_config(disable=None)  # shown on a terminal, not in a log
     if args.activation_bits:
         pipe.transformer.set_activation_bits(args.activation_bits)
     if args.scheduler:
         pipe.scheduler = scheduler_by_name(args.scheduler, pipe.scheduler, pipe.prediction_type)
-    config, names = pipe.transformer.config, pipe.labels
-    labels = [label if label in names or not label.isdecimal() else int(label) for label in args.labels]
-    labels = labels or list(range(min(config.num_classes, 10)))
+    config, chosen = pipe.transformer.config, dict(pipe.sampling_defaults)
+    for name in ("num_inference_steps", "guidance_scale"):
+        if getattr(args, name) is not None:
+            chosen[name] = getattr(args, name)
+    with _in_flags(args):
+        labels = _read_labels(args.labels, pipe) or list(range(min(config.num_classes, 10)))
     side = config.sample_size * pipe.vae_scale_factor
-    _check_size(len(labels) * max(args.num_images_per_label, len(args.seed)), args.width or side, args.height or side)
+    width, height = args.width or side, args.height or side
+    count = len(labels) * max(args.num_images_per_label, len(args.seed))
+    _check_size(count, width, height, args.scale)
     seeds = _seeds(args.seed, len(labels), args.num_images_per_label)
     per_label = len(seeds[0])
-    start = time.perf_counter()
-    images = pipe(
-        labels,
-        height=args.height,
-        width=args.width,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        num_images_per_prompt=per_label,
-        generator=[torch.Generator().manual_seed(seed) for row in seeds for seed in row],
-    ).images
+    each = [(label, seed) for label, row in zip(labels, seeds, strict=True) for seed in row]
+    tokens = width * height / (config.patch_size * pipe.vae_scale_factor) ** 2
+    at_once = args.batch_size or max(1, int(TOKENS_AT_ONCE / tokens))
+    pipe.progress_bar = _Progress(math.ceil(count / at_once))  # type: ignore[method-assign]
+    images, start = [], time.perf_counter()
+    for i in range(0, count, at_once):
+        with _in_flags(args):
+            images += pipe(
+                [label for label, _ in each[i : i + at_once]],
+                height=args.height,
+                width=args.width,
+                generator=[torch.Generator().manual_seed(seed) for _, seed in each[i : i + at_once]],
+                **chosen,
+            ).images
+    pipe.progress_bar.bar.close()
     seconds = time.perf_counter() - start
     id2label = pipe.config.id2label or {}
-    titles = [id2label.get(str(label), str(label)).split(",")[0] for label in labels for _ in range(per_label)]
-    # One column per label when each has several images, read top to bottom.
-    columns = len(labels) if per_label > 1 else None
-    if columns:
-        order = [column * per_label + row for row in range(per_label) for column in range(columns)]
-        images, titles = [images[i] for i in order], [titles[i] for i in order]
+    titles = [id2label.get(str(label), str(label)).split(",")[0] for label in labels]
+    # Many images are shown smaller, so that the picture still fits a screen or two.
+    grid = image_grid(images, None, titles, 128 if count <= 64 else 64, scale=args.scale, per_label=per_label)
+    settings = {
+        "model": args.model,
+        "labels": json.dumps([id2label.get(str(label), str(label)) for label, _ in each], ensure_ascii=False),
+        "seeds": json.dumps([seed for _, seed in each]),
+        **{name: f"{value:g}" for name, value in chosen.items()},
+        "scheduler": type(pipe.scheduler).__name__,
+        "width": str(images[0].width),
+        "height": str(images[0].height),
+        "dtype": args.dtype,
+        **({"activation_bits": str(args.activation_bits)} if args.activation_bits else {}),
+        "device": str(pipe.device),
+        "Software": f"diffusers-terdit {__version__}",
+    }
+    text = PngInfo()
+    for key, value in settings.items():
+        text.add_text(key, value)
+    options: dict[str, Any] = {"pnginfo": text} if output.suffix.lower() == ".png" else {}
     output.parent.mkdir(parents=True, exist_ok=True)
     with new_file(output) as partial:
-        image_grid(images, columns, titles).save(partial)
+        grid.save(partial, **options)
     weights = sum(p.numel() * p.element_size() for p in pipe.transformer.parameters())
     bits = f", {args.activation_bits}-bit activations" if args.activation_bits else ""
     first, last = seeds[0][0], seeds[-1][-1]
-    shown = ", ".join(map(str, args.seed)) if len(args.seed) > 1 else f"{first} to {last}" if first < last else first
+    several = len(args.seed) > 1 or first < last
+    shown = ", ".join(map(str, args.seed)) if len(args.seed) > 1 else f"{first} to {last}" if several else first
     print(
-        f"{len(images)} images of {images[0].width} x {images[0].height} pixels from {args.model} "
-        f"({human_bytes(weights)} of weights, {args.dtype}{bits}, {pipe.device}): {args.num_inference_steps} steps of "
-        f"{type(pipe.scheduler).__name__}, guidance {args.guidance_scale:g}, seeds {shown}, {seconds:.1f} s.\n"
+        f"{_count(count)} of {images[0].width} x {images[0].height} pixels from {args.model} "
+        f"({human_bytes(weights)} of weights, {args.dtype}{bits}, {pipe.device}):"
+        f" {chosen['num_inference_steps']} steps of {type(pipe.scheduler).__name__},"
+        f" guidance {chosen['guidance_scale']:g}, seed{'s' if several else ''} {shown}, {seconds:.1f} s.\n"
         f"Written to {output}"
     )
 
 
+def _check_folder(output: str) -> None:
+    """Raise before any work when a folder to write holds something."""
+    if Path(output).is_dir() and any(Path(output).iterdir()):
+        raise FileExistsError(f"{output} exists and is not empty. Choose another folder, or remove it first.")
+
+
 def convert(args: argparse.Namespace) -> None:
     """Save a checkpoint of TerDiT's authors, or a ternary model published as dense tensors, as a packed folder."""
+    _check_folder(args.output)
     if is_diffusers_checkpoint(args.path):
         unused = [n for n in ("subfolder", "weights_name", "weight_format", "vae") if getattr(args, n)]
         if unused:
@@ -198,8 +339,48 @@ def convert(args: argparse.Namespace) -> None:
         num_attention_heads=args.num_attention_heads,
     )
     pipe.save_pretrained(args.output, max_shard_size="2GB")  # a shard is in memory while it is written
-    print(f"Converted {args.path} to {args.output}\n")
+    print(f"Converted {args.path} to {args.output}")
+    if pipe.vae is None:
+        print("It has no VAE, so `terdit generate` cannot draw pictures with it. Convert again with --vae auto.")
+    print()
     _print_info(Path(args.output))
+
+
+def export(args: argparse.Namespace) -> None:
+    """Save the averaged weights of a checkpoint of a training run as a pipeline folder, to sample, share and push."""
+    _check_folder(args.output)
+    if Path(args.checkpoint, "model_index.json").is_file():
+        raise ValueError(f"{args.checkpoint} is a pipeline already, no checkpoint. Use it as it is, or `terdit pack`.")
+    load_pipeline(args.checkpoint).save_pretrained(args.output)
+    print(f"Exported {args.checkpoint} to {args.output}\n")
+    _print_info(Path(args.output))
+
+
+def env(args: argparse.Namespace) -> None:
+    """Print versions and hardware, for a report of a bug."""
+    from .ops.cpu.choose import integer_kernels
+
+    rows = [("diffusers-terdit", __version__), ("Python", platform.python_version()), ("system", platform.platform())]
+    for name in REPORTED:
+        try:
+            rows.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((name, "not installed"))
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.M) if cpuinfo.is_file() else []
+    rows.append(("processor", f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"))
+    kernels = integer_kernels()  # none without numba
+    if kernels:
+        from .ops.cpu.instructions import processor
+
+        features = sorted(name[1:] for name in processor().features if name.startswith("+avx"))
+        rows.append(("features", f"{processor().name}: {' '.join(features)}"))
+    rows.append(("integer kernels", ", ".join(kernels) or "none"))
+    device = usable_device("auto")
+    named = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    rows.append(("device", f"{device}{named}"))
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:<{width}}  {printable(value)}" for name, value in rows))
 
 
 def info(args: argparse.Namespace) -> None:
@@ -379,20 +560,21 @@ def _print_kernels(path: Path) -> None:
     packed, trained = "2-bit" in report.total("ternary ").dtypes, report.config.get("activation_bits")
     table = [("device", "dtype", "layers", "kernel", "inputs", "why")]
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        for dtype in DTYPES:
+        for name in DTYPES:
             choices: Counter = Counter()
             for shape, layers in report.shapes.items():
-                case = getattr(torch, dtype), *shape, packed
+                case = getattr(torch, name), *shape, packed
                 choices[choose_kernel(torch.device(device), *case, trained_bits=trained)] += layers
             for (kernel, bits, reason), layers in choices.items():
                 rounded = bits or trained
                 inputs = f"{rounded}-bit" if rounded else "not rounded"
-                table.append((device, dtype, str(layers), kernel, inputs, reason))
+                table.append((device, name, str(layers), kernel, inputs, reason))
     _print_table(table, "<<><<<")
 
 
 def pack(args: argparse.Namespace) -> None:
     """Save a pipeline with its ternary weights in two bits each."""
+    _check_folder(args.output)
     pipe = load_pipeline(args.model)
     pipe.transformer.pack()
     pipe.save_pretrained(args.output)
@@ -422,91 +604,126 @@ def push(args: argparse.Namespace) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Commands and flags; each command's function is its `run`."""
-    parser = Parser(prog="terdit", description="Ternary diffusion transformers.")
+    parser = Parser(prog="terdit", description="Ternary diffusion transformers: sample, train, convert, share.")
+    parser.add_argument("--version", action="version", version=f"diffusers-terdit {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def command(function, help: str) -> argparse.ArgumentParser:
+    def command(function, help: str) -> Callable[..., argparse.Action]:
         sub = commands.add_parser(function.__name__, help=help, description=help)
         sub.set_defaults(run=function, parser=sub)
-        return sub
+        return sub.add_argument
 
-    sub = command(generate, "Sample images from a pipeline folder, a Hub id, or a bundled checkpoint.")
-    sub.add_argument("model", nargs="?", default="digits", help="folder, Hub id, or name of a bundled checkpoint")
-    sub.add_argument(
+    add = command(generate, "Sample images into one picture, each label's images together below its name.")
+    add(
+        "model",
+        nargs="?",
+        default="digits",
+        help="The model: a pipeline folder, a checkpoint of a training run, a Hub id, or the name of a bundled one.",
+    )
+    add(
         "--labels",
         nargs="+",
         default=[],
-        help="label names or class ids; a number that is a name means that name; default the first ten classes",
+        help="Label names or class ids. A number that is a name means that name, an underscore may be a space, and"
+        " commas may join several. Without it, the first ten classes are drawn.",
     )
-    sub.add_argument("--num_images_per_label", type=at_least(1), default=1)
-    sub.add_argument("--num_inference_steps", type=at_least(1), default=50)
-    sub.add_argument("--guidance_scale", type=not_negative, default=4.0)
-    sub.add_argument("--scheduler", help="name of a diffusers scheduler, such as DPMSolverMultistepScheduler")
-    sub.add_argument(
+    add("--num_images_per_label", type=at_least(1), default=1, help="How many images of each label to draw.")
+    add(
+        "--num_inference_steps", type=at_least(1), help="Denoising steps. Without it, as many as the model recommends."
+    )
+    add(
+        "--guidance_scale",
+        type=not_negative,
+        help="How strongly images are pulled to their label; 1 is not at all. Without it, as the model recommends.",
+    )
+    add(
+        "--scheduler",
+        help="A scheduler of diffusers instead of the model's own: dpm, unipc, euler, heun, ddim, or a class name.",
+    )
+    add(
         "--seed",
         type=at_least(-(2**63)),
         nargs="+",
         default=[0],
-        help="of the first image, the next has the next seed; several seeds: an image of every label for each",
+        help="Seed of the first image; each further image adds 1. With several seeds, every label is drawn with each.",
     )
-    sub.add_argument("--height", type=at_least(1), help="pixels")
-    sub.add_argument("--width", type=at_least(1), help="pixels")
-    sub.add_argument("--dtype", choices=DTYPES, default="float32")
-    sub.add_argument(
+    add("--height", type=at_least(1), help="Height of an image in pixels. Without it, the model's own.")
+    add("--width", type=at_least(1), help="Width of an image in pixels. Without it, the model's own.")
+    add(
+        "--batch_size",
+        type=at_least(1),
+        help="Images drawn at a time. Without it, about 4,096 tokens of the model. The images are the same.",
+    )
+    add("--dtype", type=dtype, choices=DTYPES, default="float32", help="Arithmetic; fp32, bf16, fp16 work, too.")
+    add(
         "--activation_bits",
         type=int,
         choices=(16, 8),
-        help="integer activations, for speed on a CPU: 16 (the default in bfloat16) or 8 (error of 1 %%)",
+        help="Compute with integer activations, for speed on a CPU. Without it, 16 bits in bfloat16, else floats.",
     )
-    sub.add_argument("--device", default="cpu", help="as torch names them: cpu, cuda, cuda:1, mps, xpu")
-    sub.add_argument("--output", default="terdit.png", help="picture to write, in a format of Pillow")
+    add(
+        "--device",
+        default="auto",
+        help="Device as torch names it: cpu, cuda, cuda:1, xpu, mps. auto is the first of cuda, xpu and mps that is"
+        " there, else cpu.",
+    )
+    add(
+        "--scale",
+        type=at_least(1, 64),
+        help="Enlarge each image by this whole factor, without smoothing; 1 keeps its size. Without it, small images"
+        " are enlarged to 128 pixels, or to 64 if there are more than 64 images.",
+    )
+    add("--output", help="Picture to write, in a format of Pillow. Without it, terdit-1.png or the next free number.")
+    add("--overwrite", action="store_true", help="Replace the picture if it exists.")
 
-    sub = command(
+    add = command(
         convert,
         "Convert a checkpoint of TerDiT's authors, or a ternary model published as dense tensors, to a folder.",
     )
-    sub.add_argument("path", help="folder or Hub id: consolidated*.pth and model_args.pth, or a diffusers model")
-    sub.add_argument("output", help="folder to write")
-    sub.add_argument("--subfolder", help="folder inside `path`")
-    sub.add_argument("--weights_name", help="file to read; default the packed EMA one where there is one")
-    sub.add_argument("--weight_format", choices=("float", "packed"), help="default as in the file")
-    sub.add_argument("--num_attention_heads", type=at_least(1), default=32)
-    sub.add_argument(
-        "--vae", help='"auto" (the one the checkpoint names, downloaded), a folder or a Hub id; default none'
-    )
-    sub.add_argument(
+    add("path", help="Folder or Hub id with consolidated*.pth and model_args.pth, or with a diffusers model.")
+    add("output", help="Folder to write; it must be new or empty.")
+    add("--subfolder", help="Folder inside `path` that holds the checkpoint.")
+    add("--weights_name", help="File to read. Without it, the packed average of the weights where there is one.")
+    add("--weight_format", choices=("float", "packed"), help="Format to write. Without it, that of the file.")
+    add("--num_attention_heads", type=at_least(1), default=32, help="Heads of the model, which the file does not say.")
+    add("--vae", help='The VAE: a folder, a Hub id, or "auto" to download the one that the checkpoint names.')
+    add(
         "--scale_granularity",
         type=granularity,
-        help='of dense weights: "tensor", "row" or inputs per scale; default found out',
+        help='What one scale of dense weights covers: "tensor", "row" or a number of inputs. Without it, it is found.',
     )
-    sub.add_argument("--component", default="transformer", help="of a diffusers pipeline, the ternary one")
+    add("--component", default="transformer", help="The ternary model of a diffusers pipeline.")
 
-    sub = command(info, "Print sizes and statistics of a model or layer, and where its bytes go.")
-    sub.add_argument(
+    add = command(export, "Save a checkpoint of a training run as a pipeline folder, to sample, share and push.")
+    add("checkpoint", help="Folder of the checkpoint, such as out/checkpoint-500.")
+    add("output", help="Folder to write; it must be new or empty.")
+
+    add = command(info, "Print sizes and statistics of a model, and where its bytes go.")
+    add(
         "model",
         nargs="?",
         default="digits",
-        help="folder of a pipeline, model or layer, safetensors file, Hub id, or name of a bundled checkpoint",
+        help="Folder of a pipeline, model or layer, a safetensors file, a Hub id, or the name of a bundled one.",
     )
-    sub.add_argument("--labels", action="store_true", help="print the class ids and their names instead")
-    sub.add_argument("--kernels", action="store_true", help="print which kernels compute it here, and why, instead")
+    add("--labels", action="store_true", help="Print the class ids and their names instead.")
+    add("--kernels", action="store_true", help="Print which kernels compute it here, and why, instead.")
 
-    sub = command(pack, "Save a pipeline with its ternary weights in two bits each.")
-    sub.add_argument("model", help="pipeline folder or Hub id")
-    sub.add_argument("output", help="folder to write")
+    add = command(pack, "Save a pipeline with its ternary weights in two bits each.")
+    add("model", help="The model: a pipeline folder, a Hub id, or the name of a bundled one.")
+    add("output", help="Folder to write; it must be new or empty.")
 
-    sub = command(push, "Upload a pipeline folder to the Hub. The token is that of `hf auth login`, or HF_TOKEN.")
-    sub.add_argument("model", help="pipeline folder, or name of a bundled checkpoint")
-    sub.add_argument("repo_id", help="such as user/name; made if it does not exist")
-    sub.add_argument("--private", action="store_true", help="make a new repository private")
-    sub.add_argument("--revision", help="branch, made if it does not exist; default main")
-    sub.add_argument("--commit_message", help='default "Upload" and the class')
-    sub.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
-    sub.add_argument("--license", help="for the card, an identifier as on the Hub, such as apache-2.0")
-    sub.add_argument("--base_model", help="for the card, Hub id of what this was made from")
-    sub.add_argument(
-        "--images", nargs="+", default=[], help="pictures for the card; the names of the files are captions"
-    )
+    add = command(push, "Upload a pipeline folder to the Hub. The token is that of `hf auth login`, or HF_TOKEN.")
+    add("model", help="Pipeline folder, or the name of a bundled checkpoint.")
+    add("repo_id", help="Repository, such as user/name. It is made if it does not exist.")
+    add("--private", action="store_true", help="Make a new repository private.")
+    add("--revision", help="Branch to write to. It is made if it does not exist. Without it, main.")
+    add("--commit_message", help='Message of the commit. Without it, "Upload" and the class.')
+    add("--create_pr", action="store_true", help="Open a pull request instead of committing.")
+    add("--license", help="License for the card, an identifier as on the Hub, such as apache-2.0.")
+    add("--base_model", help="For the card, the Hub id of what this was made from.")
+    add("--images", nargs="+", default=[], help="Pictures for the card. The names of the files are captions.")
+
+    command(env, "Print versions and hardware, for a report of a bug.")
 
     for name, (_, text) in PROGRAMS.items():  # listed here; `main` hands their arguments on
         commands.add_parser(name, help=text, add_help=False)
@@ -552,6 +769,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.argv = [name, *argv[1:]]  # what its parser calls itself
         program = importlib.import_module(f"{__package__}.programs.{PROGRAMS[argv[0]][0]}")
         return report_errors(name, lambda: program.main(argv[1:]))
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # of diffusers' loading
     args, unknown = build_parser().parse_known_args(argv)
     if unknown:
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # argparse has the whole parser say it

@@ -29,6 +29,7 @@ from diffusers_terdit.conversion import convert_dense_checkpoint, swap_bitnet_or
 from diffusers_terdit.hub import known_files, model_card
 from diffusers_terdit.hub.push import push_saved
 from diffusers_terdit.storage import configs, inspection, saving, weights
+from diffusers_terdit.training import checkpointing
 
 
 INDEX = f"{WEIGHTS}.index.json"
@@ -214,6 +215,23 @@ def picture_in_a_file(w):
 def picture_is_a_folder(w):
     (w.tmp / "x.png").mkdir()
     terdit("generate", "--output", w.tmp / "x.png")
+
+
+def picture_is_there(w):
+    (w.tmp / "x.png").touch()
+    terdit("generate", "--output", w.tmp / "x.png")
+
+
+def folder_is_there(w):
+    (w.tmp / "mine").touch()
+    terdit("pack", "digits", w.tmp)
+
+
+def run_without_a_pipeline(w):
+    for step in (4, 5):
+        (w.tmp / f"checkpoint-{step}").mkdir()
+        (w.tmp / f"checkpoint-{step}" / checkpointing.STATE_NAME).touch()
+    terdit("generate", w.tmp)
 
 
 def picture_not_allowed(w):
@@ -441,12 +459,23 @@ ROWS = [
         error=FileNotFoundError),
     Row(command("info", "cifar"), "'cifar'", "No bundled checkpoint", "there are 'digits', 'emoji'"),
     Row(generate("--device", "toaster"), "'toaster'", "cannot be used here", "`cpu` always can."),
-    Row(generate("--scheduler", "DDIM"), "'DDIM'", "diffusers has no scheduler", "Close matches: DDIMScheduler"),
+    Row(generate("--scheduler", "DDIN"), "'DDIN'", "diffusers has no scheduler", "Close matches: DDIMScheduler"),
+    Row(generate("emoji", "--labels", "gost"), "'gost'", "is not a label of emoji",
+        "All labels: `terdit info emoji --labels`."),
     Row(generate("--scheduler", "FlowMatchEulerDiscreteScheduler"), "FlowMatchEulerDiscreteScheduler",
         "which was trained for noise prediction", "Try DDIMScheduler"),
     Row(command("generate", "--output", "TMP/x.txt"), "TMP/x.txt", "does not name a picture",
         "end it in .png, .jpg, .webp"),
     Row(picture_is_a_folder, "TMP/x.png", "is a folder", "name a picture in it", error=IsADirectoryError),
+    Row(command("generate", "x.pth"), "x.pth", "No file", "a model is a folder or a Hub id", error=FileNotFoundError),
+    Row(changed("layer", lambda folder: terdit("generate", folder / WEIGHTS)), f"TMP/layer/{WEIGHTS}", "is a file",
+        "Pass the folder of a saved pipeline.", error=NotADirectoryError),
+    Row(picture_is_there, "TMP/x.png", "exists", "Pass --overwrite", error=FileExistsError),
+    Row(folder_is_there, "TMP", "exists and is not empty", "Choose another folder", error=FileExistsError),
+    Row(run_without_a_pipeline, "TMP/checkpoint-5", "holds checkpoints of a run, and no pipeline yet",
+        "Pass the newest checkpoint", error=FileNotFoundError),
+    Row(changed("pipe", lambda folder: terdit("export", folder, folder.parent / "out")), "TMP/pipe",
+        "is a pipeline already", "Use it as it is"),
     Row(picture_in_a_file, "TMP/file/x.png", "TMP/file is a file", "Choose another --output.",
         error=NotADirectoryError),
     Row(picture_not_allowed, "TMP/x.png", "no permission to write to TMP", "Choose another --output.",

@@ -10,7 +10,7 @@ import torch
 
 from diffusers_terdit import TerDiTPipeline
 from diffusers_terdit.pipelines.finite import FiniteCheck
-from diffusers_terdit.pipelines.schedulers import default_scheduler
+from diffusers_terdit.pipelines.schedulers import default_scheduler, scheduler_by_name, training_scheduler
 
 
 ROOT = Path(__file__).parents[2]
@@ -195,3 +195,23 @@ def test_the_page_is_what_the_script_writes(monkeypatch, capsys):
     assert schedulers.page().replace(diffusers.__version__, "0.42.1") == text
     schedulers.main([])
     assert capsys.readouterr().out == schedulers.page() + "\n"
+
+
+@pytest.mark.parametrize(
+    ("short", "prediction", "name"),
+    [
+        ("dpm", "flow_prediction", "DPMSolverMultistepScheduler"),
+        ("DPM", "epsilon", "DPMSolverMultistepScheduler"),
+        ("unipc", "epsilon", "UniPCMultistepScheduler"),
+        ("ddim", "epsilon", "DDIMScheduler"),
+        ("DDIMScheduler", "epsilon", "DDIMScheduler"),
+        ("euler", "epsilon", "EulerDiscreteScheduler"),
+        ("euler", "flow_prediction", "FlowMatchEulerDiscreteScheduler"),
+        ("Heun", "epsilon", "HeunDiscreteScheduler"),
+        ("heun", "flow_prediction", "FlowMatchHeunDiscreteScheduler"),
+        ("flowmatchheundiscretescheduler", "flow_prediction", "FlowMatchHeunDiscreteScheduler"),
+    ],
+)
+def test_short_names(short, prediction, name):
+    current = training_scheduler(flow_matching=prediction == "flow_prediction")
+    assert type(scheduler_by_name(short, current, prediction)).__name__ == name

@@ -1,9 +1,11 @@
 import copy
 import json
 
+import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_terdit import TerDiTPipeline, training
@@ -100,3 +102,31 @@ class TestCard:
         pipe = training.export.to_pipeline(fresh_model(ternary=False))
         card = model_card(pipe, "twin", training.export.card_options(pipe, {}))
         assert "ternary" not in card.replace("terdit", "")
+
+
+def test_a_grid_has_whole_names_and_keeps_the_images_of_a_label_together():
+    """Reads the picture back: where each color is, and that more text takes more lines."""
+    colors = [(r, g, 0) for r in (50, 150) for g in (0, 100, 200)]  # two labels of three images
+    images = [Image.new("RGB", (8, 8), color) for color in colors]
+
+    def grid(*labels):
+        return np.asarray(training.export.image_grid(images, labels=labels, scale=2, per_label=3)).astype(int)
+
+    short = grid("a", "b")
+    assert short.shape[1] == 3 * 24 + 8
+    places = [np.argwhere((short == color).all(-1)) for color in colors]
+    tops, lefts = zip(*(place.min(0).tolist() for place in places), strict=True)
+    assert all(len(place) == 16 * 16 for place in places)
+    assert list(tops) == [22] * 3 + [22 + 24 + 14] * 3
+    assert list(lefts) == [8, 32, 56] * 2
+    wrapped = grid("one two three four five six", "b")
+    assert wrapped.shape[0] > short.shape[0]
+    assert wrapped.shape[1] == short.shape[1]
+    assert grid("internationalization", "b").shape[1] > short.shape[1]
+    assert grid("x" * 1000, "b").shape[1] <= 160 + 16
+
+
+def test_many_images_of_a_label_are_a_block():
+    images = [Image.new("RGB", (64, 64))] * 9
+    assert training.export.image_grid(images, per_label=9).size == (3 * 72 + 8, 3 * 72 + 8)
+    assert training.export.image_grid(images * 4, per_label=9).size == (6 * 72 + 8, 6 * 72 + 8)

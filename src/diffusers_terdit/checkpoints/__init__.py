@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+from diffusers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 _ROOT = Path(__file__).parent
 BUNDLED = tuple(sorted(path.parent.name for path in _ROOT.glob("*/model_index.json")))
@@ -28,11 +32,18 @@ def resolve_model(model: str) -> str:
         model (`str`): As a user gives it on a command line.
 
     Raises:
-        FileNotFoundError: A path of a folder that does not exist.
+        OSError: A path of a file, or of a folder that does not exist.
         ValueError: Neither a path nor a Hub id, and no bundled checkpoint's name.
     """
-    if Path(model).is_dir():
+    path = Path(model)
+    if path.is_dir():
+        if model in BUNDLED:
+            logger.warning(f"The folder {model} here is used, not the bundled checkpoint of that name.")
         return model
+    if path.is_file():
+        raise NotADirectoryError(f"{model} is a file. Pass the folder of a saved pipeline.")
+    if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".json"):
+        raise FileNotFoundError(f"No file {model} is here. Check its path; a model is a folder or a Hub id.")
     if model.startswith(("/", ".", "~")) or model.count("/") > 1:
         raise FileNotFoundError(f"{model} is not a folder. Pass that of a saved pipeline, or a Hub id.")
     return model if "/" in model else str(bundled(model))

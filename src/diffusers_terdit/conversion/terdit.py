@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from torch import Tensor
 
 from ..hub.errors import hub_errors
@@ -334,7 +334,10 @@ def convert_original_checkpoint(
     }
     transformer.register_to_config(**{ORIGINAL: original})
     if isinstance(vae, (str, os.PathLike)):
-        vae = AutoencoderKL.from_pretrained(vae)
+        with hub_errors(vae):
+            if not os.path.isdir(vae) and not isinstance(try_to_load_from_cache(str(vae), "config.json"), str):
+                HfApi().model_info(str(vae))  # fails at once without a network; loading would try for half a minute
+            vae = AutoencoderKL.from_pretrained(vae)
     id2label = imagenet_labels() if transformer.config.num_classes == 1000 else None
     return TerDiTPipeline(transformer, default_scheduler(), vae, id2label, guidance_channels=GUIDANCE_CHANNELS)
 

@@ -53,23 +53,35 @@ def scheduler_by_name(name: str, current: SchedulerMixin, prediction: str | None
     """Return a diffusers scheduler that samples what a model predicts, from the configuration of another one.
 
     Args:
-        name (`str`): Name of the class.
+        name (`str`): Name of the class, in any case, with or without "Scheduler"; or "dpm", "unipc", "euler", "heun".
         current ([`~diffusers.SchedulerMixin`]): The pipeline's.
         prediction (`str`, *optional*): What the model predicts, see `fitting_scheduler`.
 
     Raises:
         ValueError: No such scheduler (near matches are shown), or it cannot sample what the model predicts.
     """
-    found = getattr(diffusers, name, None)
+    names = {_short(other): other for other in dir(diffusers) if other.endswith("Scheduler")}
+    key = _short(name)
+    family = "flowmatch" if str(prediction).startswith("flow") else ""
+    key = {
+        "dpm": "dpmsolvermultistep",
+        "unipc": "unipcmultistep",
+        "euler": f"{family}eulerdiscrete",
+        "heun": f"{family}heundiscrete",
+    }.get(key, key)
+    found = getattr(diffusers, names.get(key, ""), None)
     if not isinstance(found, type) or not (issubclass(found, SchedulerMixin) and issubclass(found, ConfigMixin)):
-        names = [other for other in dir(diffusers) if other.endswith("Scheduler")]
-        inside = sorted((other for other in names if name.lower() in other.lower()), key=len)
-        near = difflib.get_close_matches(name, names, n=3) or inside[:3]
+        inside = sorted((other for short, other in names.items() if key in short), key=len)
+        near = [names[short] for short in difflib.get_close_matches(key, names, n=3)] or inside[:3]
         raise ValueError(
             f"diffusers has no scheduler {name!r}. {'Close matches' if near else 'There are'}: "
             f"{', '.join(near or ['DDPMScheduler', 'DDIMScheduler', 'DPMSolverMultistepScheduler', '...'])}."
         )
     return fitting_scheduler(found.from_config(current.config), prediction)  # type: ignore[attr-defined]
+
+
+def _short(name: str) -> str:
+    return name.lower().removesuffix("scheduler")
 
 
 def is_flow(cls: type) -> bool:

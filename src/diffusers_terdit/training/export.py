@@ -143,33 +143,63 @@ def image_grid(
     labels: Sequence[str] | None = None,
     min_side: int = 64,
     padding: int = 8,
+    scale: int | None = None,
+    per_label: int = 1,
 ) -> Image.Image:
     """Lay out images in rows on white; small ones are enlarged by a whole factor without smoothing.
 
     Args:
         images (`Sequence[PIL.Image.Image]`): Of one size, row by row.
-        columns (`int`, *optional*): Images per row; default about as many as rows.
-        labels (`Sequence[str]`, *optional*): Written above the images, cut to their width.
+        columns (`int`, *optional*): Images per row, or blocks of a label's images; default about as many as rows.
+        labels (`Sequence[str]`, *optional*): Written above the images, or blocks, in as many lines as they need.
         min_side (`int`): Pixels; images with a shorter side are enlarged to at least this.
         padding (`int`): Pixels between cells.
+        scale (`int`, *optional*): Factor to enlarge by, whatever their size.
+        per_label (`int`): How many successive images are of one label; they are a block of the grid.
     """
     if not images:
         raise ValueError(f"A grid needs at least one image, got {images!r}.")
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
-    factor = math.ceil(min_side / min(images[0].size)) if min(images[0].size) < min_side else 1
+    blocks = math.ceil(len(images) / per_label)
+    across = per_label if per_label <= 8 else math.ceil(math.sqrt(per_label))  # images in a row of a block
+    down = math.ceil(per_label / across)
+    shape = math.sqrt(blocks * down / across)
+    columns = columns or max(1, math.ceil(shape) if per_label == 1 else round(shape))
+    rows = math.ceil(blocks / columns)
+    factor = scale or max(1, math.ceil(min_side / min(images[0].size)))
     width, height = images[0].width * factor, images[0].height * factor
-    text_height = 14 if labels else 0
-    cell_width, cell_height = width + padding, height + padding + text_height
-    grid = Image.new("RGB", (columns * cell_width + padding, rows * cell_height + padding), "white")
-    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=11)
-    for i, image in enumerate(images):
-        x, y = padding + i % columns * cell_width, padding + i // columns * cell_height
-        if labels:
-            text = str(labels[i])
-            while text and draw.textlength(text, font=font) > width:
-                text = text[:-1]
-            draw.text((x, y), text, fill="black", font=font)
-        enlarged = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
-        grid.paste(enlarged, (x, y + text_height))
+
+    font, line_height = ImageFont.load_default(size=11), 14
+    block_width = across * (width + padding) - padding
+    most = max(block_width, 160)  # a longer word is broken
+    lines = [_wrap(str(label), font, block_width, most) for label in labels or [""] * blocks]
+    block_width = max([block_width, *(math.ceil(font.getlength(line)) for texts in lines for line in texts)])
+    titles = [max(map(len, lines[i : i + columns])) * line_height for i in range(0, blocks, columns)]
+    block_height = down * (height + padding)
+    size = (columns * (block_width + padding) + padding, rows * block_height + sum(titles) + padding)
+    grid = Image.new("RGB", size, "white")
+    draw, y = ImageDraw.Draw(grid), padding
+    for row in range(rows):
+        for column in range(min(columns, blocks - row * columns)):
+            block, x = row * columns + column, padding + column * (block_width + padding)
+            draw.multiline_text((x, y), "\n".join(lines[block]), fill="black", font=font, spacing=3)
+            for i, image in enumerate(images[block * per_label : (block + 1) * per_label]):
+                enlarged = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+                at = x + i % across * (width + padding), y + titles[row] + i // across * (height + padding)
+                grid.paste(enlarged, at)
+        y += titles[row] + block_height
     return grid
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float, most: float) -> list[str]:
+    """Break a text at spaces into lines of a width, and words that are wider than `most` anywhere."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+            continue
+        lines.append("")
+        for character in word:
+            if font.getlength(lines[-1] + character) > most:
+                lines.append("")
+            lines[-1] += character
+    return lines
