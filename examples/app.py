@@ -1,7 +1,7 @@
 """A page to sample a model by hand, and to watch it denoise.
 
     pip install gradio
-    python examples/app.py --model digits        # a bundled name, a pipeline folder or a Hub id
+    python examples/app.py --model emoji         # a bundled name, a pipeline folder or a Hub id
 
 It runs on this machine, loads nothing from the network (but a Hub model) and reports to nobody. A page for others
 (`--server_name 0.0.0.0`) takes no uploads, lets 20 requests wait, and limits what each may ask for. See docs/app.md.
@@ -38,8 +38,8 @@ import torch
 from PIL import Image
 
 from diffusers_terdit import TerDiTPipeline
-from diffusers_terdit.arguments import Parser, at_least, not_negative
-from diffusers_terdit.cli import DTYPES, load_pipeline, run_program, usable_device
+from diffusers_terdit.arguments import DTYPES, Parser, at_least, dtype, not_negative
+from diffusers_terdit.cli import load_pipeline, run_program, usable_device
 from diffusers_terdit.hub.model_card import human_bytes
 from diffusers_terdit.pipelines.schedulers import is_flow, scheduler_by_name
 
@@ -64,17 +64,19 @@ PREVIEW_SHARE = 0.1  # of the time at most goes into previews: a VAE may take as
 MIN_SIDE = 64  # pixels; smaller images are shown with sharp pixels
 MAX_WAITING = 20  # requests
 MAX_SHARED = 1000  # images x steps of a request, where others wait for it
+FIRST = "joy"  # the class that the page starts with, where the model has it
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 CSS = """
-.gradio-container { max-width: 1080px !important; margin: auto; }
+.gradio-container { max-width: 1080px !important; margin: auto;
+    --block-info-text-color: var(--body-text-color); --body-text-color-subdued: var(--body-text-color); }
 #new-seed { align-self: center; }
-#facts p { opacity: 0.75; margin: 0; }
+#facts p { margin: 0; }
 .terdit-images { display: grid; gap: 12px; }
 .terdit-images figure { margin: 0; }
 .terdit-images img { width: 100%; display: block; border-radius: 6px; border: 1px solid var(--border-color-primary); }
 .terdit-images img.sharp { image-rendering: pixelated; }
-.terdit-images figcaption, .terdit-status { font-size: 13px; opacity: 0.75; }
+.terdit-images figcaption, .terdit-status { font-size: 13px; }
 .terdit-images figcaption { padding-top: 3px; }
 .terdit-bar { height: 4px; margin: 14px 0 6px; border-radius: 2px; background: var(--border-color-primary); }
 .terdit-bar div { height: 100%; border-radius: 2px; background: var(--color-accent); }
@@ -82,6 +84,9 @@ CSS = """
 .terdit-empty { display: grid; place-items: center; min-height: 320px; border-radius: 6px;
     border: 1px dashed var(--border-color-primary); color: var(--body-text-color-subdued); }
 """
+
+# What is typed replaces the class that is there. Gradio and the click place the cursor first.
+SELECT = "() => { setTimeout(() => document.querySelector('#class input').select(), 50); }"
 
 
 @dataclass
@@ -283,8 +288,8 @@ def pictures(
 def build(
     pipe: TerDiTPipeline,
     name: str,
-    num_inference_steps: int = 50,
-    guidance_scale: float = 4.0,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
     most: float = math.inf,
 ) -> gr.Blocks:
     """Build the page.
@@ -292,10 +297,12 @@ def build(
     Args:
         pipe ([`TerDiTPipeline`]): Shared by all visitors.
         name (`str`): Model name in the title.
-        num_inference_steps (`int`), guidance_scale (`float`): Initial values.
+        num_inference_steps (`int`), guidance_scale (`float`): Initial values; default what the model recommends.
         most (`float`): Images x steps of a request.
     """
-    sampler = Sampler(pipe)
+    sampler, defaults = Sampler(pipe), pipe.sampling_defaults
+    num_inference_steps = num_inference_steps or defaults["num_inference_steps"]
+    guidance_scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
     id2label = pipe.config.id2label or {}
     classes = [(id2label.get(str(i), f"class {i}"), i) for i in range(pipe.transformer.config.num_classes)]
     classes.sort(key=lambda item: item[0].casefold() if id2label else "")
@@ -317,8 +324,13 @@ def build(
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 label = gr.Dropdown(
-                    classes, value=classes[0][1], label="Class", info="Type to search.", elem_id="class"
+                    classes,
+                    value=pipe.labels.get(FIRST, classes[0][1]),
+                    label="Class",
+                    info="Type to search.",
+                    elem_id="class",
                 )
+                label.focus(js=SELECT, queue=False, api_visibility="private")
                 with gr.Row():
                     seed = gr.Number(
                         0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed", scale=2
@@ -353,18 +365,38 @@ def build(
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="A page to sample a model by hand.")
-    parser.add_argument("--model", default="digits", help="bundled name, pipeline folder or Hub id")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--device", default="cpu", help="as torch names them: cpu, cuda, cuda:1, mps, xpu")
-    parser.add_argument("--activation_bits", type=int, choices=(16, 8), help="integer activations, for speed on a CPU")
-    parser.add_argument("--num_inference_steps", type=at_least(1, 250), default=50, help="what the page starts with")
-    parser.add_argument("--guidance_scale", type=not_negative, default=4.0, help="what the page starts with")
+    parser.add_argument("--model", default="emoji", help="The model: a bundled name, a pipeline folder or a Hub id.")
+    parser.add_argument("--dtype", type=dtype, choices=DTYPES, default="float32", help="Arithmetic, also as bf16.")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="Device as torch names it: cpu, cuda, cuda:1, xpu, mps. auto is the best that is there.",
+    )
+    parser.add_argument(
+        "--activation_bits",
+        type=int,
+        choices=(16, 8),
+        help="Compute with integer activations, for speed on a CPU. Without it, 16 bits in bfloat16, else floats.",
+    )
+    parser.add_argument(
+        "--num_inference_steps",
+        type=at_least(1, 250),
+        help="Steps that the page starts with. Without it, those that the model recommends.",
+    )
+    parser.add_argument(
+        "--guidance_scale",
+        type=not_negative,
+        help="Guidance that the page starts with. Without it, that which the model recommends.",
+    )
     parser.add_argument(
         "--server_name",
         default="127.0.0.1",
-        help=f"address to listen on; 0.0.0.0: the local network, at most {MAX_SHARED} images x steps a request",
+        help="Address to listen on. 0.0.0.0 is the local network; images x steps of a request are then at most"
+        f" {MAX_SHARED}.",
     )
-    parser.add_argument("--server_port", type=at_least(1, 65535), help="default the first free one from 7860")
+    parser.add_argument(
+        "--server_port", type=at_least(1, 65535), help="Port. Without it, the first free one from 7860."
+    )
     return parser.parse_args(argv)
 
 
