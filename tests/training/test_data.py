@@ -43,6 +43,14 @@ class TestImages:
         assert label == 1
         torch.testing.assert_close(shade, torch.full((3, 8, 8), 110 / 127.5 - 1))
 
+    @pytest.mark.parametrize("fits", [True, False])
+    def test_images_that_fit_the_memory_are_read_once(self, image_folder, monkeypatch, fits):
+        monkeypatch.setattr(training.data, "KEPT_BYTES", 6 * 4 * 3 * 8 * 8 - (not fits))
+        samples = training.data.ImageSamples.from_folder(image_folder, resolution=8)
+        first, second = samples[0], samples[1]
+        (image_folder / "ant" / "0.png").unlink()
+        assert torch.equal(samples[0][0], (first if fits else second)[0])
+
     def test_a_corrupt_image_is_logged_and_the_next_one_taken(self, image_folder, caplog):
         (image_folder / "ant" / "1.png").write_bytes(b"not an image")
         samples = training.data.ImageSamples.from_folder(image_folder, resolution=8)

@@ -28,6 +28,7 @@ logger = logging.get_logger(__name__)
 
 
 LATENTS_NAME = "latents.json"
+KEPT_BYTES = 2**30  # of memory for images that were read: 87,000 of 32 pixels, 1,300 of 256
 
 
 @contextmanager
@@ -65,6 +66,8 @@ class Digits(Dataset):
 class ImageSamples(Dataset):
     """Images that are read on access; one that cannot be read is logged and the next readable one taken instead.
 
+    Where all of them fit `KEPT_BYTES`, each is read once: decoding a photo takes longer than training on it.
+
     Args:
         sources (`Sequence`): One per image: a path, a `PIL.Image.Image`, or a dict with `"bytes"` or `"path"`, as the
             undecoded images of `datasets` are.
@@ -89,6 +92,7 @@ class ImageSamples(Dataset):
         background: str = "white",
     ):
         self.sources, self.labels, self.id2label = sources, labels, id2label
+        self._kept: dict[int, Tensor] = {}
         self.resolution, self.channels, self.flip, self.folders = resolution, channels, flip, folders
         self.background = background
 
@@ -210,7 +214,10 @@ class ImageSamples(Dataset):
         for offset in range(100):
             other = (index + offset) % len(self)
             try:
-                return self.read(other), self.labels[other]
+                pixels = self._kept[other] if other in self._kept else self.read(other)
+                if len(self) * pixels.nbytes <= KEPT_BYTES:
+                    self._kept[other] = pixels
+                return pixels, self.labels[other]
             except OSError as error:
                 logger.warning(f"Skipped: {error}")
         raise OSError(f"100 images in a row, from number {index}, cannot be read. The log names each of them.")
