@@ -329,7 +329,7 @@ class TestHub:
         assert not [name for name in files if "checkpoint" in name]
         assert b'from_pretrained("someone/digits")' in files["README.md"]
         printed = caplog.text + "".join(capfd.readouterr())
-        assert "pushed to someone/digits" in printed
+        assert "pushed step 4 to someone/digits" in printed
         assert fake_hub.token not in printed
         kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         for name, data in (files | kept).items():
