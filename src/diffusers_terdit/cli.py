@@ -22,9 +22,9 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.utils import logging
 from huggingface_hub import snapshot_download
+from huggingface_hub.utils import tqdm
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from tqdm.auto import tqdm
 
 from . import __version__
 from .arguments import DTYPES, Parser, at_least, dtype, granularity, not_negative
