@@ -290,6 +290,9 @@ class TestNewClasses:
             assert torch.equal(predict(model, inputs), before)
         model.save_pretrained(tmp_path)
         assert TerDiTTransformer2DModel.from_pretrained(tmp_path).class_embed.num_embeddings == 13
+        assert model.remove_classes(2) is model
+        plain = tiny_model("packed").state_dict()
+        assert all(torch.equal(tensor, plain[name]) for name, tensor in model.state_dict().items())
 
     def test_a_new_row_trains_alone_and_travels_with_the_adapter(self, tiny_model, tiny_inputs, tmp_path):
         model = tiny_model("packed").add_classes(1)
@@ -316,6 +319,187 @@ class TestNewClasses:
         assert torch.equal(predict(again, inputs), expected)
         again.delete_adapters("second")
         assert torch.equal(predict(again, inputs), base)
+
+
+LATENTS = {"num_inference_steps": 2, "output_type": "latent", "callback_on_step_end": lambda *args: args[3]}
+
+
+class TestPipeline:
+    @pytest.fixture
+    def make(self, tiny_pipeline):
+        return lambda **options: tiny_pipeline(weight_format="packed", **options)
+
+    @pytest.fixture
+    def taught(self, make, tmp_path):
+        """`taught("frog", ...)`: saves an adapter with these new classes; returns its folder and their latents."""
+
+        def teach(*names, seed=1):
+            pipe = make()
+            pipe.transformer.add_classes(len(names))
+            rows = list(range(10, 10 + len(names)))
+            pipe.register_to_config(id2label={**pipe.config.id2label, **dict(zip(map(str, rows), names, strict=True))})
+            adapted(pipe.transformer, seed, trainable_token_indices={"class_embed": rows})
+            with torch.no_grad():
+                pipe.transformer.class_embed.token_adapter.trainable_tokens_delta["default"].add_(seed)
+            pipe.save_lora_weights(tmp_path / names[0])
+            return tmp_path / names[0], sample(pipe, list(names))
+
+        return teach
+
+    def test_one_line_loads_an_adapter_with_its_classes_and_unloading_leaves_nothing(self, make, taught):
+        folder, expected = taught("frog", "octopus")
+        pipe = make()
+        before, names, old = copy.deepcopy(pipe.transformer.state_dict()), pipe.config.id2label, sample(pipe, [3])
+        pipe.load_lora_weights(folder, adapter_name="animals")
+        assert (pipe.labels["frog"], pipe.labels["octopus"]) == (10, 11)
+        assert torch.equal(sample(pipe, ["frog", "octopus"]), expected)
+        assert pipe.get_active_adapters() == ["animals"]
+        assert pipe.get_list_adapters() == {"transformer": ["animals"]}
+        pipe.save_lora_weights(folder.with_name("again"))  # of a pipeline that has loaded it
+        again = make()
+        again.load_lora_weights(folder.with_name("again"))
+        assert torch.equal(sample(again, ["frog", "octopus"]), expected)
+        pipe.set_adapters("animals", 0.5)
+        assert not torch.equal(sample(pipe, ["frog", "octopus"]), expected)
+        pipe.disable_lora()
+        torch.testing.assert_close(sample(pipe, [3]), old)
+        pipe.enable_lora()
+        pipe.unload_lora_weights()
+        assert pipe.config.id2label == names
+        assert pipe.transformer.config.num_classes == 10
+        after = pipe.transformer.state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+        pipe.load_lora_weights(str(folder))
+        assert torch.equal(sample(pipe, ["frog", "octopus"]), expected)
+
+    def test_classes_of_several_adapters_get_ids_of_their_own(self, make, taught):
+        (first, frog), (second, penguin) = taught("frog"), taught("penguin", seed=2)
+        pipe = make()
+        pipe.load_lora_weights(first, adapter_name="first")
+        pipe.load_lora_weights(second, adapter_name="second")
+        assert (pipe.labels["frog"], pipe.labels["penguin"]) == (10, 11)
+        assert torch.equal(sample(pipe, ["penguin"]), penguin)
+        pipe.set_adapters("first")
+        assert torch.equal(sample(pipe, ["frog"]), frog)
+        pipe.set_adapters(["first", "second"])
+        assert sample(pipe, ["frog", "penguin"]).isfinite().all()
+        pipe.delete_adapters("first")
+        assert torch.equal(sample(pipe, ["penguin"]), penguin)
+        pipe.unload_lora_weights()
+        assert pipe.transformer.config.num_classes == 10
+        assert pipe.labels == make().labels
+
+    def test_an_adapter_without_classes_goes_with_one_that_has_some(self, make, taught, tmp_path):
+        folder, frog = taught("frog")
+        adapted(make().transformer, 3).save_lora_adapter(tmp_path / "style")
+        pipe = make()
+        pipe.load_lora_weights(folder, adapter_name="frog")
+        pipe.load_lora_weights(tmp_path / "style", adapter_name="style")
+        plain = make()
+        plain.load_lora_weights(tmp_path / "style")
+        assert torch.equal(sample(pipe, [1, 2]), sample(plain, [1, 2]))
+        pipe.set_adapters(["frog", "style"], [1.0, 0.0])
+        torch.testing.assert_close(sample(pipe, ["frog"]), frog)
+        pipe.set_adapters("style")
+        assert torch.equal(sample(pipe, [1, 2]), sample(plain, [1, 2]))
+        pipe.set_adapters("frog")
+        pipe.delete_adapters("style")
+        assert torch.equal(sample(pipe, ["frog"]), frog)
+
+    def test_a_class_that_the_model_knows_keeps_its_id(self, make, taught):
+        folder, expected = taught("frog")
+        pipe = make()
+        pipe.transformer.add_classes(2)
+        pipe.register_to_config(id2label={**pipe.config.id2label, "11": "frog"})
+        pipe.load_lora_weights(folder)
+        assert (pipe.labels["frog"], pipe.transformer.config.num_classes) == (11, 12)
+        assert torch.equal(sample(pipe, ["frog"]), expected)
+        pipe.unload_lora_weights()
+        assert (pipe.labels["frog"], pipe.transformer.config.num_classes) == (11, 12)
+
+    @pytest.mark.parametrize("prefix", ["", "transformer."])
+    def test_plain_adapters_of_peft_and_diffusers(self, make, prefix):
+        pipe = make()
+        adapted(pipe.transformer, lora_alpha=3)  # without settings the host takes alpha = rank
+        expected = sample(pipe, [1, 2])
+        tensors = {f"{prefix}{key}": t for key, t in get_peft_model_state_dict(pipe.transformer).items()}
+        again = make()
+        again.load_lora_weights(tensors, adapter_name="style")
+        assert torch.equal(sample(again, [1, 2]), expected)
+
+    def test_adapters_come_from_the_hub_and_go_to_a_named_file(self, make, tmp_path, fake_hub):
+        pipe = make()
+        adapted(pipe.transformer)
+        pipe.save_lora_weights(tmp_path, weight_name="style.safetensors")
+        create_repo("user/style", token=fake_hub.token)
+        upload_folder(repo_id="user/style", folder_path=tmp_path, token=fake_hub.token)
+        again = make()
+        again.load_lora_weights("user/style", weight_name="style.safetensors")
+        assert torch.equal(sample(again, [1]), sample(pipe, [1]))
+
+    def test_an_adapter_that_is_refused_leaves_the_pipeline_as_it_was(self, make, taught):
+        folder, _ = taught("frog")
+        data = (folder / FILE).read_bytes()
+        pipe = make()
+        before = copy.deepcopy(pipe.transformer.state_dict())
+        tensors, rows = load_file(folder / FILE), "class_embed.token_adapter.trainable_tokens_delta"
+        for change, error in (
+            (
+                lambda: (folder / FILE).write_bytes(data.replace(b'\\"frog', b'\\"grog', 1)),
+                "not those that were saved",
+            ),
+            (
+                lambda: changed_settings(folder, trainable_token_indices={"class_embed": [*range(10, 10**6)]}),
+                "999990 row",
+            ),
+            (lambda: changed_settings(folder, trainable_token_indices={"class_embed": [10]}, r=4), "rank is 4"),
+            (
+                lambda: save_file({**tensors, rows: torch.ones(1, 7)}, folder / FILE, metadata_of(folder)),
+                "digest|shape",
+            ),
+        ):
+            change()
+            with pytest.raises(ValueError, match=error):
+                pipe.load_lora_weights(folder)
+            (folder / FILE).write_bytes(data)
+            assert pipe.transformer.config.num_classes == 10
+            assert "frog" not in pipe.labels
+            after = pipe.transformer.state_dict()
+            assert before.keys() == after.keys()
+            assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+        pipe.load_lora_weights(folder)
+
+    @pytest.mark.parametrize("classes", ["[1]", '{"10": 1}', '{"x": "frog"}', "{"])
+    def test_names_that_are_none(self, make, taught, classes):
+        folder, _ = taught("frog")
+        save_file(load_file(folder / FILE), folder / FILE, {**metadata_of(folder), "terdit.classes": classes})
+        with pytest.raises(ValueError, match=r"adapter's classes are|are no JSON"):
+            make().load_lora_weights(folder)
+
+    def test_fusing_is_refused_for_ternary_layers_and_keeps_new_classes_of_others(self, make, taught, tiny_pipeline):
+        folder, _ = taught("frog")
+        pipe = make()
+        pipe.load_lora_weights(folder)
+        with pytest.raises(ValueError, match="no longer ternary"):
+            pipe.fuse_lora()
+        pipe.unload_lora_weights()
+        dense = TerDiTPipeline(pipe.transformer.dequantize(), pipe.scheduler, id2label=pipe.config.id2label)
+        dense.set_progress_bar_config(disable=True)
+        dense.load_lora_weights(folder)
+        expected = sample(dense, ["frog"])
+        dense.fuse_lora()
+        dense.unload_lora_weights()
+        torch.testing.assert_close(sample(dense, ["frog"]), expected, rtol=1e-3, atol=1e-4)
+
+
+def sample(pipe, labels):
+    return pipe(labels, generator=torch.Generator().manual_seed(0), **LATENTS).images
+
+
+def metadata_of(folder):
+    with safe_open(folder / FILE, framework="pt") as file:
+        return file.metadata()
 
 
 class TestFusing:

@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from diffusers.utils import convert_unet_state_dict_to_peft, is_peft_available, logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -68,6 +68,7 @@ FUSE_MESSAGE = (
 _LORA_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 # How the names of a LoRA's tensors end after ".lora_"; AdaLoRA and others have more.
 _LORA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DELTA = ".token_adapter.trainable_tokens_delta"  # rows of a table
 _LORA_PARTS = {"A.weight", "B.weight", "B.bias", "embedding_A", "embedding_B", "magnitude_vector"}
 
 
@@ -102,14 +103,15 @@ def _refuse_other_kinds(model: Any, given: str) -> None:
     )
 
 
-def _check_settings(model: Any, settings: Mapping[str, Any], where: str = "") -> None:
+def _check_settings(model: Any, settings: Mapping[str, Any], where: str = "", new_classes: int = 0) -> None:
     """Raise if a LoRA, given as the fields of its config, cannot be taken out again or needs a dense weight."""
     rows = settings.get("trainable_token_indices")
     null = getattr(model.config, "num_classes", None)
-    if isinstance(rows, dict) and null is not None and max(rows.get("class_embed") or [-1]) >= null:
+    if isinstance(rows, dict) and null is not None and max(rows.get("class_embed") or [-1]) >= null + new_classes:
         raise ValueError(
             f"{where}The adapter trains rows {rows['class_embed']} of the label table; here row {null} is the null"
-            " label. For new classes call `model.add_classes(...)` first, as when the adapter was trained."
+            " label. For new classes call `model.add_classes(...)` first, as when the adapter was trained;"
+            " `pipe.load_lora_weights` does it where the adapter has their names."
         )
     beside = {name: settings.get(name) for name in ("modules_to_save", "bias")}
     if kept := [f"{name}={value!r}" for name, value in beside.items() if value not in (None, "none", [])]:
@@ -191,7 +193,7 @@ def _check_tensors(where: Any, model: Any, state_dict: Mapping[str, torch.Tensor
     sizes = {"A.weight": ("in_features", -1), "B.weight": ("out_features", 0)}
     for key, tensor in state_dict.items():
         name, _, part = key.partition(".lora_")
-        if part not in _LORA_PARTS and not key.endswith(".trainable_tokens_delta"):
+        if part not in _LORA_PARTS and not key.endswith(_DELTA):
             _refuse_other_kinds(model, f"a tensor `{key}` in {where}")
         if tensor.dtype not in _LORA_DTYPES:
             raise ValueError(
@@ -220,10 +222,18 @@ def _check_tensors(where: Any, model: Any, state_dict: Mapping[str, torch.Tensor
 
 
 def _check_ranks(where: Any, state_dict: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> None:
-    """Raise unless the matrices and biases are those that the settings say; PEFT finds it when it is too late."""
+    """Raise unless matrices, biases and rows are those that the settings say; PEFT finds it when it is too late."""
     ranks = settings.get("rank_pattern") or {}
     for key, tensor in state_dict.items():
         name, _, part = key.partition(".lora_")
+        if key.endswith(_DELTA):
+            rows = settings.get("trainable_token_indices") or {}
+            rows = rows.get(key.removesuffix(_DELTA), []) if isinstance(rows, dict) else rows
+            if tensor.dim() != 2 or len(rows) != len(tensor):
+                raise ValueError(
+                    f"{where}: tensor `{key}` has shape {list(tensor.shape)}, the adapter's settings name {len(rows)}"
+                    " row(s) of the table. Download or save it again."
+                )
         if part not in ("A.weight", "B.weight"):
             continue
         default = settings.get("r", LoraConfig.r) if settings else state_dict[f"{name}.lora_A.weight"].shape[0]
@@ -238,11 +248,20 @@ def _check_ranks(where: Any, state_dict: Mapping[str, torch.Tensor], settings: M
 
 
 def _read_adapter(
-    given: Any, where: Any, options: Mapping[str, Any]
-) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
-    """Return the tensors of an adapter and its settings, found to be those that were saved."""
+    given: Any, options: Mapping[str, Any]
+) -> tuple[Any, dict[str, torch.Tensor], dict[str, Any] | None, dict[str, str]]:
+    """Return how to call an adapter, its tensors, its settings and the names of the label rows that it trains.
+
+    Settings and names are found to be those that were saved.
+    """
+    where = "the adapter" if isinstance(given, dict) else given
+    file = options.get("weight_name") or LORA_WEIGHT_NAME_SAFE
+    if not file.endswith(".safetensors") or options.get("use_safetensors") is False:
+        raise ValueError("Adapters are read from safetensors only, where a file holds no code. Save it as one.")
     try:
         state_dict, settings, metadata = fetch_adapter(given, options)
+        metadata = metadata or {}
+        classes = json.loads(metadata.get(_CLASSES, "{}"))
     except (SafetensorError, OSError) as error:
         raise OSError(f"{where} holds no readable safetensors file ({error}). Download or save it again.") from error
     except (json.JSONDecodeError, RecursionError) as error:
@@ -251,16 +270,52 @@ def _read_adapter(
         ) from error
     if not isinstance(settings, dict | None):
         raise ValueError(f"{where}: the adapter's settings are {settings!r:.80}, expected an object. Save it again.")
-    check_contents(where, state_dict, metadata or {})
-    saved = (metadata or {}).get("terdit.config")
-    if saved is not None and saved != canonical_json(settings or {}):
+    if not fits(classes, dict[str, str], 1) or not all(key.isdecimal() for key in classes):
+        raise ValueError(f"{where}: the adapter's classes are {classes!r:.80}, expected names by row. Save it again.")
+    check_contents(where, state_dict, metadata)
+    saved = metadata.get("terdit.config")
+    if saved is not None and saved != _saved_config(settings, classes):
         raise ValueError(
             f"{where}: the adapter's settings are not those that were saved. The file is damaged or was changed;"
             " download or save it again."
         )
     if settings is None and not isinstance(given, dict):
         logger.warning(f"{where} carries no settings of its LoRA, so alpha is taken to be the rank.")
-    return state_dict, settings
+    return where, state_dict, settings, classes
+
+
+_CLASSES = "terdit.classes"  # in a file's metadata: the names of the label rows that the adapter trains
+
+
+def _saved_config(settings: dict[str, Any] | None, classes: Mapping[str, str]) -> str:
+    """Write an adapter's settings, and names of classes where there are some, a second time: damage shows."""
+    return canonical_json({**(settings or {}), **({_CLASSES: classes} if classes else {})})
+
+
+def _check_adapter(
+    model: Any,
+    where: Any,
+    state_dict: dict[str, torch.Tensor],
+    metadata: dict[str, Any] | None,
+    prefix: str | None,
+    new_classes: int = 0,
+) -> None:
+    """Raise unless an adapter that was read is plain LoRA that fits the model, once it has `new_classes` more."""
+    start = "" if prefix is None else f"{prefix}."
+    own, settings = (
+        {key.removeprefix(start): value for key, value in (found or {}).items() if key.startswith(start)}
+        for found in (state_dict, metadata)
+    )
+    if not own:  # diffusers warns
+        raise ValueError(f"There is no LoRA in {where} whose names start with {prefix!r}. Try `prefix=None`.")
+    if any("lora_magnitude_vector" in key for key in own):
+        settings["use_dora"] = True
+    tensors = convert_unet_state_dict_to_peft(own)
+    _check_tensors(where, model, tensors)
+    if metadata is not None:
+        _check_saved_settings(where, {**settings, "target_modules": settings.get("target_modules")})
+    _check_ranks(where, tensors, settings if metadata else {})
+    _check_settings(model, settings, f"{where}: ", new_classes)
 
 
 class TernaryAdapterMixin(PeftAdapterMixin):
@@ -305,30 +360,11 @@ class TernaryAdapterMixin(PeftAdapterMixin):
                 The model is then as it was.
             OSError: The file is missing or cannot be read.
         """
-        given = pretrained_model_name_or_path_or_dict
-        where = "the adapter" if isinstance(given, dict) else given
-        file = kwargs.get("weight_name") or LORA_WEIGHT_NAME_SAFE
-        if not file.endswith(".safetensors") or kwargs.get("use_safetensors") is False:
-            raise ValueError("Adapters are read from safetensors only, where a file holds no code. Save it as one.")
         with _peft():
-            state_dict, metadata = _read_adapter(given, where, kwargs)
-            start = "" if prefix is None else f"{prefix}."
-            own, settings = (
-                {key.removeprefix(start): value for key, value in (found or {}).items() if key.startswith(start)}
-                for found in (state_dict, metadata)
-            )
-            if not own:  # diffusers warns
-                raise ValueError(f"There is no LoRA in {where} whose names start with {prefix!r}. Try `prefix=None`.")
-            if any("lora_magnitude_vector" in key for key in own):
-                settings["use_dora"] = True
-            tensors = convert_unet_state_dict_to_peft(own)
-            _check_tensors(where, self, tensors)
-            if metadata is not None:
-                _check_saved_settings(where, {**settings, "target_modules": settings.get("target_modules")})
-            _check_ranks(where, tensors, settings if metadata else {})
-            _check_settings(self, settings, f"{where}: ")
+            where, tensors, metadata, _ = _read_adapter(pretrained_model_name_or_path_or_dict, kwargs)
+            _check_adapter(self, where, tensors, metadata, prefix)
             options = {**kwargs, "prefix": prefix, "hotswap": hotswap, "metadata": metadata}
-            load_adapter(self, state_dict, partial(_teach, self), **options)
+            load_adapter(self, tensors, partial(_teach, self), **options)
 
     def save_lora_adapter(
         self,
@@ -337,6 +373,7 @@ class TernaryAdapterMixin(PeftAdapterMixin):
         upcast_before_saving: bool = False,
         safe_serialization: bool = True,
         weight_name: str | None = None,
+        classes: Mapping[str, str] | None = None,
     ) -> None:
         """Save an adapter, with a digest; see [`~loaders.PeftAdapterMixin.save_lora_adapter`].
 
@@ -346,6 +383,7 @@ class TernaryAdapterMixin(PeftAdapterMixin):
             upcast_before_saving (`bool`): Save float32.
             safe_serialization (`bool`): Only `True`: safetensors.
             weight_name (`str`, *optional*): The file's, by default `pytorch_lora_weights.safetensors`.
+            classes (`dict[str, str]`, *optional*): Names of the label rows that are the adapter's, by row.
 
         Raises:
             ValueError: There is no such adapter, another format is asked for, or `save_directory` is a file.
@@ -360,9 +398,16 @@ class TernaryAdapterMixin(PeftAdapterMixin):
             )
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
-            tensors = load_file(path)
+            tensors, settings = load_file(path), json.loads(metadata[LORA_ADAPTER_METADATA_KEY])
+            if classes:
+                metadata[_CLASSES] = canonical_json(classes)
+                if not settings.get("trainable_token_indices"):
+                    rows = [int(row) for row in classes]
+                    settings["trainable_token_indices"] = {"class_embed": rows}
+                    tensors[f"class_embed{_DELTA}"] = self.label_table.weight[rows].cpu()  # type: ignore[attr-defined]
+                    metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(settings)
             metadata["terdit.sha256"] = state_dict_digest(tensors)
-            metadata["terdit.config"] = canonical_json(json.loads(metadata[LORA_ADAPTER_METADATA_KEY]))
+            metadata["terdit.config"] = _saved_config(settings, classes or {})
             save_file(tensors, path, metadata)
 
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
@@ -382,6 +427,148 @@ class TernaryAdapterMixin(PeftAdapterMixin):
                 parent, _, child = name.rpartition(".")
                 setattr(self.get_submodule(parent), child, adapter.base_layer)  # type: ignore[attr-defined]
         PeftAdapterMixin.unload_lora(self)
+
+
+class TernaryLoraLoaderMixin(LoraBaseMixin):
+    """LoRA of a pipeline, as diffusers' pipelines have it; the classes that an adapter was taught come along."""
+
+    _lora_loadable_modules = ["transformer"]
+    _own_classes: int | None = None  # of the model without those of adapters; `None` where it has no others
+    _adapter_classes: Mapping[str, dict[str, str]] = {}  # by adapter: names of its rows of the label table
+    transformer: Any
+    config: Any
+    register_to_config: Any
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict,
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Load an adapter, and make it the active one. Classes that the model does not know by name are added.
+
+        Args:
+            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`): Folder, Hub repository or tensors,
+                as `save_lora_weights`, `transformer.save_lora_adapter` or PEFT wrote them.
+            adapter_name (`str`, *optional*): To tell several apart.
+            hotswap (`bool`): Put the weights in the place of the adapter of that name, for compiled models.
+            kwargs: `weight_name`, `revision`, `token`, ...
+
+        Raises:
+            ValueError: The adapter is not plain LoRA, or is of another model. The pipeline is then as it was.
+            OSError: The file is missing or cannot be read.
+        """
+        with _peft():
+            where, tensors, metadata, classes = _read_adapter(pretrained_model_name_or_path_or_dict, kwargs)
+            prefix = "transformer" if all(key.startswith("transformer.") for key in tensors) else None
+            start = f"{prefix}." if prefix else ""
+            trained, table = f"{start}trainable_token_indices", f"{start}class_embed{_DELTA}"
+            tokens, model = (metadata or {}).get(trained), self.transformer
+            new: dict[str, str] = {}
+            if metadata and isinstance(tokens, dict) and fits(tokens.get("class_embed"), list[int], 0):
+                rows, new = self._match_classes(tokens["class_embed"], classes)
+                metadata = {**metadata, trained: {**tokens, "class_embed": rows}}
+            _check_adapter(model, where, tensors, metadata, prefix, len(new))
+            count = model.config.num_classes
+            own = count if self._own_classes is None else self._own_classes
+            added = {}
+            if metadata and table in tensors:  # rows of new classes go to the table; PEFT could not combine adapters
+                added = {row: tensors[table][i] for i, row in enumerate(rows) if row >= own}
+                kept = [i for i, row in enumerate(rows) if row < own]
+                metadata[trained] = {"class_embed": [rows[i] for i in kept]} if kept else None
+                tensors = {**tensors, table: tensors[table][kept]}
+                if not kept:
+                    del tensors[table]
+            if new:
+                model.add_classes(len(new))
+            try:
+                options = {**kwargs, "adapter_name": adapter_name, "prefix": prefix, "metadata": metadata}
+                load_adapter(model, tensors, partial(_teach, model), **options, hotswap=hotswap, _pipeline=self)
+            except BaseException:
+                if new:
+                    model.remove_classes(len(new))
+                raise
+            if added:
+                with torch.no_grad():
+                    for row, weight in added.items():
+                        model.label_table.weight[row] = weight.to(model.label_table.weight)
+                self._own_classes = own
+                names = {**(self.config.id2label or {}), **new}
+                self.register_to_config(id2label=names)
+                name, its = adapter_name or list(model.peft_config)[-1], {str(row) for row in added} & set(names)
+                self._adapter_classes = {**self._adapter_classes, name: {row: names[row] for row in sorted(its)}}
+
+    def _match_classes(self, rows: list[int], classes: Mapping[str, str]) -> tuple[list[int], dict[str, str]]:
+        """Return the rows that trained rows have in this model, by their names, and the names that it does not know.
+
+        Another adapter may have brought classes; then the ids of this one are others than when it was trained.
+        """
+        known = self.config.id2label or {}
+        ids = {name: int(key) for key, name in reversed(known.items())}
+        matched: list[int] = []
+        new: dict[str, str] = {}
+        first = self.transformer.config.num_classes
+        for row in rows:
+            name = classes.get(str(row))
+            if name is not None and known.get(str(row)) != name and (row := ids.get(name, -1)) < 0:
+                row = first + len(new)
+                new[str(row)] = name
+            matched.append(row)
+        return matched, new
+
+    def save_lora_weights(
+        self,
+        save_directory: str | os.PathLike,
+        adapter_name: str | None = None,
+        weight_name: str | None = None,
+        upcast_before_saving: bool = False,
+        safe_serialization: bool = True,
+    ) -> None:
+        """Save an adapter with the names of the classes whose label rows it trains, for `load_lora_weights`.
+
+        In diffusers this is a class method that takes tensors; here the pipeline has them, and the names.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Made if it does not exist.
+            adapter_name (`str`, *optional*): Which one; not needed where there is one.
+            weight_name (`str`, *optional*): The file's, by default `pytorch_lora_weights.safetensors`.
+            upcast_before_saving (`bool`): Save float32.
+            safe_serialization (`bool`): Only `True`: safetensors.
+
+        Raises:
+            ValueError: There is no such adapter, or several and none is named.
+            OSError: It cannot be written; what was there before is still there.
+        """
+        configs = getattr(self.transformer, "peft_config", None) or {}
+        name = next(iter(configs)) if adapter_name is None and len(configs) == 1 else adapter_name
+        if name is None or name not in configs:
+            raise ValueError(f"The model has the adapters {list(configs)}, got {name!r}. Pass one as `adapter_name`.")
+        rows, names = configs[name].trainable_token_indices, self.config.id2label or {}
+        rows = rows.get("class_embed", []) if isinstance(rows, dict) else []
+        classes = {str(row): names[str(row)] for row in rows if str(row) in names} or self._adapter_classes.get(name)
+        self.transformer.save_lora_adapter(
+            save_directory, name, upcast_before_saving, safe_serialization, weight_name, classes
+        )
+
+    def unload_lora_weights(self) -> None:
+        """Take all adapters out, and the classes that `load_lora_weights` added: the pipeline is what it was."""
+        super().unload_lora_weights()
+        if (count := self._own_classes) is None:
+            return
+        self._own_classes, self._adapter_classes = None, {}
+        self.transformer.remove_classes(self.transformer.config.num_classes - count)
+        names = {key: name for key, name in (self.config.id2label or {}).items() if int(key) < count}
+        self.register_to_config(id2label=names or None)
+
+    def fuse_lora(self, components: Sequence[str] = ("transformer",), *args: Any, **kwargs: Any) -> None:
+        """Raise on a ternary model; do as diffusers does on a full-precision one, whose new classes then stay.
+
+        Raises:
+            ValueError: A ternary layer has an adapter.
+        """
+        super().fuse_lora(components, *args, **kwargs)
+        self._own_classes, self._adapter_classes = None, {}
 
 
 class _LentMethods(TernaryAdapterMixin):

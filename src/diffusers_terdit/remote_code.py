@@ -133,6 +133,10 @@ class StrictPipelineMixin:
         return json.dumps(config, indent=2, sort_keys=True) + "\\n"
 
 
+class TernaryLoraLoaderMixin:
+    """Adapters need the package."""
+
+
 def is_offloaded(model):
     """Whether hooks of accelerate or of diffusers' group offloading move the weights of the model or a part of it."""
     registries = [getattr(module, "_diffusers_hook", None) for module in model.modules()]

@@ -76,6 +76,27 @@ def load_settings(w, text, keep=False):
     w.model().load_lora_adapter(file.parent)
 
 
+def with_classes(**changes):
+    """Load an adapter with a new class whose file has another entry in its metadata."""
+
+    def provoke(w):
+        pipe = w.pipe()
+        pipe.transformer.add_classes(1)
+        pipe.register_to_config(id2label={"4": "new"})
+        import peft
+
+        rows = {"class_embed": [4]}
+        pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], trainable_token_indices=rows))
+        pipe.save_lora_weights(w.tmp)
+        file = w.tmp / "pytorch_lora_weights.safetensors"
+        with safe_open(file, "pt") as opened:
+            saved = {key: value for key, value in opened.metadata().items() if key != "terdit.config"}
+        save_file(load_file(file), file, {**saved, **{k.replace("__", "."): v for k, v in changes.items()}})
+        w.pipe().load_lora_weights(w.tmp)
+
+    return provoke
+
+
 def no_safetensors(w):
     (w.tmp / "pytorch_lora_weights.safetensors").write_bytes(b"nothing")
     w.model().load_lora_adapter(w.tmp)
@@ -184,8 +205,8 @@ ROWS = [
     Row(nan_in_a_layer, "transformer_blocks.0.attn.to_q", "NaN or infinity",
         "Take one from before training diverged."),
     Row(lambda w: w.model().add_classes(0), "got 0", "`count` must be a positive int"),
-    Row(lambda w: with_adapter(w, trainable_token_indices={"class_embed": [1]}).add_classes(1),
-        "TrainableTokensWrapper", "The label table is a", "add classes before adapters"),
+    Row(lambda w: with_adapter(w, target_modules=["class_embed"]).add_classes(1),
+        Fixed("The label table"), "in an adapter's `target_modules`, which fixes its size", "or after `unload_lora()`"),
     Row(lambda w: w.model(ternary=False).set_activation_bits(8), "bits=8", "full precision (ternary=False)",
         "Leave the call out."),
     Row(lambda w: w.model(ternary=False).pack(), Fixed("ternary=False"), "no ternary weights to pack",
@@ -319,6 +340,12 @@ ROWS = [
         "`save_lora_adapter` saves them"),
     Row(add(trainable_token_indices={"class_embed": [4]}), "[4]", "here row 4 is the null label",
         "call `model.add_classes(...)` first"),
+    Row(lambda w: w.model().remove_classes(4), "got 4", "an int from 1 to 3", "so that a class is left"),
+    Row(with_classes(terdit__classes="[1]"), "classes are [1]", "expected names by row", "Save it again."),
+    Row(lambda w: w.pipe().save_lora_weights(w.tmp), "got None", "The model has the adapters []",
+        "Pass one as `adapter_name`"),
+    Row(with_classes(lora_adapter_metadata='{"r": 2, "target_modules": ["to_q"]}'), "trainable_tokens_delta",
+        "the adapter's settings name 0 row(s)", "Download or save it again."),
     Row(add(bias="all"), "bias='all'", "trains weights of the model itself", "Name the layers in `target_modules`"),
     Row(add(modules_to_save=["class_embed"]), "modules_to_save=['class_embed']", "trains weights of the model itself",
         "for rows of the label table, `trainable_token_indices`"),

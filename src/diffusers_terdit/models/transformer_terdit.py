@@ -380,6 +380,11 @@ class TerDiTTransformer2DModel(TernaryModelMixin, TernaryAdapterMixin, CacheMixi
         self.register_to_config(weight_format="float")
         return self
 
+    @property
+    def label_table(self) -> nn.Module:
+        """The embedding of the labels, without what PEFT puts around it where an adapter trains rows."""
+        return getattr(getattr(self.class_embed, "token_adapter", None), "base_layer", self.class_embed)
+
     @torch.no_grad()
     def add_classes(self, count: int = 1) -> "TerDiTTransformer2DModel":
         """Make room for new labels, in place, after the last one; all old labels keep their outputs.
@@ -391,17 +396,41 @@ class TerDiTTransformer2DModel(TernaryModelMixin, TernaryAdapterMixin, CacheMixi
             count (`int`, defaults to 1): How many.
 
         Raises:
-            ValueError: No positive number, or the label table has an adapter already.
+            ValueError: No positive number, or the label table has a LoRA of its own.
         """
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ValueError(f"`count` must be a positive int, got {count!r}.")
-        table, null = self.class_embed, self.config.num_classes
-        if type(table) is not nn.Embedding:
-            raise ValueError(f"The label table is a {type(table).__name__}: add classes before adapters.")
-        rows = torch.cat([table.weight[:null], table.weight[null:].expand(count + 1, -1)])
-        self.class_embed = nn.Embedding.from_pretrained(rows, freeze=not table.weight.requires_grad)
-        self.register_to_config(num_classes=null + count)
+        self._resize_classes(self.config.num_classes + count)
         return self
+
+    def remove_classes(self, count: int = 1) -> "TerDiTTransformer2DModel":
+        """Remove the last labels, in place: undo `add_classes`; all other labels keep their outputs.
+
+        Args:
+            count (`int`, defaults to 1): How many.
+
+        Raises:
+            ValueError: No label would be left, or the label table has a LoRA of its own.
+        """
+        null = self.config.num_classes
+        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count < null:
+            raise ValueError(f"`count` must be an int from 1 to {null - 1}, so that a class is left, got {count!r}.")
+        self._resize_classes(null - count)
+        return self
+
+    def _resize_classes(self, num_classes: int) -> None:
+        """Keep the first rows of the label table, fill up with copies of the null row, and end with the null row."""
+        table, null = self.label_table, self.config.num_classes
+        if type(table) is not nn.Embedding:
+            raise ValueError(
+                "The label table is in an adapter's `target_modules`, which fixes its size. Change the classes before"
+                " adapters, or after `unload_lora()`."
+            )
+        kept = table.weight[: min(null, num_classes)]
+        rows = torch.cat([kept, table.weight[null:].expand(num_classes + 1 - len(kept), -1)])
+        table.weight = nn.Parameter(rows, requires_grad=table.weight.requires_grad)
+        table.num_embeddings = len(rows)
+        self.register_to_config(num_classes=num_classes)
 
     def set_activation_bits(self, bits: int | str | None) -> None:
         """Round the inputs of the packed layers to integers, for speed: the caller's choice, never saved.
