@@ -407,7 +407,7 @@ class Trainer:
         self.args, self.accelerator = args, accelerator
         self.device, self.is_main_process = accelerator.device, accelerator.is_main_process
         self.batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-        self.step, self.stop_requested, self.interrupted = 0, 0.0, False
+        self.step, self.stop_request = 0, None
         self.upload: Thread | None = None
         self.log_path = args.output_dir / "log.jsonl"
         found = training.checkpointing.find(args.output_dir)
@@ -580,9 +580,7 @@ class Trainer:
     def train(self) -> bool:
         """Train to the last step; return False where SIGTERM or Ctrl-C ended the run earlier, after saving."""
         args = self.args
-        for number in (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self.request_stop)
+        self.stop_request = training.stopping.StopRequest()
         if self.resumed_from:
             self.make_up_validation()
         self.log_start()
@@ -621,16 +619,6 @@ class Trainer:
                 self.push_meanwhile()
         progress.close()
         return True
-
-    def request_stop(self, signum, frame) -> None:
-        """Ask for a checkpoint and an end after this step; end at once at a second Ctrl-C.
-
-        One that comes within a second is the same one: a launcher passes it on to processes that have got it, too.
-        """
-        now = time.monotonic()
-        if signum == signal.SIGINT and self.stop_requested and now - self.stop_requested > 1:
-            raise KeyboardInterrupt
-        self.stop_requested, self.interrupted = self.stop_requested or now, signum == signal.SIGINT
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
         """Return the micro-batches of this process from the present step on."""
@@ -695,7 +683,7 @@ class Trainer:
         training.recipes.update_average(self.ema_model, self.transformer, decay)
         self.step += 1
         # One reduction: the mean loss, and whether any process was asked to stop.
-        report = torch.stack([step_loss, torch.full_like(step_loss, bool(self.stop_requested))])
+        report = torch.stack([step_loss, torch.full_like(step_loss, bool(self.stop_request))])
         mean_loss, stop = accelerator.reduce(report, reduction="mean").tolist()
         return mean_loss, grad_norm, bool(stop)
 
@@ -1002,7 +990,7 @@ def main(argv=None) -> None:
         if accelerator.is_main_process and not existed:
             with suppress(OSError):  # what could not start leaves no empty folder
                 args.output_dir.rmdir()
-    if trainer.interrupted and not complete:
+    if trainer.stop_request.interrupted and not complete:
         raise KeyboardInterrupt
 
 

@@ -228,7 +228,10 @@ def generate(args: argparse.Namespace) -> None:
     output = Path(args.output) if args.output else _free_name()
     _check_picture(output, args.overwrite)
     device = usable_device(args.device)
-    pipe = load_pipeline(args.model, args.dtype).to(device)
+    pipe = load_pipeline(args.model, args.dtype)
+    if args.lora:
+        pipe.load_lora_weights(args.lora)
+    pipe = pipe.to(device)
     if args.activation_bits:
         pipe.transformer.set_activation_bits(args.activation_bits)
     if args.scheduler:
@@ -627,6 +630,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="Label names or class ids. A number that is a name means that name, an underscore may be a space, and"
         " commas may join several. Without it, the first ten classes are drawn.",
     )
+    add("--lora", help="Load this LoRA adapter, a folder or Hub id, with the classes that it was taught.")
     add("--num_images_per_label", type=at_least(1), default=1, help="How many images of each label to draw.")
     add(
         "--num_inference_steps", type=at_least(1), help="Denoising steps. Without it, as many as the model recommends."

@@ -429,7 +429,7 @@ class TernaryAdapterMixin(PeftAdapterMixin):
         PeftAdapterMixin.unload_lora(self)
 
 
-class TernaryLoraLoaderMixin(LoraBaseMixin):
+class PipelineAdapterMixin(LoraBaseMixin):
     """LoRA of a pipeline, as diffusers' pipelines have it; the classes that an adapter was taught come along."""
 
     _lora_loadable_modules = ["transformer"]

@@ -133,7 +133,7 @@ class StrictPipelineMixin:
         return json.dumps(config, indent=2, sort_keys=True) + "\\n"
 
 
-class TernaryLoraLoaderMixin:
+class PipelineAdapterMixin:
     """Adapters need the package."""
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import SchedulerMixin
 from filelock import FileLock
+from safetensors.torch import save_file
 
 from diffusers_terdit import DiffusionPipeline, TerDiTPipeline, TerDiTTransformer2DModel, TernaryLinear
 from diffusers_terdit.storage import saving
@@ -569,3 +570,22 @@ class TestFolders:
         assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
         assert (tmp_path / "number").read_text() == "120"
         assert [path.name for path in tmp_path.iterdir()] == ["number"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of files")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_saved_files_have_the_mode_that_the_umask_gives(tmp_path, umask, mode):
+    """safetensors makes its files readable to their owner alone."""
+    before = os.umask(umask)
+    try:
+        with saving.new_file(tmp_path / "one.safetensors") as path:
+            save_file({"x": torch.ones(1)}, path)
+        with saving.new_folder(tmp_path / "folder") as path:
+            (path / "inside").mkdir()
+            save_file({"x": torch.ones(1)}, path / "inside" / "two.safetensors")
+        with saving.replacing(tmp_path / "model", tmp_path / "model" / "x.saving") as path:
+            save_file({"x": torch.ones(1)}, path / "three.safetensors")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*.safetensors")}
+    assert modes == dict.fromkeys(("one.safetensors", "two.safetensors", "three.safetensors"), mode)

@@ -19,7 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .._diffusers import is_offloaded, reset_step_caches
-from ..lora import TernaryLoraLoaderMixin
+from ..lora import PipelineAdapterMixin
 from ..modeling import StrictPipelineMixin
 from ..models.transformer_terdit import TerDiTTransformer2DModel
 from .finite import FiniteCheck
@@ -51,7 +51,7 @@ def _check_settings(num_inference_steps: Any, guidance_scale: Any, **counts: Any
             raise ValueError(f"`{name}` must be a positive int, got {value!r}.")
 
 
-class TerDiTPipeline(StrictPipelineMixin, TernaryLoraLoaderMixin, DiffusionPipeline):
+class TerDiTPipeline(StrictPipelineMixin, PipelineAdapterMixin, DiffusionPipeline):
     r"""Images from class labels with a [`TerDiTTransformer2DModel`].
 
     Args:

@@ -156,6 +156,7 @@ def replacing(folder: Path, marker: Path, clear: bool = True, seconds: float = 1
             with _locked(marker.parent / "terdit-saving.lock", seconds, busy):
                 marker.touch()
                 for file in files:
+                    _set_mode(partial / file)
                     os.replace(partial / file, folder / file)
                 written = {(file.parent, weights_name(file.name)) for file in files if clear}
                 for parent in {parent for parent, name in written if name}:
@@ -258,9 +259,8 @@ def new_file(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     with writing(path), partial_path(path) as partial:
         partial.touch()
-        mode = partial.stat().st_mode  # safetensors would leave the file to its owner alone
         yield partial
-        partial.chmod(mode)
+        _set_mode(partial)
         _sync(partial)
         os.replace(partial, path)
 
@@ -279,6 +279,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         for file in [*partial.rglob("*"), partial]:
+            _set_mode(file)
             _sync(file)
         old = partial.with_name(f"{path.name}.old")
         if path.exists():  # moved as a whole: a folder that is removed file by file may look whole
@@ -290,6 +291,12 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
                 os.replace(old, path)
             raise
         _sync(path.parent)
+
+
+def _set_mode(path: Path) -> None:
+    """Give a file the mode that the user's umask asks for, as its new folder has it; safetensors gives 0600."""
+    if path.is_file():
+        path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _sync(path: Path) -> None:

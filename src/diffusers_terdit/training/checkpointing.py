@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def cut_log(path: str | os.PathLike, step: int) -> None:
 def save(
     folder: str | os.PathLike,
     model: ModelMixin,
-    ema_model: ModelMixin,
+    ema_model: ModelMixin | None,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     is_main_process: bool = True,
@@ -94,7 +95,8 @@ def save(
     Args:
         folder (`str` or `os.PathLike`): `checkpoint-N`; written beside it first, then renamed.
         model ([`~diffusers.ModelMixin`]): Not wrapped by DDP; its parameters may be sharded by `fully_shard`.
-        ema_model ([`~diffusers.ModelMixin`]): Its average.
+        ema_model ([`~diffusers.ModelMixin`], *optional*): Its average. `None` where an adapter is trained: then
+            `model.safetensors` holds what takes gradients alone, and there is no `ema.safetensors`.
         optimizer (`torch.optim.Optimizer`): Over `model`'s parameters.
         state (`dict`): What else to keep, as JSON: the step, the batch size.
         is_main_process (`bool`): Whether this process, of rank 0, writes.
@@ -118,8 +120,11 @@ def save(
                 digest = {"terdit.sha256": state_dict_digest(contiguous)}
                 save_file(contiguous, partial / f"{name}.safetensors", {**marks, **digest})
 
-        write("model", get_model_state_dict(model, options=options))
-        write("ema", get_model_state_dict(ema_model, options=options))
+        if ema_model is None:
+            write("model", _trained(model))
+        else:
+            write("model", get_model_state_dict(model, options=options))
+            write("ema", get_model_state_dict(ema_model, options=options))
         # torch would have an optimizer without state take a step.
         write("optimizer", _optimizer_state(model, optimizer, options) if optimizer.state else {})
         if partial is not None:
@@ -128,7 +133,7 @@ def save(
 
 
 def load(
-    folder: str | os.PathLike, model: ModelMixin, ema_model: ModelMixin, optimizer: torch.optim.Optimizer
+    folder: str | os.PathLike, model: ModelMixin, ema_model: ModelMixin | None, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
     """Restore in place what `save` wrote, on any number of processes, and return its `state`.
 
@@ -142,10 +147,11 @@ def load(
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
     folder = Path(folder)
-    state = read_state(folder)
+    state = read_state(folder, ("model", "optimizer") if ema_model is None else ("model", "ema", "optimizer"))
     _check_config(folder, model)
-    restore_tensors(folder / "model.safetensors", model.state_dict())
-    restore_tensors(folder / "ema.safetensors", ema_model.state_dict())
+    restore_tensors(folder / "model.safetensors", _trained(model) if ema_model is None else model.state_dict())
+    if ema_model is not None:
+        restore_tensors(folder / "ema.safetensors", ema_model.state_dict())
     # The optimizer's own tensors, which a step without gradients makes where there are none. They are overwritten in
     # place: `set_optimizer_state_dict` would hold a second set of them.
     tensors = _optimizer_state(model, optimizer, StateDictOptions(flatten_optimizer_state_dict=True))
@@ -155,8 +161,8 @@ def load(
     return state
 
 
-def read_state(folder: str | os.PathLike) -> dict[str, Any]:
-    """Return the `state` that a checkpoint was saved with, after a check that its files belong together.
+def read_state(folder: str | os.PathLike, names: Sequence[str] = ("model", "ema", "optimizer")) -> dict[str, Any]:
+    """Return the `state` that a checkpoint was saved with, after a check that these files of it belong together.
 
     Raises:
         OSError: The folder is not a complete checkpoint.
@@ -166,13 +172,17 @@ def read_state(folder: str | os.PathLike) -> dict[str, Any]:
     if not is_checkpoint(folder):
         raise OSError(f"{folder} is no checkpoint: it has no {STATE_NAME}. Pass a `checkpoint-N` folder.")
     state = read_json(folder / STATE_NAME)
-    for name in ("model", "ema", "optimizer"):
+    for name in names:
         if WeightsFile(path := folder / f"{name}.safetensors").metadata.get("terdit.state") != canonical_json(state):
             raise ValueError(
                 f"{path} was not saved with this {STATE_NAME}: one of them is damaged, was changed, or is of another"
                 " checkpoint. Take another one."
             )
     return state
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _check_config(folder: Path, model: ModelMixin) -> None:
