@@ -388,7 +388,7 @@ def run(args: argparse.Namespace) -> None:
     prior = class_images(pipe, trained, args)
     if new:
         add_classes(pipe, list(new.values()))
-    judged = old[:: -(-len(old) // 20)]  # 20 old classes
+    judged = old[:: max(1, len(old) // 20)]  # about 20 old classes
     before = draw(pipe, judged, args, args.seed, "pt") if judged else None
     report = {"before": recognized(pipe, args)} if args.demo else {}
     save_grid(args.output_dir / "before.png", pipe, shown, args)

@@ -731,3 +731,21 @@ def test_the_page_of_commands_shows_what_they_print(capsys, tmp_path, monkeypatc
 
 def test_sizes_are_written_for_people():
     assert [human_bytes(n) for n in (5, 134_752, 1_057_000_000)] == ["5 bytes", "134.8 kB", "1.06 GB"]
+
+
+def test_generate_takes_an_adapter_with_the_classes_that_it_was_taught(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    from peft import LoraConfig
+
+    pipe = TerDiTPipeline.from_pretrained(bundled("digits"))
+    pipe.transformer.add_classes(1)
+    pipe.register_to_config(id2label={**pipe.config.id2label, "10": "ten"})
+    rows = {"class_embed": [10]}
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], trainable_token_indices=rows))
+    pipe.save_lora_weights(tmp_path / "lora")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--num_inference_steps", "2", "--output", "ten.png"]
+    assert main(["generate", "digits", "--labels", "ten", *flags]) == 1
+    assert main(["generate", "digits", "--lora", "lora", "--labels", "ten", *flags]) == 0
+    assert Path("ten.png").is_file()
+    assert main(["generate", "digits", "--lora", "nowhere", "--labels", "ten", *flags]) == 1

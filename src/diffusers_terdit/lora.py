@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ._diffusers import fetch_adapter, load_adapter
+from .hub.errors import hub_errors
 from .storage.configs import fits
 from .storage.saving import new_file
 from .storage.weights import (
@@ -259,7 +260,8 @@ def _read_adapter(
     if not file.endswith(".safetensors") or options.get("use_safetensors") is False:
         raise ValueError("Adapters are read from safetensors only, where a file holds no code. Save it as one.")
     try:
-        state_dict, settings, metadata = fetch_adapter(given, options)
+        with hub_errors(str(where)):
+            state_dict, settings, metadata = fetch_adapter(given, options)
         metadata = metadata or {}
         classes = json.loads(metadata.get(_CLASSES, "{}"))
     except (SafetensorError, OSError) as error:
