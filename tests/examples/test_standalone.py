@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_terdit import arguments
+from diffusers_terdit import arguments, cli
 
 
 ROOT = Path(__file__).parents[2]
@@ -58,8 +58,22 @@ class _Parsed(Exception):
     """Ends a program where it parses its arguments; holds the parser."""
 
 
-@pytest.mark.parametrize("script", ["cache_latents", "emoji_faces", "evaluate", "train_terdit", "train_text_to_image"])
+def check_sentences(parser):
+    for action in parser._actions[1:]:  # after --help
+        assert re.fullmatch(r"\S+ .+\.", action.help or ""), f"{parser.prog} {action.dest}: {action.help}"
+
+
+def test_a_sentence_explains_every_flag_of_the_command():
+    commands = cli.build_parser()._subparsers._group_actions[0].choices
+    assert "generate" in commands
+    for parser in commands.values():
+        check_sentences(parser)
+
+
+@pytest.mark.parametrize("script", [path.stem for path in SCRIPTS])
 def test_a_sentence_explains_every_flag(script, monkeypatch):
+    pytest.importorskip("gradio" if script == "app" else "torch", reason="gradio is not installed")
+
     def stop(parser, *args, **kwargs):
         raise _Parsed(parser)
 
@@ -67,8 +81,7 @@ def test_a_sentence_explains_every_flag(script, monkeypatch):
     monkeypatch.setattr(arguments.Parser, "parse_args", stop)
     with pytest.raises(_Parsed) as parsed:
         program.main([])
-    for action in parsed.value.args[0]._actions[1:]:  # after --help
-        assert re.fullmatch(r"\S+ .+\.", action.help or ""), f"{action.option_strings}: {action.help}"
+    check_sentences(parsed.value.args[0])
 
 
 @pytest.mark.parametrize("script", PROGRAMS, ids=lambda path: path.name)

@@ -60,7 +60,8 @@ def overridden():
     """(file, name) of what a class of this package and one of diffusers or PEFT that it derives from both define."""
     modules = [module for name, module in sys.modules.items() if name.split(".")[0] == SRC.name]
     for cls in {cls for module in modules for cls in vars(module).values() if isinstance(cls, type)}:
-        if cls.__module__.split(".")[0] == SRC.name:
+        top, _, part = cls.__module__.partition(".")
+        if top == SRC.name and not part.startswith("programs."):  # those are in examples/
             file = Path(inspect.getfile(cls)).relative_to(SRC).as_posix()
             bases = [base for base in cls.__mro__ if base.__module__.split(".")[0] in HOSTS]
             yield from ((file, name) for base in bases for name in vars(cls).keys() & vars(base).keys())
