@@ -57,7 +57,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--model", default="digits", help="Teach this model: a folder, a Hub id, or the name of a bundled checkpoint.")
     add("--rank", type=at_least(1), default=8, help="The adapter's matrices have this rank; more learns more.")
     add("--learning_rate", type=not_negative, default=2e-3, help="AdamW learns at this rate, which falls to 0.")
-    add("--max_train_steps", type=at_least(1), default=400, help="The run has this many optimizer steps.")
+    add(
+        "--max_train_steps",
+        type=at_least(1),
+        help="The run has this many optimizer steps; if not set, 400, and 800 in --demo.",
+    )
     add("--train_batch_size", type=at_least(1), default=8, help="A step takes this many pictures.")
     add(
         "--class_dropout_prob",
@@ -92,6 +96,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error("pass one of --demo, --train_data_dir")
     if args.demo and args.model != "digits":
         parser.error("--demo teaches digits; leave out --model, or pass --train_data_dir")
+    args.max_train_steps = args.max_train_steps or (800 if args.demo else 400)
     return args
 
 

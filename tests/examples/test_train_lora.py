@@ -165,5 +165,5 @@ def test_the_demo_learns_its_class_and_keeps_the_others(tmp_path):
     train_lora.main(["--demo", "--output_dir", str(tmp_path)])
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["before"]["new"] < 0.3
-    assert report["after"]["new"] > 0.8
+    assert report["after"]["new"] > 0.9
     assert report["after"]["old"] > 0.95
