@@ -330,7 +330,6 @@ def build(
                     info="Type to search.",
                     elem_id="class",
                 )
-                label.focus(js=SELECT, queue=False, api_visibility="private")
                 with gr.Row():
                     seed = gr.Number(
                         0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed", scale=2
@@ -359,6 +358,7 @@ def build(
             api_name="generate",
         )
         halt.click(stop, queue=False, show_progress="hidden", api_visibility="private")
+        label.focus(js=SELECT, queue=False, api_visibility="private")
         page.unload(stop)  # a closed tab
     return page.queue(max_size=MAX_WAITING)
 

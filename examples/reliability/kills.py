@@ -278,7 +278,8 @@ class Convert(Pipelines):
 
     def run(self, variant: str, folder: Path) -> None:
         words = ["convert", str(self.root / "bases" / variant), str(folder)]
-        args = cli.build_parser().parse_args([*words, *(["--num_attention_heads", "2"] * (variant == "original"))])
+        flags = ["--num_attention_heads", "2", "--overwrite"] * (variant == "original")
+        args = cli.build_parser().parse_args([*words, *flags])
         converted = variant == "dense" and folder.is_dir() and any(folder.iterdir())  # before a kill
         try:
             args.run(args)  # without what makes one line of an error

@@ -302,15 +302,17 @@ def generate(args: argparse.Namespace) -> None:
     )
 
 
-def _check_folder(output: str) -> None:
-    """Raise before any work when a folder to write holds something."""
-    if Path(output).is_dir() and any(Path(output).iterdir()):
-        raise FileExistsError(f"{output} exists and is not empty. Choose another folder, or remove it first.")
+def _check_folder(output: str, overwrite: bool) -> None:
+    """Raise before any work when a folder to write holds something, which the user did not ask to replace."""
+    if Path(output).is_dir() and any(Path(output).iterdir()) and not overwrite:
+        raise FileExistsError(
+            f"{output} exists and is not empty. Pass --overwrite to replace the model in it, or choose another folder."
+        )
 
 
 def convert(args: argparse.Namespace) -> None:
     """Save a checkpoint of TerDiT's authors, or a ternary model published as dense tensors, as a packed folder."""
-    _check_folder(args.output)
+    _check_folder(args.output, args.overwrite)
     if is_diffusers_checkpoint(args.path):
         unused = [n for n in ("subfolder", "weights_name", "weight_format", "vae") if getattr(args, n)]
         if unused:
@@ -351,7 +353,7 @@ def convert(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """Save the averaged weights of a checkpoint of a training run as a pipeline folder, to sample, share and push."""
-    _check_folder(args.output)
+    _check_folder(args.output, args.overwrite)
     if Path(args.checkpoint, "model_index.json").is_file():
         raise ValueError(f"{args.checkpoint} is a pipeline already, no checkpoint. Use it as it is, or `terdit pack`.")
     load_pipeline(args.checkpoint).save_pretrained(args.output)
@@ -577,7 +579,7 @@ def _print_kernels(path: Path) -> None:
 
 def pack(args: argparse.Namespace) -> None:
     """Save a pipeline with its ternary weights in two bits each."""
-    _check_folder(args.output)
+    _check_folder(args.output, args.overwrite)
     pipe = load_pipeline(args.model)
     pipe.transformer.pack()
     pipe.save_pretrained(args.output)
@@ -685,7 +687,8 @@ def build_parser() -> argparse.ArgumentParser:
         "Convert a checkpoint of TerDiT's authors, or a ternary model published as dense tensors, to a folder.",
     )
     add("path", help="Folder or Hub id with consolidated*.pth and model_args.pth, or with a diffusers model.")
-    add("output", help="Folder to write; it must be new or empty.")
+    add("output", help="Folder to write; it must be new or empty, or --overwrite given.")
+    add("--overwrite", action="store_true", help="Replace the model in a folder that is not empty.")
     add("--subfolder", help="Folder inside `path` that holds the checkpoint.")
     add("--weights_name", help="File to read. Without it, the packed average of the weights where there is one.")
     add("--weight_format", choices=("float", "packed"), help="Format to write. Without it, that of the file.")
@@ -700,7 +703,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = command(export, "Save a checkpoint of a training run as a pipeline folder, to sample, share and push.")
     add("checkpoint", help="Folder of the checkpoint, such as out/checkpoint-500.")
-    add("output", help="Folder to write; it must be new or empty.")
+    add("output", help="Folder to write; it must be new or empty, or --overwrite given.")
+    add("--overwrite", action="store_true", help="Replace the model in a folder that is not empty.")
 
     add = command(info, "Print sizes and statistics of a model, and where its bytes go.")
     add(
@@ -714,7 +718,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = command(pack, "Save a pipeline with its ternary weights in two bits each.")
     add("model", help="The model: a pipeline folder, a Hub id, or the name of a bundled one.")
-    add("output", help="Folder to write; it must be new or empty.")
+    add("output", help="Folder to write; it must be new or empty, or --overwrite given.")
+    add("--overwrite", action="store_true", help="Replace the model in a folder that is not empty.")
 
     add = command(push, "Upload a pipeline folder to the Hub. The token is that of `hf auth login`, or HF_TOKEN.")
     add("model", help="Pipeline folder, or the name of a bundled checkpoint.")

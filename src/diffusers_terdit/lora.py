@@ -259,17 +259,19 @@ def _read_adapter(
     file = options.get("weight_name") or LORA_WEIGHT_NAME_SAFE
     if not file.endswith(".safetensors") or options.get("use_safetensors") is False:
         raise ValueError("Adapters are read from safetensors only, where a file holds no code. Save it as one.")
-    try:
-        with hub_errors(str(where)):
+    with hub_errors(str(where)):
+        try:
             state_dict, settings, metadata = fetch_adapter(given, options)
-        metadata = metadata or {}
-        classes = json.loads(metadata.get(_CLASSES, "{}"))
-    except (SafetensorError, OSError) as error:
-        raise OSError(f"{where} holds no readable safetensors file ({error}). Download or save it again.") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(
-            f"{where}: the adapter's settings are no JSON ({error}). Download or save it again."
-        ) from error
+            metadata = metadata or {}
+            classes = json.loads(metadata.get(_CLASSES, "{}"))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(
+                f"{where}: the adapter's settings are no JSON ({error}). Download or save it again."
+            ) from error
+        except (SafetensorError, OSError) as error:
+            raise OSError(
+                f"{where} holds no readable safetensors file ({error}). Download or save it again."
+            ) from error
     if not isinstance(settings, dict | None):
         raise ValueError(f"{where}: the adapter's settings are {settings!r:.80}, expected an object. Save it again.")
     if not fits(classes, dict[str, str], 1) or not all(key.isdecimal() for key in classes):

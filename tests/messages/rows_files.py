@@ -471,7 +471,7 @@ ROWS = [
     Row(changed("layer", lambda folder: terdit("generate", folder / WEIGHTS)), f"TMP/layer/{WEIGHTS}", "is a file",
         "Pass the folder of a saved pipeline.", error=NotADirectoryError),
     Row(picture_is_there, "TMP/x.png", "exists", "Pass --overwrite", error=FileExistsError),
-    Row(folder_is_there, "TMP", "exists and is not empty", "Choose another folder", error=FileExistsError),
+    Row(folder_is_there, "TMP", "exists and is not empty", "Pass --overwrite", error=FileExistsError),
     Row(run_without_a_pipeline, "TMP/checkpoint-5", "holds checkpoints of a run, and no pipeline yet",
         "Pass the newest checkpoint", error=FileNotFoundError),
     Row(changed("pipe", lambda folder: terdit("export", folder, folder.parent / "out")), "TMP/pipe",
