@@ -43,12 +43,7 @@ _SMALL: dict[str, Any] = {
     "patch_size": 8,
     "num_attention_heads": 8,
     "ffn_dim": None,
-    "max_train_steps": 3000,
     "learning_rate": 2e-3,
-    "lr_warmup_steps": 150,
-    "ema_decay": 0.995,
-    "checkpointing_steps": 500,
-    "validation_steps": 500,
 }
 
 # What the runs of the paper have in common with the demo.
