@@ -85,8 +85,8 @@ def partial_path(path: Path) -> Iterator[Path]:
         try:
             lock.acquire(blocking=False)
             break
-        except (Timeout, FileNotFoundError):
-            continue  # `remove_partials` of another process came between the two lines
+        except (Timeout, FileNotFoundError, FileExistsError):
+            continue  # `remove_partials` of another process came between the two lines, or into the second
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
