@@ -41,7 +41,7 @@ from diffusers_terdit import TerDiTPipeline
 from diffusers_terdit.arguments import DTYPES, Parser, at_least, dtype, not_negative
 from diffusers_terdit.cli import load_pipeline, run_program, usable_device
 from diffusers_terdit.hub.model_card import human_bytes
-from diffusers_terdit.pipelines.schedulers import is_flow, scheduler_by_name
+from diffusers_terdit.pipelines.schedulers import scheduler_by_name
 
 
 # By what the model predicts; the list on the page begins with the pipeline's own scheduler.
@@ -117,7 +117,7 @@ class Sampler:
 
     def __init__(self, pipe: TerDiTPipeline):
         self.pipe = pipe
-        flow = is_flow(type(pipe.scheduler))
+        flow = str(pipe.prediction_type).startswith("flow")
         own, names = type(pipe.scheduler).__name__, FLOW_SCHEDULERS if flow else NOISE_SCHEDULERS
         self.schedulers = list(dict.fromkeys([own, *names]))
         self._lock = threading.Lock()

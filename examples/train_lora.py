@@ -26,7 +26,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, lambda *_: os.write(2, b"train_lora: interrupted\n") and os._exit(130))
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -192,7 +191,11 @@ class Trainer:
         if args.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         self.codec = training.data.LatentCodec(pipe.vae)
-        self.flow = isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
+        self.flow = pipe.prediction_type == "flow_prediction"
+        if pipe.prediction_type not in (None, "epsilon", "flow_prediction"):
+            raise SystemExit(
+                f"{args.model} predicts {pipe.prediction_type}. Pass a model of noise or of rectified flow."
+            )
         self.scheduler = training_scheduler(config.learn_sigma, self.flow)
         shape = (config.in_channels, config.sample_size, config.sample_size)
         options = (config.num_classes, args.class_dropout_prob, self.flow)

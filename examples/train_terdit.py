@@ -196,12 +196,14 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max_train_steps", type=at_least(1), help="The run has this many optimizer steps.")
     add("--train_batch_size", type=at_least(1), help="Each process takes this many samples per accumulation step.")
     add(
-        "--gradient_accumulation_steps", type=at_least(1), default=1, help="Add up the gradients of this many batches."
+        "--gradient_accumulation_steps",
+        type=at_least(1),
+        help="Add up the gradients of this many batches; if not set, 1, or what --total_batch_size asks for.",
     )
     add(
         "--total_batch_size",
         type=at_least(1),
-        help="Take this many samples per optimizer step; sets the accumulation.",
+        help="Take this many samples per optimizer step; this sets the accumulation.",
     )
     add("--learning_rate", type=not_negative, help="The highest learning rate of AdamW.")
     add(
@@ -311,6 +313,13 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error("pass one of --demo, --train_data_dir, --dataset_name, --train_latents_dir")
     if args.demo and args.preset:
         parser.error("--demo brings its own model; leave out --preset")
+    if args.demo and (args.resolution, args.in_channels) != (8, 1):
+        parser.error("--demo trains on gray digits of 8 x 8 pixels; leave out --resolution and --in_channels")
+    if args.gradient_accumulation_steps and known.total_batch_size:
+        parser.error("pass one of --gradient_accumulation_steps, --total_batch_size")
+    if args.gradient_accumulation_steps:  # instead of a preset's batch
+        args.total_batch_size = None
+    args.gradient_accumulation_steps = args.gradient_accumulation_steps or 1
     if args.streaming and (not args.dataset_name or args.dataloader_num_workers):
         parser.error("--streaming goes with --dataset_name and --dataloader_num_workers 0")
     if args.frechet_steps and (args.streaming or not args.feature_network):
@@ -449,7 +458,9 @@ class Trainer:
             logger.info(note)
         if not self.samples.id2label:
             logger.info("no classes: the model is unconditional, without label dropout and guidance")
-            args.class_dropout_prob, args.guidance_scale = 0.0, 1.0
+            args.class_dropout_prob = 0.0
+        if not args.class_dropout_prob:  # guidance compares with a label that was never trained
+            args.guidance_scale = 1.0
         self.examples = training.data.TrainingExamples(
             self.samples,
             args.seed,
@@ -514,6 +525,7 @@ class Trainer:
         )
         if self.vae is not None and not self.codec.cache:
             needed += training.memory.encoder_bytes(self.vae, args.train_batch_size, args.resolution)
+        needed += getattr(self.samples, "kept_bytes", 0) * max(1, args.dataloader_num_workers)
         if self.device.type == "cpu":
             needed *= processes
         self.memory, free = needed, training.memory.free_bytes(self.device)
@@ -885,7 +897,11 @@ class Trainer:
             logger.warning(f"step {self.step:,} is not pushed: the upload before it goes on")
             return
         folder = TemporaryDirectory()
-        push = self.save_exported(pipe, Path(folder.name))
+        try:
+            push = self.save_exported(pipe, Path(folder.name))
+        except OSError as error:  # such as a full disk
+            logger.warning(f"step {self.step:,} is not pushed, training goes on: {error}")
+            return
 
         def upload() -> None:
             with folder:

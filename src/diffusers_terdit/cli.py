@@ -179,7 +179,9 @@ def _in_flags(args: argparse.Namespace) -> Iterator[None]:
     words = {
         "`pipe.labels`": f"`terdit info {args.model} --labels`",
         "this model": args.model,
-        'Pass `vae=` when loading, or `output_type="latent"`.': "Convert it with `terdit convert --vae`.",
+        'Pass `vae=` when loading, or `output_type="latent"`.': (
+            "Convert it with `terdit convert --vae`, or train it with --pretrained_vae_model_name_or_path."
+        ),
         "`height` and `width`": "--height and --width",
     }
     try:
@@ -270,6 +272,7 @@ def generate(args: argparse.Namespace) -> None:
     grid = image_grid(images, None, titles, 128 if count <= 64 else 64, scale=args.scale, per_label=per_label)
     settings = {
         "model": args.model,
+        **({"lora": args.lora} if args.lora else {}),
         "labels": json.dumps([id2label.get(str(label), str(label)) for label, _ in each], ensure_ascii=False),
         "seeds": json.dumps([seed for _, seed in each]),
         **{name: f"{value:g}" for name, value in chosen.items()},
@@ -290,11 +293,12 @@ def generate(args: argparse.Namespace) -> None:
         grid.save(partial, **options)
     weights = sum(p.numel() * p.element_size() for p in pipe.transformer.parameters())
     bits = f", {args.activation_bits}-bit activations" if args.activation_bits else ""
+    adapter = f" with {args.lora}" if args.lora else ""
     first, last = seeds[0][0], seeds[-1][-1]
     several = len(args.seed) > 1 or first < last
     shown = ", ".join(map(str, args.seed)) if len(args.seed) > 1 else f"{first} to {last}" if several else first
     print(
-        f"{_count(count)} of {images[0].width} x {images[0].height} pixels from {args.model} "
+        f"{_count(count)} of {images[0].width} x {images[0].height} pixels from {args.model}{adapter} "
         f"({human_bytes(weights)} of weights, {args.dtype}{bits}, {pipe.device}):"
         f" {chosen['num_inference_steps']} steps of {type(pipe.scheduler).__name__},"
         f" guidance {chosen['guidance_scale']:g}, seed{'s' if several else ''} {shown}, {seconds:.1f} s.\n"

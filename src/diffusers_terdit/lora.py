@@ -484,6 +484,13 @@ class PipelineAdapterMixin(LoraBaseMixin):
                 tensors = {**tensors, table: tensors[table][kept]}
                 if not kept:
                     del tensors[table]
+            taken = sorted(row for row in added if row < count and str(row) not in classes)
+            if taken:
+                raise ValueError(
+                    f"{where}: the adapter has rows {taken} of the label table without names, and another adapter has"
+                    " brought classes of these ids. Load it into a pipeline of its own, or save it by"
+                    " `pipe.save_lora_weights`."
+                )
             if new:
                 model.add_classes(len(new))
             try:
@@ -557,11 +564,13 @@ class PipelineAdapterMixin(LoraBaseMixin):
 
     def unload_lora_weights(self) -> None:
         """Take all adapters out, and the classes that `load_lora_weights` added: the pipeline is what it was."""
+        count = self._own_classes
+        if count is not None:  # first, because an offloaded table cannot be changed
+            self.transformer.remove_classes(self.transformer.config.num_classes - count)
         super().unload_lora_weights()
-        if (count := self._own_classes) is None:
+        if count is None:
             return
         self._own_classes, self._adapter_classes = None, {}
-        self.transformer.remove_classes(self.transformer.config.num_classes - count)
         names = {key: name for key, name in (self.config.id2label or {}).items() if int(key) < count}
         self.register_to_config(id2label=names or None)
 

@@ -80,14 +80,7 @@ def with_classes(**changes):
     """Load an adapter with a new class whose file has another entry in its metadata."""
 
     def provoke(w):
-        pipe = w.pipe()
-        pipe.transformer.add_classes(1)
-        pipe.register_to_config(id2label={"4": "new"})
-        import peft
-
-        rows = {"class_embed": [4]}
-        pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], trainable_token_indices=rows))
-        pipe.save_lora_weights(w.tmp)
+        taught(w).save_lora_weights(w.tmp)
         file = w.tmp / "pytorch_lora_weights.safetensors"
         with safe_open(file, "pt") as opened:
             saved = {key: value for key, value in opened.metadata().items() if key != "terdit.config"}
@@ -95,6 +88,34 @@ def with_classes(**changes):
         w.pipe().load_lora_weights(w.tmp)
 
     return provoke
+
+
+def taught(w):
+    """A pipeline with a new class, row 4, that an adapter has learned."""
+    import peft
+
+    pipe = w.pipe()
+    pipe.transformer.add_classes(1)
+    pipe.register_to_config(id2label={"4": "new"})
+    rows = {"class_embed": [4]}
+    pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], trainable_token_indices=rows))
+    return pipe
+
+
+def rows_without_names(w):
+    taught(w).save_lora_weights(w.tmp / "named")
+    taught(w).transformer.save_lora_adapter(w.tmp / "unnamed")
+    pipe = w.pipe()
+    pipe.load_lora_weights(w.tmp / "named", adapter_name="a")
+    pipe.load_lora_weights(w.tmp / "unnamed", adapter_name="b")
+
+
+def offloaded(w):
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    model = w.model()
+    add_hook_to_module(model.class_embed, ModelHook())
+    model.add_classes(1)
 
 
 def no_safetensors(w):
@@ -341,6 +362,9 @@ ROWS = [
         "`save_lora_adapter` saves them"),
     Row(add(trainable_token_indices={"class_embed": [4]}), "[4]", "here row 4 is the null label",
         "call `model.add_classes(...)` first"),
+    Row(rows_without_names, "rows [4]", "without names, and another adapter has brought classes of these ids",
+        "save it by `pipe.save_lora_weights`"),
+    Row(offloaded, Fixed("The model"), "is offloaded by accelerate", "Change the classes before offloading"),
     Row(lambda w: w.model().remove_classes(4), "got 4", "an int from 1 to 3", "so that a class is left"),
     Row(with_classes(terdit__classes="[1]"), "classes are [1]", "expected names by row", "Save it again."),
     Row(lambda w: w.pipe().save_lora_weights(w.tmp), "got None", "The model has the adapters []",

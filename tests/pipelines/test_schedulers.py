@@ -10,7 +10,12 @@ import torch
 
 from diffusers_terdit import TerDiTPipeline
 from diffusers_terdit.pipelines.finite import FiniteCheck
-from diffusers_terdit.pipelines.schedulers import default_scheduler, scheduler_by_name, training_scheduler
+from diffusers_terdit.pipelines.schedulers import (
+    default_scheduler,
+    fitting_scheduler,
+    scheduler_by_name,
+    training_scheduler,
+)
 
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +108,22 @@ def test_swapped_in_as_the_readme_does_it_draws_the_same_faces(emoji, name):
 def test_a_model_of_flows_refuses_a_scheduler_of_noise(emoji, name):
     with pytest.raises(ValueError, match=rf"{name} cannot sample this model, which was trained for rectified flow"):
         schedulers.draw(emoji, name, {}, FACES, 4)
+
+
+@pytest.mark.parametrize("half", [{"use_flow_sigmas": True}, {"prediction_type": "flow_prediction"}], ids=str)
+def test_half_of_the_settings_of_flow_are_completed(emoji, half):
+    for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
+        images = [schedulers.draw(emoji, name, changes, FACES, 8) for changes in (half, schedulers.FLOW[name])]
+        assert torch.equal(*images)
+
+
+def test_a_flow_of_another_scheduler_is_no_flow_of_ddim(emoji):
+    flow = diffusers.DPMSolverMultistepScheduler.from_config(
+        emoji.scheduler.config, use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=2.0
+    )
+    with pytest.raises(ValueError, match=r"DDIMScheduler cannot sample this model.*rectified flow"):
+        fitting_scheduler(diffusers.DDIMScheduler.from_config(flow.config), "flow_prediction")
+    assert fitting_scheduler(flow, "flow_prediction") is flow
 
 
 @pytest.mark.parametrize("recorded", [None, "flow_prediction"])

@@ -69,8 +69,9 @@ def test_a_container_limits_what_is_free(tmp_path, monkeypatch):
     free = training.memory.free_bytes(device)
     assert free > 2**20
     (tmp_path / "limit").write_text(f"{3 * 2**20}\n")
-    (tmp_path / "used").write_text(f"{2**20}\n")
-    monkeypatch.setattr(training.memory, "_CGROUPS", ((tmp_path / "limit", tmp_path / "used"),))
+    (tmp_path / "used").write_text(f"{2 * 2**20}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 5\nactive_file {2**19}\ninactive_file {2**19}\n")
+    monkeypatch.setattr(training.memory, "_CGROUPS", ((tmp_path, "limit", "used"),))
     assert training.memory.free_bytes(device) == 2 * 2**20
     Path(tmp_path / "limit").write_text("max\n")
     assert training.memory.free_bytes(device) > 2**20

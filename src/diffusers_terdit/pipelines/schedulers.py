@@ -112,13 +112,18 @@ def fitting_scheduler(scheduler: Any, prediction: str | None) -> Any:
         ValueError: It cannot sample that.
     """
     flow = str(prediction).startswith("flow")
-    has_steps = flow or hasattr(scheduler, "alphas_cumprod")
-    if prediction is None or (prediction_of(scheduler) == prediction and has_steps):
-        return scheduler
-    cls = type(scheduler)
+    has_steps = hasattr(scheduler, "alphas_cumprod")
+    cls, config = type(scheduler), getattr(scheduler, "config", {})
     parameters = inspect.signature(cls).parameters
     takes_flow = "use_flow_sigmas" in parameters and not is_flow(cls)
     takes_noise = "prediction_type" in parameters and has_steps
+    if flow:
+        configured = takes_flow and config.get("use_flow_sigmas") and config.get("prediction_type") == prediction
+        fits = configured or (is_flow(cls) and prediction == "flow_prediction")
+    else:
+        fits = has_steps and prediction_of(scheduler) == prediction
+    if prediction is None or fits:
+        return scheduler
     if not (takes_flow if flow else takes_noise):
         trained, others = (
             (
@@ -133,7 +138,8 @@ def fitting_scheduler(scheduler: Any, prediction: str | None) -> Any:
         )
     settings: dict[str, Any] = {"prediction_type": prediction}
     if takes_flow:
-        settings |= {"use_flow_sigmas": flow, "flow_shift": scheduler.config.get("shift", 1.0)}
+        shift = "flow_shift" if config.get("use_flow_sigmas") else "shift"
+        settings |= {"use_flow_sigmas": flow, "flow_shift": config.get(shift, 1.0)}
     return cls.from_config(scheduler.config, **settings)
 
 

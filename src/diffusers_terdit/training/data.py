@@ -78,6 +78,7 @@ class ImageSamples(Dataset):
         flip (`bool`): Whether a trainer may mirror them.
         folders (`Sequence[str]`): Where a file may be that a dict names, because a data set of a stranger names any.
         background (`str`): Color behind transparent pixels, see `read_image`.
+        keep (`bool`): Whether images are read once where all of them fit `KEPT_BYTES`.
     """
 
     def __init__(
@@ -90,9 +91,11 @@ class ImageSamples(Dataset):
         flip: bool = False,
         folders: Sequence[str] = (),
         background: str = "white",
+        keep: bool = True,
     ):
         self.sources, self.labels, self.id2label = sources, labels, id2label
         self._kept: dict[int, Tensor] = {}
+        self._keeps = keep
         self.resolution, self.channels, self.flip, self.folders = resolution, channels, flip, folders
         self.background = background
 
@@ -191,6 +194,12 @@ class ImageSamples(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of all images, if they are kept once they were read; else 0."""
+        size = len(self) * self.channels * self.resolution**2 * 4
+        return size if self._keeps and size <= KEPT_BYTES else 0
+
     def read(self, index: int) -> Tensor:
         """Read one image: (channels, resolution, resolution), float32 in [-1, 1].
 
@@ -215,7 +224,7 @@ class ImageSamples(Dataset):
             other = (index + offset) % len(self)
             try:
                 pixels = self._kept[other] if other in self._kept else self.read(other)
-                if len(self) * pixels.nbytes <= KEPT_BYTES:
+                if self.kept_bytes:
                     self._kept[other] = pixels
                 return pixels, self.labels[other]
             except OSError as error:
@@ -654,10 +663,10 @@ class ShardedStream:
         rows = list(self.dataset.shard(num_shards=self.dataset.num_shards, index=index))
         images = [row[self.image_column] for row in rows]
         if self.label_column is None:
-            return ImageSamples(images, [0] * len(rows), {}, **self.kwargs)
+            return ImageSamples(images, [0] * len(rows), {}, **self.kwargs, keep=False)
         labels = [row[self.label_column] for row in rows]
         _check_labels(labels, list(self.id2label.values()))
-        return ImageSamples(images, labels, self.id2label, **self.kwargs)
+        return ImageSamples(images, labels, self.id2label, **self.kwargs, keep=False)
 
     def samples(self, positions: Iterable[int]) -> Iterator[tuple[Tensor, int]]:
         """Yield (image, label) at each of the rising positions."""

@@ -10,9 +10,9 @@ from diffusers import AutoencoderKL
 from ..models.transformer_terdit import TerDiTTransformer2DModel
 
 
-_CGROUPS = (  # limit and use of a container, version 2 and 1 of Linux' control groups
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+_CGROUPS = (  # folder, limit and use of a container, version 2 and 1 of Linux' control groups
+    ("/sys/fs/cgroup", "memory.max", "memory.current"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
 )
 
 
@@ -73,7 +73,11 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def _of_containers() -> float:
-    for limit, used in _CGROUPS:
-        if Path(limit).exists() and Path(used).exists() and (text := Path(limit).read_text().strip()).isdecimal():
-            return int(text) - int(Path(used).read_text())
+    for folder, limit, used in _CGROUPS:
+        paths = [Path(folder, name) for name in (limit, used, "memory.stat")]
+        if all(path.exists() for path in paths) and (text := paths[0].read_text().strip()).isdecimal():
+            counts = dict(line.split() for line in paths[2].read_text().splitlines())
+            # pages of files count as used, and are given back when memory is asked for
+            cached = sum(int(counts.get(name, 0)) for name in ("active_file", "inactive_file"))
+            return int(text) - int(paths[1].read_text()) + cached
     return math.inf
