@@ -55,3 +55,15 @@ def test_files_are_read_as_strictly_as_on_loading(tmp_path):
     (tmp_path / f"{FILE}.index.json").write_text('{"metadata": {}, "weight_map": {"a": "../x.safetensors"}}')
     with pytest.raises(ValueError, match="a shard is a plain file name"):
         inspect_weights(tmp_path)
+
+
+@pytest.mark.parametrize("shards", ["10GB", "50kB"])
+def test_a_model_that_was_saved_as_a_variant_is_read(tiny_model, tmp_path, shards):
+    model = tiny_model("packed")
+    for folder, variant in (("plain", None), ("variant", "fp16")):
+        model.save_pretrained(tmp_path / folder, variant=variant, max_shard_size=shards)
+    plain, found = (inspect_weights(tmp_path / folder) for folder in ("plain", "variant"))
+    assert (found.layers, found.total()) == (plain.layers, plain.total())
+    model.save_pretrained(tmp_path / "variant", variant="other", max_shard_size=shards)
+    with pytest.raises(OSError, match=r"has no diffusion_pytorch_model\.safetensors"):
+        inspect_weights(tmp_path / "variant")

@@ -10,7 +10,17 @@ from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from ..ops import reference
-from .weights import PACKED_SUFFIX, SCALE_SUFFIX, WeightsFile, check_files, check_metadata, read_index, read_json
+from .saving import weights_name
+from .weights import (
+    PACKED_SUFFIX,
+    SCALE_SUFFIX,
+    WeightsFile,
+    check_files,
+    check_metadata,
+    read_index,
+    read_json,
+    with_variant,
+)
 
 
 HEADERS = "file headers"
@@ -161,12 +171,15 @@ def inspect_weights(path: str | Path) -> WeightsReport:
 
 
 def _weights_files(folder: Path) -> list[Path]:
-    """The shards that the index names, or the one file: what `from_pretrained` would read."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    """The shards that the index names, or the one file: what `from_pretrained` would read, or the only variant."""
+    variants = {name[1] for path in folder.iterdir() if (name := weights_name(path.name))}
+    variant = None if "" in variants or len(variants) != 1 else variants.pop()
+    index = folder / with_variant(SAFE_WEIGHTS_INDEX_NAME, variant)
     if index.is_file():
         return read_index(index)
-    if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        return [folder / SAFETENSORS_WEIGHTS_NAME]
+    file = folder / with_variant(SAFETENSORS_WEIGHTS_NAME, variant)
+    if file.is_file():
+        return [file]
     found = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".pt"))
     hint = f"It holds {', '.join(found[:4])}." if found else "It holds no weights."
     raise OSError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}. {hint} Pass the folder of a pipeline, model or layer.")
