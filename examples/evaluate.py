@@ -42,10 +42,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from diffusers_terdit import TerDiTPipeline, __version__, evaluation, training
+from diffusers_terdit import TerDiTPipeline, __version__, cli, evaluation, training
 from diffusers_terdit.arguments import Parser, at_least, color, not_negative, seed
 from diffusers_terdit.checkpoints import resolve_model
-from diffusers_terdit.cli import run_program
 from diffusers_terdit.evaluation.digits import digits_classifier
 from diffusers_terdit.evaluation.inception import InceptionV3
 from diffusers_terdit.evaluation.pixels import PixelAverages
@@ -140,7 +139,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def load_pipeline(args: argparse.Namespace, device: torch.device) -> TerDiTPipeline:
-    pipe = TerDiTPipeline.from_pretrained(resolve_model(args.model), dtype=getattr(torch, args.dtype)).to(device)
+    pipe = cli.load_pipeline(args.model, args.dtype).to(device)
     if args.scheduler:
         pipe.scheduler = scheduler_by_name(args.scheduler, pipe.scheduler, pipe.prediction_type)
     pipe.set_progress_bar_config(disable=True)
@@ -538,4 +537,4 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(Path(__file__).stem, main))
+    sys.exit(cli.run_program(Path(__file__).stem, main))

@@ -30,10 +30,9 @@ from peft import LoraConfig
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from diffusers_terdit import TerDiTPipeline, losses, training
+from diffusers_terdit import TerDiTPipeline, cli, losses, training
 from diffusers_terdit.arguments import Parser, at_least, color, keep_limit, not_negative, seed, share
 from diffusers_terdit.checkpoints import resolve_model
-from diffusers_terdit.cli import run_program
 from diffusers_terdit.evaluation.digits import digits_classifier
 from diffusers_terdit.pipelines.schedulers import training_scheduler
 from diffusers_terdit.storage.saving import new_file, output_folder, writing
@@ -380,7 +379,7 @@ def run(args: argparse.Namespace) -> None:
             " --output_dir."
         )
     torch.manual_seed(args.seed)  # initializes the adapter's first matrices
-    pipe = TerDiTPipeline.from_pretrained(resolve_model(args.model))
+    pipe = cli.load_pipeline(args.model)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
     samples, first = open_samples(args, pipe), pipe.transformer.config.num_classes
     new = {number: name for number, name in sorted(samples.id2label.items()) if number >= first}
@@ -439,4 +438,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(Path(__file__).stem, main))
+    sys.exit(cli.run_program(Path(__file__).stem, main))

@@ -170,7 +170,10 @@ def _read_labels(given: list[str], pipe: TerDiTPipeline) -> list[int]:
             return [class_id for part in name.split(",") if part.strip() for class_id in read(part)]
         return pipe.get_label_ids(name)
 
-    return [class_id for text in given for class_id in read(text)]
+    ids = [class_id for text in given for class_id in read(text)]
+    if given and not ids:
+        raise ValueError(f"--labels {' '.join(given)!r} names no label. Pass names or class ids, or leave it out.")
+    return ids
 
 
 @contextlib.contextmanager
@@ -396,6 +399,11 @@ def info(args: argparse.Namespace) -> None:
     """Print sizes and statistics of a model or layer."""
     path = Path(args.model) if Path(args.model).is_file() else Path(resolve_model(args.model))
     path = path if path.exists() else _download_weights(args.model)
+    if checkpointing.is_checkpoint(path):
+        raise ValueError(
+            f"{args.model} is a checkpoint of a training run. Make a pipeline of it by"
+            f" `terdit export {args.model} FOLDER`."
+        )
     if args.labels:
         id2label = _parts(path)[0].get("id2label")
         if not (id2label and isinstance(id2label, dict)):

@@ -21,7 +21,7 @@ from diffusers.utils import convert_unet_state_dict_to_peft, is_peft_available, 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from ._diffusers import fetch_adapter, load_adapter
+from ._diffusers import fetch_adapter, is_offloaded, load_adapter
 from .hub.errors import hub_errors
 from .storage.configs import fits
 from .storage.saving import new_file
@@ -296,6 +296,16 @@ def _saved_config(settings: dict[str, Any] | None, classes: Mapping[str, str]) -
     return canonical_json({**(settings or {}), **({_CLASSES: classes} if classes else {})})
 
 
+def _refuse_offloaded(model: Any) -> None:
+    """Raise where hooks of offloading hold the label table as it is."""
+    if is_offloaded(model.label_table):
+        raise ValueError(
+            "The label table is offloaded, and its hooks hold it as it is, so no classes can be added or removed. Load"
+            " and unload adapters before offloading, or after"
+            " `accelerate.hooks.remove_hook_from_module(pipe.transformer, recurse=True)`."
+        )
+
+
 def _check_adapter(
     model: Any,
     where: Any,
@@ -492,6 +502,7 @@ class PipelineAdapterMixin(LoraBaseMixin):
                     " `pipe.save_lora_weights`."
                 )
             if new:
+                _refuse_offloaded(model)
                 model.add_classes(len(new))
             try:
                 options = {**kwargs, "adapter_name": adapter_name, "prefix": prefix, "metadata": metadata}
@@ -565,7 +576,8 @@ class PipelineAdapterMixin(LoraBaseMixin):
     def unload_lora_weights(self) -> None:
         """Take all adapters out, and the classes that `load_lora_weights` added: the pipeline is what it was."""
         count = self._own_classes
-        if count is not None:  # first, because an offloaded table cannot be changed
+        if count is not None:  # first, because it may be refused
+            _refuse_offloaded(self.transformer)
             self.transformer.remove_classes(self.transformer.config.num_classes - count)
         super().unload_lora_weights()
         if count is None:

@@ -234,6 +234,12 @@ def run_without_a_pipeline(w):
     terdit("generate", w.tmp)
 
 
+def info_of_a_checkpoint(w):
+    (w.tmp / "checkpoint-4").mkdir()
+    (w.tmp / "checkpoint-4" / checkpointing.STATE_NAME).touch()
+    terdit("info", w.tmp / "checkpoint-4")
+
+
 def picture_not_allowed(w):
     w.monkeypatch.setattr(os, "access", lambda path, mode: False)  # the administrator may write everywhere
     terdit("generate", "--output", w.tmp / "x.png")
@@ -476,6 +482,8 @@ ROWS = [
         "Pass the newest checkpoint", error=FileNotFoundError),
     Row(changed("pipe", lambda folder: terdit("export", folder, folder.parent / "out")), "TMP/pipe",
         "is a pipeline already", "Use it as it is"),
+    Row(lambda w: terdit("generate", "digits", "--labels", ","), "','", "names no label", "Pass names or class ids"),
+    Row(info_of_a_checkpoint, "TMP/checkpoint-4", "is a checkpoint of a training run", "by `terdit export TMP/"),
     Row(picture_in_a_file, "TMP/file/x.png", "TMP/file is a file", "Choose another --output.",
         error=NotADirectoryError),
     Row(picture_not_allowed, "TMP/x.png", "no permission to write to TMP", "Choose another --output.",

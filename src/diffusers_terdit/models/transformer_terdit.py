@@ -426,11 +426,6 @@ class TerDiTTransformer2DModel(TernaryModelMixin, TernaryAdapterMixin, CacheMixi
                 "The label table is in an adapter's `target_modules`, which fixes its size. Change the classes before"
                 " adapters, or after `unload_lora()`."
             )
-        if hasattr(table, "_hf_hook"):
-            raise ValueError(
-                "The model is offloaded by accelerate, whose hooks hold the label table as it is. Change the classes"
-                " before offloading, or after `accelerate.hooks.remove_hook_from_module(model, recurse=True)`."
-            )
         kept = table.weight[: min(null, num_classes)]
         rows = torch.cat([kept, table.weight[null:].expand(num_classes + 1 - len(kept), -1)])
         table.weight = nn.Parameter(rows, requires_grad=table.weight.requires_grad)
