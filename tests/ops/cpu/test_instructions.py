@@ -17,7 +17,7 @@ numba = pytest.importorskip("numba")
 instructions = pytest.importorskip("diffusers_terdit.ops.cpu.instructions")
 pointer = instructions.pointer
 integer = pytest.importorskip("diffusers_terdit.ops.cpu.integer")
-lookup = pytest.importorskip("diffusers_terdit.ops.cpu.lookup")
+integer_lookup = pytest.importorskip("diffusers_terdit.ops.cpu.integer_lookup")
 pytestmark = pytest.mark.skipif(not has_integer_kernel("cpu"), reason="this processor has no AVX2")
 
 WITH_AVX512 = "+avx2,+avx512f,+avx512bw,+avx512vl,+avx512vnni"
@@ -33,7 +33,7 @@ KERNELS_OF = {  # best first
 def test_the_kernels_of_a_processor_are_those_for_its_instructions():
     for (name, features), names in KERNELS_OF.items():
         processor = instructions.Processor(name, frozenset(features.split(",")))
-        kernels = (lookup.KERNEL, *integer.KERNELS)
+        kernels = (integer_lookup.KERNEL, *integer.KERNELS)
         assert ",".join(kernel.name for kernel in kernels if kernel.runs_on(processor)) == names
 
 
@@ -97,7 +97,7 @@ class TestCompiledCode:
         monkeypatch.setattr(instructions, "files", lambda package: copy)
         instructions._digest_of_sources.cache_clear()
         assert compiles() == first
-        path = copy / "lookup.py"
+        path = copy / "integer_lookup.py"
         path.write_text(path.read_text() + "\n# changed")
         instructions._digest_of_sources.cache_clear()
         changed = compiles()

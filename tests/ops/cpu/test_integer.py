@@ -16,10 +16,10 @@ from diffusers_terdit.ops import has_integer_kernel, integer_linear, pack_ternar
 
 ir = pytest.importorskip("llvmlite.ir")  # numba's
 integer = pytest.importorskip("diffusers_terdit.ops.cpu.integer")
-lookup = pytest.importorskip("diffusers_terdit.ops.cpu.lookup")
+integer_lookup = pytest.importorskip("diffusers_terdit.ops.cpu.integer_lookup")
 instructions = pytest.importorskip("diffusers_terdit.ops.cpu.instructions")
 pytestmark = pytest.mark.skipif(not has_integer_kernel("cpu"), reason="this processor has no AVX2")
-TABLE = {kernel.name: kernel for kernel in (lookup.KERNEL, *integer.KERNELS)}
+TABLE = {kernel.name: kernel for kernel in (integer_lookup.KERNEL, *integer.KERNELS)}
 KERNELS = {  # those whose instructions this processor has, also where another one is faster
     name: partial(integer.linear, kernel)
     for name, kernel in TABLE.items()
@@ -118,9 +118,9 @@ def permute_written_out(module):
 @pytest.mark.parametrize("bits", [8, 16])
 def test_loops_of_processors_that_this_one_is_not(name, bits, monkeypatch):
     """All but the one instruction, or two: shapes, registers, order of the integers, what comes after the sums."""
-    for module in (integer, lookup):
+    for module in (integer, integer_lookup):
         monkeypatch.setattr(module, "dot", dot_written_out)
-    monkeypatch.setattr(lookup, "permute", permute_written_out)
+    monkeypatch.setattr(integer_lookup, "permute", permute_written_out)
     compile_once = cache(partial(integer.compile_functions, cached=False))
     monkeypatch.setattr(integer, "compiled", compile_once)
     for shape in ((1, 4, 1), (17, 20, 33), (8, 196, 2050), (257, 772, 66), (40, 388, 1100)):

@@ -26,9 +26,9 @@ def integer_kernels() -> dict[str, Callable[..., Tensor]]:
     """Return the integer kernels that this processor runs, by name, best first; none without numba."""
     if find_spec("numba") is None:
         return {}
-    from . import instructions, integer, lookup  # numba is optional, and importing it takes half a second
+    from . import instructions, integer, integer_lookup  # numba is optional, and importing it takes half a second
 
-    kernels = (lookup.KERNEL, *integer.KERNELS)
+    kernels = (integer_lookup.KERNEL, *integer.KERNELS)
     processor = instructions.processor()
     return {kernel.name: partial(integer.linear, kernel) for kernel in kernels if kernel.runs_on(processor)}
 
