@@ -73,6 +73,19 @@ def test_the_sums_are_those_of_integers(bits, kernel):
     assert sums.abs().max() == 620 * top
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_several_weights_share_the_rounded_input(kernel, bits, monkeypatch):
+    input, *first = new_case(130, 260, 66, torch.bfloat16)
+    weights = [tuple(first), (*new_case(1, 1028, 66, granularity="row")[1:3], None), tuple(new_case(1, 4, 66)[1:])]
+    expected = [reference.integer_linear(input, *weight, bits) for weight in weights]
+    runs, run = [], integer._run
+    monkeypatch.setattr(integer, "_run", lambda *args: (runs.append(args[0]), run(*args)))
+    outputs = integer.linear_many(TABLE[kernel], input, weights, bits)
+    assert all(torch.equal(output, right) for output, right in zip(outputs, expected, strict=True))
+    assert [runs.count(function) for function in dict.fromkeys(runs)] == [1, 3]
+
+
 def dot_written_out(module, lanes):
     """What `vpdpbusd` does, in instructions that every processor has."""
     ints, bytes_ = ir.VectorType(ir.IntType(32), lanes), ir.VectorType(ir.IntType(8), 4 * lanes)

@@ -408,38 +408,57 @@ def _run(function: Any, job: Tensor, units: int, threads: int) -> None:
         wait([helper for helper in helpers if not helper.cancel()])  # one that has not started has nothing left to do
 
 
-def linear(
-    kernel: Kernel, input: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int
-) -> Tensor:
-    """Compute `reference.integer_linear`."""
+def linear_many(
+    kernel: Kernel, input: Tensor, weights: list[tuple[Tensor, Tensor, Tensor | None]], bits: int
+) -> list[Tensor]:
+    """Compute `reference.integer_linear` of one input, which is rounded once, and each of several weights.
+
+    Args:
+        kernel ([`Kernel`]): That this processor runs.
+        input (`torch.Tensor`): (..., K), float.
+        weights (`list` of `tuple`): `weight_packed` (N/4, K) uint8, `weight_scale` and `bias` (N,) or `None`, each.
+        bits (`int`): 8 or 16.
+
+    Returns:
+        List of `torch.Tensor`: (..., N) each, `input`'s dtype.
+    """
     shape, parts = kernel.shape, bits // 8
-    out_features, in_features = 4 * weight_packed.shape[0], weight_packed.shape[1]
-    half = input.dtype == torch.bfloat16
+    in_features, half = input.shape[-1], input.dtype == torch.bfloat16
     flat = input.reshape(-1, in_features)
     flat = (flat if half else flat.float()).contiguous()
     rows, words = len(flat), -(-in_features // 4)
     tiles, code_steps = -(-rows * parts // shape.rows), -(-words // shape.turn) * shape.turn
-    threads = torch.get_num_threads() if rows * weight_packed.numel() > 2**16 else 1
-
-    packed = weight_packed.contiguous()
-    if in_features % 4:
-        packed = torch.nn.functional.pad(packed, (0, 4 * words - in_features))
-    elif packed.data_ptr() % 4:
-        packed = packed.clone()
     codes = scratch.take("integers", tiles * code_steps * shape.rows * 4, torch.int8)
     steps = torch.empty(rows, dtype=torch.float32)  # not the default dtype, which a load in another thread may change
     sums = torch.empty(rows * parts, dtype=torch.int32)
-    scale = weight_scale.float().reshape(-1).expand(out_features).contiguous()
-    shift = torch.zeros(out_features, dtype=torch.float32) if bias is None else bias.float().contiguous()
-    output = flat.new_empty(rows, out_features)
-    share, units = kernel.divide(shape, len(weight_packed), tiles, threads)
-    own = kernel.scratch_words(shape, words, share)
-    buffers = scratch.take("panels", threads * own, torch.int32)
-    sizes = (rows, in_features, words, code_steps, len(weight_packed), tiles)
-    arrays = (flat, codes, steps, sums, packed, scale, shift, output, buffers)
-    job = torch.tensor([0, 0, 0, share, *sizes, *[array.data_ptr() for array in arrays], own])
-
     quantize, multiply = compiled(kernel, parts, half)
-    _run(quantize, job, tiles, threads)
-    _run(multiply, job, units, threads)
-    return output.to(input.dtype).reshape(*input.shape[:-1], out_features)
+    outputs: list[Tensor] = []
+    for weight_packed, weight_scale, bias in weights:
+        out_features = 4 * len(weight_packed)
+        threads = torch.get_num_threads() if rows * weight_packed.numel() > 2**16 else 1
+        packed = weight_packed.contiguous()
+        if in_features % 4:
+            packed = torch.nn.functional.pad(packed, (0, 4 * words - in_features))
+        elif packed.data_ptr() % 4:
+            packed = packed.clone()
+        scale = weight_scale.float().reshape(-1).expand(out_features).contiguous()
+        shift = torch.zeros(out_features, dtype=torch.float32) if bias is None else bias.float().contiguous()
+        output = flat.new_empty(rows, out_features)
+        share, units = kernel.divide(shape, len(weight_packed), tiles, threads)
+        own = kernel.scratch_words(shape, words, share)
+        buffers = scratch.take("panels", threads * own, torch.int32)
+        sizes = (rows, in_features, words, code_steps, len(weight_packed), tiles)
+        arrays = (flat, codes, steps, sums, packed, scale, shift, output, buffers)
+        job = torch.tensor([0, 0, 0, share, *sizes, *[array.data_ptr() for array in arrays], own])
+        if not outputs:
+            _run(quantize, job, tiles, threads)
+        _run(multiply, job, units, threads)
+        outputs.append(output.to(input.dtype).reshape(*input.shape[:-1], out_features))
+    return outputs
+
+
+def linear(
+    kernel: Kernel, input: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int
+) -> Tensor:
+    """Compute `reference.integer_linear`."""
+    return linear_many(kernel, input, [(weight_packed, weight_scale, bias)], bits)[0]
