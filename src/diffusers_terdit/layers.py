@@ -112,8 +112,8 @@ class TernaryLinear(TernaryModelMixin):
     def set_activation_bits(self, bits: int | str | None) -> None:
         """Round the inputs of a packed layer to integers, for speed. Never saved: it is not the layer's meaning.
 
-        It acts where there is a kernel (a CPU with AVX2, and numba; a GPU with 8-bit tensor cores) and the layer has
-        one scale per matrix or row; elsewhere the layer computes exactly.
+        It acts where there is a kernel: a CPU with AVX2, and numba; a GPU with 8-bit tensor cores, for layers with one
+        scale per matrix or row. Elsewhere the layer computes exactly.
 
         Args:
             bits (`int`, `str` or `None`): 16: relative error around 1e-4, far below that of bfloat16. 8: around 1 %,

@@ -292,9 +292,8 @@ def test_whatever_does_not_fit_is_a_value_error():
             with pytest.raises(ValueError, match="must be"):
                 linear(*call.values())
     wide = torch.randn(1, 65540), torch.zeros(1, 65540, dtype=torch.uint8), scale
-    for arguments in ((x, packed, ones(N, 2), None, 16), (*wide, None, 16)):
-        with pytest.raises(ValueError, match=r"\(12, 2\)|65540"):
-            integer_linear(*arguments)
+    with pytest.raises(ValueError, match="65540"):
+        integer_linear(*wide, None, 16)
 
 
 class TestWhatTheCompilerSees:

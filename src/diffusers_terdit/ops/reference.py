@@ -320,11 +320,12 @@ def integer_linear(
     """`ternary_linear` of the input rounded to integers: `(codes @ T^T) * scale * step + bias`, (..., K) -> (..., N).
 
     The integer sums are exact (float64 holds them); what follows is float32, in this order, whatever `input`'s dtype.
+    With groups each group's sum is multiplied by its scale, and the products are added from the first to the last.
 
     Args:
         input (`torch.Tensor`): (..., K), float. A row with NaN or infinity gives a row of NaN.
         weight_packed (`torch.Tensor`): (N/4, K), uint8.
-        weight_scale (`torch.Tensor`): (1,) or (N, 1), float32.
+        weight_scale (`torch.Tensor`): (1,), (N, 1) or (N, K/g), float32.
         bias (`torch.Tensor` or `None`): (N,), float.
         bits (`int`): 8 or 16, see `ops.quantize_activations`.
 
@@ -332,9 +333,23 @@ def integer_linear(
         `torch.Tensor`: (..., N), `input`'s dtype.
     """
     codes, step = quantize_activations(input.float(), bits)
-    sums = F.linear(codes.double(), unpack_ternary(weight_packed, torch.float64)).float()
-    output = scale_and_shift(sums, weight_scale, None) * step
+    ternary = unpack_ternary(weight_packed, torch.float64)
+    output = by_group(lambda *parts: F.linear(*parts).float(), codes.double(), ternary, weight_scale) * step
     return (output if bias is None else output + bias.float()).to(input.dtype)
+
+
+def by_group(
+    multiply: Callable[[Tensor, Tensor], Tensor], rows: Tensor, weight: Tensor, weight_scale: Tensor
+) -> Tensor:
+    """Add `scale * multiply(group of rows, group of the weight)` in float32, from the first group to the last."""
+    scales = weight_scale.float().reshape(-1, weight_scale.shape[-1]).unbind(1)
+    groups = zip(rows.chunk(len(scales), -1), weight.chunk(len(scales), -1), scales, strict=True)
+    total = None
+    for part, weight_part, scale in groups:
+        product = multiply(part, weight_part) * scale
+        total = product if total is None else total + product
+    assert total is not None
+    return total
 
 
 def product(input: Tensor, weight_packed: Tensor, weight_scale: Tensor) -> Tensor:
@@ -362,14 +377,16 @@ def integer_linear_by_bytes(
     `multiply` computes `integer_product`.
     """
     codes, step = round_activations(input.reshape(-1, input.shape[-1]), bits)  # (M, K), (M, 1)
-    if bits == 8:
-        sums = multiply(codes.to(torch.int8), weight_packed)
-    else:
+
+    def sums(codes: Tensor, weight_packed: Tensor) -> Tensor:
+        if bits == 8:
+            return multiply(codes.to(torch.int8), weight_packed).float()
         whole = codes.to(torch.int32)  # 256 * high + low
         low = ((whole + 128) & 255) - 128
         high_sums, low_sums = multiply(torch.cat([(whole - low) >> 8, low]).to(torch.int8), weight_packed).chunk(2)
-        sums = 256 * high_sums + low_sums
-    output = scale_and_shift(sums, weight_scale, None) * step
+        return (256 * high_sums + low_sums).float()
+
+    output = by_group(sums, codes, weight_packed, weight_scale) * step
     output = output if bias is None else output + bias.float()
     # what a row with NaN or infinity has for codes does not matter: its step is NaN, or infinite
     return output.to(input.dtype).reshape(*input.shape[:-1], output.shape[-1])

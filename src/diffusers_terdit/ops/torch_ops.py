@@ -264,8 +264,6 @@ class Case(NamedTuple):
             return f"{name_of(self.dtype)} is not rounded unless asked for"
         if not self.packed:
             return "a float weight is ternarized in every call"
-        if self.scale_granularity not in ("tensor", "row"):
-            return "integers need one scale per matrix or row"
         if self.in_features > reference.MOST_INPUTS[bits]:
             return f"int32 does not hold sums of {self.in_features} inputs of {bits} bits"
         return None
@@ -541,7 +539,7 @@ def integer_linear(
         input (`torch.Tensor`): (..., K), float; K up to 65,536 with 16 bits. Cast to the autocast dtype inside
             autocast. A row with NaN or infinity gives a row of NaN.
         weight_packed (`torch.Tensor`): (N/4, K), uint8.
-        weight_scale (`torch.Tensor`): (1,) or (N, 1), float32.
+        weight_scale (`torch.Tensor`): (1,), (N, 1) or (N, K/g), float32. Sums of groups are added in float32.
         bias (`torch.Tensor`, *optional*): (N,), float.
         bits (`int`, defaults to 16): 16: the rounding is 12 to 75 times finer than bfloat16's arithmetic. 8: relative
             error around 1 %.
@@ -554,9 +552,8 @@ def integer_linear(
     """
     _check_packed(weight_packed)
     input = _checked_input(input, weight_packed, weight_scale, bias)
-    if reference.is_grouped(weight_scale) or input.shape[-1] > reference.MOST_INPUTS.get(bits, 0):
+    if input.shape[-1] > reference.MOST_INPUTS.get(bits, 0):
         raise ValueError(
-            "Integer activations need 8 bits, or 16 and at most 65,536 inputs, and one scale per matrix or row; got"
-            f" {bits=}, {input.shape[-1]} inputs, `weight_scale` {tuple(weight_scale.shape)}."
+            f"Integer activations need 8 bits, or 16 and at most 65,536 inputs; got {bits=}, {input.shape[-1]} inputs."
         )
     return _in_integers(input, weight_packed, weight_scale, bias, bits)

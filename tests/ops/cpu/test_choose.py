@@ -65,7 +65,6 @@ def test_what_a_layer_was_trained_with_comes_first(best):
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
-        ({"scale_granularity": 32}, "one scale per matrix or row"),
         ({"packed": False}, "a float weight is ternarized in every call"),
         ({"in_features": 2**16 + 4}, "int32 does not hold sums of 65540 inputs of 16 bits"),
     ],
@@ -88,7 +87,6 @@ def test_without_integer_kernels(missing, caplog):
     # nothing is said where nothing was to be had
     for dtype, bits in ((torch.float32, "auto"), (torch.bfloat16, None), (torch.bfloat16, 16)):
         choose_kernel(CPU, dtype, 64, 64, requested_bits=bits)
-    choose_kernel(CPU, torch.bfloat16, 64, 64, scale_granularity=32)
     assert not caplog.records
     assert not has_integer_kernel("cpu")
     packed, scale, bias = new_weight(40, 72)

@@ -24,8 +24,9 @@ WITH_AVX512 = "+avx2,+avx512f,+avx512bw,+avx512vl,+avx512vnni"
 KERNELS_OF = {  # best first
     ("haswell", "+avx2"): "avx2",
     ("alderlake", "+avx2,+avxvnni"): "avx_vnni,avx2",
-    ("cascadelake", WITH_AVX512): "avx512_vnni,avx_vnni,avx2",
-    ("znver4", WITH_AVX512): "avx512_vnni_lookup,avx512_vnni,avx_vnni,avx2",
+    ("cascadelake", WITH_AVX512): "avx512_vnni,avx2",
+    ("znver4", WITH_AVX512): "avx512_vnni_lookup,avx512_vnni,avx2",
+    ("znver5", WITH_AVX512): "avx512_vnni_lookup,avx512_vnni,avx2",
     ("nehalem", "+sse4.2"): "",
 }
 

@@ -23,12 +23,16 @@ TABLE = {kernel.name: kernel for kernel in (integer_lookup.KERNEL, *integer.KERN
 KERNELS = {  # those whose instructions this processor has, also where another one is faster
     name: partial(integer.linear, kernel)
     for name, kernel in TABLE.items()
-    if kernel._replace(processor="").runs_on(instructions.processor())
+    if kernel._replace(processors=()).runs_on(instructions.processor())
 }
 
 SHAPES = [  # (M, N, K)
     *[(1, 4, 1), (3, 8, 5), (17, 20, 33), (64, 12, 129), (5, 260, 64), (130, 100, 31), (8, 196, 2050), (2, 384, 64)],
     *[(257, 772, 66), (512, 192, 1024), (700, 388, 96), (2048, 24, 40), (300, 1804, 570)],
+]
+GROUPED = [  # (M, N, K, g): of half a vector, not of whole words, of several blocks, of one and a half
+    *[(3, 8, 10, 5), (17, 20, 33, 11), (5, 260, 96, 3), (20, 132, 72, 36), (130, 196, 512, 32), (64, 132, 1152, 128)],
+    *[(257, 68, 1280, 256), (9, 64, 8192, 4096), (30, 100, 3600, 1800), (40, 24, 192, 64)],
 ]
 KINDS = {
     "Gaussian": lambda x: x,
@@ -57,6 +61,18 @@ def test_the_kernels_give_the_references_bits(shape, dtype, bits):
             assert torch.equal(output, expected), name
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", GROUPED, ids=str)
+def test_groups_give_the_references_bits(shape, dtype, bits):
+    input, packed, scale, bias = new_case(*shape[:3], dtype, shape[3])
+    scale[::2] *= -1
+    for shift in (bias, None):
+        expected = reference.integer_linear(input, packed, scale, shift, bits)
+        for name, kernel in KERNELS.items():
+            assert torch.equal(kernel(input, packed, scale, shift, bits), expected), name
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("bits", [8, 16])
 def test_the_sums_are_those_of_integers(bits, kernel):
@@ -78,12 +94,13 @@ def test_the_sums_are_those_of_integers(bits, kernel):
 def test_several_weights_share_the_rounded_input(kernel, bits, monkeypatch):
     input, *first = new_case(130, 260, 66, torch.bfloat16)
     weights = [tuple(first), (*new_case(1, 1028, 66, granularity="row")[1:3], None), tuple(new_case(1, 4, 66)[1:])]
+    weights += [tuple(new_case(1, 64, 66, granularity=22)[1:]), tuple(new_case(1, 20, 66, granularity=22)[1:])]
     expected = [reference.integer_linear(input, *weight, bits) for weight in weights]
     runs, run = [], integer._run
     monkeypatch.setattr(integer, "_run", lambda *args: (runs.append(args[0]), run(*args)))
     outputs = integer.linear_many(TABLE[kernel], input, weights, bits)
     assert all(torch.equal(output, right) for output, right in zip(outputs, expected, strict=True))
-    assert [runs.count(function) for function in dict.fromkeys(runs)] == [1, 3]
+    assert [runs.count(function) for function in dict.fromkeys(runs)] == [2, 5]
 
 
 def dot_written_out(module, lanes):
@@ -137,9 +154,10 @@ def test_loops_of_processors_that_this_one_is_not(name, bits, monkeypatch):
     compile_once = cache(partial(integer.compile_functions, cached=False))
     monkeypatch.setattr(integer, "compiled", compile_once)
     for shape in ((1, 4, 1), (17, 20, 33), (8, 196, 2050), (257, 772, 66), (40, 388, 1100)):
-        input, packed, scale, bias = new_case(*shape, granularity="row")
-        expected = reference.integer_linear(input, packed, scale, bias, bits)
-        assert torch.equal(integer.linear(TABLE[name], input, packed, scale, bias, bits), expected)
+        for granularity in ("row", shape[2] // (2 if shape[2] % 2 == 0 else 1)):
+            input, packed, scale, bias = new_case(*shape, granularity=granularity)
+            expected = reference.integer_linear(input, packed, scale, bias, bits)
+            assert torch.equal(integer.linear(TABLE[name], input, packed, scale, bias, bits), expected)
 
 
 def test_the_sums_of_the_most_inputs_stay_in_int32():
@@ -282,8 +300,8 @@ def test_nothing_is_read_beyond_the_arrays(set_num_threads):
 
     set_num_threads(1)
     expected = []
-    for shape in ((5, 256, 1024), (9, 40, 72), (3, 192, 300), (17, 260, 1156)):
-        case = [before_a_wall(tensor) for tensor in new_case(*shape, granularity="row")]
+    for *shape, granularity in ((5, 256, 1024, "row"), (9, 40, 72, "row"), (3, 192, 300, 100), (17, 260, 1156, "row")):
+        case = [before_a_wall(tensor) for tensor in new_case(*shape, granularity=granularity)]
         expected += [((*case, bits), reference.integer_linear(*case, bits)) for bits in (8, 16)]
     for kernel in KERNELS.values():
         assert in_a_fork(lambda run=kernel: all(torch.equal(run(*case), output) for case, output in expected)) == 0

@@ -76,6 +76,11 @@ class TestChoose:
             assert choice[:2] == ((kernel, trained or bits) if recent else ("exact, matmul in float32", None))
             assert recent or "compute capability 7.5" in choice.reason
 
+    def test_groups_are_exact(self):
+        choice = choose_kernel(CUDA, torch.bfloat16, 64, 64, 32, requested_bits=8)
+        assert choice[:2] == ("exact, matmul in bfloat16", None)
+        assert "one scale per matrix or row" in choice.reason
+
     def test_asking_in_vain_is_said_once(self, recent, caplog):
         torch_ops.warn_once.cache_clear()
         for _ in range(2):

@@ -13,6 +13,7 @@ import numba
 from llvmlite import ir
 from numba import types
 from numba.core.caching import FunctionCache
+from numba.core.cgutils import for_range
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
@@ -166,58 +167,87 @@ def transpose(typing_context, lanes, source, source_stride, target, target_strid
 @intrinsic(prefer_literal=True)
 def finish(
     typing_context,
-    vectors,
     lanes,
     parts,
     half,
-    high,
-    low,
-    high_offset,
-    low_offset,
-    step,
+    sums,
+    count,
+    offsets,
+    stride,
     scales,
+    totals,
+    first,
+    last,
+    steps,
     shifts,
     output,
-    apart,
+    down,
+    across,
 ):
-    """A row of a panel: output = sum * scale * step + shift, sum = 256 (high - its offset) + low - its offset.
+    """`count` rows of a panel: total = [total +] (sum - offset) * scale, at the end output = total * step + shift.
 
-    With one part `high` is all there is; with `half` 1 the output is bfloat16, rounded half to even, else float32.
-    `apart` is the stride from one vector of the output to the next.
+    `sums` (count, parts, 4, lanes) int32: with two parts a sum is 256 * one + the other. `offsets` int32 are `stride`
+    bytes apart. `totals` (count, 4, lanes) float32 wait from the `first` of a row's groups to the `last`. With `half`
+    1 the output is bfloat16, rounded half to even, else float32, `down` and `across` bytes from row to row, vector to
+    vector.
     """
-    count, to_half, two = lanes.literal_value, half.literal_value, parts.literal_value == 2
-    size = 4 * count
+    size, to_half, two = lanes.literal_value, half.literal_value, parts.literal_value == 2
+    line = 4 * size
 
     def codegen(context, builder, signature, args):
-        high, low, high_offset, low_offset, step, scales, shifts, output, apart = args[4:]
-        i32 = ir.IntType(32)
-        ints, floats, shorts = (ir.VectorType(type_, count) for type_ in (i32, ir.FloatType(), ir.IntType(16)))
+        sums, count, offsets, stride, scales, totals, first, last, steps, shifts, output, down, across = args[3:]
+        i32, i64, f32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+        ints, floats, shorts = (ir.VectorType(type_, size) for type_ in (i32, f32, ir.IntType(16)))
 
         def constant(value):
-            return ir.Constant(ints, [value] * count)
+            return ir.Constant(ints, [value] * size)
 
-        high_offset, low_offset = (everywhere(builder, offset, ints) for offset in (high_offset, low_offset))
-        step = everywhere(builder, step, floats)
-        for offset in range(0, size * vectors.literal_value, size):
-            total = builder.sub(builder.load(at(builder, high, offset, ints), align=1), high_offset)
-            if two:
-                rest = builder.sub(builder.load(at(builder, low, offset, ints), align=1), low_offset)
-                total = builder.add(builder.shl(total, constant(8)), rest)
-            scale = builder.load(at(builder, scales, offset, floats), align=1)
-            shift = builder.load(at(builder, shifts, offset, floats), align=1)
-            value = builder.fadd(builder.fmul(builder.fmul(builder.sitofp(total, floats), scale), step), shift)
-            if to_half:
-                word = builder.bitcast(value, ints)
-                odd = builder.and_(builder.lshr(word, constant(16)), constant(1))
-                rounded = builder.add(word, builder.add(odd, constant(0x7FFF)))
-                word = builder.select(builder.fcmp_ordered("==", value, value), rounded, word)
-                word = builder.trunc(builder.lshr(word, constant(16)), shorts)
-                builder.store(word, at(builder, output, 0, shorts), align=1)
-            else:
-                builder.store(value, at(builder, output, 0, floats), align=1)
-            output = builder.add(output, apart)
+        def load(address, offset, type_):
+            return builder.load(at(builder, address, offset, type_), align=1)
+
+        def store(value, address, offset=0):
+            builder.store(value, at(builder, address, offset, value.type), align=1)
+
+        def rows(is_first, is_last):
+            scale = [load(scales, line * vector, floats) for vector in range(4)]
+            shift = [load(shifts, line * vector, floats) for vector in range(4)]
+            with for_range(builder, count) as loop:
+                row = loop.index
+                source = builder.add(sums, builder.mul(row, i64(4 * line * (2 if two else 1))))
+                total = builder.add(totals, builder.mul(row, i64(4 * line)))
+                target = builder.add(output, builder.mul(row, down))
+                offset = everywhere(builder, load(builder.add(offsets, builder.mul(row, stride)), 0, i32), ints)
+                step = everywhere(builder, load(builder.add(steps, builder.mul(row, i64(4))), 0, f32), floats)
+                for vector in range(4):
+                    value = load(source, line * vector, ints)
+                    if two:
+                        low = load(source, line * (4 + vector), ints)
+                        value = builder.add(builder.shl(value, constant(8)), low)
+                    value = builder.fmul(builder.sitofp(builder.sub(value, offset), floats), scale[vector])
+                    if not is_first:
+                        value = builder.fadd(load(total, line * vector, floats), value)
+                    if not is_last:
+                        store(value, total, line * vector)
+                        continue
+                    value = builder.fadd(builder.fmul(value, step), shift[vector])
+                    if to_half:
+                        word = builder.bitcast(value, ints)
+                        odd = builder.and_(builder.lshr(word, constant(16)), constant(1))
+                        rounded = builder.add(word, builder.add(odd, constant(0x7FFF)))
+                        word = builder.select(builder.fcmp_ordered("==", value, value), rounded, word)
+                        value = builder.trunc(builder.lshr(word, constant(16)), shorts)
+                    store(value, target)
+                    target = builder.add(target, across)
+
+        with builder.if_else(builder.icmp_signed("!=", first, first.type(0))) as (then, otherwise):
+            for branch, is_first in ((then, True), (otherwise, False)):
+                with branch, builder.if_else(builder.icmp_signed("!=", last, last.type(0))) as (final, before):
+                    with final:
+                        rows(is_first, True)
+                    with before:
+                        rows(is_first, False)
         return context.get_dummy_value()
 
-    address, integer = types.uintp, types.int32
-    numbers = address, address, integer, integer, types.float32, address, address, address, types.intp
-    return types.void(vectors, lanes, parts, half, *numbers), codegen
+    address, size_ = types.uintp, types.intp
+    numbers = address, size_, address, size_, address, address, size_, size_
+    return types.void(lanes, parts, half, *numbers, address, address, address, size_, size_), codegen

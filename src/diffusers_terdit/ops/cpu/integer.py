@@ -3,15 +3,16 @@
 `linear` is `reference.integer_linear` to the last bit: activations become integers per row (8 bits, or 16 as two
 signed bytes, x = step * (256 high + low)), the products with the codes 0, 1, 2 are summed exactly in int32, and what
 the codes' offset of one added, the sum of the row's integers, is subtracted. It reads the packed weight as it is
-stored, so there is no second copy. The rows' integers lie in the order in which they are read: the four inputs of each
-step, of all rows of a tile.
+stored, so there is no second copy. The rows' integers lie in the order in which they are read, of all rows of a tile.
+Each group of inputs with a scale of its own is padded with zeros to whole turns of the inner loop.
 
-A `Kernel` says how the product is divided into units of work and what computes a unit. `KERNELS` transpose 4 bytes
-(four inputs) of a panel of rows at a time into a scratch, cut the two bits of a quarter out of a block of it, and let
-all rows of the input pass by while it is in the cache. They share one inner loop, `_tile`:
+A panel is as many rows of the packed weight as a vector has lanes: four vectors of outputs, one of each quarter. All
+kernels share one loop, `_compile_multiply`: it transposes 4 bytes (four inputs) of a panel's rows at a time into a
+scratch, cuts the four quarters out of a block of it, and lets the rows of the input pass by while it is in the cache.
+A `Kernel` says with what: how the codes lie, and `tile`, the inner loop. `KERNELS` have these:
 
     "avx512_vnni"         vpdpbusd on 16 outputs
-    "avx_vnni"            vpdpbusd on 8 outputs (also avx512_vnni with 256-bit registers)
+    "avx_vnni"            vpdpbusd on 8 outputs
     "avx2"                vpmaddubsw, summed in 16 bits for 64 steps: 64 * 2 * 2 * 128 = 2^15 is the most that fits
 """
 
@@ -19,7 +20,7 @@ import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,30 +38,53 @@ from .instructions import Processor, as_float, at, c_function, dot, everywhere, 
 
 
 class Shape(NamedTuple):
-    """Sizes of the inner loop: rows x vectors of outputs stay in registers; a block is `steps` of 4 inputs."""
+    """Sizes of the loops. A step is 4 inputs."""
 
-    rows: int
-    vectors: int
-    lanes: int  # outputs per vector
-    steps: int  # whose codes are cut out at a time
+    rows: int  # of integers in a tile: those of the inner loop
+    lanes: int  # outputs per vector, packed rows per panel
+    vectors: int  # of the four of a panel whose codes of a step lie side by side
+    steps: int  # whose codes are cut out at a time: a block
     strip: int  # rows of integers that pass by a block of the weight: they stay in the second cache
-    turn: int = 2  # steps of the inner loop's turn: there are whole turns
+    panels: int  # at most, by which the same rows pass in a unit of work
+    turn: int = 2  # steps of the inner loop's turn: a group is whole turns
+    run: int = 1  # steps of a row of integers that lie together
+    near: int = 1  # panels by which a tile of rows passes while it is in the first cache
+
+
+@intrinsic
+def _no_setup(typing_context):
+    return types.void(), lambda context, builder, signature, args: context.get_dummy_value()
+
+
+@intrinsic
+def _no_tables(typing_context, x, steps, tables):
+    return types.void(x, steps, tables), lambda context, builder, signature, args: context.get_dummy_value()
+
+
+class Hooks(NamedTuple):
+    """What the loops of a kernel call: intrinsics, of addresses and numbers."""
+
+    cut: Any  # (words (steps, lanes), steps, codes, apart): a panel's codes, in the order in which `tile` reads them
+    tile: Any  # (tables, x, codes, apart, steps, sums, first): sums (rows, 4, lanes) = codes . x, or += unless `first`
+    begin: Any = _no_setup  # (), of a thread
+    end: Any = _no_setup
+    prepare: Any = _no_tables  # (x, steps, tables): of a tile's rows, for all panels that are near
+    table_words: int = 0  # of 32 bits, of a turn
 
 
 class Kernel(NamedTuple):
     """An integer matmul for the processors that have its instructions."""
 
     name: str
-    features: tuple[frozenset[str], ...]  # the processor has one of these sets
+    features: frozenset[str]  # that the processor has
     shape: Shape
-    divide: Callable[[Shape, int, int, int], tuple[int, int]]  # (shape, N / 4, tiles, threads) -> share, units
-    scratch_words: Callable[[Shape, int, int], int]  # (shape, words, share) -> words of 32 bits that a thread needs
-    compile: Callable[[Shape, int, bool, bool], Any]  # (shape, parts, half, cached) -> `multiply` of `Functions`
-    processor: str = ""  # the only one that it is for
+    hooks: Hooks
+    processors: tuple[str, ...] = ()  # that it is for alone, as LLVM spells them
 
     def runs_on(self, processor: Processor) -> bool:
         """Whether a processor has the instructions."""
-        return self.processor in ("", processor.name) and any(some <= processor.features for some in self.features)
+        listed = not self.processors or processor.name in self.processors
+        return listed and self.features <= processor.features
 
 
 class Functions(NamedTuple):
@@ -76,121 +100,146 @@ class Job(NamedTuple):
     unit: int  # counts the units of work that were taken
     thread: int  # counts the threads that came
     units: int
-    share: int  # of a unit, as `Kernel.divide` gave it
+    strip: int  # rows of integers of a unit, as `_divide` gave it
+    share: int  # panels of a unit
     rows: int  # M
-    inputs: int  # K
-    words: int  # K / 4, rounded up
-    code_steps: int  # the same, rounded up to whole turns of the inner loop
+    groups: int  # of inputs: one, or as many as a row of the weight has scales
+    group: int  # inputs of a group
+    words: int  # the same / 4, rounded up
+    group_steps: int  # the same, rounded up to whole turns of the inner loop
     quarter: int  # N / 4
     tiles: int  # of rows: M * parts / rows of a tile, rounded up
-    input: int  # (M, K) float32 or bfloat16
-    codes: int  # (tiles, code_steps, rows of a tile, 4) int8; zero beyond K
+    input: int  # (M, groups, group) float32 or bfloat16
+    codes: int  # (tiles, groups * group_steps / run, rows of a tile, run, 4) int8; zero beyond a group
     steps: int  # (M,) float32
-    sums: int  # (parts * M,) int32, of the rows of `codes`
-    packed: int  # (quarter, words) uint32
-    scale: int  # (N,) float32
-    bias: int  # (N,) float32
-    output: int  # (M, N), as `input`
+    sums: int  # (M, groups) int32, of the integers
+    packed: int  # (quarter, groups * words) uint32
+    scale: int  # (4, quarter, groups) float32
+    bias: int  # (4, quarter) float32
+    output: int  # (M, 4, quarter), as `input`
     scratch: int  # (threads, own) uint32
-    own: int  # as `Kernel.scratch_words` gave it
+    own: int
 
 
 JOB = Job(*range(len(Job._fields)))
-AVX2_STEPS = 64
 f32, i32, u32 = numba.float32, numba.int32, numba.uint32
 
 
-@intrinsic(prefer_literal=True)
-def _tile(typing_context, instruction, rows, vectors, lanes, turn, x, codes, steps, sums):
-    """`sums` (rows, PANEL) int32 += `codes` (steps, PANEL, 4) uint8 . `x` (steps, rows, 4) int8; addresses.
+def cut_of(shape: Shape) -> Any:
+    """Return the `cut` that masks the bits of a quarter: codes (4 / vectors, steps, vectors, lanes, 4), `apart`."""
+    lanes, vectors = shape.lanes, shape.vectors
+    line = 4 * lanes
 
-    The steps are rounded up to whole turns: there `x` is zero.
-    """
-    literals = instruction, rows, vectors, lanes, turn
-    name, rows, vectors, lanes, turn = (literal.literal_value for literal in literals)
+    @intrinsic
+    def cut(typing_context, words, steps, codes, apart):
+        def codegen(context, builder, signature, args):
+            words, steps, codes, apart = args
+            i64, vector = ir.IntType(64), ir.VectorType(ir.IntType(32), lanes)
 
-    def codegen(context, builder, signature, args):
-        x, codes, steps, sums = args[len(literals) :]
-        i8, i16, i32, i64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-        ints = ir.VectorType(i32, lanes)
-        module = builder.module
+            def constant(value):
+                return ir.Constant(vector, [value] * lanes)
 
-        def function(llvm_name, result, *parameters):
-            declared = module.declare_intrinsic(llvm_name, (), ir.FunctionType(result, parameters))
-            return lambda *values: builder.call(declared, values)
+            with for_range(builder, steps) as loop:
+                source = builder.add(words, builder.mul(loop.index, i64(line)))
+                word = builder.load(at(builder, source, 0, vector), align=1)
+                target = builder.add(codes, builder.mul(loop.index, i64(vectors * line)))
+                for quarter in range(4):
+                    code = builder.and_(builder.lshr(word, constant(6 - 2 * quarter)), constant(0x03030303))
+                    builder.store(code, at(builder, target, quarter % vectors * line, vector), align=1)
+                    if quarter % vectors == vectors - 1:
+                        target = builder.add(target, apart)
+            return context.get_dummy_value()
 
-        if name == "vpmaddubsw":
-            total, operand = ir.VectorType(i16, 2 * lanes), ir.VectorType(i8, 4 * lanes)
-            multiply = function("llvm.x86.avx2.pmadd.ub.sw", total, operand, operand)
-            widen = function("llvm.x86.avx2.pmadd.wd", ints, total, total)
-            ones = ir.Constant(total, [1] * 2 * lanes)
-        else:
-            total = operand = ints
-            products_of_four = dot(module, lanes)
+        return types.void(types.uintp, types.intp, types.uintp, types.intp), codegen
 
-        def load(address, offset, type_):
-            return builder.load(at(builder, address, offset, type_), align=1)
-
-        start, loop, end = builder.block, builder.append_basic_block(), builder.append_basic_block()
-        grid = [(row, vector) for row in range(rows) for vector in range(vectors)]
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        step = builder.phi(i64)
-        step.add_incoming(i64(0), start)
-        before = {cell: builder.phi(total) for cell in grid}
-        after = dict(before)
-        inputs = builder.add(x, builder.mul(step, i64(4 * rows)))
-        base = builder.add(codes, builder.mul(step, i64(4 * vectors * lanes)))
-        for number in range(turn):
-            weights = [load(base, 4 * lanes * (number * vectors + vector), operand) for vector in range(vectors)]
-            for row in range(rows):
-                four = everywhere(builder, load(inputs, 4 * (number * rows + row), i32), ints)
-                for vector in range(vectors):
-                    cell = row, vector
-                    if name == "vpmaddubsw":
-                        products = multiply(weights[vector], builder.bitcast(four, operand))
-                        after[cell] = builder.add(after[cell], products)
-                    else:
-                        after[cell] = builder.call(products_of_four, [after[cell], weights[vector], four])
-        next_step = builder.add(step, i64(turn))
-        step.add_incoming(next_step, loop)
-        for cell in grid:
-            before[cell].add_incoming(ir.Constant(total, [0] * total.count), start)
-            before[cell].add_incoming(after[cell], loop)
-        builder.cbranch(builder.icmp_signed("<", next_step, steps), loop, end)
-        builder.position_at_end(end)
-        for row, vector in grid:
-            offset = 4 * lanes * (row * vectors + vector)
-            result = widen(after[row, vector], ones) if name == "vpmaddubsw" else after[row, vector]
-            address = at(builder, sums, offset, ints)
-            builder.store(builder.add(builder.load(address, align=1), result), address, align=1)
-        return context.get_dummy_value()
-
-    return types.void(*literals, types.uintp, types.uintp, types.intp, types.uintp), codegen
+    return cut
 
 
-@intrinsic(prefer_literal=True)
-def _cut(typing_context, lanes, words, bits, target, count):
-    """`count` vectors: target = words >> bits & 0x03030303; addresses."""
-    size = lanes.literal_value
+def _tile_of(instruction: str, shape: Shape) -> Any:
+    """Return the `tile` that keeps its sums in vector registers, those of `shape.vectors` at a time."""
+    rows, lanes, vectors, turn = shape.rows, shape.lanes, shape.vectors, shape.turn
+    line = 4 * lanes
 
-    def codegen(context, builder, signature, args):
-        _, words, bits, target, count = args
-        i64, vector = ir.IntType(64), ir.VectorType(ir.IntType(32), size)
-        shift = everywhere(builder, builder.trunc(bits, ir.IntType(32)), vector)
-        with for_range(builder, count) as loop:
-            offset = builder.mul(loop.index, i64(4 * size))
-            source = builder.inttoptr(builder.add(words, offset), vector.as_pointer())
-            codes = builder.lshr(builder.load(source, align=1), shift)
-            codes = builder.and_(codes, ir.Constant(vector, [0x03030303] * size))
-            builder.store(codes, builder.inttoptr(builder.add(target, offset), vector.as_pointer()), align=1)
-        return context.get_dummy_value()
+    @intrinsic
+    def tile(typing_context, tables, x, codes, apart, steps, sums, first):
+        def codegen(context, builder, signature, args):
+            _, x, codes, apart, steps, sums, first = args
+            i8, i16, i32, i64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+            ints = ir.VectorType(i32, lanes)
+            module = builder.module
 
-    return types.void(lanes, types.uintp, types.intp, types.uintp, types.intp), codegen
+            def function(llvm_name, result, *parameters):
+                declared = module.declare_intrinsic(llvm_name, (), ir.FunctionType(result, parameters))
+                return lambda *values: builder.call(declared, values)
+
+            if instruction == "vpmaddubsw":
+                total, operand = ir.VectorType(i16, 2 * lanes), ir.VectorType(i8, 4 * lanes)
+                multiply = function("llvm.x86.avx2.pmadd.ub.sw", total, operand, operand)
+                widen = function("llvm.x86.avx2.pmadd.wd", ints, total, total)
+                ones = ir.Constant(total, [1] * 2 * lanes)
+            else:
+                total = operand = ints
+                products_of_four = dot(module, lanes)
+
+            def load(address, offset, type_):
+                return builder.load(at(builder, address, offset, type_), align=1)
+
+            grid = [(row, vector) for row in range(rows) for vector in range(vectors)]
+            is_first = builder.icmp_signed("!=", first, first.type(0))
+            for begin in range(0, 4, vectors):
+                start, loop, end = builder.block, builder.append_basic_block(), builder.append_basic_block()
+                builder.branch(loop)
+                builder.position_at_end(loop)
+                step = builder.phi(i64)
+                step.add_incoming(i64(0), start)
+                before = {cell: builder.phi(total) for cell in grid}
+                after = dict(before)
+                inputs = builder.add(x, builder.mul(step, i64(4 * rows)))
+                base = builder.add(codes, builder.mul(step, i64(line * vectors)))
+                for number in range(turn):
+                    weights = [load(base, line * (number * vectors + vector), operand) for vector in range(vectors)]
+                    for row in range(rows):
+                        four = everywhere(builder, load(inputs, 4 * (number * rows + row), i32), ints)
+                        for vector in range(vectors):
+                            cell = row, vector
+                            if instruction == "vpmaddubsw":
+                                products = multiply(weights[vector], builder.bitcast(four, operand))
+                                after[cell] = builder.add(after[cell], products)
+                            else:
+                                after[cell] = builder.call(products_of_four, [after[cell], weights[vector], four])
+                next_step = builder.add(step, i64(turn))
+                step.add_incoming(next_step, loop)
+                for cell in grid:
+                    before[cell].add_incoming(ir.Constant(total, [0] * total.count), start)
+                    before[cell].add_incoming(after[cell], loop)
+                builder.cbranch(builder.icmp_signed("<", next_step, steps), loop, end)
+                builder.position_at_end(end)
+                if instruction == "vpmaddubsw":
+                    after = {cell: widen(value, ones) for cell, value in after.items()}
+                add_or_store(builder, is_first, sums, {line * (4 * row + begin + v): after[row, v] for row, v in grid})
+                codes = builder.add(codes, apart)
+            return context.get_dummy_value()
+
+        address, size = types.uintp, types.intp
+        return types.void(address, address, address, size, size, address, size), codegen
+
+    return tile
+
+
+def add_or_store(builder: ir.IRBuilder, is_first: ir.Value, address: ir.Value, values: dict[int, ir.Value]) -> None:
+    """Write vectors, by offset from an address; add what is there unless `is_first`."""
+    with builder.if_else(is_first) as (then, otherwise):
+        with then:
+            for offset, value in values.items():
+                builder.store(value, at(builder, address, offset, value.type), align=1)
+        with otherwise:
+            for offset, value in values.items():
+                place = at(builder, address, offset, value.type)
+                builder.store(builder.add(builder.load(place, align=1), value), place, align=1)
 
 
 def _compile_quantize(shape: Shape, parts: int, half: bool, cached: bool) -> Any:
-    rows = shape.rows
+    rows, run = shape.rows, shape.run
     rounding, largest_code, none = reference.ROUNDING, reference.LARGEST_CODE[8 * parts], 1e-12
     nan, infinity, magnitude = 0x7FC00000, 0x7F800000, 0x7FFFFFFF
     field, fields = JOB, len(JOB)
@@ -200,167 +249,210 @@ def _compile_quantize(shape: Shape, parts: int, half: bool, cached: bool) -> Any
     def quantize(address):
         """A unit is the rows of a tile."""
         job = numba.carray(pointer(address, "int64"), fields)
-        inputs, words, code_steps = job[field.inputs], job[field.words], job[field.code_steps]
-        input = numba.carray(pointer(job[field.input], number), (job[field.rows], inputs))
-        codes = numba.carray(pointer(job[field.codes], "uint32"), (job[field.tiles], code_steps, rows))
+        groups, group, group_steps = job[field.groups], job[field.group], job[field.group_steps]
+        runs = groups * group_steps // run
+        input = numba.carray(pointer(job[field.input], number), (job[field.rows], groups, group))
+        codes = numba.carray(pointer(job[field.codes], "uint32"), (job[field.tiles], runs, rows, run))
         steps = numba.carray(pointer(job[field.steps], "float32"), job[field.rows])
-        sums = numba.carray(pointer(job[field.sums], "int32"), (job[field.rows], parts))
+        sums = numba.carray(pointer(job[field.sums], "int32"), (job[field.rows], groups))
         own = job[field.scratch] + 4 * job[field.own] * take(address + 8 * field.thread)
-        own_codes = numba.carray(pointer(own, "int8"), (parts, 4 * words))
-        own_words = numba.carray(pointer(own, "uint32"), (parts, words))
-        high_codes, low_codes = own_codes[0], own_codes[parts - 1]
-        high_codes[inputs:] = 0
-        low_codes[inputs:] = 0
+        own_codes = numba.carray(pointer(own, "int8"), (parts, groups, 4 * group_steps))
+        own_words = numba.carray(pointer(own, "uint32"), (parts, runs, run))
+        own_codes[:] = 0
         while True:
             tile = take(address + 8 * field.unit)
             if tile >= job[field.units]:
                 return
             for m in range(tile * rows // parts, min((tile + 1) * rows // parts, job[field.rows])):
-                row = input[m]
                 largest = u32(0)  # magnitude, as bits: they are ordered as the numbers are
-                for k in range(inputs):
-                    largest = max(largest, u32(u32(u32(row[k]) << shift) & u32(magnitude)))
+                for g in range(groups):
+                    for k in range(group):
+                        largest = max(largest, u32(u32(u32(input[m, g, k]) << shift) & u32(magnitude)))
                 finite = largest < u32(infinity)
                 step = max(as_float(largest), f32(none)) / f32(largest_code)
                 steps[m] = step if finite else as_float(u32(nan))
-                high_sum, low_sum = i32(0), i32(0)
-                for k in range(inputs):
-                    code = i32((as_float(u32(u32(row[k]) << shift)) / step + f32(rounding)) - f32(rounding))
-                    code = code if finite else i32(0)
-                    if parts == 2:
-                        high = i32((code + i32(128)) >> i32(8))
-                        high_codes[k] = high
-                        high_sum += high
-                        code = i32(code - (high << i32(8)))
-                    low_codes[k] = code
-                    low_sum += code
-                sums[m, 0] = high_sum
-                sums[m, parts - 1] = low_sum
+                for g in range(groups):
+                    row, high_codes, low_codes, total = input[m, g], own_codes[0, g], own_codes[parts - 1, g], i32(0)
+                    for k in range(group):
+                        code = i32((as_float(u32(u32(row[k]) << shift)) / step + f32(rounding)) - f32(rounding))
+                        code = code if finite else i32(0)
+                        total += code
+                        if parts == 2:
+                            high = i32((code + i32(128)) >> i32(8))
+                            high_codes[k] = high
+                            code = i32(code - (high << i32(8)))
+                        low_codes[k] = code
+                    sums[m, g] = total
                 for part in range(parts):
                     place = m * parts + part - tile * rows
-                    for k in range(words):
-                        codes[tile, k, place] = own_words[part, k]
-                    for k in range(words, code_steps):
-                        codes[tile, k, place] = 0
+                    for k in range(runs):
+                        for r in range(run):
+                            codes[tile, k, place, r] = own_words[part, k, r]
 
     return quantize
 
 
-def _compile_tiles(instruction: str, shape: Shape, parts: int, half: bool, cached: bool) -> Any:
-    rows, vectors, lanes, block, strip, turn = shape
-    panel = vectors * lanes
-    tile_steps = AVX2_STEPS if instruction == "vpmaddubsw" else block
+def _compile_multiply(kernel: Kernel, parts: int, half: bool, cached: bool) -> Any:
+    rows, lanes, vectors, block, _, _, turn, _, near = shape = kernel.shape
+    cut, tile, begin, end, prepare, table_words = kernel.hooks
+    line, tokens = 4 * lanes, rows // parts  # outputs of a panel
     field, fields = JOB, len(JOB)
     number, size, to_half = ("uint16", 2, 1) if half else ("uint32", 4, 0)
 
-    @c_function(cached, instruction, shape, parts, half)
+    @c_function(cached, kernel.name, shape, parts, half)
     def multiply(address):
-        """A unit is `panel` rows of the packed weight, or one quarter of them: `panel` outputs each."""
+        """A unit is `strip` rows of integers and `share` panels."""
         job = numba.carray(pointer(address, "int64"), fields)
-        count, code_steps, quarter_rows = job[field.words], job[field.code_steps], job[field.quarter]
-        steps = numba.carray(pointer(job[field.steps], "float32"), job[field.rows])
-        offsets = numba.carray(pointer(job[field.sums], "int32"), (job[field.rows], parts))
+        groups, group_words, group_steps = job[field.groups], job[field.words], job[field.group_steps]
+        quarter_rows, strip, share = job[field.quarter], job[field.strip], job[field.share]
+        count, code_steps = groups * group_words, groups * group_steps
         packed = numba.carray(pointer(job[field.packed], "uint32"), (quarter_rows, count))
-        scale = numba.carray(pointer(job[field.scale], "float32"), 4 * quarter_rows)
-        bias = numba.carray(pointer(job[field.bias], "float32"), 4 * quarter_rows)
-        output = numba.carray(pointer(job[field.output], number), (job[field.rows], 4 * quarter_rows))
+        scale = numba.carray(pointer(job[field.scale], "float32"), (4, quarter_rows, groups))
+        bias = numba.carray(pointer(job[field.bias], "float32"), (4, quarter_rows))
+        output = numba.carray(pointer(job[field.output], number), (job[field.rows], 4, quarter_rows))
 
         own = job[field.scratch] + 4 * job[field.own] * take(address + 8 * field.thread)
-        words = numba.carray(pointer(own, "uint32"), (count, panel))
-        block_codes = own + 4 * panel * count
-        sums = numba.carray(pointer(block_codes + 4 * panel * block, "int32"), (strip, panel))
-        rest = block_codes + 4 * panel * (block + strip)
-        values = numba.carray(pointer(rest, number), panel)
-        scales = numba.carray(pointer(rest + 4 * panel, "float32"), panel)
-        shifts = numba.carray(pointer(rest + 8 * panel, "float32"), panel)
-        loaded = -1
+        words = numba.carray(pointer(own, "uint32"), (block, lanes))
+        tables = own + 4 * lanes * block
+        codes = tables + 4 * table_words * (block // turn)
+        rest = codes + 16 * lanes * block * near
+        values = numba.carray(pointer(rest, number), (tokens, 4, lanes))
+        rest += 4 * tokens * line
+        shifts = numba.carray(pointer(rest, "float32"), (share, 4, lanes))
+        scales = numba.carray(pointer(rest + 4 * line * share, "float32"), (share, groups, 4, lanes))
+        sums = rest + 4 * line * share * (1 + groups)
+        totals = sums + 4 * line * share * strip
+        pieces = -(-group_steps // block)  # of a group, a block each
+        together = max(1, block // group_steps)  # groups of a block
+        all_panels = -(-quarter_rows // lanes)
+        across = -(-all_panels // share)
+        begin()
         while True:
             unit = take(address + 8 * field.unit)
             if unit >= job[field.units]:
-                return
-            quarters = job[field.share]
-            group, first_quarter = quarters * unit // 4, quarters * unit % 4
-            first = group * panel
-            width = min(panel, quarter_rows - first)
-            if group != loaded:
-                loaded = group
-                whole, whole_width = count - count % lanes, width - width % lanes
-                for r in range(0, whole_width, lanes):
-                    for k in range(0, whole, lanes):
-                        source = packed.ctypes.data + 4 * ((first + r) * count + k)
-                        transpose(lanes, source, 4 * count, words.ctypes.data + 4 * (k * panel + r), 4 * panel)
-                for r in range(width):
-                    for k in range(whole if r < whole_width else 0, count):
-                        words[k, r] = packed[first + r, k]
-            for block_unit in range(-(-job[field.tiles] * rows // strip) * quarters):
-                # the same rows of the input for all quarters, while they are in the cache
-                top, quarter = block_unit // quarters * strip, first_quarter + block_unit % quarters
-                bottom = min(top + strip, job[field.tiles] * rows)
-                sums[: bottom - top] = 0
-                for k in range(0, count, block):
-                    last = min(k + block, count)
-                    source = words.ctypes.data + 4 * panel * k
-                    _cut(lanes, source, 6 - 2 * quarter, block_codes, (last - k) * vectors)
+                break
+            left, top = unit % across * share, unit // across * strip
+            bottom, panels = min(top + strip, job[field.tiles] * rows), min(share, all_panels - left)
+            for p in range(panels):
+                first = (left + p) * lanes
+                for quarter in range(4):
+                    for r in range(min(lanes, quarter_rows - first)):
+                        shifts[p, quarter, r] = bias[quarter, first + r]
+                        for g in range(groups):
+                            scales[p, g, quarter, r] = scale[quarter, first + r, g]
+            for part in range(-(-groups // together) * pieces):
+                group, start = part // pieces * together, part % pieces * block
+                some, steps = min(together, groups - group), min(block, group_steps - start)
+                whole = (some - 1) * group_words + min(steps, group_words - start)
+                source = group * group_words + start
+                apart = line * vectors * some * steps
+                is_first, is_last = start == 0, start + steps == group_steps
+                for nearest in range(0, panels, near):
+                    farthest = min(nearest + near, panels)
+                    for p in range(nearest, farthest):
+                        first = (left + p) * lanes
+                        if first + lanes <= quarter_rows and whole >= lanes:
+                            for j in range(0, whole, lanes):
+                                to = min(j, whole - lanes)
+                                address_ = job[field.packed] + 4 * (first * count + source + to)
+                                transpose(lanes, address_, 4 * count, own + 4 * lanes * to, 4 * lanes)
+                        else:
+                            for r in range(min(lanes, quarter_rows - first)):
+                                for j in range(whole):
+                                    words[j, r] = packed[first + r, source + j]
+                        words[whole : (some - 1) * group_words + steps] = 0  # what lies there may be no code
+                        for g in range(some):
+                            target = codes + 4 * line * block * (p - nearest) + line * vectors * steps * g
+                            cut(own + 4 * lanes * group_words * g, steps, target, apart)
                     for m in range(top, bottom, rows):
-                        for j in range(k, last, tile_steps):
-                            x = job[field.codes] + 4 * (m * code_steps + j * rows)
-                            weights = block_codes + 4 * panel * (j - k)
-                            total = sums.ctypes.data + 4 * panel * (m - top)
-                            _tile(
-                                instruction, rows, vectors, lanes, turn, x, weights, min(tile_steps, last - j), total
-                            )
-                column = quarter * quarter_rows + first
-                for r in range(width):
-                    scales[r] = scale[column + r]
-                    shifts[r] = bias[column + r]
-                for m in range(top // parts, min(bottom // parts, job[field.rows])):
-                    high = sums.ctypes.data + 4 * panel * (m * parts - top)
-                    low = high + 4 * panel * (parts - 1)
-                    ends = offsets[m, 0], offsets[m, parts - 1], steps[m]
-                    target = output.ctypes.data + size * (m * 4 * quarter_rows + column)
-                    if width < panel:
-                        target = values.ctypes.data
-                    one, other, apart = scales.ctypes.data, shifts.ctypes.data, size * lanes
-                    finish(
-                        vectors, lanes, parts, to_half, high, low, ends[0], ends[1], ends[2], one, other, target, apart
-                    )
-                    if width < panel:
-                        for r in range(width):
-                            output[m, column + r] = values[r]
+                        x = job[field.codes] + 4 * rows * (m // rows * code_steps + group * group_steps + start)
+                        for g in range(some):
+                            prepare(x + 4 * rows * steps * g, steps, tables + 4 * table_words * (steps // turn) * g)
+                        i = m // parts
+                        for p in range(nearest, farthest):
+                            first = (left + p) * lanes
+                            width = min(lanes, quarter_rows - first)
+                            total = sums + (4 * line * (p * strip + m - top) if pieces > 1 else 0)
+                            waiting = totals + 4 * line * (p * strip + m - top)
+                            target, down, over = job[field.output], size * 4 * quarter_rows, size * quarter_rows
+                            target += down * i + size * first
+                            if width < lanes:
+                                target, down, over = rest - 4 * tokens * line, size * line, size * lanes
+                            for g in range(some):
+                                weights = codes + 4 * line * block * (p - nearest) + line * vectors * steps * g
+                                table = tables + 4 * table_words * (steps // turn) * g
+                                tile(table, x + 4 * rows * steps * g, weights, apart, steps, total, is_first)
+                                this = group + g
+                                if is_last:
+                                    finish(
+                                        lanes,
+                                        parts,
+                                        to_half,
+                                        total,
+                                        min(tokens, job[field.rows] - i),
+                                        job[field.sums] + 4 * (i * groups + this),
+                                        4 * groups,
+                                        scales.ctypes.data + 4 * line * (p * groups + this),
+                                        waiting,
+                                        this == 0,
+                                        this == groups - 1,
+                                        job[field.steps] + 4 * i,
+                                        shifts.ctypes.data + 4 * line * p,
+                                        target,
+                                        down,
+                                        over,
+                                    )
+                            if width < lanes and is_last and group + some == groups:
+                                for token in range(min(tokens, job[field.rows] - i)):
+                                    for quarter in range(4):
+                                        for r in range(width):
+                                            output[i + token, quarter, first + r] = values[token, quarter, r]
+        end()
 
     return multiply
 
 
-def _divide_tiles(shape: Shape, quarter_rows: int, tiles: int, threads: int) -> tuple[int, int]:
-    """A unit is a group of packed rows, a panel of them: its share is all 4 quarters, or 1."""
-    groups = -(-quarter_rows // (shape.vectors * shape.lanes))
-    share = 4 if groups >= 4 * threads else 1  # enough units for all threads
-    return share, groups * 4 // share
+def _divide(shape: Shape, quarter_rows: int, tiles: int, threads: int) -> tuple[int, int, int]:
+    """Return rows of integers and panels of a unit, and the number of units: enough for all threads."""
+    panels, wanted = -(-quarter_rows // shape.lanes), 2 * threads if threads > 1 else 1
+    strips = max(-(-tiles * shape.rows // shape.strip), min(-(-wanted // panels), tiles), 1)
+    strip = max(1, -(-tiles // strips))
+    strips = -(-tiles // strip)
+    share = -(-panels // max(-(-panels // shape.panels), min(panels, -(-wanted // max(1, strips)))))
+    return strip * shape.rows, share, strips * -(-panels // share)
 
 
-def _scratch_words_of_tiles(shape: Shape, words: int, share: int) -> int:
-    """Hold a panel transposed, a block of codes, its sums, a row of results, scales, shifts; or a row's integers."""
-    return (words + shape.steps + shape.strip + 3) * shape.vectors * shape.lanes
-
-
-def _tiles(name: str, instruction: str, shape: Shape, *features: set[str]) -> Kernel:
-    compile_ = partial(_compile_tiles, instruction)
-    return Kernel(name, tuple(map(frozenset, features)), shape, _divide_tiles, _scratch_words_of_tiles, compile_)
+def _own_words(kernel: Kernel, parts: int, groups: int, group_steps: int, strip: int, share: int) -> int:
+    """Words of 32 bits of a thread: those of `multiply`, or a row's integers, before that."""
+    shape = kernel.shape
+    block, panel, tables = shape.steps * shape.lanes, 4 * shape.lanes, kernel.hooks.table_words
+    waiting = strip if groups > 1 else 0
+    shared = block + tables * (shape.steps // shape.turn) + 4 * block * shape.near + shape.rows * panel
+    needed = shared + share * panel * (1 + groups + strip + waiting)
+    return max(needed, -(-parts * groups * group_steps // 16) * 16)  # whole cache lines
 
 
 AVX512_VNNI = {"+avx512vnni", "+avx512vl"}
-NARROW = Shape(rows=6, vectors=2, lanes=8, steps=256, strip=126)
+WIDE = Shape(rows=8, lanes=16, vectors=2, steps=256, strip=256, panels=2)
+NARROW = Shape(rows=6, lanes=8, vectors=2, steps=64, strip=126, panels=2)
+
+
+def _in_vectors(name: str, instruction: str, shape: Shape, features: set[str]) -> Kernel:
+    return Kernel(name, frozenset(features), shape, Hooks(cut_of(shape), _tile_of(instruction, shape)))
+
+
 KERNELS = (  # best first
-    _tiles("avx512_vnni", "vpdpbusd", Shape(rows=8, vectors=3, lanes=16, steps=256, strip=256), AVX512_VNNI),
-    _tiles("avx_vnni", "vpdpbusd", NARROW, {"+avxvnni"}, AVX512_VNNI),
-    _tiles("avx2", "vpmaddubsw", NARROW, {"+avx2"}),
+    _in_vectors("avx512_vnni", "vpdpbusd", WIDE, AVX512_VNNI),
+    _in_vectors("avx_vnni", "vpdpbusd", NARROW._replace(steps=256), {"+avxvnni"}),
+    _in_vectors("avx2", "vpmaddubsw", NARROW, {"+avx2"}),
 )
 
 
 def compile_functions(kernel: Kernel, parts: int, half: bool, cached: bool) -> Functions:
     """Compile a kernel for bfloat16 (`half`) or float32, with activations of as many bytes as `parts`."""
-    quantize = _compile_quantize(kernel.shape, parts, half, cached)
-    return Functions(quantize, kernel.compile(kernel.shape, parts, half, cached))
+    return Functions(
+        _compile_quantize(kernel.shape, parts, half, cached), _compile_multiply(kernel, parts, half, cached)
+    )
 
 
 @cache
@@ -426,34 +518,39 @@ def linear_many(
     in_features, half = input.shape[-1], input.dtype == torch.bfloat16
     flat = input.reshape(-1, in_features)
     flat = (flat if half else flat.float()).contiguous()
-    rows, words = len(flat), -(-in_features // 4)
-    tiles, code_steps = -(-rows * parts // shape.rows), -(-words // shape.turn) * shape.turn
-    codes = scratch.take("integers", tiles * code_steps * shape.rows * 4, torch.int8)
+    rows, tiles = len(flat), -(-len(flat) * parts // shape.rows)
     steps = torch.empty(rows, dtype=torch.float32)  # not the default dtype, which a load in another thread may change
-    sums = torch.empty(rows * parts, dtype=torch.int32)
     quantize, multiply = compiled(kernel, parts, half)
     outputs: list[Tensor] = []
+    laid_out = 0  # the groups in which the integers lie
     for weight_packed, weight_scale, bias in weights:
-        out_features = 4 * len(weight_packed)
+        quarter = len(weight_packed)
+        groups = weight_scale.shape[1] if reference.is_grouped(weight_scale) else 1
+        group = in_features // groups
+        words, group_steps = -(-group // 4), -(-group // (4 * shape.turn)) * shape.turn
         threads = torch.get_num_threads() if rows * weight_packed.numel() > 2**16 else 1
         packed = weight_packed.contiguous()
-        if in_features % 4:
-            packed = torch.nn.functional.pad(packed, (0, 4 * words - in_features))
+        if group % 4:
+            packed = torch.nn.functional.pad(packed.view(quarter, groups, group), (0, 4 * words - group))
         elif packed.data_ptr() % 4:
             packed = packed.clone()
-        scale = weight_scale.float().reshape(-1).expand(out_features).contiguous()
-        shift = torch.zeros(out_features, dtype=torch.float32) if bias is None else bias.float().contiguous()
-        output = flat.new_empty(rows, out_features)
-        share, units = kernel.divide(shape, len(weight_packed), tiles, threads)
-        own = kernel.scratch_words(shape, words, share)
+        scale = weight_scale.float().reshape(-1, groups).expand(4 * quarter, groups).contiguous()
+        shift = torch.zeros(4 * quarter, dtype=torch.float32) if bias is None else bias.float().contiguous()
+        output = flat.new_empty(rows, 4 * quarter)
+        strip, share, units = _divide(shape, quarter, tiles, threads)
+        own = _own_words(kernel, parts, groups, group_steps, strip, share)
         buffers = scratch.take("panels", threads * own, torch.int32)
-        sizes = (rows, in_features, words, code_steps, len(weight_packed), tiles)
+        if groups != laid_out:
+            codes = scratch.take("integers", tiles * groups * group_steps * shape.rows * 4, torch.int8)
+            sums = torch.empty(rows * groups, dtype=torch.int32)
+        sizes = (strip, share, rows, groups, group, words, group_steps, quarter, tiles)
         arrays = (flat, codes, steps, sums, packed, scale, shift, output, buffers)
-        job = torch.tensor([0, 0, 0, share, *sizes, *[array.data_ptr() for array in arrays], own])
-        if not outputs:
+        job = torch.tensor([0, 0, 0, *sizes, *[array.data_ptr() for array in arrays], own])
+        if groups != laid_out:
             _run(quantize, job, tiles, threads)
+            laid_out = groups
         _run(multiply, job, units, threads)
-        outputs.append(output.to(input.dtype).reshape(*input.shape[:-1], out_features))
+        outputs.append(output.to(input.dtype).reshape(*input.shape[:-1], 4 * quarter))
     return outputs
 
 

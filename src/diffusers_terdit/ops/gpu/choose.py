@@ -51,6 +51,8 @@ def choose(device: torch.device, case: Case) -> Choice:
     bits = case.trained_bits or case.requested_bits
     bits = bits if isinstance(bits, int) else None  # "auto": the exact kernels are as fast as those of integers
     reason = case.why_exact(bits)
+    if reason is None and case.scale_granularity not in ("tensor", "row"):
+        reason = "integers on a GPU need one scale per matrix or row"
     if reason is None and not _is_recent(device):
         reason = f"integers need 8-bit tensor cores, compute capability {'.'.join(map(str, OLDEST))}"
     if reason is not None:
