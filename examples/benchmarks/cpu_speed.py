@@ -36,6 +36,7 @@ ERROR_ROWS = 64
 CHECKED_SHAPES = [(1, 4, 1), (2, 128, 129), (5, 100, 31), (257, 520, 385), (512, 768, 1152), (2048, 96, 130)]
 STEPS = (250, 20)  # of a picture: the paper's, and a fast sampler's
 ISA_NAMES = {
+    "amx_int8": "AMX",
     "avx512_vnni_lookup": "AVX-512 VNNI with lookups",
     "avx512_vnni": "AVX-512 VNNI",
     "avx_vnni": "AVX-VNNI",

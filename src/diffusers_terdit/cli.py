@@ -385,7 +385,7 @@ def env(args: argparse.Namespace) -> None:
     if kernels:
         from .ops.cpu.instructions import processor
 
-        features = sorted(name[1:] for name in processor().features if name.startswith("+avx"))
+        features = sorted(name[1:] for name in processor().features if name.startswith(("+avx", "+amx")))
         rows.append(("features", f"{processor().name}: {' '.join(features)}"))
     rows.append(("integer kernels", ", ".join(kernels) or "none"))
     device = usable_device("auto")

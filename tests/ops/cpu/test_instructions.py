@@ -17,16 +17,19 @@ numba = pytest.importorskip("numba")
 instructions = pytest.importorskip("diffusers_terdit.ops.cpu.instructions")
 pointer = instructions.pointer
 integer = pytest.importorskip("diffusers_terdit.ops.cpu.integer")
+integer_amx = pytest.importorskip("diffusers_terdit.ops.cpu.integer_amx")
 integer_lookup = pytest.importorskip("diffusers_terdit.ops.cpu.integer_lookup")
 pytestmark = pytest.mark.skipif(not has_integer_kernel("cpu"), reason="this processor has no AVX2")
 
 WITH_AVX512 = "+avx2,+avx512f,+avx512bw,+avx512vl,+avx512vnni"
+WITH_AMX = f"{WITH_AVX512},+amx-int8,+amx-tile"
 KERNELS_OF = {  # best first
     ("haswell", "+avx2"): "avx2",
     ("alderlake", "+avx2,+avxvnni"): "avx_vnni,avx2",
     ("cascadelake", WITH_AVX512): "avx512_vnni,avx2",
     ("znver4", WITH_AVX512): "avx512_vnni_lookup,avx512_vnni,avx2",
     ("znver5", WITH_AVX512): "avx512_vnni_lookup,avx512_vnni,avx2",
+    ("sapphirerapids", WITH_AMX): "amx_int8,avx512_vnni,avx2",
     ("nehalem", "+sse4.2"): "",
 }
 
@@ -34,36 +37,53 @@ KERNELS_OF = {  # best first
 def test_the_kernels_of_a_processor_are_those_for_its_instructions():
     for (name, features), names in KERNELS_OF.items():
         processor = instructions.Processor(name, frozenset(features.split(",")))
-        kernels = (integer_lookup.KERNEL, *integer.KERNELS)
+        kernels = (integer_amx.KERNEL, integer_lookup.KERNEL, *integer.KERNELS)
         assert ",".join(kernel.name for kernel in kernels if kernel.runs_on(processor)) == names
+
+
+@pytest.mark.parametrize("permission", [None, lambda: False])
+def test_tiles_that_the_system_does_not_permit_are_not_used(permission, monkeypatch):
+    monkeypatch.setattr(instructions.cpu_target.target_context.codegen(), "magic_tuple", lambda: ("", "any", WITH_AMX))
+    if permission is None:  # an older torch
+        monkeypatch.delattr(torch.cpu, "_init_amx")
+    else:
+        monkeypatch.setattr(torch.cpu, "_init_amx", permission)
+    assert instructions.processor.__wrapped__() == ("any", frozenset(WITH_AVX512.split(",")))
 
 
 @pytest.mark.parametrize(
     ("name", "features"),
     [
+        ("sapphirerapids", WITH_AMX),
         ("znver4", WITH_AVX512),  # with a kernel of its own
         pytest.param("haswell", "+avx2", marks=[pytest.mark.slow] * ("avx512_vnni" in choose.integer_kernels())),
     ],
 )
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_code_for_another_processor_first_used_after_a_fork(tmp_path, name, features):
-    """OpenMP has run, but no kernel was loaded before the fork: the child must not wait for the threads it lost."""
+    """Threads have run, but no kernel was loaded before the fork: the child must not wait for those it lost."""
     here = choose.integer_kernels()
-    if "avx2" not in here or ("avx512" in features and "avx512_vnni" not in here):
+    needed = KERNELS_OF[name, features].replace("_lookup", "").split(",")
+    if not {*needed} <= {*here}:
         pytest.skip("this processor does not run it")
     code = """
 import os, signal
+from concurrent.futures import ThreadPoolExecutor
 from diffusers_terdit.ops import integer_linear, reference
 from diffusers_terdit.ops.cpu import choose
 torch.set_num_threads(2)
 torch.randn(2000, 2000).sin()
 case = torch.randn(300, 512), torch.full((256, 512), 0b01010110, dtype=torch.uint8), torch.rand(1), torch.randn(1024)
 expected = reference.integer_linear(*case, 16).numpy()
+pool = ThreadPoolExecutor(2)
+list(pool.map(str, range(9)))
 child = os.fork()
 if not child:
     signal.alarm(60)
     os._exit(0 if (integer_linear(*case).numpy() == expected).all() else 1)
-print(os.waitpid(child, 0)[1], (integer_linear(*case).numpy() == expected).all(), ",".join(choose.integer_kernels()))
+same = [(integer_linear(*case).numpy() == expected).all()]
+same += pool.map(lambda _: (integer_linear(*case).numpy() == expected).all(), range(4))
+print(os.waitpid(child, 0)[1], all(same), ",".join(choose.integer_kernels()))
 """
     environment = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
     assert run(code, **environment) == f"0 True {KERNELS_OF[name, features]}"

@@ -14,12 +14,15 @@ import torch
 from diffusers_terdit.ops import has_integer_kernel, integer_linear, pack_ternary, reference, ternary_linear
 
 
-ir = pytest.importorskip("llvmlite.ir")  # numba's
+numba = pytest.importorskip("numba")
+ir = pytest.importorskip("llvmlite.ir")
 integer = pytest.importorskip("diffusers_terdit.ops.cpu.integer")
+integer_amx = pytest.importorskip("diffusers_terdit.ops.cpu.integer_amx")
 integer_lookup = pytest.importorskip("diffusers_terdit.ops.cpu.integer_lookup")
 instructions = pytest.importorskip("diffusers_terdit.ops.cpu.instructions")
+pointer = instructions.pointer
 pytestmark = pytest.mark.skipif(not has_integer_kernel("cpu"), reason="this processor has no AVX2")
-TABLE = {kernel.name: kernel for kernel in (integer_lookup.KERNEL, *integer.KERNELS)}
+TABLE = {kernel.name: kernel for kernel in (integer_amx.KERNEL, integer_lookup.KERNEL, *integer.KERNELS)}
 KERNELS = {  # those whose instructions this processor has, also where another one is faster
     name: partial(integer.linear, kernel)
     for name, kernel in TABLE.items()
@@ -142,6 +145,25 @@ def permute_written_out(module):
     return function
 
 
+@numba.njit
+def tiles_written_out(tables, x, codes, apart, steps, sums, first):
+    """What `tile` does with AMX."""
+    tiles = steps // 16
+    inputs = numba.carray(pointer(x, "int8"), (tiles, 16, 16, 4))
+    totals = numba.carray(pointer(sums, "int32"), (16, 4, 16))
+    if first:
+        totals[:] = 0
+    for quarter in range(4):
+        weights = numba.carray(pointer(codes + quarter * apart, "uint8"), (tiles, 16, 16, 4))
+        for tile in range(tiles):
+            for row in range(16):
+                for output in range(16):
+                    for step in range(16):
+                        for place in range(4):
+                            product = numba.int32(inputs[tile, row, step, place]) * weights[tile, step, output, place]
+                            totals[row, quarter, output] += product
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in KERNELS)) for name in TABLE if name != "avx2"]
 )
@@ -151,13 +173,16 @@ def test_loops_of_processors_that_this_one_is_not(name, bits, monkeypatch):
     for module in (integer, integer_lookup):
         monkeypatch.setattr(module, "dot", dot_written_out)
     monkeypatch.setattr(integer_lookup, "permute", permute_written_out)
+    kernel = TABLE[name]
+    if name == "amx_int8":
+        kernel = kernel._replace(hooks=integer.Hooks(kernel.hooks.cut, tiles_written_out))
     compile_once = cache(partial(integer.compile_functions, cached=False))
     monkeypatch.setattr(integer, "compiled", compile_once)
     for shape in ((1, 4, 1), (17, 20, 33), (8, 196, 2050), (257, 772, 66), (40, 388, 1100)):
         for granularity in ("row", shape[2] // (2 if shape[2] % 2 == 0 else 1)):
             input, packed, scale, bias = new_case(*shape, granularity=granularity)
             expected = reference.integer_linear(input, packed, scale, bias, bits)
-            assert torch.equal(integer.linear(TABLE[name], input, packed, scale, bias, bits), expected)
+            assert torch.equal(integer.linear(kernel, input, packed, scale, bias, bits), expected)
 
 
 def test_the_sums_of_the_most_inputs_stay_in_int32():

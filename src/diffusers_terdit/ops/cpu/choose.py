@@ -26,9 +26,10 @@ def integer_kernels() -> dict[str, Callable[..., Tensor]]:
     """Return the integer kernels that this processor runs, by name, best first; none without numba."""
     if find_spec("numba") is None:
         return {}
-    from . import instructions, integer, integer_lookup  # numba is optional, and importing it takes half a second
+    # numba is optional, and importing it takes half a second
+    from . import instructions, integer, integer_amx, integer_lookup
 
-    kernels = (integer_lookup.KERNEL, *integer.KERNELS)
+    kernels = (integer_amx.KERNEL, integer_lookup.KERNEL, *integer.KERNELS)
     processor = instructions.processor()
     return {kernel.name: partial(integer.linear, kernel) for kernel in kernels if kernel.runs_on(processor)}
 

@@ -10,6 +10,7 @@ from importlib.resources import files
 from typing import Any, NamedTuple
 
 import numba
+import torch
 from llvmlite import ir
 from numba import types
 from numba.core.caching import FunctionCache
@@ -25,11 +26,17 @@ class Processor(NamedTuple):
     features: frozenset[str]  # "+avx2", ...
 
 
+AMX = frozenset({"+amx-int8", "+amx-tile"})
+
+
 @cache
 def processor() -> Processor:
-    """Return the processor that numba compiles for."""
+    """Return the processor that numba compiles for, with AMX where the system lets this process use it."""
     _, name, listed = cpu_target.target_context.codegen().magic_tuple()
-    return Processor(name, frozenset(listed.split(",")))
+    features = frozenset(listed.split(","))
+    if features >= AMX and not (hasattr(torch.cpu, "_init_amx") and torch.cpu._init_amx()):
+        features -= AMX
+    return Processor(name, features)
 
 
 @cache
