@@ -21,11 +21,11 @@ integer_amx = pytest.importorskip("diffusers_terdit.ops.cpu.integer_amx")
 integer_lookup = pytest.importorskip("diffusers_terdit.ops.cpu.integer_lookup")
 pytestmark = pytest.mark.skipif(not has_integer_kernel("cpu"), reason="this processor has no AVX2")
 
-WITH_AVX512 = "+avx2,+avx512f,+avx512bw,+avx512vl,+avx512vnni"
+WITH_AVX512 = "+avx2,+fma,+avx512f,+avx512bw,+avx512vl,+avx512vnni"
 WITH_AMX = f"{WITH_AVX512},+amx-int8,+amx-tile"
 KERNELS_OF = {  # best first
-    ("haswell", "+avx2"): "avx2",
-    ("alderlake", "+avx2,+avxvnni"): "avx_vnni,avx2",
+    ("haswell", "+avx2,+fma"): "avx2",
+    ("alderlake", "+avx2,+fma,+avxvnni"): "avx_vnni,avx2",
     ("cascadelake", WITH_AVX512): "avx512_vnni,avx2",
     ("znver4", WITH_AVX512): "avx512_vnni_lookup,avx512_vnni,avx2",
     ("znver5", WITH_AVX512): "avx512_vnni_lookup,avx512_vnni,avx2",
@@ -56,7 +56,7 @@ def test_tiles_that_the_system_does_not_permit_are_not_used(permission, monkeypa
     [
         ("sapphirerapids", WITH_AMX),
         ("znver4", WITH_AVX512),  # with a kernel of its own
-        pytest.param("haswell", "+avx2", marks=[pytest.mark.slow] * ("avx512_vnni" in choose.integer_kernels())),
+        pytest.param("haswell", "+avx2,+fma", marks=[pytest.mark.slow] * ("avx512_vnni" in choose.integer_kernels())),
     ],
 )
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")

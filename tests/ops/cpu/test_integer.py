@@ -207,6 +207,21 @@ def test_rows_that_are_zero_tiny_or_not_finite(kernel):
             assert output.isnan().all(1).tolist() == [False, False, False, True, True, True, False]
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_quotients_next_to_a_half(bits):
+    top, generator = reference.LARGEST_CODE[bits], torch.Generator().manual_seed(0)
+    largest = torch.exp(torch.linspace(-27, 88, 200).unsqueeze(1)) * (1 + torch.rand(200, 1, generator=generator))
+    halves = torch.randint(-top, top, (200, 999), generator=generator) + 0.5
+    input = (halves.double() * (largest / top).double()).float()
+    for direction in (torch.inf, -torch.inf):
+        nearby = torch.where(torch.rand(input.shape, generator=generator) < 0.3, direction, input)
+        input = torch.nextafter(input, nearby)
+    input = torch.cat([largest, input], dim=1)  # (200, 1000)
+    packed = pack_ternary(torch.eye(1000, dtype=torch.int8))
+    expected = reference.integer_linear(input, packed, torch.ones(1), None, bits)
+    assert torch.equal(next(iter(KERNELS.values()))(input, packed, torch.ones(1), None, bits), expected)
+
+
 def test_any_memory_layout_and_no_rows():
     _, packed, scale, bias = new_case(1, 64, 40)
     apart = torch.empty(packed.numel() + 1, dtype=torch.uint8)[1:].view(packed.shape)  # not on a multiple of 4

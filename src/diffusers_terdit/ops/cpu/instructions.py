@@ -18,6 +18,8 @@ from numba.core.cgutils import for_range
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from .. import reference
+
 
 class Processor(NamedTuple):
     """The processor that numba compiles for: this machine's, or the one that NUMBA_CPU_NAME and _FEATURES name."""
@@ -116,6 +118,29 @@ def as_float(typing_context, bits):
         return builder.bitcast(args[0], ir.FloatType())
 
     return types.float32(types.uint32), codegen
+
+
+@intrinsic
+def rounded_ratio(typing_context, value, step, reciprocal):
+    """The int32 nearest to float32 `value / step`, half to even; `reciprocal` is float32 `1 / step`, normal.
+
+    The quotient is float32's to the last bit, without a division: after the first remainder it is off by at most one
+    bit, which the second one, exact, corrects. A quotient below a quarter, whose remainders may vanish, rounds to 0.
+    Source: Markstein 1990 (https://doi.org/10.1147/rd.341.0111).
+    """
+
+    def codegen(context, builder, signature, args):
+        value, step, reciprocal = args
+        f32, i32 = ir.FloatType(), ir.IntType(32)
+        fma = builder.module.declare_intrinsic("llvm.fma.f32", (), ir.FunctionType(f32, [f32] * 3))
+        quotient = builder.fmul(value, reciprocal)
+        for _ in range(2):
+            remainder = builder.call(fma, [builder.fneg(quotient), step, value])
+            quotient = builder.call(fma, [remainder, reciprocal, quotient])
+        rounding = ir.Constant(f32, reference.ROUNDING)
+        return builder.sub(builder.bitcast(builder.fadd(quotient, rounding), i32), builder.bitcast(rounding, i32))
+
+    return types.int32(types.float32, types.float32, types.float32), codegen
 
 
 @intrinsic(prefer_literal=True)

@@ -34,7 +34,19 @@ from torch import Tensor
 
 from .. import reference
 from . import scratch
-from .instructions import Processor, as_float, at, c_function, dot, everywhere, finish, pointer, take, transpose
+from .instructions import (
+    Processor,
+    as_float,
+    at,
+    c_function,
+    dot,
+    everywhere,
+    finish,
+    pointer,
+    rounded_ratio,
+    take,
+    transpose,
+)
 
 
 class Shape(NamedTuple):
@@ -240,7 +252,7 @@ def add_or_store(builder: ir.IRBuilder, is_first: ir.Value, address: ir.Value, v
 
 def _compile_quantize(shape: Shape, parts: int, half: bool, cached: bool) -> Any:
     rows, run = shape.rows, shape.run
-    rounding, largest_code, none = reference.ROUNDING, reference.LARGEST_CODE[8 * parts], 1e-12
+    largest_code, none = reference.LARGEST_CODE[8 * parts], 1e-12
     nan, infinity, magnitude = 0x7FC00000, 0x7F800000, 0x7FFFFFFF
     field, fields = JOB, len(JOB)
     number, shift = ("uint16", 16) if half else ("uint32", 0)
@@ -270,15 +282,16 @@ def _compile_quantize(shape: Shape, parts: int, half: bool, cached: bool) -> Any
                         largest = max(largest, u32(u32(u32(input[m, g, k]) << shift) & u32(magnitude)))
                 finite = largest < u32(infinity)
                 step = max(as_float(largest), f32(none)) / f32(largest_code)
+                reciprocal = f32(1) / step
                 steps[m] = step if finite else as_float(u32(nan))
                 for g in range(groups):
                     row, high_codes, low_codes, total = input[m, g], own_codes[0, g], own_codes[parts - 1, g], i32(0)
                     for k in range(group):
-                        code = i32((as_float(u32(u32(row[k]) << shift)) / step + f32(rounding)) - f32(rounding))
+                        code = rounded_ratio(as_float(u32(u32(row[k]) << shift)), step, reciprocal)
                         code = code if finite else i32(0)
-                        total += code
+                        total = i32(total + code)  # numba would go on in 64 bits
                         if parts == 2:
-                            high = i32((code + i32(128)) >> i32(8))
+                            high = i32(i32(code + i32(128)) >> i32(8))
                             high_codes[k] = high
                             code = i32(code - (high << i32(8)))
                         low_codes[k] = code
@@ -444,7 +457,7 @@ def _in_vectors(name: str, instruction: str, shape: Shape, features: set[str]) -
 KERNELS = (  # best first
     _in_vectors("avx512_vnni", "vpdpbusd", WIDE, AVX512_VNNI),
     _in_vectors("avx_vnni", "vpdpbusd", NARROW._replace(steps=256), {"+avxvnni"}),
-    _in_vectors("avx2", "vpmaddubsw", NARROW, {"+avx2"}),
+    _in_vectors("avx2", "vpmaddubsw", NARROW, {"+avx2", "+fma"}),
 )
 
 
