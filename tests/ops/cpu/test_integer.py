@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from diffusers_terdit.ops import has_integer_kernel, integer_linear, pack_ternary, reference, ternary_linear
+from diffusers_terdit.ops.cpu import threads as threads_of_kernels
 
 
 numba = pytest.importorskip("numba")
@@ -99,8 +100,8 @@ def test_several_weights_share_the_rounded_input(kernel, bits, monkeypatch):
     weights = [tuple(first), (*new_case(1, 1028, 66, granularity="row")[1:3], None), tuple(new_case(1, 4, 66)[1:])]
     weights += [tuple(new_case(1, 64, 66, granularity=22)[1:]), tuple(new_case(1, 20, 66, granularity=22)[1:])]
     expected = [reference.integer_linear(input, *weight, bits) for weight in weights]
-    runs, run = [], integer._run
-    monkeypatch.setattr(integer, "_run", lambda *args: (runs.append(args[0]), run(*args)))
+    runs, run = [], integer.run
+    monkeypatch.setattr(integer, "run", lambda *args: (runs.append(args[0]), run(*args)))
     outputs = integer.linear_many(TABLE[kernel], input, weights, bits)
     assert all(torch.equal(output, right) for output, right in zip(outputs, expected, strict=True))
     assert [runs.count(function) for function in dict.fromkeys(runs)] == [2, 5]
@@ -247,7 +248,7 @@ def set_num_threads():
 @pytest.mark.parametrize("threads", [2, 3, 7])
 def test_the_number_of_threads_changes_nothing(monkeypatch, set_num_threads, threads, openmp):
     if not openmp:
-        monkeypatch.setattr(integer, "_openmp", lambda: None)
+        monkeypatch.setattr(threads_of_kernels, "openmp", lambda: None)
     input, packed, scale, bias = new_case(300, 1024, 512)
     expected = reference.integer_linear(input, packed, scale, bias, 16)
     set_num_threads(threads)
@@ -257,17 +258,17 @@ def test_the_number_of_threads_changes_nothing(monkeypatch, set_num_threads, thr
 
 def test_all_threads_take_part(monkeypatch, set_num_threads):
     """Each thread that comes to a job counts itself."""
-    if integer._openmp() is None:
+    if threads_of_kernels.openmp() is None:
         pytest.skip("torch has no OpenMP here")
     input, packed, scale, bias = new_case(300, 1024, 512)
-    seen, run = [], integer._run
+    seen, run = [], integer.run
 
     def spy(kernel, job, units, threads):
         run(kernel, job, units, threads)
         seen.append(int(job[integer.JOB.thread]))
 
     set_num_threads(3)
-    monkeypatch.setattr(integer, "_run", spy)
+    monkeypatch.setattr(integer, "run", spy)
     integer_linear(input, packed, scale, bias)
     assert seen[-1] == 3
 

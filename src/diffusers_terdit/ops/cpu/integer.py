@@ -16,12 +16,8 @@ A `Kernel` says with what: how the codes lie, and `tile`, the inner loop. `KERNE
     "avx2"                vpmaddubsw, summed in 16 bits for 64 steps: 64 * 2 * 2 * 128 = 2^15 is the most that fits
 """
 
-import ctypes
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numba
@@ -47,6 +43,7 @@ from .instructions import (
     take,
     transpose,
 )
+from .threads import run
 
 
 class Shape(NamedTuple):
@@ -477,42 +474,6 @@ def compiled(kernel: Kernel, parts: int, half: bool) -> Functions:
         return compile_functions(kernel, parts, half, cached=False)
 
 
-@cache
-def _openmp() -> Callable | None:
-    """`GOMP_parallel(function, argument, threads, flags)` of the OpenMP library that torch uses, if it has one.
-
-    With a second pool of threads, torch's, which spin for milliseconds after each of its operations, and ours would
-    share the cores: layers were 30 % slower on 2 of them.
-    """
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:
-        parallel = ctypes.CDLL(str(library)).GOMP_parallel  # looked up in what the library links to
-    except (OSError, AttributeError):
-        return None
-    parallel.argtypes, parallel.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
-    return parallel
-
-
-@cache
-def _pool(process: int, workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(workers, thread_name_prefix="diffusers-terdit")
-
-
-def _run(function: Any, job: Tensor, units: int, threads: int) -> None:
-    job[JOB.unit] = job[JOB.thread] = 0
-    job[JOB.units] = units
-    address, threads = job.data_ptr(), min(threads, units)
-    parallel = _openmp() if os.getpid() == scratch.PROCESS else None  # OpenMP's threads are lost in a fork
-    if threads > 1 and parallel is not None:
-        parallel(function.address, address, threads, 0)
-        return
-    helpers = [_pool(os.getpid(), threads - 1).submit(function.ctypes, address) for _ in range(threads - 1)]
-    try:
-        function.ctypes(address)
-    finally:  # an interrupt must not free what they still read
-        wait([helper for helper in helpers if not helper.cancel()])  # one that has not started has nothing left to do
-
-
 def linear_many(
     kernel: Kernel, input: Tensor, weights: list[tuple[Tensor, Tensor, Tensor | None]], bits: int
 ) -> list[Tensor]:
@@ -560,9 +521,9 @@ def linear_many(
         arrays = (flat, codes, steps, sums, packed, scale, shift, output, buffers)
         job = torch.tensor([0, 0, 0, *sizes, *[array.data_ptr() for array in arrays], own])
         if groups != laid_out:
-            _run(quantize, job, tiles, threads)
+            run(quantize, job, tiles, threads)
             laid_out = groups
-        _run(multiply, job, units, threads)
+        run(multiply, job, units, threads)
         outputs.append(output.to(input.dtype).reshape(*input.shape[:-1], 4 * quarter))
     return outputs
 
