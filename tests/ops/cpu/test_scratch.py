@@ -10,7 +10,7 @@ import torch
 from weights import exact_case
 
 from diffusers_terdit.ops import float_linear, reference, ternary_linear
-from diffusers_terdit.ops.cpu import scratch
+from diffusers_terdit.ops.cpu import decode, scratch
 
 
 def buffers():
@@ -31,7 +31,7 @@ def test_the_buffers_of_the_largest_layer_serve_the_smaller_ones():
     seen = []
     for out_features in (8, 64, 16, 32):
         for linear, position in ((ternary_linear, 1), (float_linear, 4)):
-            case = exact_case(2, out_features, 12)
+            case = exact_case(9, out_features, 12)
             linear(case[0], case[position], case[2])
         seen.append([(buffer.data_ptr(), buffer.numel()) for buffer in buffers()])
     assert seen[0] != seen[1]
@@ -39,9 +39,16 @@ def test_the_buffers_of_the_largest_layer_serve_the_smaller_ones():
 
 
 def test_a_packed_forward_buffers_a_quarter_of_the_dense_weight():
-    ternary_linear(*exact_case(2, 64, 48)[:4])
+    decode.linear(*exact_case(2, 64, 48)[:4])
     dense = 64 * 48 * 4
     assert dense / 4 <= sum(buffer.nbytes for buffer in buffers()) <= dense / 3
+
+
+def test_lookups_buffer_as_much_as_the_packed_weight_and_a_few_tables():
+    pytest.importorskip("numba")
+    input, packed, scale, bias, _ = exact_case(9, 2048, 1024)
+    ternary_linear(input, packed, scale, bias)
+    assert packed.nbytes <= sum(buffer.nbytes for buffer in buffers()) <= packed.nbytes + 2**18
 
 
 def test_a_change_of_dtype_gets_a_buffer_of_that_dtype():

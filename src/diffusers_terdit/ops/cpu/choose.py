@@ -1,8 +1,8 @@
 """Choose the kernel that computes a ternary layer on a CPU, and say why: the one place that decides it.
 
-Exact arithmetic is `decode`. Integers are computed by the first kernel of `integer_kernels` that this processor runs.
-All of them give the same bits, those of `reference.integer_linear`. Where there is none, layers compute exactly, and
-`ops.integer_linear` calls the reference.
+Exact arithmetic is `lookup`, in float32; without numba, and in float64, it is `decode`. Integers are computed by the
+first kernel of `integer_kernels` that this processor runs. All of them give the same bits, those of
+`reference.integer_linear`. Where there is none, layers compute exactly, and `ops.integer_linear` calls the reference.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,8 @@ from . import decode
 
 
 INSTALL_NUMBA = "pip install numba"
+# Of 16 bits in the place of bfloat16. The others were measured slower than exact lookups.
+FASTER_THAN_LOOKUPS = ("avx512_vnni_lookup", "avx512_vnni")
 NO_AVX2 = "This processor has no AVX2, which the integer kernels need; ternary layers compute exactly."
 
 
@@ -40,15 +42,23 @@ def choose(device: torch.device, case: Case) -> Choice:
     if bits == "auto":
         bits = 16 if case.dtype == torch.bfloat16 else None
     assert not isinstance(bits, str)
-    reason = case.why_exact(bits)
+    reason, automatic = case.why_exact(bits), case.trained_bits is None and case.requested_bits == "auto"
     if reason is None:
         for name in integer_kernels():
+            if automatic and name not in FASTER_THAN_LOOKUPS:
+                reason = f"lookups in float32 are faster here than 16-bit integers ({name})"
+                break
             return Choice(name, bits, case.why_rounded())
-        reason = "the integer kernels need " + ("AVX2" if find_spec("numba") else f"numba: {INSTALL_NUMBA}")
-        if case.requested_bits == "auto":
-            faster = f"bfloat16 on this CPU would be faster and more accurate with numba: {INSTALL_NUMBA}"
-            warn_once(NO_AVX2 if find_spec("numba") else faster)
-    return Choice(f"exact, matmul in {name_of(decode.matmul_dtype(case.dtype))}", None, reason)
+        else:
+            reason = "the integer kernels need " + ("AVX2" if find_spec("numba") else f"numba: {INSTALL_NUMBA}")
+            if automatic and not find_spec("numba"):
+                warn_once(f"bfloat16 on this CPU would be faster and more accurate with numba: {INSTALL_NUMBA}")
+    how = "lookups in float32" if _looks_up(case.dtype) else f"matmul in {name_of(decode.matmul_dtype(case.dtype))}"
+    return Choice(f"exact, {how}", None, reason)
+
+
+def _looks_up(dtype: torch.dtype) -> bool:
+    return dtype != torch.float64 and find_spec("numba") is not None
 
 
 def check_integers(bits: int) -> None:
@@ -68,4 +78,30 @@ def integer_linear(
     return kernel(input, weight_packed, weight_scale, bias, bits)
 
 
-register_kernels("cpu", choose, check_integers, decode.linear, decode.linear_backward, integer_linear)
+def linear(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute `reference.ternary_linear` (uint8 `weight`) or `reference.float_linear` (float `weight`)."""
+    if not _looks_up(input.dtype):
+        return decode.linear(input, weight, weight_scale, bias)
+    from . import lookup, pack
+
+    out_features = len(weight) * (reference.CODES_PER_BYTE if weight.dtype == torch.uint8 else 1)
+    if weight.dtype != torch.uint8:
+        weight, weight_scale = pack.pack(weight, weight_scale)
+    return lookup.linear(input, weight, weight_scale, bias, out_features)
+
+
+def linear_backward(
+    grad: Tensor, input: Tensor | None, weight: Tensor, weight_scale: Tensor, need_input_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `reference.linear_backward`."""
+    if not _looks_up(grad.dtype) or reference.is_grouped(weight_scale):
+        return decode.linear_backward(grad, input, weight, weight_scale, need_input_grad)
+    from . import lookup, pack
+
+    packed = weight
+    if weight.dtype != torch.uint8:
+        packed, weight_scale = pack.pack(weight, weight_scale)
+    return lookup.linear_backward(grad, input, packed, weight_scale, need_input_grad)
+
+
+register_kernels("cpu", choose, check_integers, linear, linear_backward, integer_linear)

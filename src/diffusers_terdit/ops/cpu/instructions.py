@@ -79,6 +79,14 @@ def c_function(cached: bool, *variant: Any) -> Callable[[Callable], Any]:
     return compiled
 
 
+def from_cache(compile_: Callable[..., Any], *variant: Any) -> Any:
+    """`compile_(*variant, cached=True)`, or without the cache where that fails: no folder for it, a full disk."""
+    try:
+        return compile_(*variant, cached=True)
+    except Exception:  # an error of ours comes again below
+        return compile_(*variant, cached=False)
+
+
 # ---- for code generators ----
 
 
@@ -98,6 +106,21 @@ def permute(module: ir.Module) -> ir.Function:
 def at(builder: ir.IRBuilder, address: ir.Value, offset: int, type_: ir.Type) -> ir.Value:
     """Return the pointer to a value `offset` bytes after an address."""
     return builder.inttoptr(builder.add(address, ir.IntType(64)(offset)), type_.as_pointer())
+
+
+def to_bfloat16(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """Return the 16 bits of the bfloat16 nearest to each float32 of a vector, half to even; NaN stays one."""
+    count = value.type.count
+    ints = ir.VectorType(ir.IntType(32), count)
+
+    def constant(number):
+        return ir.Constant(ints, [number] * count)
+
+    word = builder.bitcast(value, ints)
+    odd = builder.and_(builder.lshr(word, constant(16)), constant(1))
+    rounded = builder.add(word, builder.add(odd, constant(0x7FFF)))
+    word = builder.select(builder.fcmp_ordered("==", value, value), rounded, word)
+    return builder.trunc(builder.lshr(word, constant(16)), ir.VectorType(ir.IntType(16), count))
 
 
 def everywhere(builder: ir.IRBuilder, value: ir.Value, type_: ir.VectorType) -> ir.Value:
@@ -229,7 +252,7 @@ def finish(
     def codegen(context, builder, signature, args):
         sums, count, offsets, stride, scales, totals, first, last, steps, shifts, output, down, across = args[3:]
         i32, i64, f32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
-        ints, floats, shorts = (ir.VectorType(type_, size) for type_ in (i32, f32, ir.IntType(16)))
+        ints, floats = (ir.VectorType(type_, size) for type_ in (i32, f32))
 
         def constant(value):
             return ir.Constant(ints, [value] * size)
@@ -263,11 +286,7 @@ def finish(
                         continue
                     value = builder.fadd(builder.fmul(value, step), shift[vector])
                     if to_half:
-                        word = builder.bitcast(value, ints)
-                        odd = builder.and_(builder.lshr(word, constant(16)), constant(1))
-                        rounded = builder.add(word, builder.add(odd, constant(0x7FFF)))
-                        word = builder.select(builder.fcmp_ordered("==", value, value), rounded, word)
-                        value = builder.trunc(builder.lshr(word, constant(16)), shorts)
+                        value = to_bfloat16(builder, value)
                     store(value, target)
                     target = builder.add(target, across)
 

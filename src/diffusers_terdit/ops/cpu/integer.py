@@ -16,7 +16,6 @@ A `Kernel` says with what: how the codes lie, and `tile`, the inner loop. `KERNE
     "avx2"                vpmaddubsw, summed in 16 bits for 64 steps: 64 * 2 * 2 * 128 = 2^15 is the most that fits
 """
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -43,7 +42,7 @@ from .instructions import (
     take,
     transpose,
 )
-from .threads import run
+from .threads import new_job, run
 
 
 class Shape(NamedTuple):
@@ -519,7 +518,7 @@ def linear_many(
             sums = torch.empty(rows * groups, dtype=torch.int32)
         sizes = (strip, share, rows, groups, group, words, group_steps, quarter, tiles)
         arrays = (flat, codes, steps, sums, packed, scale, shift, output, buffers)
-        job = torch.tensor([0, 0, 0, *sizes, *[array.data_ptr() for array in arrays], own])
+        job = new_job(*sizes, *[array.data_ptr() for array in arrays], own)
         if groups != laid_out:
             run(quantize, job, tiles, threads)
             laid_out = groups

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import scratch
 
@@ -35,21 +34,32 @@ def _pool(process: int, workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, thread_name_prefix="diffusers-terdit")
 
 
-def run(function: Any, job: Tensor, units: int, threads: int) -> None:
-    """Run a C function of the address of a job in that many threads.
+def new_job(*fields: int) -> ctypes.Array:
+    """What a C function is given the address of: `fields` as int64, after three that `run` fills in.
 
-    The job's first three fields are int64s: the units taken and the threads come so far, which the function counts up,
-    and the units that there are.
+    They are the units taken and the threads come so far, which the function counts up, and the units that there are.
     """
-    job[0] = job[1] = 0
-    job[2] = units
-    address, threads = job.data_ptr(), min(threads, units)
+    return (ctypes.c_int64 * (3 + len(fields)))(0, 0, 0, *fields)
+
+
+@cache
+def _callable(function: Any) -> Callable[[int], None]:
+    return function.ctypes
+
+
+def run(function: Any, job: ctypes.Array, units: int, threads: int) -> None:
+    """Run a C function of the address of a job in that many threads."""
+    job[0], job[1], job[2] = 0, 0, units
+    address, call, threads = ctypes.addressof(job), _callable(function), min(threads, units)
+    if threads <= 1:
+        call(address)
+        return
     parallel = openmp() if os.getpid() == scratch.PROCESS else None  # OpenMP's threads are lost in a fork
-    if threads > 1 and parallel is not None:
+    if parallel is not None:
         parallel(function.address, address, threads, 0)
         return
-    helpers = [_pool(os.getpid(), threads - 1).submit(function.ctypes, address) for _ in range(threads - 1)]
+    helpers = [_pool(os.getpid(), threads - 1).submit(call, address) for _ in range(threads - 1)]
     try:
-        function.ctypes(address)
+        call(address)
     finally:  # an interrupt must not free what they still read
         wait([helper for helper in helpers if not helper.cancel()])  # one that has not started has nothing left to do

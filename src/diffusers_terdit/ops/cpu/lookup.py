@@ -1,0 +1,625 @@
+"""Exact products by lookup: one vector is added for four weights, and no weight is decoded.
+
+Four codes are one of 81 cases. A tile of the input is a few rows side by side, a row in each lane of a vector. For
+every four inputs, the 81 sums that they can give are written to a table of vectors; then each output adds, for every
+four inputs, the one vector that its four codes name. That is one load and one addition for four multiply-adds of each
+row. 32 inputs are a chunk, whose eight tables fit the first cache; the eight names of an output are eight bytes in a
+row, laid out in a scratch in every call: the packed weight is read as it is stored.
+
+For a few rows that would cost more than it saves: there the four products of an input are looked up in a register.
+
+All is float32, whatever the input's dtype. The order of the sums, and so every bit of the result, is the same for any
+number of rows and threads and on any processor:
+
+    table   ((+-x0 +-x1) +-x2) +-x3, without the inputs whose code is 0
+    chunk   ((t0 + t1) + (t2 + t3)) + ((t4 + t5) + (t6 + t7))
+    sum     of the chunks one after the other, each times its scale where groups of inputs have one
+    output  sum * scale + bias
+
+The gradient to the input is such a product, too: there a packed byte is four inputs of a table as it is.
+
+Idea: Vec-LUT (https://arxiv.org/abs/2512.06443), which looks up integers.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import numba
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core.cgutils import for_range
+from numba.extending import intrinsic
+from torch import Tensor
+
+from .. import reference
+from . import scratch
+from .decode import matmul_dtype
+from .instructions import at, c_function, everywhere, from_cache, pointer, processor, take, to_bfloat16, transpose
+from .threads import new_job, run
+
+
+INPUTS = 4  # of a table
+CASES = 3**INPUTS
+TABLES = 8  # of a chunk
+CHUNK = INPUTS * TABLES
+SPARE = 48  # vectors after the tables: a code 3, which no packed weight may hold, leads no further
+MOST_OUTPUTS = 8192  # of a unit: their sums stay in the second cache
+ROWS_LAID = 16  # of the packed weight: whole cache lines of names
+FEW = 4  # rows that are looked up in registers
+f32 = numba.float32
+
+
+class Job(NamedTuple):
+    """What a function works on, int64 each: sizes, counters and the addresses of arrays."""
+
+    unit: int  # counts the units of work that were taken
+    thread: int  # counts the threads that came
+    units: int
+    rows: int  # M
+    groups: int  # of inputs with a scale of their own, or 1
+    size: int  # inputs of a group, or of each part of the input whose parts go side by side
+    quarter: int  # N / 4
+    width: int  # K
+    chunks: int
+    outputs: int  # of the product: N, or K for the gradient to the input
+    tiles: int  # M / lanes, rounded up
+    share: int  # outputs of a unit, a multiple of 4
+    input: int  # (M, groups * size * parts) float32
+    tiled: int  # (tiles, chunks, 32, lanes) float32: the rows of a tile side by side; zero beyond a group and M
+    packed: int  # (N / 4, K) uint8
+    names: int  # (chunks, outputs, 8) uint8
+    group_scale: int  # (groups, outputs) float32
+    scale: int  # (outputs + 15,) float32: a vector may be loaded anywhere
+    bias: int  # (outputs + 15,) float32
+    output: int  # (M, outputs) float32 or bfloat16
+    scratch: int  # (threads, own) float32
+    own: int
+
+
+JOB = Job(*range(len(Job._fields)))
+
+
+# ---- the vectors ----
+
+
+def _name_of(builder: ir.IRBuilder, codes: ir.Value, type_: ir.VectorType) -> ir.Value:
+    """27 c0 + 9 c1 + 3 c2 + c3 of words of four bytes, each in its lowest byte."""
+    powers = sum(3 ** (3 - place) << 8 * (3 - place) for place in range(4))  # it is the highest byte of the product
+    product = builder.mul(codes, ir.Constant(type_, [powers] * type_.count))
+    return builder.lshr(product, ir.Constant(type_, [24] * type_.count))
+
+
+@intrinsic(prefer_literal=True)
+def _lay_words(typing_context, words, source, target, between_chunks, between_quarters):
+    """`words` words of a packed row, each four inputs of four outputs, to the names at four outputs; addresses."""
+    count = words.literal_value
+
+    def codegen(context, builder, signature, args):
+        _, source, target, between_chunks, between_quarters = args
+        i32, i8 = ir.IntType(32), ir.IntType(8)
+        ints = ir.VectorType(i32, count)
+        word = builder.load(at(builder, source, 0, ints), align=1)
+        for quarter in range(4):
+            codes = builder.lshr(word, ir.Constant(ints, [6 - 2 * quarter] * count))
+            codes = builder.and_(codes, ir.Constant(ints, [0x03030303] * count))
+            names = builder.trunc(_name_of(builder, codes, ints), ir.VectorType(i8, count))
+            place = target
+            for first in range(0, count, TABLES):
+                which = ir.Constant(ir.VectorType(i32, TABLES), list(range(first, first + TABLES)))
+                chunk = builder.shuffle_vector(names, names, which)
+                builder.store(chunk, at(builder, place, 0, chunk.type), align=1)
+                place = builder.add(place, between_chunks)
+            target = builder.add(target, between_quarters)
+        return context.get_dummy_value()
+
+    return types.void(words, types.uintp, types.uintp, types.intp, types.intp), codegen
+
+
+@intrinsic
+def _lay_bytes(typing_context, source, stride, target):
+    """16 bytes of each of eight packed rows to the eight names at each of 16 outputs; addresses."""
+
+    def codegen(context, builder, signature, args):
+        source, stride, target = args
+        i8, i32, i64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+        bytes_ = ir.VectorType(i8, 16)
+
+        def constant(value):
+            return ir.Constant(bytes_, [value] * 16)
+
+        rows = []
+        for number in range(TABLES):
+            byte = builder.load(at(builder, builder.add(source, builder.mul(stride, i64(number))), 0, bytes_), align=1)
+            name = byte  # 64 c0 + 16 c1 + 4 c2 + c3
+            for bits, less in ((6, 37), (4, 7), (2, 1)):
+                code = builder.and_(builder.lshr(byte, constant(bits)), constant(3))
+                name = builder.sub(name, builder.mul(code, constant(less)))
+            rows.append(name)
+        while len(rows) > 1:  # interleave those half the rows apart
+            half, count = len(rows) // 2, rows[0].type.count
+            order = [place for pair in zip(range(count), range(count, 2 * count), strict=True) for place in pair]
+            mask = ir.Constant(ir.VectorType(i32, 2 * count), order)
+            rows = [builder.shuffle_vector(rows[n], rows[n + half], mask) for n in range(half)]
+        builder.store(rows[0], at(builder, target, 0, rows[0].type), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.uintp, types.intp, types.uintp), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _make_tables(typing_context, lanes, x, tables):
+    """`tables` (8, 81, lanes) float32: the sums that each four of `x` (32, lanes) can give; addresses."""
+    count = lanes.literal_value
+
+    def codegen(context, builder, signature, args):
+        _, x, tables = args
+        i64, floats = ir.IntType(64), ir.VectorType(ir.FloatType(), count)
+        with for_range(builder, i64(TABLES)) as loop:
+            source = builder.add(x, builder.mul(loop.index, i64(4 * count * INPUTS)))
+            target = builder.add(tables, builder.mul(loop.index, i64(4 * count * CASES)))
+            sums = [ir.Constant(floats, [0.0] * count)]
+            for number in range(INPUTS):
+                value = builder.load(at(builder, source, 4 * count * number, floats), align=4)
+                sums = [
+                    s for before in sums for s in (builder.fsub(before, value), before, builder.fadd(before, value))
+                ]
+            for case, total in enumerate(sums):
+                builder.store(total, at(builder, target, 4 * count * case, floats), align=4)
+        return context.get_dummy_value()
+
+    return types.void(lanes, types.uintp, types.uintp), codegen
+
+
+def _add_in_pairs(builder: ir.IRBuilder, values: list[ir.Value]) -> ir.Value:
+    while len(values) > 1:
+        values = [builder.fadd(*values[pair : pair + 2]) for pair in range(0, len(values), 2)]
+    return values[0]
+
+
+@intrinsic(prefer_literal=True)
+def _add_chunk(typing_context, lanes, grouped, unrolled, tables, names, scales, outputs, sums):
+    """`sums` (outputs, lanes) float32 += what `names` (outputs, 8) find in the tables, times `scales` if `grouped`.
+
+    All but `outputs`, a multiple of `unrolled`, are addresses.
+    """
+    count, has_scales, unroll = (literal.literal_value for literal in (lanes, grouped, unrolled))
+
+    def codegen(context, builder, signature, args):
+        tables, names, scales, outputs, sums = args[3:]
+        i8, i64, floats = ir.IntType(8), ir.IntType(64), ir.VectorType(ir.FloatType(), count)
+        entry = 4 * count
+        with for_range(builder, builder.udiv(outputs, i64(unroll))) as loop:
+            first = builder.mul(loop.index, i64(unroll))
+            own_names = builder.add(names, builder.mul(first, i64(TABLES)))
+            own_scales = builder.add(scales, builder.mul(first, i64(4)))
+            own_sums = builder.add(sums, builder.mul(first, i64(entry)))
+            for number in range(unroll):
+                found = []
+                for table in range(TABLES):
+                    name = builder.zext(builder.load(at(builder, own_names, TABLES * number + table, i8)), i64)
+                    place = builder.add(tables, builder.mul(name, i64(entry)))
+                    found.append(builder.load(at(builder, place, entry * CASES * table, floats), align=4))
+                total = _add_in_pairs(builder, found)
+                if has_scales:
+                    scale = builder.load(at(builder, own_scales, 4 * number, ir.FloatType()))
+                    total = builder.fmul(total, everywhere(builder, scale, floats))
+                cell = at(builder, own_sums, entry * number, floats)
+                builder.store(builder.fadd(builder.load(cell, align=4), total), cell, align=4)
+        return context.get_dummy_value()
+
+    address = types.uintp
+    return types.void(lanes, grouped, unrolled, address, address, address, types.intp, address), codegen
+
+
+def _one_of_four(builder: ir.IRBuilder, count: int, four: ir.Value, index: ir.Value) -> ir.Value:
+    """`vpermilps`: of each four lanes of `four` the one that the two lowest bits of the index say."""
+    name = {8: "llvm.x86.avx.vpermilvar.ps.256", 16: "llvm.x86.avx512.vpermilvar.ps.512"}[count]
+    function = ir.FunctionType(four.type, [four.type, index.type])
+    return builder.call(builder.module.declare_intrinsic(name, (), function), [four, index])
+
+
+@intrinsic(prefer_literal=True)
+def _add_few(typing_context, lanes, rows, grouped, words, x, between_rows, scales, sums):
+    """`sums` (4, rows, lanes) float32 += a chunk of a panel: `words` (8, lanes) of its packed rows.
+
+    `x` (32, 4) float32 holds the products -x, 0, x of every input with a code, one row `between_rows` bytes after the
+    other; `scales` (4, lanes) float32 multiply the chunk if `grouped`. Addresses.
+    """
+    count, many, has_scales = (literal.literal_value for literal in (lanes, rows, grouped))
+
+    def codegen(context, builder, signature, args):
+        words, x, between_rows, scales, sums = args[3:]
+        i64, ints = ir.IntType(64), ir.VectorType(ir.IntType(32), count)
+        floats = ir.VectorType(ir.FloatType(), count)
+        four = ir.VectorType(ir.FloatType(), 4)
+        repeat = ir.Constant(ints, [lane % 4 for lane in range(count)])
+        loaded = [builder.load(at(builder, words, 4 * count * n, ints), align=4) for n in range(TABLES)]
+        for quarter in range(4):
+            found: list[list[ir.Value]] = [[] for _ in range(many)]
+            for table in range(TABLES):
+                totals: list[ir.Value | None] = [None] * many
+                for place in range(INPUTS):
+                    index = builder.lshr(loaded[table], ir.Constant(ints, [8 * place + 6 - 2 * quarter] * count))
+                    for row in range(many):
+                        own = builder.add(x, builder.mul(between_rows, i64(row)))
+                        products = builder.load(at(builder, own, 16 * (INPUTS * table + place), four), align=4)
+                        products = builder.shuffle_vector(products, products, repeat)
+                        product = _one_of_four(builder, count, products, index)
+                        before = totals[row]
+                        totals[row] = product if before is None else builder.fadd(before, product)
+                for row in range(many):
+                    found[row].append(totals[row])
+            for row in range(many):
+                total = _add_in_pairs(builder, found[row])
+                if has_scales:
+                    scale = builder.load(at(builder, scales, 4 * count * quarter, floats), align=4)
+                    total = builder.fmul(total, scale)
+                cell = at(builder, sums, 4 * count * (many * quarter + row), floats)
+                builder.store(builder.fadd(builder.load(cell, align=4), total), cell, align=4)
+        return context.get_dummy_value()
+
+    address = types.uintp
+    return types.void(lanes, rows, grouped, address, address, types.intp, address, address), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _finish(typing_context, lanes, half, sums, scales, shifts, output):
+    """A vector of outputs of a row, float32 or, with `half` 1, bfloat16: sum * scale + shift; addresses."""
+    count, to_half = lanes.literal_value, half.literal_value
+
+    def codegen(context, builder, signature, args):
+        floats = ir.VectorType(ir.FloatType(), count)
+        sums, scales, shifts = (builder.load(at(builder, address, 0, floats), align=4) for address in args[2:5])
+        value = builder.fadd(builder.fmul(sums, scales), shifts)
+        value = to_bfloat16(builder, value) if to_half else value
+        builder.store(value, at(builder, args[5], 0, value.type), align=2)
+        return context.get_dummy_value()
+
+    return types.void(lanes, half, types.uintp, types.uintp, types.uintp, types.uintp), codegen
+
+
+# ---- the functions ----
+
+
+def _compile_lay(cached: bool) -> Any:
+    field, fields = JOB, len(JOB)
+    one, two = TABLES, 2 * TABLES
+
+    @c_function(cached, "lay")
+    def lay(address):
+        """Names of the outputs of the layer. A unit is `ROWS_LAID` rows of the packed weight."""
+        job = numba.carray(pointer(address, "int64"), fields)
+        groups, size, quarter = job[field.groups], job[field.size], job[field.quarter]
+        chunks, inputs = -(-size // CHUNK), groups * size
+        packed = numba.carray(pointer(job[field.packed], "uint8"), (quarter, inputs))
+        own = job[field.scratch] + 4 * job[field.own] * take(address + 8 * field.thread)
+        rest = numba.carray(pointer(own, "uint8"), CHUNK)
+        across, down = 4 * quarter * TABLES, quarter * TABLES
+        while True:
+            unit = take(address + 8 * field.unit)
+            if unit >= job[field.units]:
+                return
+            top, bottom = unit * ROWS_LAID, min(unit * ROWS_LAID + ROWS_LAID, quarter)
+            chunk = 0
+            while chunk < groups * chunks:
+                start = chunk // chunks * size + chunk % chunks * CHUNK
+                count = min(CHUNK, size - chunk % chunks * CHUNK)
+                pair = size % CHUNK == 0 and chunk + 1 < groups * chunks  # the next one follows in the packed weight
+                for row in range(top, bottom):
+                    source = packed.ctypes.data + row * inputs + start
+                    target = job[field.names] + chunk * across + row * TABLES
+                    if pair:
+                        _lay_words(two, source, target, across, down)
+                    elif count == CHUNK:
+                        _lay_words(one, source, target, across, down)
+                    else:
+                        rest[:] = 0
+                        for k in range(count):
+                            rest[k] = packed[row, start + k]
+                        _lay_words(one, own, target, across, down)
+                chunk += 2 if pair else 1
+
+    return lay
+
+
+def _compile_lay_transposed(cached: bool) -> Any:
+    field, fields = JOB, len(JOB)
+
+    @c_function(cached, "lay transposed")
+    def lay(address):
+        """Names of the inputs of the layer. A unit is a chunk: eight rows of the packed weight."""
+        job = numba.carray(pointer(address, "int64"), fields)
+        quarter, width = job[field.quarter], job[field.width]
+        packed = numba.carray(pointer(job[field.packed], "uint8"), (quarter, width))
+        names = numba.carray(pointer(job[field.names], "uint8"), (job[field.units], width, TABLES))
+        while True:
+            unit = take(address + 8 * field.unit)
+            if unit >= job[field.units]:
+                return
+            top, rows = unit * TABLES, min(TABLES, quarter - unit * TABLES)
+            whole = width - width % 16 if rows == TABLES else 0
+            for k in range(0, whole, 16):
+                source = packed.ctypes.data + top * width + k
+                _lay_bytes(source, width, names.ctypes.data + TABLES * (unit * width + k))
+            for k in range(whole, width):
+                for row in range(rows):
+                    byte = packed[top + row, k]
+                    names[unit, k, row] = 27 * (byte >> 6) + 9 * (byte >> 4 & 3) + 3 * (byte >> 2 & 3) + (byte & 3)
+                for row in range(rows, TABLES):
+                    names[unit, k, row] = 0
+
+    return lay
+
+
+def _compile_tile(lanes: int, parts: int, cached: bool) -> Any:
+    field, fields = JOB, len(JOB)
+
+    @c_function(cached, "tile", lanes, parts)
+    def tile(address):
+        """Rows of a tile, a unit, side by side, and so the `parts` parts of a row."""
+        job = numba.carray(pointer(address, "int64"), fields)
+        groups, size = job[field.groups], job[field.size]
+        inputs, padded = groups * size * parts, -(-size * parts // CHUNK) * CHUNK
+        input = numba.carray(pointer(job[field.input], "uint32"), (job[field.rows], inputs))
+        tiled = numba.carray(pointer(job[field.tiled], "uint32"), (job[field.tiles], groups, padded, lanes))
+        while True:
+            unit = take(address + 8 * field.unit)
+            if unit >= job[field.units]:
+                return
+            top = unit * lanes
+            rows = min(lanes, job[field.rows] - top)
+            for group in range(groups):
+                for part in range(parts):
+                    first = (group * parts + part) * size
+                    whole = size - size % lanes if rows == lanes else 0
+                    for k in range(0, whole, lanes):
+                        source = input.ctypes.data + 4 * (top * inputs + first + k)
+                        place = (unit * groups + group) * padded + k * parts + part
+                        transpose(lanes, source, 4 * inputs, tiled.ctypes.data + 4 * lanes * place, 4 * lanes * parts)
+                    for k in range(whole, size):
+                        for row in range(rows):
+                            tiled[unit, group, k * parts + part, row] = input[top + row, first + k]
+                        for row in range(rows, lanes):
+                            tiled[unit, group, k * parts + part, row] = 0
+                tiled[unit, group, size * parts :] = 0
+
+    return tile
+
+
+def _compile_multiply(lanes: int, grouped: int, half: int, cached: bool) -> Any:
+    field, fields = JOB, len(JOB)
+    number, size = ("uint16", 2) if half else ("uint32", 4)
+
+    @c_function(cached, "multiply", lanes, grouped, half)
+    def multiply(address):
+        """A unit is a tile and `share` outputs."""
+        job = numba.carray(pointer(address, "int64"), fields)
+        outputs, share = job[field.outputs], job[field.share]
+        output = numba.carray(pointer(job[field.output], number), (job[field.rows], outputs))
+        tables = job[field.scratch] + 4 * job[field.own] * take(address + 8 * field.thread)
+        square = numba.carray(pointer(tables + 4 * lanes * (TABLES * CASES + SPARE), "float32"), (lanes, lanes))
+        sums = numba.carray(pointer(square.ctypes.data + 4 * lanes * lanes, "float32"), (share + lanes, lanes))
+        done = numba.carray(pointer(sums.ctypes.data, number), lanes)
+        chunks, per_group = job[field.chunks], job[field.chunks] // job[field.groups]
+        while True:
+            unit = take(address + 8 * field.unit)
+            if unit >= job[field.units]:
+                return
+            tile, first = unit % job[field.tiles], unit // job[field.tiles] * share
+            count = min(share, outputs - first)
+            fours = count - count % 4
+            sums[: count + lanes] = 0
+            for chunk in range(chunks):
+                _make_tables(lanes, job[field.tiled] + 4 * lanes * CHUNK * (tile * chunks + chunk), tables)
+                names = job[field.names] + TABLES * (chunk * outputs + first)
+                scales = job[field.group_scale] + 4 * (chunk // per_group * outputs + first)
+                _add_chunk(lanes, grouped, 4, tables, names, scales, fours, sums.ctypes.data)
+                if fours < count:
+                    names, scales = names + TABLES * fours, scales + 4 * fours
+                    last = sums.ctypes.data + 4 * lanes * fours
+                    _add_chunk(lanes, grouped, 1, tables, names, scales, count - fours, last)
+            top = tile * lanes
+            for n in range(0, count, lanes):
+                transpose(lanes, sums.ctypes.data + 4 * lanes * n, 4 * lanes, square.ctypes.data, 4 * lanes)
+                width, column = min(lanes, count - n), first + n
+                for row in range(min(lanes, job[field.rows] - top)):
+                    source = square.ctypes.data + 4 * lanes * row
+                    target = output.ctypes.data + size * ((top + row) * outputs + column)
+                    if width < lanes:
+                        target = sums.ctypes.data  # of outputs that are done
+                    own_scales, shifts = job[field.scale] + 4 * column, job[field.bias] + 4 * column
+                    _finish(lanes, half, source, own_scales, shifts, target)
+                    if width < lanes:
+                        for i in range(width):
+                            output[top + row, column + i] = done[i]
+
+    return multiply
+
+
+def _compile_few(lanes: int, rows: int, grouped: int, half: int, cached: bool) -> Any:
+    field, fields = JOB, len(JOB)
+    number, size_of_number = ("uint16", 2) if half else ("uint32", 4)
+    two = 2 * TABLES
+
+    @c_function(cached, "few", lanes, rows, grouped, half)
+    def few(address):
+        """A unit is a panel: `lanes` rows of the packed weight, all `rows` rows of the input."""
+        job = numba.carray(pointer(address, "int64"), fields)
+        size, quarter, chunks = job[field.size], job[field.quarter], job[field.chunks]
+        per_group, inputs = chunks // job[field.groups], job[field.width]
+        packed = numba.carray(pointer(job[field.packed], "uint8"), (quarter, inputs))
+        group_scale = numba.carray(pointer(job[field.group_scale], "float32"), (job[field.groups], 4, quarter))
+        output = numba.carray(pointer(job[field.output], number), (rows, 4 * quarter))
+        words = job[field.scratch] + 4 * job[field.own] * take(address + 8 * field.thread)
+        bytes_ = numba.carray(pointer(words, "uint8"), (two, lanes, 4))
+        scales = numba.carray(pointer(words + 4 * lanes * two, "float32"), (4, lanes))
+        sums = numba.carray(pointer(words + 4 * lanes * (two + 4), "float32"), (4, rows, lanes))
+        done = numba.carray(pointer(words, number), lanes)
+        while True:
+            unit = take(address + 8 * field.unit)
+            if unit >= job[field.units]:
+                return
+            first = unit * lanes
+            width = min(lanes, quarter - first)
+            sums[:] = 0
+            chunk = 0
+            while chunk < chunks:
+                start = chunk // per_group * size + chunk % per_group * CHUNK
+                count = min(CHUNK, size - chunk % per_group * CHUNK)
+                pair = size % CHUNK == 0 and chunk + 1 < chunks and width == lanes
+                if pair:
+                    for word in range(0, two, lanes):
+                        source = packed.ctypes.data + first * inputs + start + 4 * word
+                        transpose(lanes, source, inputs, words + 4 * lanes * word, 4 * lanes)
+                else:
+                    for k in range(count):
+                        for row in range(width):
+                            bytes_[k // 4, row, k % 4] = packed[first + row, start + k]
+                for number_of_chunk in range(chunk, chunk + 2 if pair else chunk + 1):
+                    if grouped:
+                        for quarter_of_scale in range(4):
+                            for row in range(width):
+                                scales[quarter_of_scale, row] = group_scale[
+                                    number_of_chunk // per_group, quarter_of_scale, first + row
+                                ]
+                    own_words = words + 4 * lanes * TABLES * (number_of_chunk - chunk)
+                    x = job[field.tiled] + 16 * CHUNK * number_of_chunk
+                    between = 16 * CHUNK * chunks
+                    _add_few(lanes, rows, grouped, own_words, x, between, scales.ctypes.data, sums.ctypes.data)
+                chunk += 2 if pair else 1
+            for part in range(4):
+                for row in range(rows):
+                    column = part * quarter + first
+                    source = sums.ctypes.data + 4 * lanes * (part * rows + row)
+                    target = output.ctypes.data + size_of_number * (4 * quarter * row + column)
+                    if width < lanes:
+                        target = words
+                    own_scales, shifts = job[field.scale] + 4 * column, job[field.bias] + 4 * column
+                    _finish(lanes, half, source, own_scales, shifts, target)
+                    if width < lanes:
+                        for i in range(width):
+                            output[row, column + i] = done[i]
+
+    return few
+
+
+@cache
+def compiled(name: str, *variant: Any) -> Any:
+    """Return a compiled C function of the address of a `Job`, from numba's cache on disk where it has it."""
+    compile_ = {
+        "lay": _compile_lay,
+        "lay transposed": _compile_lay_transposed,
+        "tile": _compile_tile,
+        "multiply": _compile_multiply,
+        "few": _compile_few,
+    }[name]
+    return from_cache(compile_, *variant)
+
+
+def _threads(rows: int, weight_packed: Tensor) -> int:
+    return torch.get_num_threads() if rows * weight_packed.numel() > 2**16 else 1
+
+
+def _lanes(rows: int) -> int:
+    return 16 if rows > 8 and "+avx512f" in processor().features else 8
+
+
+def _product(
+    input: Tensor,
+    weight_packed: Tensor,
+    transposed: bool,
+    group_scale: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`(input @ T^T) * scale + bias`, or with T for its transpose: (M, inputs) float32 -> (M, outputs) `dtype`.
+
+    `scale` is (1,) or (outputs,); `group_scale` (N, K / g). They and `bias` may be shorter than the packed weight.
+    """
+    packed = weight_packed.contiguous()
+    quarter, width = packed.shape
+    outputs = width if transposed else 4 * quarter
+    groups, parts = (1 if group_scale is None else group_scale.shape[1]), (4 if transposed else 1)
+    size = quarter if transposed else width // groups
+    chunks = groups * -(-size * parts // CHUNK)
+    rows, threads, lanes = len(input), _threads(len(input), packed), _lanes(len(input))
+    grouped, half = int(group_scale is not None), int(dtype == torch.bfloat16)
+
+    scales = torch.ones(outputs + 15, dtype=torch.float32)
+    if scale is not None:
+        scales[: outputs if scale.numel() == 1 else scale.numel()] = scale.reshape(-1)
+    group_scales = scales
+    if group_scale is not None:
+        group_scales = torch.zeros(groups, outputs, dtype=torch.float32)
+        group_scales[:, : len(group_scale)] = group_scale.T
+    shift = torch.zeros(outputs + 15, dtype=torch.float32)
+    if bias is not None:
+        shift[: len(bias)] = bias
+    output = torch.empty(rows, outputs, dtype=torch.bfloat16 if half else torch.float32)
+    calls: list[tuple[tuple[Any, ...], int]]  # of functions, and their units
+    if 0 < rows <= FEW and not transposed and "+avx2" in processor().features:
+        lanes = 16 if "+avx512f" in processor().features else 8
+        tiles, share, names = 0, 0, scales
+        padded = torch.nn.functional.pad(input.unflatten(1, (groups, size)), (0, chunks * CHUNK // groups - size))
+        nothing = torch.zeros_like(padded)
+        tiled = torch.stack((-padded, nothing, padded, nothing), -1)
+        own = lanes * (2 * TABLES + 4 + 4 * rows)
+        calls = [(("few", lanes, rows, grouped, half), -(-quarter // lanes))]
+    else:
+        tiles = -(-rows // lanes)
+        pieces = max(-(-outputs // MOST_OUTPUTS), -(-2 * threads // max(tiles, 1)) if threads > 1 else 1)
+        share = -(-outputs // (4 * pieces)) * 4
+        tiled = scratch.take("tiled", tiles * chunks * CHUNK * lanes, torch.float32)
+        names = scratch.take("names", chunks * outputs * TABLES, torch.uint8)
+        own = lanes * (TABLES * CASES + SPARE + 2 * lanes + share)
+        calls = [
+            (("lay transposed",), -(-quarter // TABLES)) if transposed else (("lay",), -(-quarter // ROWS_LAID)),
+            (("tile", lanes, parts), tiles),
+            (("multiply", lanes, grouped, half), tiles * -(-outputs // share)),
+        ]
+    buffers = scratch.take("lookups", threads * own, torch.float32)
+    arrays = (input, tiled, packed, names, group_scales, scales, shift, output, buffers)
+    sizes = (rows, groups, size, quarter, width, chunks, outputs, tiles, share)
+    job = new_job(*sizes, *[array.data_ptr() for array in arrays], own)
+    for variant, units in calls:
+        run(compiled(*variant), job, units, threads)
+    return output
+
+
+def linear(
+    input: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
+    """Compute `reference.ternary_linear`, in float32, of the first `out_features` rows of the weight."""
+    flat = input.reshape(-1, input.shape[-1]).float().contiguous()
+    grouped = reference.is_grouped(weight_scale)
+    scale, group_scale = (None, weight_scale) if grouped else (weight_scale, None)
+    output = _product(flat, weight_packed, False, group_scale, scale, bias, input.dtype)
+    return output[:, :out_features].contiguous().to(input.dtype).reshape(*input.shape[:-1], out_features)
+
+
+def linear_backward(
+    grad: Tensor, input: Tensor | None, weight_packed: Tensor, weight_scale: Tensor, need_input_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `reference.linear_backward` for one scale per matrix or row, of as many rows as `grad` has."""
+    flat, per_row = grad.reshape(-1, grad.shape[-1]), weight_scale.dim() == 2
+    input_grad = grad.new_empty(0)
+    product = torch.empty(0)  # the gradient to the input, before the scale where there is one for all
+    if need_input_grad or not (per_row or input is None):
+        scaled = flat.float() * weight_scale.reshape(-1) if per_row else flat.float()
+        scaled = torch.nn.functional.pad(scaled, (0, 4 * len(weight_packed) - scaled.shape[1]))
+        product = _product(scaled.contiguous(), weight_packed, True, None, None, None, torch.float32)
+    if need_input_grad:
+        input_grad = product if per_row else product * weight_scale
+        input_grad = input_grad.to(grad.dtype).reshape(*grad.shape[:-1], weight_packed.shape[1])
+    if input is None:
+        return input_grad, grad.new_empty(0, dtype=torch.float32), grad.new_empty(0, dtype=torch.float32)
+    wide, dtype = input.reshape(-1, input.shape[-1]), matmul_dtype(grad.dtype)
+    weight_grad = (flat.to(dtype).T @ wide.to(dtype)).float()  # (N, K)
+    if per_row:
+        ternary = reference.unpack_ternary(weight_packed)[: len(weight_grad)]
+        scale_grad = (weight_grad * ternary).sum(1, keepdim=True)
+    else:
+        scale_grad = torch.dot(product.flatten(), wide.float().flatten()).reshape(1)
+    return input_grad, weight_grad.mul_(weight_scale), scale_grad

@@ -1,0 +1,239 @@
+"""Exact products by lookup: float64's numbers to float32's precision, and the same bits however they are computed."""
+
+import re
+
+import pytest
+import torch
+from weights import exact_case
+
+from diffusers_terdit.ops import float_linear, pack_ternary, reference, ternarize, ternary_linear
+from diffusers_terdit.ops.cpu import choose
+from diffusers_terdit.ops.cpu import threads as threads_of_kernels
+
+
+numba = pytest.importorskip("numba")
+llvm = pytest.importorskip("llvmlite.binding")
+from diffusers_terdit.ops.cpu import instructions, lookup, pack  # noqa: E402 - after the skip
+
+
+SHAPES = [  # (M, N, K)
+    *[(1, 4, 1), (2, 8, 5), (3, 8, 5), (17, 20, 33), (64, 12, 129), (5, 260, 64), (130, 100, 31), (8, 196, 2050)],
+    *[(4, 384, 64), (257, 772, 66), (100, 192, 1024), (40, 388, 96), (33, 1804, 570), (9, 64, 1056), (16, 24, 288)],
+]
+GRANULARITIES = ["tensor", "row", "group", 32]
+HERE = instructions.processor()
+PROCESSORS = {  # for which lookups differ: lanes, and whether few rows are looked up in registers
+    name: features
+    for name, features in {"avx512": {"+avx2", "+avx512f"}, "avx2": {"+avx2"}, "any": set()}.items()
+    if features <= HERE.features
+}
+
+
+def new_case(rows, out_features, in_features, granularity="tensor", seed=0):
+    """Input (M, K), packed codes, scale, bias, T."""
+    if granularity == "group":
+        granularity = next(size for size in (48, 33, 10, 4, 3, 1) if in_features % size == 0)
+    if isinstance(granularity, int) and in_features % granularity:
+        pytest.skip("no such groups")
+    generator = torch.Generator().manual_seed(seed)
+    ternary = torch.randint(-1, 2, (out_features, in_features), generator=generator)
+    shape = reference.scale_shape(out_features, in_features, granularity)
+    scale, bias = 0.5 + torch.rand(shape, generator=generator), torch.randn(out_features, generator=generator)
+    input = torch.randn(rows, in_features, generator=generator)
+    return input, pack_ternary(ternary), scale, bias, ternary
+
+
+def in_order(input, ternary, scale, bias):
+    """What the module says that it adds, in the order in which it says it."""
+    grouped = reference.is_grouped(scale)
+    groups = scale.shape[1] if grouped else 1
+    total = torch.zeros(len(input), len(ternary))
+    for group, (x, codes) in enumerate(zip(input.chunk(groups, 1), ternary.chunk(groups, 1), strict=True)):
+        fill = -x.shape[1] % lookup.CHUNK
+        products = torch.nn.functional.pad(x[:, None] * codes.float(), (0, fill))  # (M, N, inputs)
+        for chunk in products.split(lookup.CHUNK, 2):
+            four = chunk.unflatten(2, (lookup.TABLES, lookup.INPUTS))
+            sums = ((four[..., 0] + four[..., 1]) + four[..., 2]) + four[..., 3]
+            while sums.shape[2] > 1:
+                sums = sums[..., ::2] + sums[..., 1::2]
+            total = total + (sums[..., 0] * scale[:, group] if grouped else sums[..., 0])
+    return (total if grouped else total * scale.reshape(-1)) + bias
+
+
+@pytest.fixture(params=PROCESSORS)
+def processor(request, monkeypatch):
+    """Every kind of processor whose instructions this one has."""
+    features = frozenset(HERE.features - {"+avx2", "+avx512f"} | PROCESSORS[request.param])
+    monkeypatch.setattr(lookup, "processor", lambda: HERE._replace(features=features))
+    return request.param
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_sums_and_their_order(processor, shape, granularity):
+    input, packed, scale, bias, ternary = new_case(*shape, granularity)
+    output = lookup.linear(input, packed, scale, bias, shape[1])
+    assert torch.equal(output, in_order(input, ternary, scale, bias))
+    exact = input.double() @ reference.dequantize(ternary, scale).double().T + bias
+    assert (output - exact).norm() <= 3e-7 * exact.norm()
+    for rows in (1, 2, 3, 8):  # in any batch
+        assert torch.equal(lookup.linear(input[:rows], packed, scale, bias, shape[1]), output[:rows])
+    for dtype in (torch.bfloat16, torch.float16):
+        half = input.to(dtype)
+        whole = lookup.linear(half.float(), packed, scale, bias, shape[1])
+        for rows in (2, shape[0]):
+            assert torch.equal(lookup.linear(half[:rows], packed, scale, bias, shape[1]), whole[:rows].to(dtype))
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row", "group"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_gradients_equal_the_reference_and_the_formats_each_other(processor, shape, granularity):
+    input, packed, scale, bias, weight = exact_case(*shape, granularity)
+    grad = torch.randint(-8, 9, shape[:2], generator=torch.Generator().manual_seed(1)).float()
+    expected = reference.linear_backward(grad, input, reference.unpack_ternary(packed), scale, True)
+    for either in (packed, weight):
+        assert torch.equal(
+            choose.linear(input, either, scale, bias), reference.ternary_linear(input, packed, scale, bias)
+        )
+        for got, right in zip(choose.linear_backward(grad, input, either, scale, True), expected, strict=True):
+            assert torch.equal(got, right)
+        alone = choose.linear_backward(grad, None, either, scale, True)
+        assert torch.equal(alone[0], expected[0])
+        assert alone[1].numel() == alone[2].numel() == 0
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row", 33])
+@pytest.mark.parametrize("out_features", [1, 6, 7, 21])
+def test_a_float_weight_whose_rows_are_no_multiple_of_four(granularity, out_features):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, 66, generator=generator, requires_grad=True)
+    scale = torch.rand(reference.scale_shape(out_features, 66, granularity), generator=generator).requires_grad_()
+    bias, input = torch.randn(out_features, generator=generator), torch.randn(9, 66, generator=generator)
+    input.requires_grad_()
+    output = float_linear(input, weight, scale, bias)
+    ternary = ternarize(weight.detach(), granularity)
+    assert torch.equal(output, in_order(input.detach(), ternary, scale.detach(), bias))
+    grads = torch.autograd.grad(output, (input, weight, scale), torch.ones_like(output))
+    right = reference.linear_backward(torch.ones_like(output), input.detach(), ternary, scale.detach(), True)
+    for got, expected in zip(grads, right, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row", 3])
+def test_packing_gives_the_bytes_of_the_reference(granularity):
+    for out_features, in_features in ((4, 3), (12, 300), (260, 33), (64, 1026)):
+        weight = torch.randn(out_features, in_features)
+        weight[:, 0] = torch.tensor([0.5, -0.5, 1.5, 0.0]).repeat(out_features // 4)  # halves, times the mean
+        scale = torch.rand(reference.scale_shape(out_features, in_features, granularity))
+        for given in (weight, weight.bfloat16(), weight.double(), weight.T.contiguous().T):
+            packed, unchanged = pack.pack(given, scale)
+            assert torch.equal(packed, pack_ternary(reference.round_to_ternary(given, granularity)))
+            assert torch.equal(unchanged, scale)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_gives_nan(value):
+    weight = torch.randn(8, 6)
+    weight[5, 3] = value
+    output = float_linear(torch.randn(3, 6), weight, torch.ones(1))
+    assert output.isnan().all()
+    output = float_linear(torch.randn(3, 6), weight, torch.ones(8, 1))
+    assert output.isnan().any(0).tolist() == [row == 5 for row in range(8)]
+
+
+def test_what_is_not_finite_stays_in_its_row(processor):
+    for rows in (3, 20):
+        input, packed, scale, bias, ternary = new_case(rows, 64, 40)
+        expected = lookup.linear(input, packed, scale, bias, 64)
+        input[1, 7] = float("nan")
+        input[2, 7] = float("inf")
+        output = lookup.linear(input, packed, scale, bias, 64)
+        others = [row for row in range(rows) if row not in (1, 2)]
+        assert torch.equal(output[others], expected[others])
+        assert output[1].isnan().tolist() == (ternary[:, 7] != 0).tolist()
+        assert output[2].isinf().tolist() == (ternary[:, 7] != 0).tolist()
+
+
+@pytest.fixture
+def set_num_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_the_number_of_threads_changes_nothing(monkeypatch, set_num_threads, threads, openmp):
+    if not openmp:
+        monkeypatch.setattr(threads_of_kernels, "openmp", lambda: None)
+    for rows in (1, 8, 60):
+        input, packed, scale, bias, _ = new_case(rows, 1024, 516, "row")
+        grad = torch.randn(rows, 1024)
+        set_num_threads(1)
+        expected = (
+            ternary_linear(input, packed, scale, bias),
+            choose.linear_backward(grad, None, packed, scale, True)[0],
+        )
+        set_num_threads(threads)
+        for _ in range(3):
+            assert torch.equal(ternary_linear(input, packed, scale, bias), expected)
+            assert torch.equal(choose.linear_backward(grad, None, packed, scale, True)[0], expected_grad)
+
+
+def test_any_memory_layout_and_no_rows():
+    input, packed, scale, bias, _ = new_case(6, 64, 40)
+    expected = ternary_linear(input, packed, scale, bias)
+    apart = torch.empty(packed.numel() + 1, dtype=torch.uint8)[1:].view(packed.shape)
+    apart.copy_(packed)
+    for weight in (apart, packed.T.contiguous().T):
+        assert torch.equal(ternary_linear(input, weight, scale, bias), expected)
+    assert torch.equal(ternary_linear(input.T.contiguous().T, packed, scale, bias), expected)
+    assert ternary_linear(torch.randn(0, 40), packed, scale, bias).shape == (0, 64)
+    assert ternary_linear(torch.randn(40), packed, scale, bias).shape == (64,)
+    assert choose.linear_backward(torch.randn(0, 64), None, packed, scale, True)[0].shape == (0, 40)
+
+
+def test_a_code_that_no_file_may_hold_reads_no_memory_beyond_the_tables(processor):
+    for rows in (1, 9):
+        input = torch.randn(rows, 100)
+        output = lookup.linear(input, torch.full((16, 100), 255, dtype=torch.uint8), torch.ones(1), None, 64)
+        assert output.shape == (rows, 64)
+
+
+def test_the_default_dtype_changes_nothing():
+    input, packed, scale, _, _ = new_case(9, 64, 40)
+    expected = ternary_linear(input, packed, scale)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert torch.equal(ternary_linear(input, packed, scale), expected)
+    finally:
+        torch.set_default_dtype(before)
+
+
+ARM = "aarch64-unknown-linux-gnu"
+
+
+def test_the_same_code_becomes_that_of_arm(monkeypatch):
+    """With LLVM's target, no such machine: it adds NEON's vectors of four."""
+    codegen = pytest.importorskip("numba.core.codegen")
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    machine = llvm.Target.from_triple(ARM).create_target_machine(cpu="neoverse-n1", opt=3)
+    modules, add = [], codegen.CPUCodeLibrary.add_ir_module
+    monkeypatch.setattr(codegen.CPUCodeLibrary, "add_ir_module", lambda *a: (modules.append(str(a[1])), add(*a)))
+    lookup._compile_lay(cached=False)
+    lookup._compile_lay_transposed(cached=False)
+    lookup._compile_tile(8, 4, cached=False)
+    lookup._compile_multiply(8, 1, 1, cached=False)
+    pack._compile(cached=False)
+    assembly = ""
+    for text in modules:
+        text = re.sub('target triple = ".*"', f'target triple = "{ARM}"', text)
+        text = re.sub('target datalayout = ".*"', f'target datalayout = "{machine.target_data}"', text)
+        module = llvm.parse_assembly(text)
+        passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+        passes.getModulePassManager().run(module, passes)
+        assembly += machine.emit_assembly(module)
+        assert "llvm.x86" not in text
+    assert len(re.findall(r"fadd\tv\d+\.4s", assembly)) > 100
