@@ -21,6 +21,7 @@ The gradient to the input is such a product, too: there a packed byte is four in
 Idea: Vec-LUT (https://arxiv.org/abs/2512.06443), which looks up integers.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -507,14 +508,14 @@ def _compile_few(lanes: int, rows: int, grouped: int, half: int, cached: bool) -
 @cache
 def compiled(name: str, *variant: Any) -> Any:
     """Return a compiled C function of the address of a `Job`, from numba's cache on disk where it has it."""
-    compile_ = {
+    compile_: dict[str, Callable[..., Any]] = {
         "lay": _compile_lay,
         "lay transposed": _compile_lay_transposed,
         "tile": _compile_tile,
         "multiply": _compile_multiply,
         "few": _compile_few,
-    }[name]
-    return from_cache(compile_, *variant)
+    }
+    return from_cache(compile_[name], *variant)
 
 
 def _threads(rows: int, weight_packed: Tensor) -> int:
