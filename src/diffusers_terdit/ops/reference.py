@@ -166,6 +166,13 @@ def pack_ternary(ternary: Tensor) -> Tensor:
     return quarters[0] << 6 | quarters[1] << 4 | quarters[2] << 2 | quarters[3]
 
 
+def pack_float(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Ternarize a float weight as one of that scale, and pack it: (N, K) -> bytes (N/4, K), and the `absmean`."""
+    granularity = granularity_of(weight_scale, weight.shape[1])
+    mean = absmean(weight, granularity)
+    return pack_ternary(round_to_ternary(weight, granularity, mean=mean).nan_to_num()), mean
+
+
 def unpack_ternary(weight_packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Inverse of `pack_ternary`.
 

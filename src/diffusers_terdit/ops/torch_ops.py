@@ -113,9 +113,17 @@ def _outside_autocast(kernel):
 
 @custom_op("diffusers_terdit::linear", mutates_args=())
 @_outside_autocast
-def _linear(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+def _linear(
+    input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, float_weight: Tensor | None
+) -> Tensor:
+    """`float_weight` only gets a gradient: `weight` is its codes."""
     function = reference.ternary_linear if weight.dtype == torch.uint8 else reference.float_linear
     return function(input, weight, weight_scale, bias)
+
+
+@custom_op("diffusers_terdit::pack", mutates_args=())
+def _pack(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
+    return reference.pack_float(weight, weight_scale)
 
 
 @custom_op("diffusers_terdit::linear_backward", mutates_args=())
@@ -162,8 +170,14 @@ def _out_features(weight: Tensor) -> int:
     return weight.shape[0] * (reference.CODES_PER_BYTE if weight.dtype == torch.uint8 else 1)
 
 
+@_pack.register_fake
+def _(weight, weight_scale):
+    packed = weight.new_empty(weight.shape[0] // reference.CODES_PER_BYTE, weight.shape[1], dtype=torch.uint8)
+    return packed, torch.empty_like(weight_scale, dtype=torch.float32)
+
+
 @_linear.register_fake
-def _(input, weight, weight_scale, bias):
+def _(input, weight, weight_scale, bias, float_weight):
     return input.new_empty(*input.shape[:-1], _out_features(weight))
 
 
@@ -192,26 +206,27 @@ def _(grad, input, weight, weight_scale, need_input_grad):
 
 
 def _save_for_backward(ctx, inputs, output):
-    input, weight, weight_scale, bias, *_ = inputs
-    needs_input = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    input, weight, weight_scale, bias, *others = inputs
+    needs_input = any(ctx.needs_input_grad[position] for position in (1, 2, 4))
     ctx.save_for_backward(input if needs_input else None, weight, weight_scale)
     ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.weight_dtype = others[0].dtype if ctx.needs_input_grad[4] else weight.dtype
 
 
 def _backward(ctx, grad):
+    """Gradients of `_linear` and of `_integer_linear`, as if its input were not rounded."""
     input, weight, weight_scale = ctx.saved_tensors
-    need_input, need_weight, need_scale, need_bias, *_ = ctx.needs_input_grad
+    need_input, need_weight, need_scale, need_bias, need_float_weight = ctx.needs_input_grad
     input_grad, ternary_grad, scale_grad = _linear_backward(grad, input, weight, weight_scale, need_input)
+    if need_weight or need_float_weight:
+        ternary_grad = straight_through(ternary_grad).to(ctx.weight_dtype)
     return (
         input_grad if need_input else None,
-        straight_through(ternary_grad).to(weight.dtype) if need_weight else None,
+        ternary_grad if need_weight else None,
         scale_grad.to(weight_scale.dtype) if need_scale else None,
         grad.reshape(-1, grad.shape[-1]).float().sum(0).to(ctx.bias_dtype) if need_bias else None,
+        ternary_grad if need_float_weight else None,
     )
-
-
-def _integer_backward(ctx, grad):
-    return *_backward(ctx, grad), None  # that of `ternary_linear`, as if the input were not rounded
 
 
 def _save_for_product_backward(ctx, inputs, output):
@@ -228,7 +243,7 @@ def _product_backward(ctx, grad):
 
 _linear.register_autograd(_backward, setup_context=_save_for_backward)
 _product.register_autograd(_product_backward, setup_context=_save_for_product_backward)
-_integer_linear.register_autograd(_integer_backward, setup_context=_save_for_backward)
+_integer_linear.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 # ---- which kernel runs ----
@@ -280,6 +295,7 @@ class Case(NamedTuple):
 class _Device(NamedTuple):
     choose: Callable[[torch.device, Case], Choice]
     check_integers: Callable[[int], None]
+    packs_first: Callable[[torch.dtype], bool]
 
 
 _devices: dict[str, _Device] = {}
@@ -294,6 +310,8 @@ def register_kernels(
     integer_linear: Callable[..., Tensor],
     product: Callable[..., Tensor] = reference.product,
     integer_product: Callable[..., Tensor] = reference.integer_product,
+    pack: Callable[..., tuple[Tensor, Tensor]] = reference.pack_float,
+    packs_first: Callable[[torch.dtype], bool] = lambda dtype: False,
 ) -> None:
     """Let a type of device compute the ops with kernels of its own.
 
@@ -306,9 +324,16 @@ def register_kernels(
         integer_linear (`Callable`): See `reference.integer_linear`.
         product (`Callable`): See `reference.product`.
         integer_product (`Callable`): See `reference.integer_product`.
+        pack (`Callable`): See `reference.pack_float`.
+        packs_first (`Callable`): (dtype) -> whether a float weight is packed, once for the product and its gradients.
     """
-    _devices[device_type] = _Device(choose, check_integers)
-    _linear.register_kernel(device_type)(_outside_autocast(linear))
+    _devices[device_type] = _Device(choose, check_integers, packs_first)
+
+    def linear_of_codes(input, weight, weight_scale, bias, float_weight):
+        return linear(input, weight, weight_scale, bias)
+
+    _pack.register_kernel(device_type)(pack)
+    _linear.register_kernel(device_type)(_outside_autocast(linear_of_codes))
     _linear_backward.register_kernel(device_type)(_outside_autocast(linear_backward))
     _integer_linear.register_kernel(device_type)(_outside_autocast(integer_linear))
     _product.register_kernel(device_type)(_outside_autocast(product))
@@ -365,6 +390,11 @@ def choose_kernel(
         ValueError: Other `requested_bits`.
     """
     return decide(device, dtype, out_features, in_features, scale_granularity, packed, requested_bits, trained_bits)
+
+
+@torch.compiler.assume_constant_result
+def _packs_first(device_type: str, dtype: torch.dtype) -> bool:
+    return device_type in _devices and _devices[device_type].packs_first(dtype)
 
 
 def has_integer_kernel(device_type: str) -> bool:
@@ -429,7 +459,12 @@ def _exact(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | N
     if fused and not (torch.is_grad_enabled() and weight_scale.requires_grad):
         _, outer = reference.split_scale(weight_scale, input.dtype)
         return reference.scale_and_shift(_product(input, weight, weight_scale), outer, bias).to(input.dtype)
-    return _linear(input, weight, weight_scale, bias)
+    whole = weight.dtype != torch.uint8 and len(weight) % reference.CODES_PER_BYTE == 0
+    if whole and _packs_first(input.device.type, input.dtype):
+        packed, mean = _pack(weight.detach(), weight_scale.detach())
+        # There is no code for NaN: the mean of a weight that is not finite is not, either.
+        return _linear(input, packed, weight_scale + 0 * mean, bias, weight)
+    return _linear(input, weight, weight_scale, bias, None)
 
 
 def _in_integers(input: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:

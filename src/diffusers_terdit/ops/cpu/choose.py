@@ -78,16 +78,31 @@ def integer_linear(
     return kernel(input, weight_packed, weight_scale, bias, bits)
 
 
+def _packed(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight of either format in bytes, and its scale, NaN where the weight is not finite."""
+    if weight.dtype == torch.uint8:
+        return weight, weight_scale
+    packed, mean = pack(weight, weight_scale)
+    return packed, weight_scale + 0 * mean
+
+
+def pack(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute `reference.pack_float`."""
+    if not _looks_up(weight.dtype):
+        return reference.pack_float(weight, weight_scale)
+    from . import pack
+
+    return pack.pack(weight, weight_scale)
+
+
 def linear(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """Compute `reference.ternary_linear` (uint8 `weight`) or `reference.float_linear` (float `weight`)."""
     if not _looks_up(input.dtype):
         return decode.linear(input, weight, weight_scale, bias)
-    from . import lookup, pack
+    from . import lookup
 
     out_features = len(weight) * (reference.CODES_PER_BYTE if weight.dtype == torch.uint8 else 1)
-    if weight.dtype != torch.uint8:
-        weight, weight_scale = pack.pack(weight, weight_scale)
-    return lookup.linear(input, weight, weight_scale, bias, out_features)
+    return lookup.linear(input, *_packed(weight, weight_scale), bias, out_features)
 
 
 def linear_backward(
@@ -96,12 +111,11 @@ def linear_backward(
     """Compute `reference.linear_backward`."""
     if not _looks_up(grad.dtype) or reference.is_grouped(weight_scale):
         return decode.linear_backward(grad, input, weight, weight_scale, need_input_grad)
-    from . import lookup, pack
+    from . import lookup
 
-    packed = weight
-    if weight.dtype != torch.uint8:
-        packed, weight_scale = pack.pack(weight, weight_scale)
-    return lookup.linear_backward(grad, input, packed, weight_scale, need_input_grad)
+    return lookup.linear_backward(grad, input, *_packed(weight, weight_scale), need_input_grad)
 
 
-register_kernels("cpu", choose, check_integers, linear, linear_backward, integer_linear)
+register_kernels(
+    "cpu", choose, check_integers, linear, linear_backward, integer_linear, pack=pack, packs_first=_looks_up
+)

@@ -79,16 +79,7 @@ def _compiled() -> Any:
 
 
 def pack(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Ternarize a float weight and pack it.
-
-    Args:
-        weight (`torch.Tensor`): (N, K), float; N is filled up with zero rows to a multiple of 4.
-        weight_scale (`torch.Tensor`): (1,), (N, 1) or (N, K/g), float32.
-
-    Returns:
-        Two `torch.Tensor`: the bytes of `reference.pack_ternary`, (N / 4, K), and the scale, as it is, or NaN where
-            the weight holds a value that is not finite, which no code stands for.
-    """
+    """Compute `reference.pack_float`; zero rows fill N up to a multiple of 4."""
     out_features, in_features = weight.shape
     mean = reference.absmean(weight, reference.granularity_of(weight_scale, in_features))
     limits = (mean + reference.EPS).contiguous()
@@ -100,4 +91,4 @@ def pack(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
     sizes = (out_features, in_features, quarter, limit_rows, groups)
     job = new_job(*sizes, *[array.data_ptr() for array in (wide, limits, packed)])
     run(_compiled(), job, -(-quarter // ROWS), threads)
-    return packed, weight_scale + 0 * mean
+    return packed, mean
