@@ -1,7 +1,5 @@
 """Exact products by lookup: float64's numbers to float32's precision, and the same bits however they are computed."""
 
-import re
-
 import pytest
 import torch
 from weights import exact_case
@@ -12,7 +10,6 @@ from diffusers_terdit.ops.cpu import threads as threads_of_kernels
 
 
 numba = pytest.importorskip("numba")
-llvm = pytest.importorskip("llvmlite.binding")
 from diffusers_terdit.ops.cpu import instructions, lookup, pack  # noqa: E402 - after the skip
 
 
@@ -206,31 +203,3 @@ def test_the_default_dtype_changes_nothing():
         assert torch.equal(ternary_linear(input, packed, scale), expected)
     finally:
         torch.set_default_dtype(before)
-
-
-ARM = "aarch64-unknown-linux-gnu"
-
-
-def test_the_same_code_becomes_that_of_arm(monkeypatch):
-    """With LLVM's target, no such machine: it adds NEON's vectors of four."""
-    codegen = pytest.importorskip("numba.core.codegen")
-    llvm.initialize_all_targets()
-    llvm.initialize_all_asmprinters()
-    machine = llvm.Target.from_triple(ARM).create_target_machine(cpu="neoverse-n1", opt=3)
-    modules, add = [], codegen.CPUCodeLibrary.add_ir_module
-    monkeypatch.setattr(codegen.CPUCodeLibrary, "add_ir_module", lambda *a: (modules.append(str(a[1])), add(*a)))
-    lookup._compile_lay(cached=False)
-    lookup._compile_lay_transposed(cached=False)
-    lookup._compile_tile(8, 4, cached=False)
-    lookup._compile_multiply(8, 1, 1, cached=False)
-    pack._compile(cached=False)
-    assembly = ""
-    for text in modules:
-        text = re.sub('target triple = ".*"', f'target triple = "{ARM}"', text)
-        text = re.sub('target datalayout = ".*"', f'target datalayout = "{machine.target_data}"', text)
-        module = llvm.parse_assembly(text)
-        passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
-        passes.getModulePassManager().run(module, passes)
-        assembly += machine.emit_assembly(module)
-        assert "llvm.x86" not in text
-    assert len(re.findall(r"fadd\tv\d+\.4s", assembly)) > 100

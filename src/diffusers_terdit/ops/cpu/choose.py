@@ -19,7 +19,7 @@ from . import decode
 
 INSTALL_NUMBA = "pip install numba"
 # Of 16 bits in the place of bfloat16. The others were measured slower than exact lookups.
-FASTER_THAN_LOOKUPS = ("avx512_vnni_lookup", "avx512_vnni")
+FASTER_THAN_LOOKUPS = ("amx_int8", "avx512_vnni_lookup", "avx512_vnni")
 NO_AVX2 = "This processor has no AVX2, which the integer kernels need; ternary layers compute exactly."
 
 

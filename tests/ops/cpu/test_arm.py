@@ -1,0 +1,144 @@
+"""The kernels on ARM: compiled for it by LLVM's own target, and run there where an emulator is installed.
+
+On Debian: `apt-get install --no-install-recommends qemu-user-static gcc-aarch64-linux-gnu libc6-dev-arm64-cross`.
+"""
+
+import re
+import shutil
+import struct
+import subprocess
+
+import pytest
+import torch
+from weights import new_weight
+
+from diffusers_terdit.ops import ternary_linear
+
+
+pytest.importorskip("numba")
+codegen = pytest.importorskip("numba.core.codegen")
+llvm = pytest.importorskip("llvmlite.binding")
+from diffusers_terdit.ops.cpu import lookup, pack  # noqa: E402 - after the skip
+
+
+ARM, LANES = "aarch64-unknown-linux-gnu", 8
+COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
+FUNCTIONS = {
+    "lay": lambda: lookup._compile_lay(cached=False),
+    "lay_transposed": lambda: lookup._compile_lay_transposed(cached=False),
+    "tile": lambda: lookup._compile_tile(LANES, 1, cached=False),
+    "multiply": lambda: lookup._compile_multiply(LANES, 1, 0, cached=False),
+    "pack": lambda: pack._compile(cached=False),
+}
+MAIN = r"""
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+void NRT_incref(void *p) {}
+void NRT_decref(void *p) {}
+int lay(void **, void **, int64_t), tile(void **, void **, int64_t), multiply(void **, void **, int64_t);
+int main(int count, char **arguments) {
+    /* memory.bin: bytes, fields, their first address, the units of each function, the fields, the memory */
+    FILE *file = fopen(arguments[1], "r+b");
+    int64_t head[6], job[64];
+    fread(head, 8, 6, file);
+    fread(job, 8, head[1], file);
+    char *memory = aligned_alloc(64, head[0]);
+    long start = ftell(file);
+    fread(memory, 1, head[0], file);
+    for (int i = head[2]; i < head[1] - 1; i++) job[i] += (int64_t)memory;
+    int (*functions[])(void **, void **, int64_t) = {lay, tile, multiply};
+    for (int i = 0; i < 3; i++) {
+        void *result = 0, *error = 0;
+        job[0] = job[1] = 0;
+        job[2] = head[3 + i];
+        if (functions[i](&result, &error, (int64_t)job)) return 1;
+    }
+    fseek(file, start, SEEK_SET);
+    fwrite(memory, 1, head[0], file);
+    return fclose(file);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def objects():
+    """Name of a function -> its assembly for ARM and its object files, with what it calls."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    machine = llvm.Target.from_triple(ARM).create_target_machine(cpu="neoverse-n1", opt=3, reloc="pic")
+    modules, add = [], codegen.CPUCodeLibrary.add_ir_module
+    compiled: dict[str, tuple[str, list[bytes]]] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codegen.CPUCodeLibrary, "add_ir_module", lambda *a: (modules.append(str(a[1])), add(*a)))
+        for name, compile_ in FUNCTIONS.items():
+            modules.clear()
+            compile_()
+            assembly, files = "", []
+            for text in modules:
+                text = re.sub('target triple = ".*"', f'target triple = "{ARM}"', text)
+                text = re.sub('target datalayout = ".*"', f'target datalayout = "{machine.target_data}"', text)
+                for found in re.findall(r'define [^@]*@"(_ZN16diffusers_terdit[^"]*)"', text):
+                    text = text.replace(f'@"{found}"', f"@{name}")
+                module = llvm.parse_assembly(text)
+                passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+                passes.getModulePassManager().run(module, passes)
+                assembly += machine.emit_assembly(module)
+                if "@cfunc." not in text and '@"cfunc.' not in text and "nrt_atomic" not in text:
+                    files.append(machine.emit_object(module))
+            compiled[name] = assembly, files
+    return compiled
+
+
+def test_all_compile_for_it_and_sums_are_vectors(objects):
+    for assembly, _ in objects.values():
+        assert re.search(r"\bret\b", assembly)
+    assert len(re.findall(r"fadd\tv\d+\.4s", objects["multiply"][0])) > 100
+
+
+@pytest.mark.skipif(not (shutil.which(COMPILER) and shutil.which(EMULATOR)), reason=f"needs {COMPILER} and {EMULATOR}")
+def test_the_bits_are_those_of_this_processor(objects, tmp_path, monkeypatch):
+    rows, out_features, in_features, group = 11, 44, 192, 64
+    packed, scale, bias = new_weight(out_features, in_features, group)
+    input = torch.randn(rows, in_features)
+    expected = ternary_linear(input, packed, scale, bias)
+
+    groups, chunks, tiles = in_features // group, in_features // lookup.CHUNK, -(-rows // LANES)
+    fields = dict.fromkeys(lookup.Job._fields, 0)
+    fields |= {"rows": rows, "groups": groups, "size": group, "quarter": out_features // 4, "width": in_features}
+    fields |= {"chunks": chunks, "outputs": out_features, "tiles": tiles, "share": out_features}
+    fields["own"] = LANES * (lookup.TABLES * lookup.CASES + lookup.SPARE + 2 * LANES + out_features)
+    padded = torch.zeros(out_features + 15)
+    arrays = {
+        "input": input,
+        "tiled": torch.full((tiles * in_features * LANES,), float("nan")),
+        "packed": packed,
+        "names": torch.full((chunks * out_features * lookup.TABLES,), 255, dtype=torch.uint8),
+        "group_scale": scale.T.contiguous(),
+        "scale": padded + 1,
+        "bias": padded.clone(),
+        "output": torch.full((rows, out_features), float("nan")),
+        "scratch": torch.full((fields["own"],), float("nan")),
+    }
+    arrays["bias"][:out_features] = bias
+    memory = b""
+    for name, array in arrays.items():
+        fields[name] = len(memory)
+        memory += array.numpy().tobytes().ljust(-(-array.nbytes // 64) * 64, b"\0")
+    units = -(-fields["quarter"] // lookup.ROWS_LAID), tiles, tiles
+    head = struct.pack("<6q", len(memory), len(fields), lookup.JOB.input, *units)
+    file = tmp_path / "memory.bin"
+    file.write_bytes(head + struct.pack(f"<{len(fields)}q", *fields.values()) + memory)
+
+    (tmp_path / "main.c").write_text(MAIN)
+    names = []
+    for name in ("lay", "tile", "multiply"):
+        for number, content in enumerate(objects[name][1]):
+            names.append(f"{name}{number}.o")
+            (tmp_path / names[-1]).write_bytes(content)
+    link = [COMPILER, "-static", "-Wl,--allow-multiple-definition", "-o", "run", "main.c", *names, "-lm"]
+    subprocess.run(link, cwd=tmp_path, check=True)
+    subprocess.run([EMULATOR, "./run", file.name], cwd=tmp_path, check=True)
+    start = len(head) + 8 * len(fields) + fields["output"]
+    output = torch.frombuffer(bytearray(file.read_bytes()[start : start + expected.nbytes]), dtype=torch.float32)
+    assert torch.equal(output.view_as(expected), expected)
