@@ -1,6 +1,8 @@
 """`kernels` and `step`: packed layers, and whole blocks, next to dense ones that hold the same values, on a CPU.
 
-All modes run in turns in one process. Before anything is timed, the tests of the CPU's kernels have to pass.
+Dense is measured as torch computes it, and as it is computed fastest here; `peers.py` says how, and what else is
+measured where it is installed. All modes run in turns in one process. Before anything is timed, the tests of the
+CPU's kernels have to pass.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+import peers
 import shared
 from diffusers_terdit import TerDiTTransformer2DModel, pack_ternary
 from diffusers_terdit.ops import dequantize, integer_linear, reference, ternary_linear
@@ -52,9 +55,21 @@ class Mode(NamedTuple):
     dtype: str
 
 
-DENSE = {dtype: Mode("dense", dtype) for dtype in DTYPES}
+DENSE = {dtype: Mode("dense", dtype) for dtype in DTYPES}  # `F.linear`
+BEST = {dtype: Mode("best dense", dtype) for dtype in (*DTYPES, "int8")}
+BASES = {**DENSE, **{f"best_{dtype}": mode for dtype, mode in BEST.items()}}  # by key of a record: "over_best_int8"
 REFERENCE = Mode("unpack in every call", "float32")
 BITS = {"exact": None, "int16": 16, "int8": 8}
+
+# what the page begins with
+SAYS = [
+    *((Mode("exact", "float32"), key) for key in ("float32", "best_float32")),
+    *((Mode("int16", "bfloat16"), key) for key in ("bfloat16", "best_bfloat16")),
+    *((Mode("int8", "bfloat16"), key) for key in ("bfloat16", "best_bfloat16", "best_int8")),
+]
+
+STEP_BASES = [key for key in BASES if key != "best_int8"]
+STEP_SAYS = [Mode("exact", "float32"), Mode("int16", "bfloat16"), Mode("int8", "bfloat16")]
 
 
 def add_arguments(commands) -> None:
@@ -127,7 +142,7 @@ def place_of(isa: str | None) -> dict:
     """Return what tells one table from another, and the modes that are left out there."""
     left_out = [] if isa else [f"{name} {dtype}" for name in ("int16", "int8") for dtype in DTYPES]
     if not has_fast_bfloat16():
-        left_out.append("dense bfloat16")
+        left_out += ["dense bfloat16", "best dense bfloat16"]
         if decode.matmul_dtype(torch.bfloat16) == torch.bfloat16:  # the processor could, the libraries may not
             left_out.append("exact bfloat16")
     return {
@@ -173,13 +188,19 @@ def case_of(record: dict) -> tuple:
 
 
 def speeds(times: dict[str, dict], key: Callable[[Mode], object], mode: Mode) -> dict[str, list[float]]:
-    """Return how many times as fast as dense of either dtype a mode is, by either clock."""
+    """Return how many times as fast as every dense one a mode is, by either clock."""
     found = {}
     for clock, prefix in (("seconds", ""), ("cpu_seconds", "cpu_")):
-        for dtype, dense in DENSE.items():
+        for name, dense in BASES.items():
             if key(dense) in times[clock]:
-                found[f"{prefix}over_{dtype}"] = ratios(times[clock][key(dense)], times[clock][key(mode)])
+                found[f"{prefix}over_{name}"] = ratios(times[clock][key(dense)], times[clock][key(mode)])
     return found
+
+
+def installed_peers(left_out: list[str]) -> dict[Mode, peers.Peer]:
+    """Return the other packages, without those in bfloat16 where that is slow."""
+    slow = " ".join(BEST["bfloat16"]) in left_out
+    return {Mode(p.name, p.dtype): p for p in peers.installed() if not (slow and p.dtype == "bfloat16")}
 
 
 def medians(times: dict[str, dict], key: object) -> dict[str, float]:
@@ -199,16 +220,30 @@ def measure_layers(args: argparse.Namespace, left_out: list[str]) -> Iterator[li
         yield measure_layer(*shape, rows, args, left_out)
 
 
-def layer_modes(weight: Tensor, args: argparse.Namespace) -> dict[Mode, Linear]:
-    """Return what to time for a layer whose dense weight is given, (N, K) float32."""
-    modes: dict[Mode, Linear] = {}
+def layer_modes(
+    weight: Tensor, packed: Tensor, scale: Tensor, args: argparse.Namespace, left_out: list[str]
+) -> dict[Mode, peers.Product]:
+    """Return what to time for a layer, (N, K), of which `weight` is the dense form in float32."""
+    layers: dict[Mode, Linear] = {REFERENCE: shared.unpack_every_call}
+    for (name, bits), dtype in itertools.product(BITS.items(), DTYPES):
+        layers[Mode(name, dtype)] = partial(integer_linear, bits=bits) if bits else ternary_linear
+    layers |= {Mode(name, args.kernel_dtype): function for name, function in args.kernel}
+    modes: dict[Mode, peers.Product] = {}
     for dtype, mode in DENSE.items():
         dense = weight.to(getattr(torch, dtype))
-        modes[mode] = lambda x, packed, scale, bias, dense=dense: nn.functional.linear(x, dense, bias)
-    modes[REFERENCE] = shared.unpack_every_call
-    for (name, bits), dtype in itertools.product(BITS.items(), DTYPES):
-        modes[Mode(name, dtype)] = partial(integer_linear, bits=bits) if bits else ternary_linear
-    return modes | {Mode(name, args.kernel_dtype): function for name, function in args.kernel}
+        modes |= {mode: partial(nn.functional.linear, weight=dense), BEST[dtype]: peers.BestDense(dense)}
+    modes[BEST["int8"]] = peers.BestDense(peers.int8_codes(weight))
+    for mode, linear in layers.items():
+        modes[mode] = lambda x, linear=linear: linear(x, packed, scale, None)
+    modes = {mode: function for mode, function in modes.items() if " ".join(mode) not in left_out}
+    return modes | {mode: peer.build(weight) for mode, peer in installed_peers(left_out).items()}
+
+
+def as_input(x: Tensor, mode: Mode) -> Tensor:
+    """Return (M, K) float32 in a mode's dtype; dense int8 is the product alone, of rows that are rounded before."""
+    if mode.dtype == "int8":
+        x, _ = reference.round_activations(x, 8)
+    return x.to(getattr(torch, mode.dtype))
 
 
 def measure_layer(
@@ -219,20 +254,21 @@ def measure_layer(
     ternary = torch.randint(-1, 2, (out_features, in_features), dtype=torch.int8, generator=generator)
     packed, scale = pack_ternary(ternary), torch.tensor([SCALE])
     weight = dequantize(ternary, scale)
-    modes = {mode: linear for mode, linear in layer_modes(weight, args).items() if " ".join(mode) not in left_out}
+    modes = layer_modes(weight, packed, scale, args, left_out)
     x = new_input("gaussian", rows, in_features, generator)
     turns = args.turns * (MORE_TURNS if rows < FEW_ROWS else 1)
-    calls = {mode: partial(modes[mode], x.to(getattr(torch, mode.dtype)), packed, scale, None) for mode in modes}
-    times = by_clock(in_turns(calls, turns))
+    times = by_clock(in_turns({mode: partial(modes[mode], as_input(x, mode)) for mode in modes}, turns))
+    chosen = {mode: {"by": modes[mode].names[rows]} for mode in modes if mode in BEST.values()}
     errors: dict[Mode, dict[str, float]] = {mode: {} for mode in modes}
     for kind in INPUTS:
         x = new_input(kind, min(rows, ERROR_ROWS), in_features, generator)
         expected = nn.functional.linear(x.double(), weight.double())
         for mode, function in modes.items():
-            output = function(x.to(getattr(torch, mode.dtype)), packed, scale, None)
-            errors[mode][kind] = rounded(relative_error(output, expected))
+            if mode.dtype != "int8":
+                errors[mode][kind] = rounded(relative_error(function(as_input(x, mode)), expected))
     return [
         {"shape": [out_features, in_features], "rows": rows, "mode": mode.name, "dtype": mode.dtype, "turns": turns}
+        | chosen.get(mode, {})
         | medians(times, mode)
         | speeds(times, lambda mode: mode, mode)
         | {"error": errors[mode]}
@@ -297,9 +333,14 @@ def measure_blocks(args: argparse.Namespace, left_out: list[str]) -> Iterator[li
 
 
 def model_modes(model: TerDiTTransformer2DModel, left_out: list[str]) -> dict[Mode, TerDiTTransformer2DModel]:
-    """Return the model in every mode, each with its own weights."""
+    """Return the model in every mode, each with its own weights; peers compute the blocks alone, whose are ternary."""
     dense = model.dequantize()
     modes = {DENSE["float32"]: dense, DENSE["bfloat16"]: copy.deepcopy(dense).bfloat16()}
+    for dtype in DTYPES:
+        modes[BEST[dtype]] = peers.swap(copy.deepcopy(modes[DENSE[dtype]]), peers.BestDense)
+    for mode, peer in installed_peers(left_out).items():
+        modes[mode] = copy.deepcopy(modes[DENSE[mode.dtype]])
+        peers.swap(modes[mode].transformer_blocks, lambda weight, peer=peer: peer.build(weight.float()))
     for (name, bits), dtype in itertools.product(BITS.items(), DTYPES):
         if f"{name} {dtype}" not in left_out:
             own = copy.deepcopy(model).to(getattr(torch, dtype))
@@ -376,8 +417,21 @@ def mode_of(record: dict) -> Mode:
 
 def in_order(records: list[dict]) -> list[dict]:
     """Sort by mode: dense, the authors' scheme, ours, then others as they come; float32 first."""
-    names = list(dict.fromkeys(["dense", REFERENCE.name, *BITS, *(record["mode"] for record in records)]))
+    ours = ["dense", "best dense", REFERENCE.name, *BITS]
+    names = list(dict.fromkeys([*ours, *(record["mode"] for record in records)]))
     return sorted(records, key=lambda record: (names.index(record["mode"]), record["dtype"] != "float32"))
+
+
+def label(mode: Mode) -> str:
+    return f"dense {mode.dtype}, as torch computes it" if mode.name == "dense" else " ".join(mode)
+
+
+def bases(mode: Mode) -> list[str]:
+    """Return the keys of what a mode is compared with: float32, and dense of the precision that it computes in."""
+    half = [] if mode.dtype == "float32" else ["bfloat16"]
+    keys = [f"{best}{dtype}" for dtype in ("float32", *half) for best in ("", "best_")]
+    keys += ["best_int8"] if "int8" in " ".join(mode) else []
+    return [key for key in keys if BASES[key] != mode]
 
 
 def layers_page(data: dict) -> str:
@@ -385,22 +439,22 @@ def layers_page(data: dict) -> str:
     for place in data["places"]:
         rows = list(dict.fromkeys(record["rows"] for record in place["records"]))
         lines, ranges = [], {}
-        for mode, records in shared.grouped(in_order(place["records"]), "mode", "dtype").items():
-            errors = [f"{max(record['error'][kind] for record in records):.1e}" for kind in INPUTS]
-            for base in DTYPES:
-                # dense bfloat16 is the base of those that take its inputs
-                if base == "bfloat16" and (mode[1] == "float32" or mode == DENSE[base]):
-                    continue
-                found = {count: medians_over(records, count, f"{clock_of(place)}over_{base}") for count in rows}
-                if any(found.values()):
-                    ranges[mode, base] = found
-                    lines.append([" ".join(mode), f"dense {base}", *map(to_words, found.values()), *errors])
+        for names, records in shared.grouped(in_order(place["records"]), "mode", "dtype").items():
+            mode = Mode(*names)
+            found = [[record["error"][kind] for record in records if record["error"]] for kind in INPUTS]
+            errors = [f"{max(values):.1e}" if values else "-" for values in found]
+            for key in bases(mode):
+                speeds = {count: medians_over(records, count, f"{clock_of(place)}over_{key}") for count in rows}
+                if any(speeds.values()):
+                    ranges[mode, key] = speeds
+                    lines.append([label(mode), label(BASES[key]), *map(to_words, speeds.values()), *errors])
         shown = shown_rows(place["records"])
-        modes = itertools.product([("int16", "bfloat16"), ("int8", "bfloat16")], DTYPES)
-        says = [to_words(ranges.get(mode, {}).get(shown, [])) for mode in modes]
+        says = [to_words(ranges.get((mode, key), {}).get(shown, [])) for mode, key in SAYS]
+        chosen = sorted({f"{record['dtype']} by {record['by']}" for record in place["records"] if "by" in record})
         rows = [f"{count} rows" for count in rows]
-        places.append(heading(place) | {"rows": rows, "lines": lines, "says": [shown, *says]})
-    return shared.render("kernels", places=places)
+        places.append(heading(place) | {"rows": rows, "lines": lines, "says": [shown, *says], "chosen": chosen})
+    header = [f"{' '.join(mode)} over {label(BASES[key])}" for mode, key in SAYS]
+    return shared.render("kernels", places=places, says_header=header)
 
 
 def shown_rows(records: list[dict]) -> int:
@@ -427,14 +481,17 @@ def step_page(data: dict) -> str:
             for record in in_order(records):
                 step, seconds = record["step"], record["step"][f"{clock}seconds"]
                 pictures = [f"{steps * seconds:,.0f}" for steps in STEPS]
-                over = [step.get(f"{clock}over_{dtype}") for dtype in DTYPES]
+                over = [step.get(f"{clock}over_{key}") for key in STEP_BASES]
                 times = [f"{record[part][f'{clock}seconds']:.3f}" for part in ("block", "rest", "step")]
                 error = f"{record['error']:.1e}"
-                lines.append([preset, " ".join(mode_of(record)), *times, *map(shared.spread, over), *pictures, error])
-                if mode_of(record) == ("int16", "bfloat16"):
-                    says.append([preset, *(shared.number(values[0]) if values else "-" for values in over), *pictures])
+                lines.append([preset, label(mode_of(record)), *times, *map(shared.spread, over), *pictures, error])
+                if mode_of(record) in STEP_SAYS:
+                    found = [shared.number(values[0]) if values else "-" for values in over]
+                    says.append([preset, " ".join(mode_of(record)), *found, *pictures])
         places.append(heading(place) | {"lines": lines, "says": says})
-    return shared.render("step", places=places, steps=STEPS, picture_header=[f"{n} steps, s" for n in STEPS])
+    header = [f"over {label(BASES[key])}" for key in STEP_BASES]
+    pictures = [f"{n} steps, s" for n in STEPS]
+    return shared.render("step", places=places, steps=STEPS, picture_header=pictures, over_header=header)
 
 
 # Plots: speed over dense float32

@@ -5,6 +5,7 @@ a published model would be, as dense tensors, and imported.
 """
 
 import argparse
+import copy
 import math
 import statistics
 import sys
@@ -17,9 +18,11 @@ import torch
 from diffusers import Flux2Transformer2DModel
 from torch import nn
 
+import peers
 import shared
 from diffusers_terdit import TernaryConfig, TernaryLinear
 from diffusers_terdit.conversion import convert_dense_checkpoint
+from diffusers_terdit.ops import has_integer_kernel
 from diffusers_terdit.quantization import select_layers
 from shared import DTYPES, Results, relative_error
 
@@ -46,7 +49,8 @@ TOY = KLEIN_4B | {
 # Config, side of the image in tokens (512 pixels are 32 x 32), tokens of text, size of a shard
 PRESETS = {"klein-4b": (KLEIN_4B, 32, 512, "1GB"), "toy": (TOY, 4, 6, "200KB")}
 MODES = ["packed, bfloat16", "dense, bfloat16"]  # of a whole forward pass
-BLOCK_MODES = ["dense, float32", "packed, float32", "dense, bfloat16", "packed, bfloat16"]
+INTEGERS = "packed with 8-bit inputs"
+BLOCK_MODES = [f"{kind}, {dtype}" for dtype in DTYPES for kind in ("dense", "best dense", "packed", INTEGERS)]
 
 
 def add_arguments(commands) -> None:
@@ -196,9 +200,19 @@ def block_models(config: dict) -> dict[str, Flux2Transformer2DModel]:
         dense.load_state_dict(weights, assign=True)
         packed = meta_model(dense.config)
         packed.load_state_dict(weights, assign=True)
+        TernaryConfig(scale_granularity=GROUP, lossless=True).quantize(packed.eval())
         models[f"dense, {dtype}"] = dense.eval()
-        models[f"packed, {dtype}"] = TernaryConfig(scale_granularity=GROUP, lossless=True).quantize(packed.eval())
+        models[f"best dense, {dtype}"] = peers.swap(copy.deepcopy(dense), peers.BestDense)
+        models[f"packed, {dtype}"] = packed
+        if has_integer_kernel("cpu"):
+            models[f"{INTEGERS}, {dtype}"] = integers = copy.deepcopy(packed)
+            for layer in ternary_layers(integers):
+                layer.set_activation_bits(8)
     return models
+
+
+def ternary_layers(model: nn.Module) -> list[TernaryLinear]:
+    return [module for module in model.modules() if isinstance(module, TernaryLinear)]
 
 
 @torch.inference_mode()
@@ -216,13 +230,12 @@ def time_blocks(preset: str, turns: int) -> dict:
         outputs[mode] = models[mode](**values, return_dict=False)[0]
         return dict(busy)
 
-    times = shared.by_clock(shared.in_turns({mode: mode for mode in BLOCK_MODES}, turns, clock=call))
+    times = shared.by_clock(shared.in_turns({mode: mode for mode in models}, turns, clock=call))
     exact = outputs["dense, float32"]
-    layers = [module for module in models["packed, float32"].modules() if isinstance(module, TernaryLinear)]
     return {
         "cpu_seconds": times,
-        "relative_error": {mode: relative_error(outputs[mode], exact) for mode in BLOCK_MODES},
-        "ternary_layers": len(layers),
+        "relative_error": {mode: relative_error(outputs[mode], exact) for mode in models},
+        "ternary_layers": len(ternary_layers(models["packed, float32"])),
         "tokens": [side * side, text_tokens],
     }
 
@@ -236,6 +249,7 @@ def page(data: dict) -> str:
     medians = {
         mode: {kind: statistics.median(times[mode]) for kind, times in blocks["cpu_seconds"].items()}
         for mode in BLOCK_MODES
+        if mode in blocks["relative_error"]
     }
     steps = {
         mode: config["num_layers"] * times["double"] + config["num_single_layers"] * times["single"]
@@ -243,10 +257,12 @@ def page(data: dict) -> str:
     }
     block_rows, step_rows = [], []
     for mode, times in medians.items():
-        base = f"dense, {mode.split(', ')[1]}"
-        cells = [f"{times[kind]:.2f} ({times[kind] / medians[base][kind]:.2f})" for kind in times]
-        block_rows.append([mode, *cells, f"{blocks['relative_error'][mode]:.1g}"])
-        step_rows.append([mode, f"{steps[mode]:.0f}", f"{steps[mode] / steps[base]:.2f}"])
+        bases = [f"{kind}, {mode.split(', ')[1]}" for kind in ("dense", "best dense")]
+        cells = [f"{times[kind]:.2f} ({times[kind] / medians[bases[0]][kind]:.2f})" for kind in times]
+        name = mode.replace("dense", "dense, as torch computes it") if mode == bases[0] else mode
+        block_rows.append([name, *cells, f"{blocks['relative_error'][mode]:.1g}"])
+        over = [f"{steps[mode] / steps[base]:.2f}" if base in steps else "-" for base in bases]
+        step_rows.append([name, f"{steps[mode]:.0f}", *over])
     forward_rows = []
     for mode, found in data["forward"].items():
         peaks = [f"{found[key]:.2f}" for key in ("imports_gib", "loaded_gib", "peak_gib")]

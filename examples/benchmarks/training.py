@@ -1,5 +1,7 @@
 """`training`: an optimizer step of a ternary model and of a full-precision one, in turns, with few layers.
 
+On a CPU full precision runs as torch computes it, and with each product of a linear layer, the output and both
+gradients, by what is fastest there.
 The peak of memory of each is measured in a process of its own.
 """
 
@@ -10,19 +12,25 @@ from collections.abc import Callable
 import torch
 from diffusers import DDPMScheduler
 
+import peers
 import shared
 from diffusers_terdit import losses
 from shared import Results
 
 
-MODELS = {"full precision": {"ternary": False}, "ternary": {}, "ternary, 8-bit activations": {"activation_bits": 8}}
+BEST = "full precision, best dense"
+BASES = {"over_full_precision": "full precision", "over_best_dense": BEST}
+MODELS = {
+    **{name: {"ternary": False} for name in BASES.values()},
+    **{"ternary": {}, "ternary, 8-bit activations": {"activation_bits": 8}},
+}
 
 
 def add_arguments(commands) -> None:
     parser = commands.add_parser("training", help="cost of a training step, ternary and full precision")
     parser.add_argument("--preset", choices=shared.PRESETS, default="terdit-600m-256")
     parser.add_argument("--layers", type=shared.positive, default=2)
-    parser.add_argument("--batch_size", type=shared.positive, default=8)
+    parser.add_argument("--batch_size", type=shared.positive, default=4, help="images, of 256 tokens in 256 px")
     parser.add_argument("--dtype", choices=shared.DTYPES, default="float32", help="of autocast")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=shared.positive, default=7)
@@ -35,26 +43,30 @@ def run(args: argparse.Namespace) -> None:
     if not args.render:
         settings = {key: getattr(args, key) for key in ("preset", "layers", "batch_size", "dtype", "device")}
         results.resume(args.fresh, place=shared.place(args.device), settings=settings | {"repeats": args.repeats})
-        if results.missing({"model": name} for name in MODELS):
+        names = [name for name in MODELS if name != BEST or args.device == "cpu"]
+        if results.missing({"model": name} for name in names):
             results.data["records"] = []  # a ratio is one of steps in turns
-            steps = {name: training_step(name, **settings) for name in MODELS}
-            times = shared.by_clock(shared.in_turns(steps, args.repeats))["seconds"]
+            steps = {name: training_step(name, **settings) for name in names}
+            clocks = shared.by_clock(shared.in_turns(steps, args.repeats))
+            times = clocks["cpu_seconds" if args.device == "cpu" and torch.get_num_threads() == 1 else "seconds"]
             del steps  # before the processes need memory
-            results.collect(record_of(name, times, settings) for name in MODELS)
+            results.collect(record_of(name, times, settings) for name in names)
     results.finish()
 
 
 def record_of(name: str, times: dict[str, list[float]], settings: dict) -> dict:
     memory = shared.in_a_process(__file__, name=name, **settings)
     milliseconds = shared.rounded(1e3 * statistics.median(times[name]))
-    over = shared.ratios(times[name], times["full precision"])
-    return {"model": name, "milliseconds": milliseconds, "over_full_precision": over, **memory}
+    over = {key: shared.ratios(times[name], times[base]) for key, base in BASES.items() if base in times}
+    return {"model": name, "milliseconds": milliseconds, **over, **memory}
 
 
 def training_step(name: str, preset: str, layers: int, batch_size: int, dtype: str, device: str) -> Callable[[], None]:
     """Return a function that runs one optimizer step of a fresh model."""
     torch.manual_seed(0)
     model = shared.new_model(preset, num_layers=layers, **MODELS[name]).to(device).train()
+    if name == BEST:
+        peers.train_on_best_dense(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     alphas = DDPMScheduler(beta_schedule="linear").alphas_cumprod.to(device)
     side = model.config.sample_size
@@ -86,7 +98,7 @@ def measure(**settings) -> dict[str, float]:
 
 def page(data: dict) -> str:
     lines = [
-        [r["model"], f"{r['milliseconds']:g}", shared.spread(r["over_full_precision"]), f"{r['memory_gib']:.2f}"]
+        [r["model"], f"{r['milliseconds']:g}", *(shared.spread(r.get(key)) for key in BASES), f"{r['memory_gib']:.2f}"]
         for r in data["records"]
     ]
     return shared.render("training", **data, lines=lines)

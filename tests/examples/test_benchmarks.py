@@ -24,7 +24,7 @@ RESULTS = ROOT / "docs" / "results"
 BENCHMARKS = ROOT / "examples" / "benchmarks"
 needs_integers = pytest.mark.skipif(not has_integer_kernel("cpu"), reason="needs AVX2 and numba")
 INTEGERS = ("int16", "int8") if has_integer_kernel("cpu") else ()
-MODES = {(name, dtype) for name in ("dense", "exact", *INTEGERS) for dtype in ("float32", "bfloat16")}
+MODES = {(name, dtype) for name in ("dense", "best dense", "exact", *INTEGERS) for dtype in ("float32", "bfloat16")}
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,7 @@ def scenarios():
 def run(scenarios, monkeypatch, tmp_path):
     """`run("kernels", "--turns", 2)`: the JSON and the page that the command leaves in `tmp_path`."""
     monkeypatch.setattr(scenarios.cpu_speed, "has_fast_bfloat16", lambda: True)  # on every machine the same modes
+    monkeypatch.setattr(scenarios.peers, "PEERS", [])
 
     def command(name, *args):
         output = [] if name == "memory" else ["--output_dir", tmp_path]
@@ -189,8 +190,11 @@ def test_kernels(scenarios, run, monkeypatch, tmp_path):
     assert len(cases) == 4 * 2
     for case in cases:
         found = by_mode(record for record in place["records"] if scenarios.cpu_speed.case_of(record) == case)
-        assert found.keys() == {*MODES, ("unpack in every call", "float32"), ("own_kernels:linear", "float32")}
+        others = {("unpack in every call", "float32"), ("own_kernels:linear", "float32"), ("best dense", "int8")}
+        assert found.keys() == MODES | others
         for mode, record in found.items():
+            assert ("by" in record) == (mode[0] == "best dense")
+            assert (not record["error"]) == (mode == ("best dense", "int8"))
             low, high = bounds.get(mode, (0, 5e-2))
             assert all(low <= error <= high for error in record["error"].values()), record
             assert record["turns"] == (10 if record["rows"] == 3 else 2)
@@ -204,7 +208,7 @@ def test_kernels(scenarios, run, monkeypatch, tmp_path):
     for _ in range(2):
         data, _ = run("kernels", *args, "--rows", 3)
     assert data["places"][0] == place
-    assert len(data["places"][1]["records"]) == 4 * (len(MODES) + 1)
+    assert len(data["places"][1]["records"]) == 4 * (len(MODES) + 2)
 
 
 @needs_integers
@@ -225,8 +229,9 @@ def test_isa_forces_the_kernels(run, monkeypatch):
 def test_what_cannot_or_need_not_run_is_left_out(scenarios, run, monkeypatch):
     monkeypatch.setattr(scenarios.cpu_speed, "has_fast_bfloat16", lambda: False)
     data, page = run("step", "--presets", "toy", "--turns", 1, "--skip_tests")
-    assert ("dense", "bfloat16") not in by_mode(data["places"][0]["records"])
-    assert {mode for mode, _ in by_mode(data["places"][0]["records"])} == {"dense", "exact"}
+    found = by_mode(data["places"][0]["records"])
+    assert not {("dense", "bfloat16"), ("best dense", "bfloat16")} & found.keys()
+    assert {mode for mode, _ in found} == {"dense", "best dense", "exact"}
     assert "The integer kernels cannot run here" in page
     assert "A matmul in bfloat16 was tried and is slower" in page
 
@@ -247,6 +252,61 @@ def test_step(run):
     if INTEGERS:
         assert 2e-6 < errors["int16", "float32"] < 1e-3 < errors["int8", "float32"] < 1e-1
     assert "| toy | exact bfloat16 |" in page
+
+
+def test_an_installed_package_is_measured_next_to_ours(scenarios, run, monkeypatch):
+    seen = []
+
+    def build(weight):
+        seen.append(len(weight.unique()))
+        return lambda x: x @ weight.T
+
+    others = [("theirs", ("torch",)), ("absent", ("no_such_module.part",)), ("missing", ("no_such_module",))]
+    found = [scenarios.peers.Peer(name, "float32", needs, build) for name, needs in others]
+    monkeypatch.setattr(scenarios.peers, "PEERS", found)
+    for command in ("kernels", "step"):
+        arguments = ["--rows", 3] if command == "kernels" else []
+        data, page = run(command, "--presets", "toy", "--turns", 1, "--skip_tests", *arguments)
+        names = {record["mode"] for record in data["places"][0]["records"]}
+        assert "theirs" in names
+        assert not {"absent", "missing"} & names
+        assert "| theirs float32 |" in page
+    assert set(seen) == {3}  # a scale times -1, 0, +1: the layers of the blocks alone
+
+
+def test_peers_multiply_right(scenarios):
+    """Those that are installed, with the error that they are known for."""
+    largest = {"SDNQ uint2": 0.5, "SDNQ int8": 2e-2, "torchao int8": 2e-2, "ONNX Runtime 2 bits, int8": 2e-2}
+    weight, x = torch.randint(-1, 2, (96, 256)) * 2.0**-4, torch.randn(33, 256)
+    expected = x.double() @ weight.double().T
+    for peer in scenarios.peers.installed():
+        output = peer.build(weight)(x.to(getattr(torch, peer.dtype)))
+        exact = 1e-6 if peer.dtype == "float32" else 1e-2
+        assert scenarios.shared.relative_error(output, expected) < largest.get(peer.name, exact), peer.name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_the_best_dense_product_is_one(scenarios, dtype):
+    weight = torch.randint(-1, 2, (96, 256)).to(dtype)
+    product = scenarios.peers.BestDense(weight)
+    for rows in (2, 33):
+        x = torch.randint(-5, 6, (rows, 256)).to(dtype)
+        assert torch.equal(product(x).float(), (x.float() @ weight.float().T).to(product(x).dtype).float())
+    assert product.names.keys() == {2, 33}
+    assert set(product.names.values()) <= scenarios.peers.candidates(x, weight, True).keys()
+
+
+def test_the_best_dense_layer_has_the_gradients_of_a_linear_one(scenarios):
+    ours, torchs = scenarios.peers.BestDenseLinear(24, 40), torch.nn.Linear(24, 40)
+    torchs.load_state_dict(ours.state_dict())
+    found = []
+    for layer in (ours, torchs):
+        x = torch.arange(2 * 3 * 24.0).view(2, 3, 24).div(100).requires_grad_()
+        layer(x).square().sum().backward()
+        found.append([x.grad, layer.weight.grad, layer.bias.grad])
+    torch.testing.assert_close(*found)
+    with torch.autocast("cpu"):
+        assert ours(x).dtype == torch.bfloat16
 
 
 def one_wrong_value(input, packed, scale, bias):
@@ -322,12 +382,12 @@ def test_training(run, in_this_process):
     args = ["--preset", "toy", "--layers", 1, "--batch_size", 2, "--repeats", 1]
     data, page = run("training", *args)
     assert [record["model"] for record in data["records"]] == [asked["name"] for asked in in_this_process]
-    assert data["records"][0]["over_full_precision"] == [1, 1, 1]
+    assert data["records"][0]["over_full_precision"] == data["records"][1]["over_best_dense"] == [1, 1, 1]
     assert "| ternary, 8-bit activations |" in page
     assert run("training", *args)[0] == data
-    assert len(in_this_process) == 3  # the second time nothing was measured
+    assert len(in_this_process) == 4  # the second time nothing was measured
     assert run("training", *args, "--dtype", "bfloat16")[0]["settings"]["dtype"] == "bfloat16"
-    assert len(in_this_process) == 6  # a setting that is not there
+    assert len(in_this_process) == 8  # a setting that is not there
 
 
 def test_deployment(scenarios, run, monkeypatch):
@@ -379,7 +439,8 @@ def test_flux2(scenarios, run, in_this_process):
     assert sizes["ternary_layers"] == 12 + 2 * 2
     assert sizes["ternary_weights"] / 4 < sizes["packed_bytes"] < sizes["dense_bytes"]
     assert errors["dense, float32"] == 0
-    assert errors["packed, float32"] < 1e-5
+    assert errors["packed, float32"] < 1e-5 > errors["best dense, float32"]
+    assert len(errors) == 2 * (4 if INTEGERS else 3)
     assert errors["packed, bfloat16"] < 2 * errors["dense, bfloat16"] < 0.1
     assert len(in_this_process) == 3
     assert run("flux2", "--preset", "toy") == (data, page)
