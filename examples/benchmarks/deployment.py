@@ -1,6 +1,7 @@
 """`deployment`: bytes of a checkpoint, peak memory and time of a guided step of the models of the paper's table.
 
-The weights are random. Every model has a process of its own; these take one step each in turns.
+The weights are random. Every model has a process of its own; these take one step each in turns. On a CPU the second
+model of a pair, a dense one, is then timed again with linear layers that are computed by what is fastest there.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import torch
 from diffusers import AutoModel, DDPMScheduler, DiTTransformer2DModel
 
 import diffusers_terdit
+import peers
 import shared
 from shared import DTYPES, Results, by_clock, in_turns, new_model, ratios
 
@@ -46,6 +48,7 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {  # neighbors are compared
     "dense toy": partial(new_model, "toy", ternary=False),
 }
 PAPER_MODELS = list(MODELS)[:4]
+BEST = ", best dense"  # after the name of a model in a run
 ADALN = re.compile(r"transformer_blocks\.\d+\.(adaln|norm1)\.linear\.weight(_packed)?")
 
 
@@ -75,16 +78,17 @@ def run(args: argparse.Namespace) -> None:
     results.finish(plot)
 
 
-def put(data: dict, names: list[str], here: dict, records: list[dict], run: dict) -> None:
+def put(data: dict, names: list[str], here: dict, records: list[dict], new_runs: list[dict]) -> None:
     """Add records, and the times of models that ran in turns; they replace those of the same models."""
     same = {key: here[key] for key in ("dtype", "device")}.items()
     data["models"] = [old for old in data["models"] if old["model"] not in names or not old.items() >= same] + records
-    runs = [old for old in data["turns"] if not (old.items() >= here.items() and set(old["models"]) <= set(names))]
-    data["turns"] = [*runs, run]
+    replaced = {*names, *(name + BEST for name in names)}
+    runs = [old for old in data["turns"] if not (old.items() >= here.items() and set(old["models"]) <= replaced)]
+    data["turns"] = [*runs, *new_runs]
 
 
-def measure_together(names: list[str], here: dict, args: argparse.Namespace) -> tuple[list[dict], dict]:
-    """Run each model in a process of its own, one step at a time in turns: a record per model, and the times."""
+def measure_together(names: list[str], here: dict, args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """Run each model in a process of its own, one step at a time in turns: a record per model, and the runs' times."""
     common = {**here, "command": shared.command_line()}
     dtype = here["dtype"]
     records = []
@@ -106,7 +110,13 @@ def measure_together(names: list[str], here: dict, args: argparse.Namespace) -> 
         times = by_clock(in_turns(steps, args.turns, clock=lambda step: step()))
         for record in records:
             record |= ask(record["model"], processes[record["model"]], "memory")
-    return records, {"models": names, **common, **times}
+        runs = [{"models": names, **common, **times}]
+        if len(names) == 2 and args.device == "cpu":
+            ask(names[1], processes[names[1]], "best dense")
+            best = [names[0], names[1] + BEST]
+            steps = dict(zip(best, steps.values(), strict=True))
+            runs.append({"models": best, **common, **by_clock(in_turns(steps, args.turns, clock=lambda step: step()))})
+    return records, runs
 
 
 def on_meta(name: str) -> torch.nn.Module:
@@ -165,7 +175,10 @@ def denoising_steps(model: torch.nn.Module, device: str) -> Iterator[torch.Tenso
 
 
 def serve(folder: str, dtype: str, device: str) -> None:
-    """Load a model, then do what each line of stdin says, "step" or "memory"; answers are lines of JSON."""
+    """Load a model, then do what each line of stdin says; answers are lines of JSON.
+
+    "step", "memory", or "best dense": let the fastest functions compute the linear layers from now on.
+    """
     torch.manual_seed(0)
     imported = round(shared.peak_memory() * 2**30)
     model = AutoModel.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
@@ -176,6 +189,8 @@ def serve(folder: str, dtype: str, device: str) -> None:
             reply = shared.both_clocks(lambda: latents.append(next(steps)))
             if not latents.pop().isfinite().all():
                 raise RuntimeError(f"The step in {dtype} gave numbers that are not finite. Try --dtypes float32.")
+        elif line.strip() == "best dense":
+            reply = {"swapped": bool(peers.swap(model, peers.BestDense))}
         else:
             reply = {"imported_bytes": imported, "peak_bytes": round(shared.peak_memory() * 2**30)}
             if device == "cuda":
@@ -204,7 +219,7 @@ def page(data: dict) -> str:
     places, compared = [], []
     for device, records, runs in by_place(data):
         commands = list(dict.fromkeys(item["command"] for item in [*records, *runs]))
-        measured = [measured_row(record, runs) for record in records]
+        measured = [row for record in records for row in measured_rows(record, runs)]
         places.append({"device": device, "machine": records[0]["machine"], "commands": commands, "measured": measured})
         compared += [compared_row(pair) for pair in comparisons(records, runs)]
     weights = []
@@ -233,9 +248,10 @@ def comparisons(records: list[dict], runs: list[dict]) -> list[dict]:
     result = {}
     for run in runs:
         for names in zip(run["models"][::2], run["models"][1::2], strict=False):
-            if not all((name, run["dtype"]) in found for name in names):
+            plain = [name.removesuffix(BEST) for name in names]
+            if not all((name, run["dtype"]) in found for name in plain):
                 continue  # measured again on another machine
-            first, second = (found[name, run["dtype"]] for name in names)
+            first, second = (found[name, run["dtype"]] for name in plain)
             times = {key: ratios(*(run[key][name] for name in names), digits=17) for key in ("seconds", "cpu_seconds")}
             smaller = {"checkpoint": second["checkpoint_bytes"] / first["checkpoint_bytes"]}
             smaller["peak"] = peak(second) / peak(first)
@@ -246,29 +262,40 @@ def comparisons(records: list[dict], runs: list[dict]) -> list[dict]:
 
 def compared_row(pair: dict) -> list[str]:
     smaller = [f"{pair[key]:.1f}" for key in ("checkpoint", "peak")]
+    if pair["names"][1].endswith(BEST):
+        smaller[1] = "-"  # which holds some weights twice
     times = [pair["seconds"], pair["cpu_seconds"] if pair["device"] == "cpu" else None]
     where = f"{NAMES[pair['device']]}, {pair['dtype']}"
     return [" over ".join(pair["names"]), where, *smaller, *map(shared.spread, times), str(pair["pairs"])]
 
 
-def median_step(record: dict, runs: list[dict]) -> dict[str, float] | None:
+def median_step(record: dict, runs: list[dict], suffix: str = "") -> dict[str, float] | None:
     """Return the median times of a step in the model's last run, by clock."""
-    name = record["model"]
+    name = record["model"] + suffix
     for run in reversed(runs):
         if run["dtype"] == record["dtype"] and name in run["models"]:
             return {clock: statistics.median(run[clock][name]) for clock in ("seconds", "cpu_seconds")}
     return None
 
 
-def measured_row(record: dict, runs: list[dict]) -> list[str]:
+def measured_rows(record: dict, runs: list[dict]) -> Iterator[list[str]]:
+    """Yield a row, and one of the step alone where the model was also timed on its best dense path."""
     sizes = [record["checkpoint_bytes"], peak(record), record["imported_bytes"]]
     cells = [record["model"], record["dtype"], *(f"{size / 1e6:,.0f}" for size in sizes)]
     times = median_step(record, runs)
     if times is None:
-        return [*cells, *["not timed"] * 3]
-    if record["device"] == "cuda":
-        return [*cells, f"{times['seconds']:,.2f}", "-", f"{STEPS * times['seconds']:,.0f}"]
-    return [*cells, *(f"{time:,.2f}" for time in times.values()), f"{STEPS * min(times.values()):,.0f}"]
+        yield [*cells, *["not timed"] * 3]
+    elif record["device"] == "cuda":
+        yield [*cells, f"{times['seconds']:,.2f}", "-", f"{STEPS * times['seconds']:,.0f}"]
+    else:
+        yield [*cells, *in_seconds(times)]
+    best = median_step(record, runs, BEST)
+    if best is not None:
+        yield [record["model"] + BEST, record["dtype"], *["-"] * 3, *in_seconds(best)]
+
+
+def in_seconds(times: dict[str, float]) -> list[str]:
+    return [*(f"{time:,.2f}" for time in times.values()), f"{STEPS * min(times.values()):,.0f}"]
 
 
 def plot(data: dict, path: Path) -> None:

@@ -391,9 +391,9 @@ def test_training(run, in_this_process):
 
 
 def test_deployment(scenarios, run, monkeypatch):
-    args = ["--models", "toy", "--dtypes", "bfloat16"]
-    data, page = run("deployment", *args, "--turns", 2)  # the process is real
-    ((record,), (timed,)) = data["models"], data["turns"]
+    args = ["--models", "toy", "dense toy", "--dtypes", "bfloat16"]
+    data, page = run("deployment", *args, "--turns", 2)  # the processes are real
+    ((record, _), (timed, best)) = data["models"], data["turns"]
     counted = scenarios.deployment.counts(scenarios.deployment.on_meta("toy"))
     assert {key: record[key] for key in counted} == counted
     weights = 2 * (counted["parameters"] - counted["ternary_weights"]) + counted["ternary_weights"] / 4
@@ -401,7 +401,9 @@ def test_deployment(scenarios, run, monkeypatch):
     assert record["checkpoint_bytes"] == sum(record["files"].values())
     assert 5e7 < record["imported_bytes"] <= record["peak_bytes"]
     assert all(len(timed[clock]["toy"]) == 2 and min(timed[clock]["toy"]) > 0 for clock in ("seconds", "cpu_seconds"))
-    assert "| toy | bfloat16 |" in page
+    assert best["models"] == ["toy", "dense toy, best dense"]
+    for row in ("toy | bfloat16", "dense toy, best dense | bfloat16 | -", "toy over dense toy, best dense | CPU"):
+        assert f"| {row}" in page
     monkeypatch.setattr(scenarios.deployment, "measure_together", None)
     assert run("deployment", *args)[0] == data  # measures nothing
 
