@@ -7,10 +7,11 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoModel, ModelMixin
+from diffusers.models.embeddings import apply_rotary_emb, get_1d_rotary_pos_embed
 from torch import nn
 
 from diffusers_terdit import TerDiTTransformer2DModel
-from diffusers_terdit.models.transformer_terdit import TerDiTAttnProcessor, sincos_2d
+from diffusers_terdit.models.transformer_terdit import TerDiTAttnProcessor, TerDiTRMSNorm, rotate, sincos_2d
 
 
 VARIANTS = {"float": {}, "packed": {"weight_format": "packed"}, "dense": {"ternary": False}}
@@ -464,6 +465,21 @@ class TestDtypes:
         near = predict(model, inputs | {"timestep": torch.tensor([996, 997])})
         same = predict(model, inputs | {"timestep": torch.tensor([997, 997])})
         assert not torch.equal(near[0], same[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [2, 6, 16, 96])
+def test_positions_and_norms_are_the_hosts_within_rounding(dtype, head_dim):
+    x = torch.randn(2, 9, 3, head_dim).to(dtype)
+    angles = get_1d_rotary_pos_embed(head_dim, torch.arange(9), use_real=True)
+    norm = TerDiTRMSNorm(head_dim, eps=1e-5).requires_grad_(False).to(dtype)
+    norm.weight.copy_(torch.rand(head_dim))
+    for found, expected in (
+        (rotate(x, angles), apply_rotary_emb(x.float(), angles, sequence_dim=1)),
+        (norm(x), nn.functional.rms_norm(x.float(), (head_dim,), norm.weight.float(), norm.eps)),
+    ):
+        assert (found.dtype, found.shape) == (dtype, x.shape)
+        torch.testing.assert_close(found, expected.to(dtype), rtol=max(1e-6, 2 * torch.finfo(dtype).eps), atol=1e-6)
 
 
 class TestTraining:

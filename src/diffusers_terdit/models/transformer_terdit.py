@@ -38,8 +38,22 @@ class TerDiTRMSNorm(nn.RMSNorm):
     """RMSNorm in the dtype of its input: under autocast torch would leave its fused kernel for a float32 weight."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states.device.type == "cpu":  # where torch's takes twice as long
+            wide = torch.promote_types(hidden_states.dtype, torch.float32)
+            norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=wide)  # (B, L, 1)
+            scale = torch.rsqrt(norm.square() / hidden_states.shape[-1] + self.eps)
+            return (hidden_states * scale).mul_(self.weight).to(hidden_states.dtype)
         weight = self.weight.to(hidden_states.dtype)
         return nn.functional.rms_norm(hidden_states, self.normalized_shape, weight, self.eps)
+
+
+def rotate(hidden_states: Tensor, image_rotary_emb: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair of neighboring features by its position's angle, in float32: (B, L, H, D/H)."""
+    if hidden_states.device.type == "cpu" and not torch.compiler.is_compiling():  # the same in a fifth of the time
+        cos, sin = (part[:, ::2].unsqueeze(1) for part in image_rotary_emb)  # (L, 1, D/H/2)
+        pairs = torch.view_as_complex(hidden_states.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(hidden_states.dtype)
+    return apply_rotary_emb(hidden_states, image_rotary_emb, sequence_dim=1)
 
 
 class TerDiTAttnProcessor:
@@ -55,12 +69,9 @@ class TerDiTAttnProcessor:
         key = attn.norm_k(attn.to_k(hidden_states)).unflatten(-1, (-1, attn.head_dim))
         value = attn.to_v(hidden_states).unflatten(-1, (-1, attn.head_dim))
 
-        query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
-        key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
-
         hidden_states = dispatch_attention_fn(
-            query.to(value.dtype),
-            key.to(value.dtype),
+            rotate(query, image_rotary_emb).to(value.dtype),
+            rotate(key, image_rotary_emb).to(value.dtype),
             value,
             enable_gqa=key.shape[2] != query.shape[2],
             backend=self._attention_backend,
@@ -102,7 +113,7 @@ class TerDiTFeedForward(nn.Module):
         self.down_proj = linear(ffn_dim, dim, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return self.down_proj(nn.functional.silu(self.gate_proj(hidden_states)).mul_(self.up_proj(hidden_states)))
 
 
 class TerDiTAdaLN(nn.Module):
@@ -144,12 +155,12 @@ class TerDiTBlock(nn.Module):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
 
         residual = hidden_states
-        hidden_states = self.norm1(hidden_states) * (1 + scale_msa) + shift_msa
-        hidden_states = residual + gate_msa * self.attn(hidden_states, image_rotary_emb)
+        hidden_states = torch.addcmul(shift_msa, self.norm1(hidden_states), 1 + scale_msa)
+        hidden_states = torch.addcmul(residual, gate_msa, self.attn(hidden_states, image_rotary_emb))
 
         residual = hidden_states
-        hidden_states = self.norm2(hidden_states) * (1 + scale_mlp) + shift_mlp
-        hidden_states = residual + gate_mlp * self.ff(hidden_states)
+        hidden_states = torch.addcmul(shift_mlp, self.norm2(hidden_states), 1 + scale_mlp)
+        hidden_states = torch.addcmul(residual, gate_mlp, self.ff(hidden_states))
         return hidden_states  # (B, L, D)
 
 
