@@ -5,12 +5,16 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import ConfigMixin, ModelMixin
+from diffusers.hooks import HookRegistry
+from diffusers.hooks import ModelHook as DiffusersHook
 from torch import nn
 
-from diffusers_terdit import TernaryLinear, ternarize
+from diffusers_terdit import TernaryLinear, layers, ternarize
+from diffusers_terdit.layers import call_all
 from diffusers_terdit.modeling import warn_half_precision_codes
-from diffusers_terdit.ops import has_integer_kernel, reference, ternary_linear
+from diffusers_terdit.ops import has_integer_kernel, linear_many, reference, ternary_linear
 
 
 GRANULARITIES = ["tensor", "row", 8]
@@ -324,6 +328,61 @@ class TestIntegerActivations:
 
 
 needs_kernel = pytest.mark.skipif(not has_integer_kernel("cpu"), reason="no AVX2 or no numba")
+
+
+class TestCallAll:
+    def two(self, **options):
+        return [make("packed", bias=bias, seed=seed, **options) for seed, bias in enumerate((True, False))]
+
+    @pytest.fixture
+    def together(self, monkeypatch):
+        """How many layers were computed by one call."""
+        found = []
+        monkeypatch.setattr(layers, "linear_many", lambda *args: found.append(len(args[1])) or linear_many(*args))
+        return found
+
+    @pytest.mark.parametrize("bits", [None, 8, 16])
+    @torch.no_grad()
+    def test_plain_layers_are_one_call_with_the_same_bits(self, together, bits):
+        found, x = self.two(), torch.randn(5, 24)
+        if bits is None or has_integer_kernel("cpu"):
+            for layer in found:
+                layer.set_activation_bits(bits)
+        expected = [layer(x) for layer in found]
+        assert all(map(torch.equal, call_all(found, x), expected))
+        assert together == [2]
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda layer: layer.unpack(),
+            lambda layer: layer.register_forward_hook(lambda *_: None),
+            lambda layer: layer.register_forward_pre_hook(lambda *_: None),
+            lambda layer: layer.register_full_backward_hook(lambda *_: None),
+            lambda layer: add_hook_to_module(layer, ModelHook()),
+            lambda layer: HookRegistry.check_if_exists_or_initialize(layer).register_hook(DiffusersHook(), "some"),
+            lambda layer: layer.compile(backend="eager"),
+            lambda layer: layer.set_activation_bits(None),
+            lambda layer: setattr(layer, "__class__", type("Wrapped", (TernaryLinear,), {})),
+        ],
+        ids=["float", "forward", "forward_pre", "backward", "accelerate", "diffusers", "compile", "bits", "class"],
+    )
+    @torch.no_grad()
+    def test_a_layer_that_somebody_watches_is_called_as_a_module(self, together, change):
+        found, x = self.two(), torch.randn(5, 24)
+        expected = [layer(x) for layer in found]
+        change(found[1])
+        assert all(map(torch.allclose, call_all(found, x), expected))
+        assert together == []
+
+    @torch.no_grad()
+    def test_a_hook_on_all_modules_sees_each(self, together):
+        found, seen = self.two(), []
+        handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+        call_all([*found, nn.Identity()], torch.randn(5, 24))
+        handle.remove()
+        assert len(seen) == 3
+        assert together == []
 
 
 class TestSetActivationBits:

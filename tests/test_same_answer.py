@@ -184,10 +184,14 @@ def compiled(case: Case, backend: str = "aot_eager") -> Iterator[float]:
     torch.compiler.reset()
 
 
+def reference_many(input, weights, bits):
+    return [reference.integer_linear(input, *weight, bits) for weight in weights]
+
+
 def integer_kernels(case: Case) -> Iterator[float]:
     """Every instruction set that this processor has, and plain PyTorch."""
     pipe, kernels = case.pipe(), choose.integer_kernels()
-    for name, kernel in [*list(kernels.items())[1:], ("reference", reference.integer_linear)]:
+    for name, kernel in [*list(kernels.items())[1:], ("reference", reference_many)]:
         with patch.object(choose, "integer_kernels", lambda name=name, kernel=kernel: {name: kernel}):
             yield difference(pictures(pipe), case.expected)
 

@@ -1,6 +1,7 @@
 """`TernaryLinear`, a linear layer with weights in {-1, 0, +1} and a float scale."""
 
 import math
+from collections.abc import Sequence
 from numbers import Integral
 
 import torch
@@ -8,7 +9,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from .modeling import TernaryModelMixin, warn_half_precision_codes
-from .ops import check_integers, dequantize, linear, pack_ternary, reference, ternarize, unpack_ternary
+from .ops import check_integers, dequantize, linear, linear_many, pack_ternary, reference, ternarize, unpack_ternary
 
 
 class TernaryLinear(TernaryModelMixin):
@@ -108,6 +109,20 @@ class TernaryLinear(TernaryModelMixin):
         weight = self.weight_packed if self.weight_format == "packed" else self.weight
         trained_bits = self.config["activation_bits"]
         return linear(hidden_states, weight, self.weight_scale, self.bias, self._requested_bits, trained_bits)
+
+    def _is_plain(self) -> bool:
+        """Whether a call of this module is an op of its parameters and nothing else: no adapter, hook or wrapper."""
+        return (
+            type(self) is TernaryLinear
+            and self.weight_format == "packed"
+            and type(self.weight_packed) is type(self.weight_scale) is nn.Parameter
+            and "forward" not in vars(self)  # accelerate and diffusers put their hooks there
+            and self._compiled_call_impl is None
+            and not (
+                self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+            )
+            and not nn.modules.module._has_any_global_hook()
+        )
 
     def set_activation_bits(self, bits: int | str | None) -> None:
         """Round the inputs of a packed layer to integers, for speed. Never saved: it is not the layer's meaning.
@@ -215,3 +230,17 @@ class TernaryLinear(TernaryModelMixin):
             + (f", activations={self.config['activation_bits']}-bit" if self.config["activation_bits"] else "")
             + (f", computes with {self._requested_bits} bits" if self._requested_bits in (8, 16) else "")
         )
+
+
+def call_all(layers: Sequence[nn.Module], hidden_states: Tensor) -> list[Tensor]:
+    """Call layers of one input: `[layer(hidden_states) for layer in layers]`, bit for bit.
+
+    Packed ternary layers on a CPU round the input once, unless somebody wants to see the call of one of them.
+    """
+    if hidden_states.device.type == "cpu" and not torch.compiler.is_compiling():
+        plain = [layer for layer in layers if isinstance(layer, TernaryLinear) and layer._is_plain()]
+        settings = {(layer._requested_bits, layer.config["activation_bits"]) for layer in plain}
+        if len(plain) == len(layers) and len(settings) == 1:
+            weights = [(layer.weight_packed, layer.weight_scale, layer.bias) for layer in plain]
+            return linear_many(hidden_states, weights, *settings.pop())
+    return [layer(hidden_states) for layer in layers]

@@ -16,7 +16,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps, apply_rota
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from ..layers import TernaryLinear
+from ..layers import TernaryLinear, call_all
 from ..lora import TernaryAdapterMixin, refuse_adapters
 from ..modeling import TernaryModelMixin
 from ..ops import reference
@@ -65,9 +65,10 @@ class TerDiTAttnProcessor:
     def __call__(
         self, attn: "TerDiTAttention", hidden_states: Tensor, image_rotary_emb: tuple[Tensor, Tensor]
     ) -> Tensor:
-        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(-1, (-1, attn.head_dim))  # (B, L, H, D/H)
-        key = attn.norm_k(attn.to_k(hidden_states)).unflatten(-1, (-1, attn.head_dim))
-        value = attn.to_v(hidden_states).unflatten(-1, (-1, attn.head_dim))
+        query, key, value = call_all((attn.to_q, attn.to_k, attn.to_v), hidden_states)  # (B, L, D)
+        query = attn.norm_q(query).unflatten(-1, (-1, attn.head_dim))  # (B, L, H, D/H)
+        key = attn.norm_k(key).unflatten(-1, (-1, attn.head_dim))
+        value = value.unflatten(-1, (-1, attn.head_dim))
 
         hidden_states = dispatch_attention_fn(
             rotate(query, image_rotary_emb).to(value.dtype),
@@ -113,7 +114,8 @@ class TerDiTFeedForward(nn.Module):
         self.down_proj = linear(ffn_dim, dim, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(hidden_states)).mul_(self.up_proj(hidden_states)))
+        gate, up = call_all((self.gate_proj, self.up_proj), hidden_states)
+        return self.down_proj(nn.functional.silu(gate).mul_(up))
 
 
 class TerDiTAdaLN(nn.Module):

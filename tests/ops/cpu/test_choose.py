@@ -26,11 +26,15 @@ NO_AVX2 = "This processor has no AVX2, which the integer kernels need; ternary l
 FLOATS = [torch.float32, torch.float16, torch.float64]
 
 
+def by_reference(input, weights, bits):
+    return [reference.integer_linear(input, *weight, bits) for weight in weights]
+
+
 @pytest.fixture
 def best(monkeypatch):
     """The name of the best kernel, where any is there."""
     if next(iter(choose.integer_kernels()), None) not in choose.FASTER_THAN_LOOKUPS:
-        monkeypatch.setattr(choose, "integer_kernels", lambda: {"avx512_vnni": reference.integer_linear})
+        monkeypatch.setattr(choose, "integer_kernels", lambda: {"avx512_vnni": by_reference})
     return next(iter(choose.integer_kernels()))
 
 
@@ -80,7 +84,7 @@ def test_what_no_integer_kernel_takes(best, case, reason):
 @pytest.mark.parametrize("name", ["avx2", "avx_vnni"])
 def test_bfloat16_where_lookups_are_faster_than_integers(monkeypatch, name):
     pytest.importorskip("numba")
-    monkeypatch.setattr(choose, "integer_kernels", lambda: {name: reference.integer_linear})
+    monkeypatch.setattr(choose, "integer_kernels", lambda: {name: by_reference})
     choice = choose_kernel(CPU, torch.bfloat16, 64, 64)
     reason = f"lookups in float32 are faster here than 16-bit integers ({name})"
     assert choice == ("exact, lookups in float32", None, reason)

@@ -24,8 +24,11 @@ NO_AVX2 = "This processor has no AVX2, which the integer kernels need; ternary l
 
 
 @cache
-def integer_kernels() -> dict[str, Callable[..., Tensor]]:
-    """Return the integer kernels that this processor runs, by name, best first; none without numba."""
+def integer_kernels() -> dict[str, Callable[..., list[Tensor]]]:
+    """Return the integer kernels that this processor runs, by name, best first; none without numba.
+
+    Each computes `reference.integer_linear` of one input and several weights, see `torch_ops.linear_many`.
+    """
     if find_spec("numba") is None:
         return {}
     # numba is optional, and importing it takes half a second
@@ -33,7 +36,7 @@ def integer_kernels() -> dict[str, Callable[..., Tensor]]:
 
     kernels = (integer_amx.KERNEL, integer_lookup.KERNEL, *integer.KERNELS)
     processor = instructions.processor()
-    return {kernel.name: partial(integer.linear, kernel) for kernel in kernels if kernel.runs_on(processor)}
+    return {kernel.name: partial(integer.linear_many, kernel) for kernel in kernels if kernel.runs_on(processor)}
 
 
 def choose(device: torch.device, case: Case) -> Choice:
@@ -74,8 +77,14 @@ def integer_linear(
     input: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int
 ) -> Tensor:
     """Compute `reference.integer_linear` with the best kernel."""
-    kernel = next(iter(integer_kernels().values()), reference.integer_linear)
-    return kernel(input, weight_packed, weight_scale, bias, bits)
+    return integer_linear_many(input, [(weight_packed, weight_scale, bias)], bits)[0]
+
+
+def integer_linear_many(input: Tensor, weights: list[tuple[Tensor, Tensor, Tensor | None]], bits: int) -> list[Tensor]:
+    """Compute `reference.integer_linear` of each weight, (weight_packed, weight_scale, bias), with the best kernel."""
+    for kernel in integer_kernels().values():
+        return kernel(input, weights, bits)
+    return [reference.integer_linear(input, *weight, bits) for weight in weights]
 
 
 def _packed(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,5 +126,13 @@ def linear_backward(
 
 
 register_kernels(
-    "cpu", choose, check_integers, linear, linear_backward, integer_linear, pack=pack, packs_first=_looks_up
+    "cpu",
+    choose,
+    check_integers,
+    linear,
+    linear_backward,
+    integer_linear,
+    pack=pack,
+    packs_first=_looks_up,
+    integer_linear_many=integer_linear_many,
 )
