@@ -82,13 +82,14 @@ def test_what_no_integer_kernel_takes(best, case, reason):
 
 
 @pytest.mark.parametrize("name", ["avx2", "avx_vnni"])
-def test_bfloat16_where_lookups_are_faster_than_integers(monkeypatch, name):
+def test_where_lookups_are_faster_than_integers_of_16_bits(monkeypatch, name):
     pytest.importorskip("numba")
     monkeypatch.setattr(choose, "integer_kernels", lambda: {name: by_reference})
-    choice = choose_kernel(CPU, torch.bfloat16, 64, 64)
     reason = f"lookups in float32 are faster here than 16-bit integers ({name})"
-    assert choice == ("exact, lookups in float32", None, reason)
-    assert choose_kernel(CPU, torch.bfloat16, 64, 64, requested_bits=16)[:2] == (name, 16)
+    for bits in ("auto", 16):
+        choice = choose_kernel(CPU, torch.bfloat16, 64, 64, requested_bits=bits)
+        assert choice == ("exact, lookups in float32", None, reason)
+    assert choose_kernel(CPU, torch.float32, 64, 64, requested_bits=8)[:2] == (name, 8)
     assert choose_kernel(CPU, torch.bfloat16, 64, 64, trained_bits=8)[:2] == (name, 8)
 
 

@@ -18,7 +18,7 @@ from . import decode
 
 
 INSTALL_NUMBA = "pip install numba"
-# Of 16 bits in the place of bfloat16. The others were measured slower than exact lookups.
+# Kernels of 16-bit integers; the others were measured slower than lookups in float32, which do not round.
 FASTER_THAN_LOOKUPS = ("amx_int8", "avx512_vnni_lookup", "avx512_vnni")
 NO_AVX2 = "This processor has no AVX2, which the integer kernels need; ternary layers compute exactly."
 
@@ -45,17 +45,15 @@ def choose(device: torch.device, case: Case) -> Choice:
     if bits == "auto":
         bits = 16 if case.dtype == torch.bfloat16 else None
     assert not isinstance(bits, str)
-    reason, automatic = case.why_exact(bits), case.trained_bits is None and case.requested_bits == "auto"
+    reason, name = case.why_exact(bits), next(iter(integer_kernels()), None)
+    if reason is None and name is None:
+        reason = "the integer kernels need " + ("AVX2" if find_spec("numba") else f"numba: {INSTALL_NUMBA}")
+        if case.requested_bits == "auto" and not case.trained_bits and not find_spec("numba"):
+            warn_once(f"bfloat16 on this CPU would be faster and more accurate with numba: {INSTALL_NUMBA}")
+    elif reason is None and bits == 16 and name not in FASTER_THAN_LOOKUPS:
+        reason = f"lookups in float32 are faster here than 16-bit integers ({name})"
     if reason is None:
-        for name in integer_kernels():
-            if automatic and name not in FASTER_THAN_LOOKUPS:
-                reason = f"lookups in float32 are faster here than 16-bit integers ({name})"
-                break
-            return Choice(name, bits, case.why_rounded())
-        else:
-            reason = "the integer kernels need " + ("AVX2" if find_spec("numba") else f"numba: {INSTALL_NUMBA}")
-            if automatic and not find_spec("numba"):
-                warn_once(f"bfloat16 on this CPU would be faster and more accurate with numba: {INSTALL_NUMBA}")
+        return Choice(str(name), bits, case.why_rounded())
     how = "lookups in float32" if _looks_up(case.dtype) else f"matmul in {name_of(decode.matmul_dtype(case.dtype))}"
     return Choice(f"exact, {how}", None, reason)
 
