@@ -14,12 +14,12 @@ from torch import Tensor
 
 from .. import reference
 from ..torch_ops import Case, Choice, name_of, register_kernels, warn_once
-from . import decode
+from . import decode, exact
 
 
 INSTALL_NUMBA = "pip install numba"
-# Kernels of 16-bit integers; the others were measured slower than lookups in float32, which do not round.
-FASTER_THAN_LOOKUPS = ("amx_int8", "avx512_vnni_lookup", "avx512_vnni")
+# Kernels of 16-bit integers that were measured faster than the exact product of a processor that has them.
+FASTER_THAN_EXACT = ("avx512_vnni_lookup", "avx512_vnni")
 NO_AVX2 = "This processor has no AVX2, which the integer kernels need; ternary layers compute exactly."
 
 
@@ -50,15 +50,25 @@ def choose(device: torch.device, case: Case) -> Choice:
         reason = "the integer kernels need " + ("AVX2" if find_spec("numba") else f"numba: {INSTALL_NUMBA}")
         if case.requested_bits == "auto" and not case.trained_bits and not find_spec("numba"):
             warn_once(f"bfloat16 on this CPU would be faster and more accurate with numba: {INSTALL_NUMBA}")
-    elif reason is None and bits == 16 and name not in FASTER_THAN_LOOKUPS:
-        reason = f"lookups in float32 are faster here than 16-bit integers ({name})"
+    elif reason is None and bits == 16 and name not in FASTER_THAN_EXACT:
+        reason = f"{exact_product()[0]} is faster here than 16-bit integers ({name})"
     if reason is None:
         return Choice(str(name), bits, case.why_rounded())
-    how = "lookups in float32" if _looks_up(case.dtype) else f"matmul in {name_of(decode.matmul_dtype(case.dtype))}"
+    how = exact_product()[0] if _is_compiled(case.dtype) else f"matmul in {name_of(decode.matmul_dtype(case.dtype))}"
     return Choice(f"exact, {how}", None, reason)
 
 
-def _looks_up(dtype: torch.dtype) -> bool:
+@cache
+def exact_product() -> tuple[str, exact.Product]:
+    """Return how this processor multiplies exactly with numba, in words and as a function."""
+    from . import exact_amx, instructions, lookup
+
+    if instructions.processor().features >= exact_amx.FEATURES:
+        return "AMX with bfloat16 parts", exact_amx.product
+    return "lookups in float32", lookup.product
+
+
+def _is_compiled(dtype: torch.dtype) -> bool:
     return dtype != torch.float64 and find_spec("numba") is not None
 
 
@@ -95,7 +105,7 @@ def _packed(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
 
 def pack(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
     """Compute `reference.pack_float`."""
-    if not _looks_up(weight.dtype):
+    if not _is_compiled(weight.dtype):
         return reference.pack_float(weight, weight_scale)
     from . import pack
 
@@ -104,23 +114,19 @@ def pack(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
 
 def linear(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """Compute `reference.ternary_linear` (uint8 `weight`) or `reference.float_linear` (float `weight`)."""
-    if not _looks_up(input.dtype):
+    if not _is_compiled(input.dtype):
         return decode.linear(input, weight, weight_scale, bias)
-    from . import lookup
-
     out_features = len(weight) * (reference.CODES_PER_BYTE if weight.dtype == torch.uint8 else 1)
-    return lookup.linear(input, *_packed(weight, weight_scale), bias, out_features)
+    return exact.linear(exact_product()[1], input, *_packed(weight, weight_scale), bias, out_features)
 
 
 def linear_backward(
     grad: Tensor, input: Tensor | None, weight: Tensor, weight_scale: Tensor, need_input_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `reference.linear_backward`."""
-    if not _looks_up(grad.dtype) or reference.is_grouped(weight_scale):
+    if not _is_compiled(grad.dtype) or reference.is_grouped(weight_scale):
         return decode.linear_backward(grad, input, weight, weight_scale, need_input_grad)
-    from . import lookup
-
-    return lookup.linear_backward(grad, input, *_packed(weight, weight_scale), need_input_grad)
+    return exact.linear_backward(exact_product()[1], grad, input, *_packed(weight, weight_scale), need_input_grad)
 
 
 register_kernels(
@@ -131,6 +137,6 @@ register_kernels(
     linear_backward,
     integer_linear,
     pack=pack,
-    packs_first=_looks_up,
+    packs_first=_is_compiled,
     integer_linear_many=integer_linear_many,
 )

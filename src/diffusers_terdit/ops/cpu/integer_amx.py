@@ -18,34 +18,34 @@ TILE = 16 * ROW
 INPUT, CODES = 4, (5, 6, 7, 5)  # tile registers; 0 to 3 hold the sums of the four quarters
 
 
-def _instruction(builder: ir.IRBuilder, name: str, *values: ir.Value) -> None:
+def instruction(builder: ir.IRBuilder, name: str, *values: ir.Value) -> None:
     """Append an instruction of `llvm.x86`."""
     function = ir.FunctionType(ir.VoidType(), [value.type for value in values])
     builder.call(builder.module.declare_intrinsic(f"llvm.x86.{name}", (), function), values)
 
 
-def _register(number: int) -> ir.Constant:
+def register(number: int) -> ir.Constant:
     return ir.Constant(ir.IntType(8), number)
 
 
 @intrinsic
-def _configure(typing_context):
+def configure(typing_context):
     """Let the eight tiles of this thread be 16 rows of 64 bytes."""
 
     def codegen(context, builder, signature, args):
         palette, bytes_per_row, rows = [1, *[0] * 15], [ROW, 0] * 8 + [0] * 16, [16] * 8 + [0] * 8
         values = bytearray(palette + bytes_per_row + rows)
         sizes = global_constant(builder, "sizes", ir.Constant(ir.ArrayType(ir.IntType(8), 64), values))
-        _instruction(builder, "ldtilecfg", builder.bitcast(sizes, ir.IntType(8).as_pointer()))
+        instruction(builder, "ldtilecfg", builder.bitcast(sizes, ir.IntType(8).as_pointer()))
         return context.get_dummy_value()
 
     return types.void(), codegen
 
 
 @intrinsic
-def _release(typing_context):
+def release(typing_context):
     def codegen(context, builder, signature, args):
-        _instruction(builder, "tilerelease")
+        instruction(builder, "tilerelease")
         return context.get_dummy_value()
 
     return types.void(), codegen
@@ -59,13 +59,13 @@ def _tile(typing_context, tables, x, codes, apart, steps, sums, first):
         _, x, codes, apart, steps, sums, first = args
         i8, i64 = ir.IntType(8), ir.IntType(64)
 
-        def move(name: str, register: int, address: ir.Value, offset: int, stride: int) -> None:
-            _instruction(builder, name, _register(register), at(builder, address, offset, i8), i64(stride))
+        def move(name: str, number: int, address: ir.Value, offset: int, stride: int) -> None:
+            instruction(builder, name, register(number), at(builder, address, offset, i8), i64(stride))
 
         with builder.if_else(builder.icmp_signed("!=", first, first.type(0))) as (then, otherwise):
             with then:
                 for quarter in range(4):
-                    _instruction(builder, "tilezero", _register(quarter))
+                    instruction(builder, "tilezero", register(quarter))
             with otherwise:
                 for quarter in range(4):
                     move("tileloadd64", quarter, sums, ROW * quarter, 4 * ROW)
@@ -75,7 +75,7 @@ def _tile(typing_context, tables, x, codes, apart, steps, sums, first):
             address = builder.add(codes, offset)
             for quarter in range(4):
                 move("tileloadd64", CODES[quarter], address, 0, ROW)
-                _instruction(builder, "tdpbsud", *map(_register, (quarter, INPUT, CODES[quarter])))
+                instruction(builder, "tdpbsud", *map(register, (quarter, INPUT, CODES[quarter])))
                 address = builder.add(address, apart)
         for quarter in range(4):
             move("tilestored64", quarter, sums, ROW * quarter, 4 * ROW)
@@ -90,5 +90,5 @@ KERNEL = Kernel(
     name="amx_int8",
     features=AMX,
     shape=SHAPE,
-    hooks=Hooks(cut_of(SHAPE), _tile, begin=_configure, end=_release),
+    hooks=Hooks(cut_of(SHAPE), _tile, begin=configure, end=release),
 )

@@ -33,9 +33,7 @@ from numba.core.cgutils import for_range
 from numba.extending import intrinsic
 from torch import Tensor
 
-from .. import reference
 from . import scratch
-from .decode import matmul_dtype
 from .instructions import at, c_function, everywhere, from_cache, pointer, processor, take, to_bfloat16, transpose
 from .threads import new_job, run
 
@@ -265,7 +263,7 @@ def _add_few(typing_context, lanes, rows, grouped, words, x, between_rows, scale
 
 
 @intrinsic(prefer_literal=True)
-def _finish(typing_context, lanes, half, sums, scales, shifts, output):
+def finish(typing_context, lanes, half, sums, scales, shifts, output):
     """A vector of outputs of a row, float32 or, with `half` 1, bfloat16: sum * scale + shift; addresses."""
     count, to_half = lanes.literal_value, half.literal_value
 
@@ -430,7 +428,7 @@ def _compile_multiply(lanes: int, grouped: int, half: int, cached: bool) -> Any:
                     if width < lanes:
                         target = sums.ctypes.data  # of outputs that are done
                     own_scales, shifts = job[field.scale] + 4 * column, job[field.bias] + 4 * column
-                    _finish(lanes, half, source, own_scales, shifts, target)
+                    finish(lanes, half, source, own_scales, shifts, target)
                     if width < lanes:
                         for i in range(width):
                             output[top + row, column + i] = done[i]
@@ -497,7 +495,7 @@ def _compile_few(lanes: int, rows: int, grouped: int, half: int, cached: bool) -
                     if width < lanes:
                         target = words
                     own_scales, shifts = job[field.scale] + 4 * column, job[field.bias] + 4 * column
-                    _finish(lanes, half, source, own_scales, shifts, target)
+                    finish(lanes, half, source, own_scales, shifts, target)
                     if width < lanes:
                         for i in range(width):
                             output[row, column + i] = done[i]
@@ -526,7 +524,7 @@ def _lanes(rows: int) -> int:
     return 16 if rows > 8 and "+avx512f" in processor().features else 8
 
 
-def _product(
+def product(
     input: Tensor,
     weight_packed: Tensor,
     transposed: bool,
@@ -535,10 +533,12 @@ def _product(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`(input @ T^T) * scale + bias`, or with T for its transpose: (M, inputs) float32 -> (M, outputs) `dtype`.
+    """`(input @ T^T) * scale + bias`, or with T for its transpose, in float32: (M, inputs) -> (M, outputs).
 
-    `scale` is (1,) or (outputs,); `group_scale` (N, K / g). They and `bias` may be shorter than the packed weight.
+    `scale` is (1,) or (outputs,); `group_scale` (N, K / g). They and `bias` may be shorter than the packed weight. The
+    result is bfloat16 if `dtype` is, else float32.
     """
+    input = input.float().contiguous()
     packed = weight_packed.contiguous()
     quarter, width = packed.shape
     outputs = width if transposed else 4 * quarter
@@ -587,40 +587,3 @@ def _product(
     for variant, units in calls:
         run(compiled(*variant), job, units, threads)
     return output
-
-
-def linear(
-    input: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, out_features: int
-) -> Tensor:
-    """Compute `reference.ternary_linear`, in float32, of the first `out_features` rows of the weight."""
-    flat = input.reshape(-1, input.shape[-1]).float().contiguous()
-    grouped = reference.is_grouped(weight_scale)
-    scale, group_scale = (None, weight_scale) if grouped else (weight_scale, None)
-    output = _product(flat, weight_packed, False, group_scale, scale, bias, input.dtype)
-    return output[:, :out_features].contiguous().to(input.dtype).reshape(*input.shape[:-1], out_features)
-
-
-def linear_backward(
-    grad: Tensor, input: Tensor | None, weight_packed: Tensor, weight_scale: Tensor, need_input_grad: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `reference.linear_backward` for one scale per matrix or row, of as many rows as `grad` has."""
-    flat, per_row = grad.reshape(-1, grad.shape[-1]), weight_scale.dim() == 2
-    input_grad = grad.new_empty(0)
-    product = torch.empty(0)  # the gradient to the input, before the scale where there is one for all
-    if need_input_grad or not (per_row or input is None):
-        scaled = flat.float() * weight_scale.reshape(-1) if per_row else flat.float()
-        scaled = torch.nn.functional.pad(scaled, (0, 4 * len(weight_packed) - scaled.shape[1]))
-        product = _product(scaled.contiguous(), weight_packed, True, None, None, None, torch.float32)
-    if need_input_grad:
-        input_grad = product if per_row else product * weight_scale
-        input_grad = input_grad.to(grad.dtype).reshape(*grad.shape[:-1], weight_packed.shape[1])
-    if input is None:
-        return input_grad, grad.new_empty(0, dtype=torch.float32), grad.new_empty(0, dtype=torch.float32)
-    wide, dtype = input.reshape(-1, input.shape[-1]), matmul_dtype(grad.dtype)
-    weight_grad = (flat.to(dtype).T @ wide.to(dtype)).float()  # (N, K)
-    if per_row:
-        ternary = reference.unpack_ternary(weight_packed)[: len(weight_grad)]
-        scale_grad = (weight_grad * ternary).sum(1, keepdim=True)
-    else:
-        scale_grad = torch.dot(product.flatten(), wide.float().flatten()).reshape(1)
-    return input_grad, weight_grad.mul_(weight_scale), scale_grad

@@ -1,27 +1,33 @@
-"""Exact products by lookup: float64's numbers to float32's precision, and the same bits however they are computed."""
+"""Compiled exact products: float64's numbers to float32's precision, and the same bits however they are computed."""
 
 import pytest
 import torch
 from weights import exact_case
 
 from diffusers_terdit.ops import float_linear, pack_ternary, reference, ternarize, ternary_linear
-from diffusers_terdit.ops.cpu import choose
+from diffusers_terdit.ops.cpu import choose, exact
 from diffusers_terdit.ops.cpu import threads as threads_of_kernels
 
 
 numba = pytest.importorskip("numba")
-from diffusers_terdit.ops.cpu import instructions, lookup, pack  # noqa: E402 - after the skip
+from diffusers_terdit.ops.cpu import exact_amx, instructions, lookup, pack  # noqa: E402 - after the skip
 
 
 SHAPES = [  # (M, N, K)
     *[(1, 4, 1), (2, 8, 5), (3, 8, 5), (17, 20, 33), (64, 12, 129), (5, 260, 64), (130, 100, 31), (8, 196, 2050)],
     *[(4, 384, 64), (257, 772, 66), (100, 192, 1024), (40, 388, 96), (33, 1804, 570), (9, 64, 1056), (16, 24, 288)],
+    (530, 1100, 544),
 ]
 GRANULARITIES = ["tensor", "row", "group", 32]
 HERE = instructions.processor()
-PROCESSORS = {  # for which lookups differ: lanes, and whether few rows are looked up in registers
+PROCESSORS = {  # for which products differ, of those whose instructions this one has
     name: features
-    for name, features in {"avx512": {"+avx2", "+avx512f"}, "avx2": {"+avx2"}, "any": set()}.items()
+    for name, features in {
+        "amx": exact_amx.FEATURES | {"+avx2", "+avx512f"},
+        "avx512": {"+avx2", "+avx512f"},
+        "avx2": {"+avx2"},
+        "any": set(),
+    }.items()
     if features <= HERE.features
 }
 
@@ -40,46 +46,81 @@ def new_case(rows, out_features, in_features, granularity="tensor", seed=0):
     return input, pack_ternary(ternary), scale, bias, ternary
 
 
-def in_order(input, ternary, scale, bias):
-    """What the module says that it adds, in the order in which it says it."""
+def lookup_in_order(x, codes):
+    """Sums (M, N) of each chunk of (M, K) inputs and (N, K) codes, in the order that `lookup` says."""
+    for chunk in (x[:, None] * codes.float()).split(lookup.CHUNK, 2):
+        four = torch.nn.functional.pad(chunk, (0, lookup.CHUNK - chunk.shape[2])).unflatten(2, (-1, lookup.INPUTS))
+        sums = ((four[..., 0] + four[..., 1]) + four[..., 2]) + four[..., 3]
+        while sums.shape[2] > 1:
+            sums = sums[..., ::2] + sums[..., 1::2]
+        yield sums[..., 0]
+
+
+def amx_in_order(x, codes):
+    """The same as tdpbf16ps sums: inputs at even places, those at odd ones, both; of each part in turn."""
+    parts = []
+    for _ in range(3):
+        parts.append((x.view(torch.int32) & -65536).view(torch.float32))
+        x = x - parts[-1]
+    for chunk in zip(
+        *(part.split(exact_amx.CHUNK, 1) for part in parts), codes.split(exact_amx.CHUNK, 1), strict=True
+    ):
+        for part in chunk[:3]:
+            products = part[:, None] * chunk[3].float()
+            even, odd = torch.zeros(len(x), len(codes)), torch.zeros(len(x), len(codes))
+            for place in range(products.shape[2]):
+                (odd if place % 2 else even).add_(products[..., place])
+            yield even + odd
+
+
+def in_order(input, ternary, scale, bias, name):
     grouped = reference.is_grouped(scale)
     groups = scale.shape[1] if grouped else 1
+    chunks_in_order = amx_in_order if name == "amx" else lookup_in_order
     total = torch.zeros(len(input), len(ternary))
     for group, (x, codes) in enumerate(zip(input.chunk(groups, 1), ternary.chunk(groups, 1), strict=True)):
-        fill = -x.shape[1] % lookup.CHUNK
-        products = torch.nn.functional.pad(x[:, None] * codes.float(), (0, fill))  # (M, N, inputs)
-        for chunk in products.split(lookup.CHUNK, 2):
-            four = chunk.unflatten(2, (lookup.TABLES, lookup.INPUTS))
-            sums = ((four[..., 0] + four[..., 1]) + four[..., 2]) + four[..., 3]
-            while sums.shape[2] > 1:
-                sums = sums[..., ::2] + sums[..., 1::2]
-            total = total + (sums[..., 0] * scale[:, group] if grouped else sums[..., 0])
+        if name == "amx" and grouped:  # a group's chunks are summed first
+            total = total + sum(chunks_in_order(x, codes)) * scale[:, group]
+            continue
+        for chunk in chunks_in_order(x, codes):
+            total = total + (chunk * scale[:, group] if grouped else chunk)
     return (total if grouped else total * scale.reshape(-1)) + bias
 
 
 @pytest.fixture(params=PROCESSORS)
 def processor(request, monkeypatch):
     """Every kind of processor whose instructions this one has."""
-    features = frozenset(HERE.features - {"+avx2", "+avx512f"} | PROCESSORS[request.param])
-    monkeypatch.setattr(lookup, "processor", lambda: HERE._replace(features=features))
-    return request.param
+    features = frozenset(HERE.features - set().union(*PROCESSORS.values()) | PROCESSORS[request.param])
+    for module in (lookup, instructions):
+        monkeypatch.setattr(module, "processor", lambda: HERE._replace(features=features))
+    choose.exact_product.cache_clear()
+    yield request.param
+    choose.exact_product.cache_clear()
+
+
+def linear(input, packed, scale, bias, out_features):
+    return exact.linear(choose.exact_product()[1], input, packed, scale, bias, out_features)
+
+
+def test_the_product_of_a_processor(processor):
+    assert choose.exact_product()[1] is (exact_amx.product if processor == "amx" else lookup.product)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_sums_and_their_order(processor, shape, granularity):
     input, packed, scale, bias, ternary = new_case(*shape, granularity)
-    output = lookup.linear(input, packed, scale, bias, shape[1])
-    assert torch.equal(output, in_order(input, ternary, scale, bias))
+    output = linear(input, packed, scale, bias, shape[1])
+    assert torch.equal(output, in_order(input, ternary, scale, bias, processor))
     exact = input.double() @ reference.dequantize(ternary, scale).double().T + bias
     assert (output - exact).norm() <= 3e-7 * exact.norm()
     for rows in (1, 2, 3, 8):  # in any batch
-        assert torch.equal(lookup.linear(input[:rows], packed, scale, bias, shape[1]), output[:rows])
+        assert torch.equal(linear(input[:rows], packed, scale, bias, shape[1]), output[:rows])
     for dtype in (torch.bfloat16, torch.float16):
         half = input.to(dtype)
-        whole = lookup.linear(half.float(), packed, scale, bias, shape[1])
+        whole = linear(half.float(), packed, scale, bias, shape[1])
         for rows in (2, shape[0]):
-            assert torch.equal(lookup.linear(half[:rows], packed, scale, bias, shape[1]), whole[:rows].to(dtype))
+            assert torch.equal(linear(half[:rows], packed, scale, bias, shape[1]), whole[:rows].to(dtype))
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row", "group"])
@@ -109,7 +150,7 @@ def test_a_float_weight_whose_rows_are_no_multiple_of_four(granularity, out_feat
     input.requires_grad_()
     output = float_linear(input, weight, scale, bias)
     ternary = ternarize(weight.detach(), granularity)
-    assert torch.equal(output, in_order(input.detach(), ternary, scale.detach(), bias))
+    torch.testing.assert_close(output, reference.scaled_linear(input.detach(), ternary, scale.detach(), bias))
     grads = torch.autograd.grad(output, (input, weight, scale), torch.ones_like(output))
     right = reference.linear_backward(torch.ones_like(output), input.detach(), ternary, scale.detach(), True)
     for got, expected in zip(grads, right, strict=True):
@@ -140,14 +181,12 @@ def test_a_weight_that_is_not_finite_gives_nan(value):
 def test_what_is_not_finite_stays_in_its_row(processor):
     for rows in (3, 20):
         input, packed, scale, bias, ternary = new_case(rows, 64, 40)
-        expected = lookup.linear(input, packed, scale, bias, 64)
-        input[1, 7] = float("nan")
-        input[2, 7] = float("inf")
-        output = lookup.linear(input, packed, scale, bias, 64)
+        expected = linear(input, packed, scale, bias, 64)
+        input[1, 7], input[2, 7] = float("nan"), float("inf")
+        output = linear(input, packed, scale, bias, 64)
         others = [row for row in range(rows) if row not in (1, 2)]
         assert torch.equal(output[others], expected[others])
-        assert output[1].isnan().tolist() == (ternary[:, 7] != 0).tolist()
-        assert output[2].isinf().tolist() == (ternary[:, 7] != 0).tolist()
+        assert not output[1:3][:, ternary[:, 7] != 0].isfinite().any()
 
 
 @pytest.fixture
@@ -190,7 +229,7 @@ def test_any_memory_layout_and_no_rows():
 def test_a_code_that_no_file_may_hold_reads_no_memory_beyond_the_tables(processor):
     for rows in (1, 9):
         input = torch.randn(rows, 100)
-        output = lookup.linear(input, torch.full((16, 100), 255, dtype=torch.uint8), torch.ones(1), None, 64)
+        output = linear(input, torch.full((16, 100), 255, dtype=torch.uint8), torch.ones(1), None, 64)
         assert output.shape == (rows, 64)
 
 

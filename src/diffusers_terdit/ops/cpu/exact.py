@@ -1,0 +1,72 @@
+"""Exact linear ops of packed weights by a compiled product, that of `lookup` or of `exact_amx`."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .decode import matmul_dtype
+
+
+class Product(Protocol):
+    """See `lookup.product`."""
+
+    def __call__(
+        self,
+        input: Tensor,
+        weight_packed: Tensor,
+        transposed: bool,
+        group_scale: Tensor | None,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor: ...
+
+
+def linear(
+    product: Product,
+    input: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    """Compute `reference.ternary_linear` of the first `out_features` rows of the weight."""
+    flat = input.reshape(-1, input.shape[-1])
+    grouped = reference.is_grouped(weight_scale)
+    scale, group_scale = (None, weight_scale) if grouped else (weight_scale, None)
+    output = product(flat, weight_packed, False, group_scale, scale, bias, input.dtype)
+    return output[:, :out_features].contiguous().to(input.dtype).reshape(*input.shape[:-1], out_features)
+
+
+def linear_backward(
+    product: Product,
+    grad: Tensor,
+    input: Tensor | None,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    need_input_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `reference.linear_backward` for one scale per matrix or row, of as many rows as `grad` has."""
+    flat, per_row = grad.reshape(-1, grad.shape[-1]), weight_scale.dim() == 2
+    input_grad = grad.new_empty(0)
+    unscaled = torch.empty(0)  # the gradient to the input, before the scale where there is one for all
+    if need_input_grad or not (per_row or input is None):
+        rows = flat.float() * weight_scale.reshape(-1) if per_row else flat
+        if 4 * len(weight_packed) > rows.shape[1]:
+            rows = torch.nn.functional.pad(rows, (0, 4 * len(weight_packed) - rows.shape[1]))
+        unscaled = product(rows, weight_packed, True, None, None, None, torch.float32)
+    if need_input_grad:
+        input_grad = unscaled if per_row else unscaled * weight_scale
+        input_grad = input_grad.to(grad.dtype).reshape(*grad.shape[:-1], weight_packed.shape[1])
+    if input is None:
+        return input_grad, grad.new_empty(0, dtype=torch.float32), grad.new_empty(0, dtype=torch.float32)
+    wide, dtype = input.reshape(-1, input.shape[-1]), matmul_dtype(grad.dtype)
+    weight_grad = (flat.to(dtype).T @ wide.to(dtype)).float()  # (N, K)
+    if per_row:
+        ternary = reference.unpack_ternary(weight_packed)[: len(weight_grad)]
+        scale_grad = (weight_grad * ternary).sum(1, keepdim=True)
+    else:
+        scale_grad = torch.dot(unscaled.flatten(), wide.float().flatten()).reshape(1)
+    return input_grad, weight_grad.mul_(weight_scale), scale_grad

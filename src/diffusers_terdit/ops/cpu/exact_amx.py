@@ -1,0 +1,422 @@
+"""Exact products with AMX: tdpbf16ps multiplies 16 rows x 32 inputs by 32 inputs x 16 outputs, sums in float32.
+
+-1, 0 and +1 are numbers of bfloat16, and a float32 is the sum of three of them, 8 bits each. So three passes, of the
+three parts of the input, give float32's product, two that of a float16 input, and one that of a bfloat16 input.
+
+A panel is 64 outputs: 16 rows of the packed weight, all four quarters. For the gradient to the input it is 64 columns,
+and the four quarters of the outputs are four groups of inputs. The codes of a block of 256 inputs are spread to
+bfloat16 in a scratch in the first cache, and a strip of rows of the input passes by; then follows the next panel, and
+when all panels of a share have seen the block, the next block.
+
+The order of the sums does not depend on the number of rows or threads, and so do the bits of the result; they are not
+those of `lookup`.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import numba
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core.cgutils import for_range
+from numba.extending import intrinsic
+from torch import Tensor
+
+from . import scratch
+from .instructions import AMX, at, c_function, everywhere, from_cache, pointer, take, transpose
+from .integer_amx import ROW, TILE, configure, instruction, register, release
+from .lookup import finish
+from .threads import new_job, run
+
+
+FEATURES = AMX | {"+amx-bf16"}
+ROWS = LANES = 16  # of the input and of a vector of outputs, in a tile
+PANEL = 4 * LANES
+CHUNK = 32  # inputs of a tile
+BLOCK = 8  # chunks, whose codes stay in the first cache
+STRIP, SHARE = 16, 8  # tiles of rows and panels of a unit, at most: the sums stay in the second cache
+PARTS = {torch.bfloat16: 1, torch.float16: 2}  # of an input; 3 of float32
+SUMS, INPUT, CODES = (0, 1, 2, 3), 4, (5, 6, 7, 5)  # tile registers
+BFLOAT16 = (0xBF80, 0, 0x3F80, 0x4000)  # -1, 0, +1 and, of a code that no packed weight may hold, 2
+u16, u32 = numba.uint16, numba.uint32
+
+
+class Job(NamedTuple):
+    """What a function works on, int64 each: sizes, counters and the addresses of arrays."""
+
+    unit: int  # counts the units of work that were taken
+    thread: int  # counts the threads that came
+    units: int
+    rows: int  # M
+    groups: int  # of inputs: those with a scale of their own, the quarters of the transposed weight, or 1
+    size: int  # inputs of a group
+    chunks: int  # of a group
+    quarter: int  # N / 4
+    width: int  # K
+    outputs: int  # N, or K of the transposed weight
+    tiles: int  # M / 16, rounded up
+    strip: int  # tiles of a unit
+    share: int  # panels of a unit
+    input: int  # (M, groups, size) float32
+    split: int  # (tiles, groups * chunks, parts, 16, 32) bfloat16: zero beyond a group and M
+    packed: int  # (N / 4, K) uint8
+    group_scale: int  # (groups, outputs) float32
+    scale: int  # (outputs + 15,) float32
+    bias: int  # (outputs + 15,) float32
+    output: int  # (M, outputs) float32 or bfloat16
+    scratch: int  # (threads, own) float32
+    own: int
+
+
+JOB = Job(*range(len(Job._fields)))
+
+
+def _spread(builder: ir.IRBuilder, index: ir.Value) -> ir.Value:
+    """`vpermd`: two codes, in the lowest four bits of each lane, to two numbers of bfloat16."""
+    ints = ir.VectorType(ir.IntType(32), LANES)
+    table = ir.Constant(ints, [BFLOAT16[pair % 4] | BFLOAT16[pair // 4] << 16 for pair in range(LANES)])
+    function = builder.module.declare_intrinsic(
+        "llvm.x86.avx512.permvar.si.512", (), ir.FunctionType(ints, [ints, ints])
+    )
+    return builder.call(function, [table, index])
+
+
+def _pair(builder: ir.IRBuilder, first: ir.Value, second: ir.Value) -> ir.Value:
+    """Two codes in the lowest bits of each lane, one above the other."""
+    return builder.or_(first, builder.shl(second, ir.Constant(first.type, [2] * LANES)))
+
+
+@intrinsic
+def _cut(typing_context, words, codes):
+    """`codes` (4, 16 pairs of inputs, 16, 2) bfloat16 of `words` (8, 16) of a panel's packed rows; addresses."""
+
+    def codegen(context, builder, signature, args):
+        words, codes = args
+        i64, ints = ir.IntType(64), ir.VectorType(ir.IntType(32), LANES)
+
+        def code(word: ir.Value, bits: int) -> ir.Value:
+            shifted = builder.lshr(word, ir.Constant(ints, [bits] * LANES))
+            return builder.and_(shifted, ir.Constant(ints, [3] * LANES))
+
+        with for_range(builder, i64(CHUNK // 4)) as loop:
+            source = builder.add(words, builder.mul(loop.index, i64(4 * LANES)))
+            target = builder.add(codes, builder.mul(loop.index, i64(2 * ROW)))
+            word = builder.load(at(builder, source, 0, ints), align=4)
+            for quarter in range(4):
+                for half in range(2):
+                    low = 16 * half + 6 - 2 * quarter
+                    pair = _spread(builder, _pair(builder, code(word, low), code(word, low + 8)))
+                    builder.store(pair, at(builder, target, TILE * quarter + ROW * half, ints), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.uintp, types.uintp), codegen
+
+
+@intrinsic
+def _cut_transposed(typing_context, source, stride, rows, bits, codes):
+    """`codes` (4, 16 pairs of packed rows, 16, 2) bfloat16 of 64 bytes of each of 32 packed rows, of one quarter.
+
+    Of `rows` fewer than 32, the last one stands for those that are missing. `source` and `codes` are addresses.
+    """
+
+    def codegen(context, builder, signature, args):
+        source, stride, rows, bits, codes = args
+        i32, i64 = ir.IntType(32), ir.IntType(64)
+        ints, bytes_ = ir.VectorType(i32, LANES), ir.VectorType(ir.IntType(8), LANES)
+        shift, last = everywhere(builder, builder.trunc(bits, i32), ints), builder.sub(rows, i64(1))
+
+        def code(row: ir.Value, part: int) -> ir.Value:
+            inside = builder.select(builder.icmp_signed("<", row, last), row, last)
+            place = at(builder, builder.add(source, builder.mul(inside, stride)), LANES * part, bytes_)
+            word = builder.zext(builder.load(place, align=1), ints)
+            return builder.and_(builder.lshr(word, shift), ir.Constant(ints, [3] * LANES))
+
+        with for_range(builder, i64(CHUNK // 2)) as loop:
+            row = builder.mul(loop.index, i64(2))
+            target = builder.add(codes, builder.mul(loop.index, i64(ROW)))
+            for part in range(4):
+                pair = _pair(builder, code(row, part), code(builder.add(row, i64(1)), part))
+                builder.store(_spread(builder, pair), at(builder, target, TILE * part, ints), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.uintp, types.intp, types.intp, types.intp, types.uintp), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _tile(typing_context, parts, x, codes, chunks, sums, first):
+    """`sums` (16 rows, 4, 16) float32 = `x` (chunks, parts, 16, 32) . `codes` (chunks, 4, 16, 16, 2); += if not `first`.
+
+    All but `chunks` and `first` are addresses.
+    """
+    count = parts.literal_value
+
+    def codegen(context, builder, signature, args):
+        _, x, codes, chunks, sums, first = args
+        i8, i64 = ir.IntType(8), ir.IntType(64)
+
+        def move(name: str, number: int, address: ir.Value, offset: int, stride: int) -> None:
+            instruction(builder, name, register(number), at(builder, address, offset, i8), i64(stride))
+
+        with builder.if_else(builder.icmp_signed("!=", first, first.type(0))) as (then, otherwise):
+            with then:
+                for number in SUMS:
+                    instruction(builder, "tilezero", register(number))
+            with otherwise:
+                for number in SUMS:
+                    move("tileloadd64", number, sums, ROW * number, 4 * ROW)
+        with for_range(builder, chunks) as loop:
+            inputs = builder.add(x, builder.mul(loop.index, i64(count * TILE)))
+            weights = builder.add(codes, builder.mul(loop.index, i64(4 * TILE)))
+            for part in range(count):  # the sums in turn: each waits for the one before
+                move("tileloadd64", INPUT, inputs, TILE * part, ROW)
+                for number in SUMS:
+                    move("tileloadd64", CODES[number], weights, TILE * number, ROW)
+                    instruction(builder, "tdpbf16ps", *map(register, (number, INPUT, CODES[number])))
+        for number in SUMS:
+            move("tilestored64", number, sums, ROW * number, 4 * ROW)
+        return context.get_dummy_value()
+
+    address, size = types.uintp, types.intp
+    return types.void(parts, address, address, size, address, size), codegen
+
+
+@intrinsic
+def _add_scaled(typing_context, totals, sums, scales, first):
+    """`totals` (16 rows, 4, 16) float32 = `sums`, as many, times `scales` (4, 16), or += if not `first`; addresses."""
+
+    def codegen(context, builder, signature, args):
+        totals, sums, scales, first = args
+        i64, floats = ir.IntType(64), ir.VectorType(ir.FloatType(), LANES)
+
+        def load(address: ir.Value, offset: int) -> ir.Value:
+            return builder.load(at(builder, address, offset, floats), align=4)
+
+        def rows(is_first: bool) -> None:
+            scale = [load(scales, ROW * vector) for vector in range(4)]
+            with for_range(builder, i64(ROWS)) as loop:
+                offset = builder.mul(loop.index, i64(4 * ROW))
+                source, target = builder.add(sums, offset), builder.add(totals, offset)
+                for vector in range(4):
+                    value = builder.fmul(load(source, ROW * vector), scale[vector])
+                    if not is_first:
+                        value = builder.fadd(load(target, ROW * vector), value)
+                    builder.store(value, at(builder, target, ROW * vector, floats), align=4)
+
+        with builder.if_else(builder.icmp_signed("!=", first, first.type(0))) as (then, otherwise):
+            with then:
+                rows(True)
+            with otherwise:
+                rows(False)
+        return context.get_dummy_value()
+
+    return types.void(types.uintp, types.uintp, types.uintp, types.intp), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _split(typing_context, parts, inputs, count, target):
+    """`target` (parts, 16, 32) bfloat16: a row of `count` float32 in parts that add up to it; addresses."""
+    number = parts.literal_value
+
+    def codegen(context, builder, signature, args):
+        _, inputs, count, target = args
+        i16, i32, i64, f32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+        with for_range(builder, count) as loop:
+            rest = builder.load(at(builder, builder.add(inputs, builder.mul(loop.index, i64(4))), 0, f32), align=4)
+            place = builder.add(target, builder.mul(loop.index, i64(2)))
+            for part in range(number):
+                word = builder.and_(builder.bitcast(rest, i32), i32(0xFFFF0000))
+                high = builder.trunc(builder.lshr(word, i32(16)), i16)
+                builder.store(high, at(builder, place, TILE * part, i16), align=2)
+                rest = builder.fsub(rest, builder.bitcast(word, f32))
+        return context.get_dummy_value()
+
+    return types.void(parts, types.uintp, types.intp, types.uintp), codegen
+
+
+def _compile_split(parts: int, cached: bool) -> Any:
+    field, fields = JOB, len(JOB)
+
+    @c_function(cached, "split", parts)
+    def split(address):
+        """A unit is a tile of rows."""
+        job = numba.carray(pointer(address, "int64"), fields)
+        groups, size, chunks = job[field.groups], job[field.size], job[field.chunks]
+        out = numba.carray(
+            pointer(job[field.split], "uint16"), (job[field.tiles], groups * chunks, parts, ROWS, CHUNK)
+        )
+        while True:
+            unit = take(address + 8 * field.unit)
+            if unit >= job[field.units]:
+                return
+            rows = min(ROWS, job[field.rows] - ROWS * unit)
+            if rows < ROWS:
+                out[unit] = 0
+            for chunk in range(groups * chunks):
+                start = chunk % chunks * CHUNK
+                count = min(CHUNK, size - start)
+                if count < CHUNK:
+                    out[unit, chunk] = 0
+                for row in range(rows):
+                    place = ((ROWS * unit + row) * groups + chunk // chunks) * size + start
+                    target = job[field.split] + 2 * CHUNK * (((unit * groups * chunks + chunk) * parts) * ROWS + row)
+                    if count == CHUNK:
+                        _split(parts, job[field.input] + 4 * place, CHUNK, target)
+                    else:
+                        _split(parts, job[field.input] + 4 * place, count, target)
+
+    return split
+
+
+def _compile_multiply(parts: int, transposed: int, grouped: int, half: int, cached: bool) -> Any:
+    field, fields = JOB, len(JOB)
+    number, bytes_of_output = ("uint16", 2) if half else ("uint32", 4)
+
+    @c_function(cached, "multiply", parts, transposed, grouped, half)
+    def multiply(address):
+        """A unit is a strip of rows and a share of panels."""
+        job = numba.carray(pointer(address, "int64"), fields)
+        groups, size, chunks, quarter = job[field.groups], job[field.size], job[field.chunks], job[field.quarter]
+        width, outputs, all_chunks = job[field.width], job[field.outputs], job[field.groups] * job[field.chunks]
+        packed = numba.carray(pointer(job[field.packed], "uint8"), (quarter, width))
+        group_scale = numba.carray(pointer(job[field.group_scale], "float32"), (groups, outputs))
+        output = numba.carray(pointer(job[field.output], number), (job[field.rows], outputs))
+        words = job[field.scratch] + 4 * job[field.own] * take(address + 8 * field.thread)
+        bytes_ = numba.carray(pointer(words, "uint8"), (16, LANES, 4))
+        columns = numba.carray(pointer(words, "uint8"), (CHUNK, PANEL))
+        scales = numba.carray(pointer(words + CHUNK * PANEL, "float32"), (4, LANES))
+        done = numba.carray(pointer(words + CHUNK * PANEL, number), LANES)
+        codes = words + CHUNK * PANEL + 4 * PANEL
+        sums_of_group = codes + BLOCK * 4 * TILE
+        sums = sums_of_group + 4 * TILE
+        of_panel = 4 * TILE * job[field.strip]  # bytes of its sums
+        later = of_panel * job[field.share]  # from the sums of outputs to those of a group
+        across = -(-job[field.tiles] // job[field.strip])
+        apart, step, end = (LANES, PANEL, width) if transposed else (quarter, LANES, quarter)
+        configure()
+        while True:
+            unit = take(address + 8 * field.unit)
+            if unit >= job[field.units]:
+                break
+            left, top = unit // across * job[field.share], unit % across * job[field.strip]
+            tiles, panels = (
+                min(job[field.strip], job[field.tiles] - top),
+                min(job[field.share], -(-end // step) - left),
+            )
+            for group in range(groups):
+                for block in range(0, chunks, BLOCK):
+                    count = min(BLOCK, chunks - block)
+                    for panel in range(panels):
+                        first = (left + panel) * step
+                        inside = min(step, end - first)
+                        for chunk in range(block, block + count):
+                            start = chunk * CHUNK
+                            many = min(CHUNK, size - start)
+                            target = codes + 4 * TILE * (chunk - block)
+                            if transposed:
+                                source, stride = packed.ctypes.data + start * width + first, width
+                                if inside < PANEL:
+                                    for row in range(many):
+                                        for i in range(inside):
+                                            columns[row, i] = packed[start + row, first + i]
+                                    source, stride = words, PANEL
+                                _cut_transposed(source, stride, many, 6 - 2 * group, target)
+                                continue
+                            begin = group * size + start
+                            pair = (chunk - block) % 2  # the words of two chunks are transposed at once
+                            if size % CHUNK == 0 and inside == LANES and (pair or chunk + 1 < block + count):
+                                if not pair:
+                                    source = packed.ctypes.data + first * width + begin
+                                    transpose(16, source, width, words, 4 * LANES)
+                                _cut(words + pair * CHUNK * LANES, target)
+                                continue
+                            for row in range(inside):
+                                for k in range(many):
+                                    bytes_[k // 4, row, k % 4] = packed[first + row, begin + k]
+                            _cut(words, target)
+                        last = grouped and block + count == chunks
+                        if last:
+                            for part in range(4):
+                                for i in range(inside):
+                                    scales[part, i] = group_scale[group, part * quarter + first + i]
+                        for tile in range(tiles):
+                            chunk = (top + tile) * all_chunks + group * chunks + block
+                            own = sums + of_panel * panel + 4 * TILE * tile
+                            if grouped:
+                                total, own = own, own + later if chunks > BLOCK else sums_of_group
+                            is_first = block == 0 and (grouped or group == 0)
+                            _tile(parts, job[field.split] + parts * TILE * chunk, codes, count, own, is_first)
+                            if last:
+                                _add_scaled(total, own, scales.ctypes.data, group == 0)
+            for panel in range(panels):
+                first = (left + panel) * step
+                inside = min(step, end - first)
+                for tile in range(tiles):
+                    for row in range(min(ROWS, job[field.rows] - ROWS * (top + tile))):
+                        line = ROWS * (top + tile) + row
+                        for part in range(4):
+                            column = first + part * apart
+                            many = min(LANES, inside - LANES * part) if transposed else inside
+                            if many <= 0:
+                                break
+                            source = sums + of_panel * panel + 4 * TILE * tile + 4 * ROW * row + ROW * part
+                            target = output.ctypes.data + bytes_of_output * (line * outputs + column)
+                            if many < LANES:
+                                target = done.ctypes.data
+                            own_scales, shifts = job[field.scale] + 4 * column, job[field.bias] + 4 * column
+                            finish(16, half, source, own_scales, shifts, target)
+                            if many < LANES:
+                                for i in range(many):
+                                    output[line, column + i] = done[i]
+        release()
+
+    return multiply
+
+
+@cache
+def _compiled(name: str, *variant: int) -> Any:
+    return from_cache(_compile_split if name == "split" else _compile_multiply, *variant)
+
+
+def product(
+    input: Tensor,
+    weight_packed: Tensor,
+    transposed: bool,
+    group_scale: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Compute `lookup.product`."""
+    packed = weight_packed.contiguous()
+    quarter, width = packed.shape
+    outputs = width if transposed else 4 * quarter
+    groups = 4 if transposed else 1 if group_scale is None else group_scale.shape[1]
+    size = quarter if transposed else width // groups
+    rows, tiles, parts = len(input), -(-len(input) // ROWS), PARTS.get(input.dtype, 3)
+    flat, half, grouped = input.float().contiguous(), int(dtype == torch.bfloat16), int(group_scale is not None)
+    chunks, strip = -(-size // CHUNK), min(STRIP, max(tiles, 1))
+    threads = torch.get_num_threads() if rows * packed.numel() > 2**16 else 1
+    panels, strips = -(-width // PANEL) if transposed else -(-quarter // LANES), -(-tiles // strip)
+    pieces = max(-(-panels // SHARE), -(-2 * threads // max(strips, 1)) if threads > 1 else 1)
+    share = -(-panels // pieces)
+
+    scales, shift = torch.ones(outputs + 15, dtype=torch.float32), torch.zeros(outputs + 15, dtype=torch.float32)
+    if scale is not None:
+        scales[: outputs if scale.numel() == 1 else scale.numel()] = scale.reshape(-1)
+    if bias is not None:
+        shift[: len(bias)] = bias
+    group_scales = scales
+    if group_scale is not None:
+        group_scales = torch.zeros(groups, outputs, dtype=torch.float32)
+        group_scales[:, : len(group_scale)] = group_scale.T
+    output = torch.empty(rows, outputs, dtype=torch.bfloat16 if half else torch.float32)
+    split = scratch.take("split", tiles * groups * chunks * parts * ROWS * CHUNK, torch.int16)
+    own = (CHUNK * PANEL + 4 * PANEL + (BLOCK + 1) * 4 * TILE + 4 * TILE * strip * share * (1 + grouped)) // 4
+    buffers = scratch.take("panels of floats", threads * own, torch.float32)
+    arrays = (flat, split, packed, group_scales, scales, shift, output, buffers)
+    sizes = (rows, groups, size, chunks, quarter, width, outputs, tiles, strip, share)
+    job = new_job(*sizes, *[array.data_ptr() for array in arrays], own)
+    run(_compiled("split", parts), job, tiles, threads)
+    run(_compiled("multiply", parts, int(transposed), grouped, half), job, strips * -(-panels // share), threads)
+    return output
