@@ -4,6 +4,7 @@ A peer is a name, the dtype of its input, the packages that it needs, and a func
 float32 = one scale times {-1, 0, +1}, and returns x (M, K) -> (M, N). None of them has a bias.
 """
 
+import contextlib
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 
 Product = Callable[[Tensor], Tensor]
-TRIALS = 3  # calls of each candidate, of which the fastest counts
+TRIALS = 7  # calls of each candidate, of which the fastest counts
 CHOSEN: dict[tuple, str] = {}  # the fastest, for all layers of a shape
 
 
@@ -70,20 +71,18 @@ def fastest(a: Tensor, b: Tensor, prepack: bool) -> str:
     key = (a.shape, a.stride(), b.shape, b.stride(), a.dtype, prepack, torch.get_num_threads())
     if key not in CHOSEN:
         clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-        times = {}
+        products, times = {}, {}
         for name, prepare in candidates(a, b, prepack).items():
-            try:
+            with contextlib.suppress(RuntimeError):  # no such primitive
                 product = prepare()
                 product(a)
-            except RuntimeError:  # no such primitive
-                continue
-            seconds = []
-            for _ in range(TRIALS):
+                products[name], times[name] = product, []
+        for _ in range(TRIALS):  # in turns, on a machine that others use
+            for name, product in products.items():
                 start = clock()
                 product(a)
-                seconds.append(clock() - start)
-            times[name] = min(seconds)
-        CHOSEN[key] = min(times, key=times.__getitem__)
+                times[name].append(clock() - start)
+        CHOSEN[key] = min(products, key=lambda name: min(times[name]))
     return CHOSEN[key]
 
 

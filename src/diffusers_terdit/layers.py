@@ -121,7 +121,7 @@ class TernaryLinear(TernaryModelMixin):
             and not (
                 self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
             )
-            and not nn.modules.module._has_any_global_hook()
+            and not torch.nn.modules.module._has_any_global_hook()
         )
 
     def set_activation_bits(self, bits: int | str | None) -> None:
