@@ -155,7 +155,7 @@ def tiles_written_out(tables, x, codes, apart, steps, sums, first):
     if first:
         totals[:] = 0
     for quarter in range(4):
-        weights = numba.carray(pointer(codes + quarter * apart, "uint8"), (tiles, 16, 16, 4))
+        weights = numba.carray(pointer(codes + quarter * apart, "int8"), (tiles, 16, 16, 4))
         for tile in range(tiles):
             for row in range(16):
                 for output in range(16):

@@ -225,6 +225,7 @@ def finish(
     lanes,
     parts,
     half,
+    signed,
     sums,
     count,
     offsets,
@@ -242,15 +243,15 @@ def finish(
     """`count` rows of a panel: total = [total +] (sum - offset) * scale, at the end output = total * step + shift.
 
     `sums` (count, parts, 4, lanes) int32: with two parts a sum is 256 * one + the other. `offsets` int32 are `stride`
-    bytes apart. `totals` (count, 4, lanes) float32 wait from the `first` of a row's groups to the `last`. With `half`
-    1 the output is bfloat16, rounded half to even, else float32, `down` and `across` bytes from row to row, vector to
-    vector.
+    bytes apart; none are subtracted with `signed` 1. `totals` (count, 4, lanes) float32 wait from the `first` of a
+    row's groups to the `last`. With `half` 1 the output is bfloat16, rounded half to even, else float32; `down` and
+    `across` are bytes from row to row and from vector to vector.
     """
     size, to_half, two = lanes.literal_value, half.literal_value, parts.literal_value == 2
     line = 4 * size
 
     def codegen(context, builder, signature, args):
-        sums, count, offsets, stride, scales, totals, first, last, steps, shifts, output, down, across = args[3:]
+        sums, count, offsets, stride, scales, totals, first, last, steps, shifts, output, down, across = args[4:]
         i32, i64, f32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
         ints, floats = (ir.VectorType(type_, size) for type_ in (i32, f32))
 
@@ -278,7 +279,8 @@ def finish(
                     if two:
                         low = load(source, line * (4 + vector), ints)
                         value = builder.add(builder.shl(value, constant(8)), low)
-                    value = builder.fmul(builder.sitofp(builder.sub(value, offset), floats), scale[vector])
+                    value = value if signed.literal_value else builder.sub(value, offset)
+                    value = builder.fmul(builder.sitofp(value, floats), scale[vector])
                     if not is_first:
                         value = builder.fadd(load(total, line * vector, floats), value)
                     if not is_last:
@@ -301,4 +303,4 @@ def finish(
 
     address, size_ = types.uintp, types.intp
     numbers = address, size_, address, size_, address, address, size_, size_
-    return types.void(lanes, parts, half, *numbers, address, address, address, size_, size_), codegen
+    return types.void(lanes, parts, half, signed, *numbers, address, address, address, size_, size_), codegen

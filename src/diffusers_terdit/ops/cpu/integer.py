@@ -57,6 +57,7 @@ class Shape(NamedTuple):
     turn: int = 2  # steps of the inner loop's turn: a group is whole turns
     run: int = 1  # steps of a row of integers that lie together
     near: int = 1  # panels by which a tile of rows passes while it is in the first cache
+    signed: int = 0  # 1: codes are -1, 0, 1, so that there is nothing to subtract from their sums
 
 
 @intrinsic
@@ -143,6 +144,7 @@ def cut_of(shape: Shape) -> Any:
         def codegen(context, builder, signature, args):
             words, steps, codes, apart = args
             i64, vector = ir.IntType(64), ir.VectorType(ir.IntType(32), lanes)
+            ones = ir.Constant(ir.VectorType(ir.IntType(8), line), [1] * line)
 
             def constant(value):
                 return ir.Constant(vector, [value] * lanes)
@@ -153,7 +155,9 @@ def cut_of(shape: Shape) -> Any:
                 target = builder.add(codes, builder.mul(loop.index, i64(vectors * line)))
                 for quarter in range(4):
                     code = builder.and_(builder.lshr(word, constant(6 - 2 * quarter)), constant(0x03030303))
-                    builder.store(code, at(builder, target, quarter % vectors * line, vector), align=1)
+                    if shape.signed:
+                        code = builder.sub(builder.bitcast(code, ones.type), ones)
+                    builder.store(code, at(builder, target, quarter % vectors * line, code.type), align=1)
                     if quarter % vectors == vectors - 1:
                         target = builder.add(target, apart)
             return context.get_dummy_value()
@@ -302,7 +306,7 @@ def _compile_quantize(shape: Shape, parts: int, half: bool, cached: bool) -> Any
 
 
 def _compile_multiply(kernel: Kernel, parts: int, half: bool, cached: bool) -> Any:
-    rows, lanes, vectors, block, _, _, turn, _, near = shape = kernel.shape
+    rows, lanes, vectors, block, _, _, turn, _, near, signed = shape = kernel.shape
     cut, tile, begin, end, prepare, table_words = kernel.hooks
     line, tokens = 4 * lanes, rows // parts  # outputs of a panel
     field, fields = JOB, len(JOB)
@@ -397,6 +401,7 @@ def _compile_multiply(kernel: Kernel, parts: int, half: bool, cached: bool) -> A
                                         lanes,
                                         parts,
                                         to_half,
+                                        signed,
                                         total,
                                         min(tokens, job[field.rows] - i),
                                         job[field.sums] + 4 * (i * groups + this),

@@ -1,4 +1,4 @@
-"""The integer kernel for processors with AMX: tdpbsud multiplies 16 rows x 64 inputs by 64 inputs x 16 outputs.
+"""The integer kernel for processors with AMX: tdpbssd multiplies 16 rows x 64 inputs by 64 inputs x 16 outputs.
 
 The four quarters of a panel share a tile of the input. A block of 128 steps of their codes, 32 KB, and of a tile's
 integers, 8 KB, fit the first cache. A process asks the system before it uses tiles: see `instructions.processor`.
@@ -75,7 +75,7 @@ def _tile(typing_context, tables, x, codes, apart, steps, sums, first):
             address = builder.add(codes, offset)
             for quarter in range(4):
                 move("tileloadd64", CODES[quarter], address, 0, ROW)
-                instruction(builder, "tdpbsud", *map(register, (quarter, INPUT, CODES[quarter])))
+                instruction(builder, "tdpbssd", *map(register, (quarter, INPUT, CODES[quarter])))
                 address = builder.add(address, apart)
         for quarter in range(4):
             move("tilestored64", quarter, sums, ROW * quarter, 4 * ROW)
@@ -85,7 +85,7 @@ def _tile(typing_context, tables, x, codes, apart, steps, sums, first):
     return types.void(address, address, address, size, size, address, size), codegen
 
 
-SHAPE = Shape(rows=16, lanes=16, vectors=1, steps=128, strip=512, panels=4, turn=16, run=16)
+SHAPE = Shape(rows=16, lanes=16, vectors=1, steps=128, strip=512, panels=4, turn=16, run=16, signed=1)
 KERNEL = Kernel(
     name="amx_int8",
     features=AMX,
