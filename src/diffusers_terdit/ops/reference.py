@@ -327,7 +327,7 @@ def integer_linear(
     """`ternary_linear` of the input rounded to integers: `(codes @ T^T) * scale * step + bias`, (..., K) -> (..., N).
 
     The integer sums are exact (float64 holds them); what follows is float32, in this order, whatever `input`'s dtype.
-    With groups each group's sum is multiplied by its scale, and the products are added from the first to the last.
+    With groups each has a step of its own in each row, and what they give is added from the first to the last.
 
     Args:
         input (`torch.Tensor`): (..., K), float. A row with NaN or infinity gives a row of NaN.
@@ -339,22 +339,37 @@ def integer_linear(
     Returns:
         `torch.Tensor`: (..., N), `input`'s dtype.
     """
-    codes, step = quantize_activations(input.float(), bits)
+    codes, step = quantize_activations(by_group(input.float(), weight_scale), bits)
     ternary = unpack_ternary(weight_packed, torch.float64)
-    output = by_group(lambda *parts: F.linear(*parts).float(), codes.double(), ternary, weight_scale) * step
+    output = add_groups(lambda *parts: F.linear(*parts).float(), codes.double(), ternary, weight_scale, step)
     return (output if bias is None else output + bias.float()).to(input.dtype)
 
 
-def by_group(
-    multiply: Callable[[Tensor, Tensor], Tensor], rows: Tensor, weight: Tensor, weight_scale: Tensor
+def by_group(input: Tensor, weight_scale: Tensor) -> Tensor:
+    """(..., K) -> (..., G, K/G), with the inputs that share a scale of a row of the weight."""
+    return input.unflatten(-1, (weight_scale.shape[1] if is_grouped(weight_scale) else 1, -1))
+
+
+def add_groups(
+    multiply: Callable[[Tensor, Tensor], Tensor], codes: Tensor, weight: Tensor, weight_scale: Tensor, step: Tensor
 ) -> Tensor:
-    """Add `scale * multiply(group of rows, group of the weight)` in float32, from the first group to the last."""
-    scales = weight_scale.float().reshape(-1, weight_scale.shape[-1]).unbind(1)
-    groups = zip(rows.chunk(len(scales), -1), weight.chunk(len(scales), -1), scales, strict=True)
-    total = None
-    for part, weight_part, scale in groups:
-        product = multiply(part, weight_part) * scale
-        total = product if total is None else total + product
+    """Add `multiply(codes, weight) * scale * step` of each group in float32, from the first to the last.
+
+    Args:
+        multiply (`Callable`): (codes (..., K/G), columns of the weight) -> sums (..., N), float32.
+        codes (`torch.Tensor`): (..., G, K/G).
+        weight (`torch.Tensor`): (N, K) or (N/4, K).
+        weight_scale (`torch.Tensor`): (1,), (N, 1) or (N, G), float32.
+        step (`torch.Tensor`): (..., G, 1), float32.
+
+    Returns:
+        `torch.Tensor`: (..., N), float32.
+    """
+    scales = weight_scale.float().reshape(-1, codes.shape[-2]).unbind(1)
+    total: Tensor | None = None
+    for group, (columns, scale) in enumerate(zip(weight.chunk(len(scales), 1), scales, strict=True)):
+        term = multiply(codes[..., group, :], columns) * scale * step[..., group, :]
+        total = term if total is None else total + term
     assert total is not None
     return total
 
@@ -383,7 +398,8 @@ def integer_linear_by_bytes(
 
     `multiply` computes `integer_product`.
     """
-    codes, step = round_activations(input.reshape(-1, input.shape[-1]), bits)  # (M, K), (M, 1)
+    grouped = by_group(input.reshape(-1, input.shape[-1]), weight_scale)
+    codes, step = round_activations(grouped, bits)  # (M, G, K/G), (M, G, 1)
 
     def sums(codes: Tensor, weight_packed: Tensor) -> Tensor:
         if bits == 8:
@@ -393,7 +409,7 @@ def integer_linear_by_bytes(
         high_sums, low_sums = multiply(torch.cat([(whole - low) >> 8, low]).to(torch.int8), weight_packed).chunk(2)
         return (256 * high_sums + low_sums).float()
 
-    output = by_group(sums, codes, weight_packed, weight_scale) * step
+    output = add_groups(sums, codes, weight_packed, weight_scale, step)
     output = output if bias is None else output + bias.float()
     # what a row with NaN or infinity has for codes does not matter: its step is NaN, or infinite
     return output.to(input.dtype).reshape(*input.shape[:-1], output.shape[-1])

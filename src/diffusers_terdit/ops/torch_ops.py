@@ -279,6 +279,8 @@ class Case(NamedTuple):
             return f"{name_of(self.dtype)} is not rounded unless asked for"
         if not self.packed:
             return "a float weight is ternarized in every call"
+        if self.trained_bits and self.scale_granularity not in ("tensor", "row"):
+            return "integers have a step per group, and the layer was trained with one per row"
         if self.in_features > reference.MOST_INPUTS[bits]:
             return f"int32 does not hold sums of {self.in_features} inputs of {bits} bits"
         return None
@@ -607,13 +609,14 @@ def integer_linear(
 ) -> Tensor:
     """`ternary_linear` with each row of the input rounded to integers, whose products with T are summed exactly.
 
-    The gradient is that of `ternary_linear`. Where `has_integer_kernel` is false this is slow.
+    With scales of groups each group of a row is rounded with a step of its own. The gradient is that of
+    `ternary_linear`. Where `has_integer_kernel` is false this is slow.
 
     Args:
         input (`torch.Tensor`): (..., K), float; K up to 65,536 with 16 bits. Cast to the autocast dtype inside
             autocast. A row with NaN or infinity gives a row of NaN.
         weight_packed (`torch.Tensor`): (N/4, K), uint8.
-        weight_scale (`torch.Tensor`): (1,), (N, 1) or (N, K/g), float32. Sums of groups are added in float32.
+        weight_scale (`torch.Tensor`): (1,), (N, 1) or (N, K/g), float32. What groups give is added in float32.
         bias (`torch.Tensor`, *optional*): (N,), float.
         bits (`int`, defaults to 16): 16: the rounding is 12 to 75 times finer than bfloat16's arithmetic. 8: relative
             error around 1 %.

@@ -71,6 +71,7 @@ def test_what_a_layer_was_trained_with_comes_first(best):
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
+        ({"scale_granularity": 32, "trained_bits": 8}, "trained with one per row"),
         ({"packed": False}, "a float weight is ternarized in every call"),
         ({"in_features": 2**16 + 4}, "int32 does not hold sums of 65540 inputs of 16 bits"),
     ],

@@ -240,12 +240,12 @@ def finish(
     down,
     across,
 ):
-    """`count` rows of a panel: total = [total +] (sum - offset) * scale, at the end output = total * step + shift.
+    """`count` rows of a panel: total = [total +] (sum - offset) * scale * step, at the end output = total + shift.
 
-    `sums` (count, parts, 4, lanes) int32: with two parts a sum is 256 * one + the other. `offsets` int32 are `stride`
-    bytes apart; none are subtracted with `signed` 1. `totals` (count, 4, lanes) float32 wait from the `first` of a
-    row's groups to the `last`. With `half` 1 the output is bfloat16, rounded half to even, else float32; `down` and
-    `across` are bytes from row to row and from vector to vector.
+    `sums` (count, parts, 4, lanes) int32: with two parts a sum is 256 * one + the other. `offsets` int32, none of
+    which are subtracted with `signed` 1, and `steps` float32 are `stride` bytes apart. `totals` (count, 4, lanes)
+    float32 wait from the `first` of a row's groups to the `last`. With `half` 1 the output is bfloat16, rounded half
+    to even, else float32; `down` and `across` are bytes from row to row and from vector to vector.
     """
     size, to_half, two = lanes.literal_value, half.literal_value, parts.literal_value == 2
     line = 4 * size
@@ -273,20 +273,20 @@ def finish(
                 total = builder.add(totals, builder.mul(row, i64(4 * line)))
                 target = builder.add(output, builder.mul(row, down))
                 offset = everywhere(builder, load(builder.add(offsets, builder.mul(row, stride)), 0, i32), ints)
-                step = everywhere(builder, load(builder.add(steps, builder.mul(row, i64(4))), 0, f32), floats)
+                step = everywhere(builder, load(builder.add(steps, builder.mul(row, stride)), 0, f32), floats)
                 for vector in range(4):
                     value = load(source, line * vector, ints)
                     if two:
                         low = load(source, line * (4 + vector), ints)
                         value = builder.add(builder.shl(value, constant(8)), low)
                     value = value if signed.literal_value else builder.sub(value, offset)
-                    value = builder.fmul(builder.sitofp(value, floats), scale[vector])
+                    value = builder.fmul(builder.fmul(builder.sitofp(value, floats), scale[vector]), step)
                     if not is_first:
                         value = builder.fadd(load(total, line * vector, floats), value)
                     if not is_last:
                         store(value, total, line * vector)
                         continue
-                    value = builder.fadd(builder.fmul(value, step), shift[vector])
+                    value = builder.fadd(value, shift[vector])
                     if to_half:
                         value = to_bfloat16(builder, value)
                     store(value, target)

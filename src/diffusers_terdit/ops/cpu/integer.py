@@ -4,7 +4,7 @@
 signed bytes, x = step * (256 high + low)), the products with the codes 0, 1, 2 are summed exactly in int32, and what
 the codes' offset of one added, the sum of the row's integers, is subtracted. It reads the packed weight as it is
 stored, so there is no second copy. The rows' integers lie in the order in which they are read, of all rows of a tile.
-Each group of inputs with a scale of its own is padded with zeros to whole turns of the inner loop.
+Each group of inputs with scales of its own has steps and sums of its own, and is padded to whole turns of the loop.
 
 A panel is as many rows of the packed weight as a vector has lanes: four vectors of outputs, one of each quarter. All
 kernels share one loop, `_compile_multiply`: it transposes 4 bytes (four inputs) of a panel's rows at a time into a
@@ -120,7 +120,7 @@ class Job(NamedTuple):
     tiles: int  # of rows: M * parts / rows of a tile, rounded up
     input: int  # (M, groups, group) float32 or bfloat16
     codes: int  # (tiles, groups * group_steps / run, rows of a tile, run, 4) int8; zero beyond a group
-    steps: int  # (M,) float32
+    steps: int  # (M, groups) float32
     sums: int  # (M, groups) int32, of the integers
     packed: int  # (quarter, groups * words) uint32
     scale: int  # (4, quarter, groups) float32
@@ -265,7 +265,7 @@ def _compile_quantize(shape: Shape, parts: int, half: bool, cached: bool) -> Any
         runs = groups * group_steps // run
         input = numba.carray(pointer(job[field.input], number), (job[field.rows], groups, group))
         codes = numba.carray(pointer(job[field.codes], "uint32"), (job[field.tiles], runs, rows, run))
-        steps = numba.carray(pointer(job[field.steps], "float32"), job[field.rows])
+        steps = numba.carray(pointer(job[field.steps], "float32"), (job[field.rows], groups))
         sums = numba.carray(pointer(job[field.sums], "int32"), (job[field.rows], groups))
         own = job[field.scratch] + 4 * job[field.own] * take(address + 8 * field.thread)
         own_codes = numba.carray(pointer(own, "int8"), (parts, groups, 4 * group_steps))
@@ -276,16 +276,15 @@ def _compile_quantize(shape: Shape, parts: int, half: bool, cached: bool) -> Any
             if tile >= job[field.units]:
                 return
             for m in range(tile * rows // parts, min((tile + 1) * rows // parts, job[field.rows])):
-                largest = u32(0)  # magnitude, as bits: they are ordered as the numbers are
-                for g in range(groups):
-                    for k in range(group):
-                        largest = max(largest, u32(u32(u32(input[m, g, k]) << shift) & u32(magnitude)))
-                finite = largest < u32(infinity)
-                step = max(as_float(largest), f32(none)) / f32(largest_code)
-                reciprocal = f32(1) / step
-                steps[m] = step if finite else as_float(u32(nan))
                 for g in range(groups):
                     row, high_codes, low_codes, total = input[m, g], own_codes[0, g], own_codes[parts - 1, g], i32(0)
+                    largest = u32(0)  # magnitude, as bits: they are ordered as the numbers are
+                    for k in range(group):
+                        largest = max(largest, u32(u32(u32(row[k]) << shift) & u32(magnitude)))
+                    finite = largest < u32(infinity)
+                    step = max(as_float(largest), f32(none)) / f32(largest_code)
+                    reciprocal = f32(1) / step
+                    steps[m, g] = step if finite else as_float(u32(nan))
                     for k in range(group):
                         code = rounded_ratio(as_float(u32(u32(row[k]) << shift)), step, reciprocal)
                         code = code if finite else i32(0)
@@ -410,7 +409,7 @@ def _compile_multiply(kernel: Kernel, parts: int, half: bool, cached: bool) -> A
                                         waiting,
                                         this == 0,
                                         this == groups - 1,
-                                        job[field.steps] + 4 * i,
+                                        job[field.steps] + 4 * (i * groups + this),
                                         shifts.ctypes.data + 4 * line * p,
                                         target,
                                         down,
@@ -497,7 +496,6 @@ def linear_many(
     flat = input.reshape(-1, in_features)
     flat = (flat if half else flat.float()).contiguous()
     rows, tiles = len(flat), -(-len(flat) * parts // shape.rows)
-    steps = torch.empty(rows, dtype=torch.float32)  # not the default dtype, which a load in another thread may change
     quantize, multiply = compiled(kernel, parts, half)
     outputs: list[Tensor] = []
     laid_out = 0  # the groups in which the integers lie
@@ -521,6 +519,8 @@ def linear_many(
         if groups != laid_out:
             codes = scratch.take("integers", tiles * groups * group_steps * shape.rows * 4, torch.int8)
             sums = torch.empty(rows * groups, dtype=torch.int32)
+            # not the default dtype, which a load in another thread may change
+            steps = torch.empty(rows * groups, dtype=torch.float32)
         sizes = (strip, share, rows, groups, group, words, group_steps, quarter, tiles)
         arrays = (flat, codes, steps, sums, packed, scale, shift, output, buffers)
         job = new_job(*sizes, *[array.data_ptr() for array in arrays], own)
