@@ -364,3 +364,14 @@ def test_the_error_against_float64(kind):
     assert error(integer_linear(input, packed, one, None, 8)) < 8e-2
     assert error(integer_linear(input, packed, one, None, 8)) > 5e-3  # it is eight bits that were measured
     assert error(ternary_linear(input, packed, one)) < 1e-6
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_an_outlier_of_one_group_does_not_coarsen_the_others(bits):
+    input, packed, _, _ = new_case(128, 256, 1024)
+    input[:, 7] *= 100
+    exact = input.double() @ reference.unpack_ternary(packed, torch.float64).T
+    errors = [
+        float((integer_linear(input, packed, torch.ones(256, groups), None, bits) - exact).norm()) for groups in (1, 8)
+    ]
+    assert errors[1] < errors[0] / 2
