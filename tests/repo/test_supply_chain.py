@@ -195,7 +195,8 @@ def test_the_base_is_what_the_source_imports_and_extras_are_named_where_they_are
     of_module = packages_distributions()
     extras = {canonicalize_name(r.name): e for e in ("train", "cpu", "lora", "triton") for r in requirements(e)}
     extras["llvmlite"] = "cpu"  # numba's own
-    kernels = {"instructions.py", "integer.py", "integer_amx.py", "integer_lookup.py", "triton_kernels.py"}
+    kernels = {"exact_amx.py", "lookup.py", "pack.py", "triton_kernels.py"}
+    kernels |= {"instructions.py", "integer.py", "integer_amx.py", "integer_lookup.py"}
     texts = {path: path.read_text("utf-8") for path in (ROOT / "src").rglob("*.py")}
     used = set()
     for path, text in texts.items():

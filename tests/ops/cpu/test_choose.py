@@ -33,7 +33,7 @@ def by_reference(input, weights, bits):
 @pytest.fixture
 def best(monkeypatch):
     """The name of the best kernel, where any is there."""
-    if next(iter(choose.integer_kernels()), None) not in choose.FASTER_THAN_EXACT:
+    if next(iter(choose.integer_kernels()), "avx2") in choose.NO_FASTER_THAN_EXACT:
         monkeypatch.setattr(choose, "integer_kernels", lambda: {"avx512_vnni": by_reference})
     return next(iter(choose.integer_kernels()))
 
@@ -82,16 +82,17 @@ def test_what_no_integer_kernel_takes(best, case, reason):
     assert reason in choice.reason
 
 
-@pytest.mark.parametrize("name", ["avx2", "avx_vnni"])
-def test_where_lookups_are_faster_than_integers_of_16_bits(monkeypatch, name):
+@pytest.mark.parametrize("name", choose.NO_FASTER_THAN_EXACT)
+def test_where_exact_is_as_fast_as_integers_of_16_bits(monkeypatch, name):
     pytest.importorskip("numba")
     monkeypatch.setattr(choose, "integer_kernels", lambda: {name: by_reference})
     monkeypatch.setattr(choose, "exact_product", lambda: ("lookups in float32", None))
-    reason = f"lookups in float32 is faster here than 16-bit integers ({name})"
+    reason = f"16-bit integers ({name}) would be no faster"
     for bits in ("auto", 16):
         choice = choose_kernel(CPU, torch.bfloat16, 64, 64, requested_bits=bits)
         assert choice == ("exact, lookups in float32", None, reason)
     assert choose_kernel(CPU, torch.float32, 64, 64, requested_bits=8)[:2] == (name, 8)
+    assert (choose_kernel(CPU, torch.float32, 64, 64, requested_bits=16).bits == 16) == (name == "amx_int8")
     assert choose_kernel(CPU, torch.bfloat16, 64, 64, trained_bits=8)[:2] == (name, 8)
 
 

@@ -18,8 +18,12 @@ from . import decode, exact
 
 
 INSTALL_NUMBA = "pip install numba"
-# Kernels of 16-bit integers that were measured faster than the exact product of a processor that has them.
-FASTER_THAN_EXACT = ("avx512_vnni_lookup", "avx512_vnni")
+# Kernels whose 16-bit integers were measured no faster than the exact product of such a processor, and in which dtypes
+NO_FASTER_THAN_EXACT = {
+    "amx_int8": (torch.bfloat16,),
+    "avx_vnni": (torch.float32, torch.bfloat16, torch.float16),
+    "avx2": (torch.float32, torch.bfloat16, torch.float16),
+}
 NO_AVX2 = "This processor has no AVX2, which the integer kernels need; ternary layers compute exactly."
 
 
@@ -50,8 +54,8 @@ def choose(device: torch.device, case: Case) -> Choice:
         reason = "the integer kernels need " + ("AVX2" if find_spec("numba") else f"numba: {INSTALL_NUMBA}")
         if case.requested_bits == "auto" and not case.trained_bits and not find_spec("numba"):
             warn_once(f"bfloat16 on this CPU would be faster and more accurate with numba: {INSTALL_NUMBA}")
-    elif reason is None and bits == 16 and name not in FASTER_THAN_EXACT:
-        reason = f"{exact_product()[0]} is faster here than 16-bit integers ({name})"
+    elif reason is None and bits == 16 and case.dtype in NO_FASTER_THAN_EXACT.get(str(name), ()):
+        reason = f"16-bit integers ({name}) would be no faster"
     if reason is None:
         return Choice(str(name), bits, case.why_rounded())
     how = exact_product()[0] if _is_compiled(case.dtype) else f"matmul in {name_of(decode.matmul_dtype(case.dtype))}"

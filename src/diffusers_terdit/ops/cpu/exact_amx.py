@@ -145,7 +145,7 @@ def _cut_transposed(typing_context, source, stride, rows, bits, codes):
 
 @intrinsic(prefer_literal=True)
 def _tile(typing_context, parts, x, codes, chunks, sums, first):
-    """`sums` (16 rows, 4, 16) float32 = `x` (chunks, parts, 16, 32) . `codes` (chunks, 4, 16, 16, 2), += unless `first`.
+    """`sums` (16 rows, 4, 16) float32 = `x` (chunks, parts, 16, 32) . `codes` (chunks, 4, 16, 16, 2), += unless first.
 
     All but `chunks` and `first` are addresses.
     """

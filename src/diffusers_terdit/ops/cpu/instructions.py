@@ -36,8 +36,12 @@ def processor() -> Processor:
     """Return the processor that numba compiles for, with AMX where the system lets this process use it."""
     _, name, listed = cpu_target.target_context.codegen().magic_tuple()
     features = frozenset(listed.split(","))
-    if features >= AMX and not (hasattr(torch.cpu, "_init_amx") and torch.cpu._init_amx()):
-        features -= AMX
+    try:
+        allowed = features >= AMX and torch.cpu._init_amx()
+    except AttributeError:  # an older torch
+        allowed = False
+    if not allowed:
+        features -= AMX | {"+amx-bf16"}
     return Processor(name, features)
 
 
