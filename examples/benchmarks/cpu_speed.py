@@ -44,6 +44,7 @@ ISA_NAMES = {
     "avx512_vnni": "AVX-512 VNNI",
     "avx_vnni": "AVX-VNNI",
     "avx2": "AVX2",
+    "neon_sdot": "NEON sdot",
     None: "no integer kernels",
 }
 

@@ -22,7 +22,7 @@ from diffusers_terdit.ops.cpu import choose
 CPU = torch.device("cpu")
 INSTALL = "pip install numba"
 FASTER = f"bfloat16 on this CPU would be faster and more accurate with numba: {INSTALL}"
-NO_AVX2 = "This processor has no AVX2, which the integer kernels need; ternary layers compute exactly."
+NO_AVX2 = "This processor has no AVX2 (ARM: dotprod), which the integer kernels need; ternary layers compute exactly."
 FLOATS = [torch.float32, torch.float16, torch.float64]
 
 

@@ -30,6 +30,7 @@ KERNELS_OF = {  # best first
     ("znver4", WITH_AVX512): "avx512_vnni_lookup,avx512_vnni,avx2",
     ("znver5", WITH_AVX512): "avx512_vnni_lookup,avx512_vnni,avx2",
     ("sapphirerapids", WITH_AMX): "amx_int8,avx512_vnni,avx2",
+    ("neoverse-n1", "+neon,+dotprod"): "neon_sdot",
     ("nehalem", "+sse4.2"): "",
 }
 

@@ -23,8 +23,9 @@ NO_FASTER_THAN_EXACT = {
     "amx_int8": (torch.bfloat16,),
     "avx_vnni": (torch.float32, torch.bfloat16, torch.float16),
     "avx2": (torch.float32, torch.bfloat16, torch.float16),
+    "neon_sdot": (torch.float32, torch.bfloat16, torch.float16),  # by their numbers of instructions
 }
-NO_AVX2 = "This processor has no AVX2, which the integer kernels need; ternary layers compute exactly."
+NO_AVX2 = "This processor has no AVX2 (ARM: dotprod), which the integer kernels need; ternary layers compute exactly."
 
 
 @cache

@@ -95,10 +95,22 @@ def from_cache(compile_: Callable[..., Any], *variant: Any) -> Any:
 
 
 def dot(module: ir.Module, lanes: int) -> ir.Function:
-    """`vpdpbusd`: (sums, unsigned bytes, signed bytes) -> sums, a product of four bytes in each lane of 32 bits."""
+    """`vpdpbusd`, with 4 lanes ARM's `sdot`: (sums, codes, signed bytes) -> sums, four products in each lane."""
     ints = ir.VectorType(ir.IntType(32), lanes)
-    name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
-    return module.declare_intrinsic(name, (), ir.FunctionType(ints, [ints, ints, ints]))
+    if lanes > 4:
+        name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
+        return module.declare_intrinsic(name, (), ir.FunctionType(ints, [ints, ints, ints]))
+    if "sdot" in module.globals:
+        return module.globals["sdot"]
+    bytes_ = ir.VectorType(ir.IntType(8), 4 * lanes)
+    name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
+    instruction = module.declare_intrinsic(name, (), ir.FunctionType(ints, [ints, bytes_, bytes_]))
+    function = ir.Function(module, ir.FunctionType(ints, [ints, ints, ints]), "sdot")
+    function.linkage = "internal"
+    builder = ir.IRBuilder(function.append_basic_block())
+    sums, *operands = function.args
+    builder.ret(builder.call(instruction, [sums, *(builder.bitcast(operand, bytes_) for operand in operands)]))
+    return function
 
 
 def permute(module: ir.Module) -> ir.Function:

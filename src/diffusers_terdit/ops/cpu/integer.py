@@ -1,4 +1,4 @@
-"""Integer matmuls on packed weights for x86 processors, compiled by numba at first use (and cached on disk after).
+"""Integer matmuls on packed weights, compiled by numba at first use (and cached on disk after).
 
 `linear` is `reference.integer_linear` to the last bit: activations become integers per row (8 bits, or 16 as two
 signed bytes, x = step * (256 high + low)), the products with the codes 0, 1, 2 are summed exactly in int32, and what
@@ -13,6 +13,7 @@ A `Kernel` says with what: how the codes lie, and `tile`, the inner loop. `KERNE
 
     "avx512_vnni"         vpdpbusd on 16 outputs
     "avx_vnni"            vpdpbusd on 8 outputs
+    "neon_sdot"           sdot on 4 outputs, on ARM
     "avx2"                vpmaddubsw, summed in 16 bits for 64 steps: 64 * 2 * 2 * 128 = 2^15 is the most that fits
 """
 
@@ -458,6 +459,7 @@ KERNELS = (  # best first
     _in_vectors("avx512_vnni", "vpdpbusd", WIDE, AVX512_VNNI),
     _in_vectors("avx_vnni", "vpdpbusd", NARROW._replace(steps=256), {"+avxvnni"}),
     _in_vectors("avx2", "vpmaddubsw", NARROW, {"+avx2", "+fma"}),
+    _in_vectors("neon_sdot", "sdot", NARROW._replace(lanes=4, steps=256), {"+dotprod"}),
 )
 
 
