@@ -711,7 +711,7 @@ def test_the_page_of_commands_shows_what_they_print(capsys, tmp_path, monkeypatc
     """Every command parses; those that need no other files run here, and print this but for the time they took."""
     monkeypatch.chdir(tmp_path)
     lookup = pytest.importorskip("diffusers_terdit.ops.cpu.lookup")  # what most processors take
-    monkeypatch.setattr(choose, "exact_product", lambda: ("lookups in float32", lookup.product))
+    monkeypatch.setattr(choose, "exact_product", lambda dtype: ("lookups in float32", lookup.product))
     torch_ops.decide.cache_clear()
     page = (ROOT / "docs" / "command_line.md").read_text("utf-8")
     ran = 0

@@ -86,7 +86,7 @@ def test_what_no_integer_kernel_takes(best, case, reason):
 def test_where_exact_is_as_fast_as_integers_of_16_bits(monkeypatch, name):
     pytest.importorskip("numba")
     monkeypatch.setattr(choose, "integer_kernels", lambda: {name: by_reference})
-    monkeypatch.setattr(choose, "exact_product", lambda: ("lookups in float32", None))
+    monkeypatch.setattr(choose, "exact_product", lambda dtype: ("lookups in float32", None))
     reason = f"16-bit integers ({name}) would be no faster"
     for bits in ("auto", 16):
         choice = choose_kernel(CPU, torch.bfloat16, 64, 64, requested_bits=bits)
@@ -102,7 +102,7 @@ def test_how_an_exact_layer_is_computed(monkeypatch):
         return choose_kernel(CPU, dtype, 64, 64, requested_bits=None).kernel
 
     monkeypatch.setattr(choose, "find_spec", lambda name: object())
-    monkeypatch.setattr(choose, "exact_product", lambda: ("lookups in float32", None))
+    monkeypatch.setattr(choose, "exact_product", lambda dtype: ("lookups in float32", None))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert kernel(dtype) == "exact, lookups in float32"
     assert kernel(torch.float64) == "exact, matmul in float64"

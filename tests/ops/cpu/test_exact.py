@@ -5,7 +5,7 @@ import torch
 from weights import exact_case
 
 from diffusers_terdit.ops import float_linear, pack_ternary, reference, ternarize, ternary_linear
-from diffusers_terdit.ops.cpu import choose, exact
+from diffusers_terdit.ops.cpu import choose
 from diffusers_terdit.ops.cpu import threads as threads_of_kernels
 
 
@@ -57,20 +57,13 @@ def lookup_in_order(x, codes):
 
 
 def amx_in_order(x, codes):
-    """The same as tdpbf16ps sums: inputs at even places, those at odd ones, both; of each part in turn."""
-    parts = []
-    for _ in range(3):
-        parts.append((x.view(torch.int32) & -65536).view(torch.float32))
-        x = x - parts[-1]
-    for chunk in zip(
-        *(part.split(exact_amx.CHUNK, 1) for part in parts), codes.split(exact_amx.CHUNK, 1), strict=True
-    ):
-        for part in chunk[:3]:
-            products = part[:, None] * chunk[3].float()
-            even, odd = torch.zeros(len(x), len(codes)), torch.zeros(len(x), len(codes))
-            for place in range(products.shape[2]):
-                (odd if place % 2 else even).add_(products[..., place])
-            yield even + odd
+    """The same as tdpbf16ps sums: inputs at even places, those at odd ones, both."""
+    for inputs, weights in zip(x.split(exact_amx.CHUNK, 1), codes.split(exact_amx.CHUNK, 1), strict=True):
+        products = inputs[:, None] * weights.float()
+        even, odd = torch.zeros(len(x), len(codes)), torch.zeros(len(x), len(codes))
+        for place in range(products.shape[2]):
+            (odd if place % 2 else even).add_(products[..., place])
+        yield even + odd
 
 
 def in_order(input, ternary, scale, bias, name):
@@ -98,29 +91,26 @@ def processor(request, monkeypatch):
     choose.exact_product.cache_clear()
 
 
-def linear(input, packed, scale, bias, out_features):
-    return exact.linear(choose.exact_product()[1], input, packed, scale, bias, out_features)
-
-
 def test_the_product_of_a_processor(processor):
-    assert choose.exact_product()[1] is (exact_amx.product if processor == "amx" else lookup.product)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        amx = processor == "amx" and dtype == torch.bfloat16
+        assert choose.exact_product(dtype)[1] is (exact_amx.product if amx else lookup.product)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_sums_and_their_order(processor, shape, granularity):
     input, packed, scale, bias, ternary = new_case(*shape, granularity)
-    output = linear(input, packed, scale, bias, shape[1])
-    assert torch.equal(output, in_order(input, ternary, scale, bias, processor))
-    exact = input.double() @ reference.dequantize(ternary, scale).double().T + bias
-    assert (output - exact).norm() <= 3e-7 * exact.norm()
-    for rows in (1, 2, 3, 8):  # in any batch
-        assert torch.equal(linear(input[:rows], packed, scale, bias, shape[1]), output[:rows])
-    for dtype in (torch.bfloat16, torch.float16):
-        half = input.to(dtype)
-        whole = linear(half.float(), packed, scale, bias, shape[1])
-        for rows in (2, shape[0]):
-            assert torch.equal(linear(half[:rows], packed, scale, bias, shape[1]), whole[:rows].to(dtype))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        given = input.to(dtype)
+        order = "amx" if processor == "amx" and dtype == torch.bfloat16 else "lookup"
+        right = in_order(given.float(), ternary, scale, bias, order)
+        output = choose.linear(given, packed, scale, bias)
+        assert torch.equal(output, right.to(dtype))
+        exact = given.double() @ reference.dequantize(ternary, scale).double().T + bias
+        assert (right - exact).norm() <= 3e-7 * exact.norm()
+        for rows in (1, 2, 3, 8):  # in any batch
+            assert torch.equal(choose.linear(given[:rows], packed, scale, bias), output[:rows])
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row", "group"])
@@ -129,6 +119,8 @@ def test_the_gradients_equal_the_reference_and_the_formats_each_other(processor,
     input, packed, scale, bias, weight = exact_case(*shape, granularity)
     grad = torch.randint(-8, 9, shape[:2], generator=torch.Generator().manual_seed(1)).float()
     expected = reference.linear_backward(grad, input, reference.unpack_ternary(packed), scale, True)
+    half = choose.linear_backward(grad.bfloat16(), None, packed, scale, True)[0]
+    assert torch.equal(half, expected[0].bfloat16()) or granularity == "group"
     for either in (packed, weight):
         assert torch.equal(
             choose.linear(input, either, scale, bias), reference.ternary_linear(input, packed, scale, bias)
@@ -179,11 +171,12 @@ def test_a_weight_that_is_not_finite_gives_nan(value):
 
 
 def test_what_is_not_finite_stays_in_its_row(processor):
-    for rows in (3, 20):
+    for rows, dtype in ((3, torch.float32), (20, torch.float32), (20, torch.bfloat16)):
         input, packed, scale, bias, ternary = new_case(rows, 64, 40)
-        expected = linear(input, packed, scale, bias, 64)
+        input = input.to(dtype)
+        expected = choose.linear(input, packed, scale, bias)
         input[1, 7], input[2, 7] = float("nan"), float("inf")
-        output = linear(input, packed, scale, bias, 64)
+        output = choose.linear(input, packed, scale, bias)
         others = [row for row in range(rows) if row not in (1, 2)]
         assert torch.equal(output[others], expected[others])
         assert not output[1:3][:, ternary[:, 7] != 0].isfinite().any()
@@ -227,9 +220,9 @@ def test_any_memory_layout_and_no_rows():
 
 
 def test_a_code_that_no_file_may_hold_reads_no_memory_beyond_the_tables(processor):
-    for rows in (1, 9):
-        input = torch.randn(rows, 100)
-        output = linear(input, torch.full((16, 100), 255, dtype=torch.uint8), torch.ones(1), None, 64)
+    for rows, dtype in ((1, torch.float32), (9, torch.float32), (9, torch.bfloat16)):
+        input = torch.randn(rows, 100, dtype=dtype)
+        output = choose.linear(input, torch.full((16, 100), 255, dtype=torch.uint8), torch.ones(1), None)
         assert output.shape == (rows, 64)
 
 

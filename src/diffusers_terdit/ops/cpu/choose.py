@@ -1,13 +1,15 @@
 """Choose the kernel that computes a ternary layer on a CPU, and say why: the one place that decides it.
 
-Exact arithmetic is `lookup`, in float32; without numba, and in float64, it is `decode`. Integers are computed by the
-first kernel of `integer_kernels` that this processor runs. All of them give the same bits, those of
-`reference.integer_linear`. Where there is none, layers compute exactly, and `ops.integer_linear` calls the reference.
+Exact arithmetic is `lookup`, in float32, or `exact_amx`, for bfloat16; without numba, and in float64, it is `decode`.
+Integers are computed by the first kernel of `integer_kernels` that this processor runs. They all give the same bits,
+those of `reference.integer_linear`. Where there is none, layers compute exactly, and `ops.integer_linear` calls the
+reference.
 """
 
 from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,17 +61,21 @@ def choose(device: torch.device, case: Case) -> Choice:
         reason = f"16-bit integers ({name}) would be no faster"
     if reason is None:
         return Choice(str(name), bits, case.why_rounded())
-    how = exact_product()[0] if _is_compiled(case.dtype) else f"matmul in {name_of(decode.matmul_dtype(case.dtype))}"
+    how = (
+        exact_product(case.dtype)[0]
+        if _is_compiled(case.dtype)
+        else f"matmul in {name_of(decode.matmul_dtype(case.dtype))}"
+    )
     return Choice(f"exact, {how}", None, reason)
 
 
 @cache
-def exact_product() -> tuple[str, exact.Product]:
-    """Return how this processor multiplies exactly with numba, in words and as a function."""
+def exact_product(dtype: torch.dtype) -> tuple[str, exact.Product]:
+    """Return how this processor multiplies inputs of a dtype exactly with numba, in words and as a function."""
     from . import exact_amx, instructions, lookup
 
-    if instructions.processor().features >= exact_amx.FEATURES:
-        return "AMX with bfloat16 parts", exact_amx.product
+    if dtype == torch.bfloat16 and instructions.processor().features >= exact_amx.FEATURES:
+        return "AMX in bfloat16", exact_amx.product
     return "lookups in float32", lookup.product
 
 
@@ -117,12 +123,16 @@ def pack(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
     return pack.pack(weight, weight_scale)
 
 
+def _product(input: Tensor, *arguments: Any) -> Tensor:
+    return exact_product(input.dtype)[1](input, *arguments)
+
+
 def linear(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """Compute `reference.ternary_linear` (uint8 `weight`) or `reference.float_linear` (float `weight`)."""
     if not _is_compiled(input.dtype):
         return decode.linear(input, weight, weight_scale, bias)
     out_features = len(weight) * (reference.CODES_PER_BYTE if weight.dtype == torch.uint8 else 1)
-    return exact.linear(exact_product()[1], input, *_packed(weight, weight_scale), bias, out_features)
+    return exact.linear(_product, input, *_packed(weight, weight_scale), bias, out_features)
 
 
 def linear_backward(
@@ -131,7 +141,7 @@ def linear_backward(
     """Compute `reference.linear_backward`."""
     if not _is_compiled(grad.dtype) or reference.is_grouped(weight_scale):
         return decode.linear_backward(grad, input, weight, weight_scale, need_input_grad)
-    return exact.linear_backward(exact_product()[1], grad, input, *_packed(weight, weight_scale), need_input_grad)
+    return exact.linear_backward(_product, grad, input, *_packed(weight, weight_scale), need_input_grad)
 
 
 register_kernels(

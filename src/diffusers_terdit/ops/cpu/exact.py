@@ -1,6 +1,6 @@
 """Exact linear ops of packed weights by a compiled product, that of `lookup` or of `exact_amx`."""
 
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -9,19 +9,7 @@ from .. import reference
 from .decode import matmul_dtype
 
 
-class Product(Protocol):
-    """See `lookup.product`."""
-
-    def __call__(
-        self,
-        input: Tensor,
-        weight_packed: Tensor,
-        transposed: bool,
-        group_scale: Tensor | None,
-        scale: Tensor | None,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor: ...
+Product = Callable[..., Tensor]  # as `lookup.product`
 
 
 def linear(

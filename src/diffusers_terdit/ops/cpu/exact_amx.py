@@ -1,7 +1,6 @@
-"""Exact products with AMX: tdpbf16ps multiplies 16 rows x 32 inputs by 32 inputs x 16 outputs, sums in float32.
+"""Exact products of bfloat16 inputs with AMX: tdpbf16ps multiplies 16 rows x 32 inputs by 32 inputs x 16 outputs.
 
--1, 0 and +1 are numbers of bfloat16, and a float32 is the sum of three of them, 8 bits each. So three passes, of the
-three parts of the input, give float32's product, two that of a float16 input, and one that of a bfloat16 input.
+-1, 0 and +1 are numbers of bfloat16, and the sums are float32's.
 
 A panel is 64 outputs: 16 rows of the packed weight, all four quarters. For the gradient to the input it is 64 columns,
 and the four quarters of the outputs are four groups of inputs. The codes of a block of 256 inputs are spread to
@@ -36,10 +35,8 @@ PANEL = 4 * LANES
 CHUNK = 32  # inputs of a tile
 BLOCK = 8  # chunks, whose codes stay in the first cache
 STRIP, SHARE = 16, 8  # tiles of rows and panels of a unit, at most: the sums stay in the second cache
-PARTS = {torch.bfloat16: 1, torch.float16: 2}  # of an input; 3 of float32
 SUMS, INPUT, CODES = (0, 1, 2, 3), 4, (5, 6, 7, 5)  # tile registers
 BFLOAT16 = (0xBF80, 0, 0x3F80, 0x4000)  # -1, 0, +1 and, of a code that no packed weight may hold, 2
-u16, u32 = numba.uint16, numba.uint32
 
 
 class Job(NamedTuple):
@@ -58,8 +55,8 @@ class Job(NamedTuple):
     tiles: int  # M / 16, rounded up
     strip: int  # tiles of a unit
     share: int  # panels of a unit
-    input: int  # (M, groups, size) float32
-    split: int  # (tiles, groups * chunks, parts, 16, 32) bfloat16: zero beyond a group and M
+    input: int  # (M, groups, size) bfloat16
+    tiled: int  # (tiles, groups * chunks, 16, 32) bfloat16: zero beyond a group and M
     packed: int  # (N / 4, K) uint8
     group_scale: int  # (groups, outputs) float32
     scale: int  # (outputs + 15,) float32
@@ -143,16 +140,15 @@ def _cut_transposed(typing_context, source, stride, rows, bits, codes):
     return types.void(types.uintp, types.intp, types.intp, types.intp, types.uintp), codegen
 
 
-@intrinsic(prefer_literal=True)
-def _tile(typing_context, parts, x, codes, chunks, sums, first):
-    """`sums` (16 rows, 4, 16) float32 = `x` (chunks, parts, 16, 32) . `codes` (chunks, 4, 16, 16, 2), += unless first.
+@intrinsic
+def _tile(typing_context, x, codes, chunks, sums, first):
+    """`sums` (16 rows, 4, 16) float32 = `x` (chunks, 16, 32) . `codes` (chunks, 4, 16, 16, 2), or += if not `first`.
 
     All but `chunks` and `first` are addresses.
     """
-    count = parts.literal_value
 
     def codegen(context, builder, signature, args):
-        _, x, codes, chunks, sums, first = args
+        x, codes, chunks, sums, first = args
         i8, i64 = ir.IntType(8), ir.IntType(64)
 
         def move(name: str, number: int, address: ir.Value, offset: int, stride: int) -> None:
@@ -166,19 +162,17 @@ def _tile(typing_context, parts, x, codes, chunks, sums, first):
                 for number in SUMS:
                     move("tileloadd64", number, sums, ROW * number, 4 * ROW)
         with for_range(builder, chunks) as loop:
-            inputs = builder.add(x, builder.mul(loop.index, i64(count * TILE)))
             weights = builder.add(codes, builder.mul(loop.index, i64(4 * TILE)))
-            for part in range(count):  # the sums in turn: each waits for the one before
-                move("tileloadd64", INPUT, inputs, TILE * part, ROW)
-                for number in SUMS:
-                    move("tileloadd64", CODES[number], weights, TILE * number, ROW)
-                    instruction(builder, "tdpbf16ps", *map(register, (number, INPUT, CODES[number])))
+            move("tileloadd64", INPUT, builder.add(x, builder.mul(loop.index, i64(TILE))), 0, ROW)
+            for number in SUMS:
+                move("tileloadd64", CODES[number], weights, TILE * number, ROW)
+                instruction(builder, "tdpbf16ps", *map(register, (number, INPUT, CODES[number])))
         for number in SUMS:
             move("tilestored64", number, sums, ROW * number, 4 * ROW)
         return context.get_dummy_value()
 
     address, size = types.uintp, types.intp
-    return types.void(parts, address, address, size, address, size), codegen
+    return types.void(address, address, size, address, size), codegen
 
 
 @intrinsic
@@ -213,66 +207,41 @@ def _add_scaled(typing_context, totals, sums, scales, first):
     return types.void(types.uintp, types.uintp, types.uintp, types.intp), codegen
 
 
-@intrinsic(prefer_literal=True)
-def _split(typing_context, parts, inputs, count, target):
-    """`target` (parts, 16, 32) bfloat16: a row of `count` float32 in parts that add up to it; addresses."""
-    number = parts.literal_value
-
-    def codegen(context, builder, signature, args):
-        _, inputs, count, target = args
-        i16, i32, i64, f32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-        with for_range(builder, count) as loop:
-            rest = builder.load(at(builder, builder.add(inputs, builder.mul(loop.index, i64(4))), 0, f32), align=4)
-            place = builder.add(target, builder.mul(loop.index, i64(2)))
-            for part in range(number):
-                word = builder.and_(builder.bitcast(rest, i32), i32(0xFFFF0000))
-                high = builder.trunc(builder.lshr(word, i32(16)), i16)
-                builder.store(high, at(builder, place, TILE * part, i16), align=2)
-                rest = builder.fsub(rest, builder.bitcast(word, f32))
-        return context.get_dummy_value()
-
-    return types.void(parts, types.uintp, types.intp, types.uintp), codegen
-
-
-def _compile_split(parts: int, cached: bool) -> Any:
+def _compile_tile(cached: bool) -> Any:
     field, fields = JOB, len(JOB)
 
-    @c_function(cached, "split", parts)
-    def split(address):
+    @c_function(cached, "tile of bfloat16")
+    def tile(address):
         """A unit is a tile of rows."""
         job = numba.carray(pointer(address, "int64"), fields)
         groups, size, chunks = job[field.groups], job[field.size], job[field.chunks]
-        out = numba.carray(
-            pointer(job[field.split], "uint16"), (job[field.tiles], groups * chunks, parts, ROWS, CHUNK)
-        )
+        input = numba.carray(pointer(job[field.input], "uint16"), (job[field.rows], groups, size))
+        tiled = numba.carray(pointer(job[field.tiled], "uint16"), (job[field.tiles], groups, chunks, ROWS, CHUNK))
         while True:
             unit = take(address + 8 * field.unit)
             if unit >= job[field.units]:
                 return
             rows = min(ROWS, job[field.rows] - ROWS * unit)
-            if rows < ROWS:
-                out[unit] = 0
-            for chunk in range(groups * chunks):
-                start = chunk % chunks * CHUNK
-                count = min(CHUNK, size - start)
-                if count < CHUNK:
-                    out[unit, chunk] = 0
-                for row in range(rows):
-                    place = ((ROWS * unit + row) * groups + chunk // chunks) * size + start
-                    target = job[field.split] + 2 * CHUNK * (((unit * groups * chunks + chunk) * parts) * ROWS + row)
-                    if count == CHUNK:
-                        _split(parts, job[field.input] + 4 * place, CHUNK, target)
-                    else:
-                        _split(parts, job[field.input] + 4 * place, count, target)
+            for group in range(groups):
+                for chunk in range(chunks):
+                    start = chunk * CHUNK
+                    count = min(CHUNK, size - start)
+                    own = tiled[unit, group, chunk]
+                    if rows < ROWS or count < CHUNK:
+                        own[:] = 0
+                    for row in range(rows):
+                        source, target = input[ROWS * unit + row, group, start : start + count], own[row]
+                        for k in range(count):
+                            target[k] = source[k]
 
-    return split
+    return tile
 
 
-def _compile_multiply(parts: int, transposed: int, grouped: int, half: int, cached: bool) -> Any:
+def _compile_multiply(transposed: int, grouped: int, half: int, cached: bool) -> Any:
     field, fields = JOB, len(JOB)
     number, bytes_of_output = ("uint16", 2) if half else ("uint32", 4)
 
-    @c_function(cached, "multiply", parts, transposed, grouped, half)
+    @c_function(cached, "multiply of bfloat16", transposed, grouped, half)
     def multiply(address):
         """A unit is a strip of rows and a share of panels."""
         job = numba.carray(pointer(address, "int64"), fields)
@@ -345,7 +314,7 @@ def _compile_multiply(parts: int, transposed: int, grouped: int, half: int, cach
                             if grouped:
                                 total, own = own, own + later if chunks > BLOCK else sums_of_group
                             is_first = block == 0 and (grouped or group == 0)
-                            _tile(parts, job[field.split] + parts * TILE * chunk, codes, count, own, is_first)
+                            _tile(job[field.tiled] + TILE * chunk, codes, count, own, is_first)
                             if last:
                                 _add_scaled(total, own, scales.ctypes.data, group == 0)
             for panel in range(panels):
@@ -375,7 +344,7 @@ def _compile_multiply(parts: int, transposed: int, grouped: int, half: int, cach
 
 @cache
 def _compiled(name: str, *variant: int) -> Any:
-    return from_cache(_compile_split if name == "split" else _compile_multiply, *variant)
+    return from_cache(_compile_tile if name == "tile" else _compile_multiply, *variant)
 
 
 def product(
@@ -387,14 +356,14 @@ def product(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Compute `lookup.product`."""
+    """Compute `lookup.product` of a bfloat16 input."""
     packed = weight_packed.contiguous()
     quarter, width = packed.shape
     outputs = width if transposed else 4 * quarter
     groups = 4 if transposed else 1 if group_scale is None else group_scale.shape[1]
     size = quarter if transposed else width // groups
-    rows, tiles, parts = len(input), -(-len(input) // ROWS), PARTS.get(input.dtype, 3)
-    flat, half, grouped = input.float().contiguous(), int(dtype == torch.bfloat16), int(group_scale is not None)
+    rows, tiles = len(input), -(-len(input) // ROWS)
+    flat, half, grouped = input.contiguous(), int(dtype == torch.bfloat16), int(group_scale is not None)
     chunks, strip = -(-size // CHUNK), min(STRIP, max(tiles, 1))
     threads = torch.get_num_threads() if rows * packed.numel() > 2**16 else 1
     panels, strips = -(-width // PANEL) if transposed else -(-quarter // LANES), -(-tiles // strip)
@@ -411,12 +380,12 @@ def product(
         group_scales = torch.zeros(groups, outputs, dtype=torch.float32)
         group_scales[:, : len(group_scale)] = group_scale.T
     output = torch.empty(rows, outputs, dtype=torch.bfloat16 if half else torch.float32)
-    split = scratch.take("split", tiles * groups * chunks * parts * ROWS * CHUNK, torch.int16)
+    tiled = scratch.take("tiled in halves", tiles * groups * chunks * ROWS * CHUNK, torch.int16)
     own = (CHUNK * PANEL + 4 * PANEL + (BLOCK + 1) * 4 * TILE + 4 * TILE * strip * share * (1 + grouped)) // 4
     buffers = scratch.take("panels of floats", threads * own, torch.float32)
-    arrays = (flat, split, packed, group_scales, scales, shift, output, buffers)
+    arrays = (flat, tiled, packed, group_scales, scales, shift, output, buffers)
     sizes = (rows, groups, size, chunks, quarter, width, outputs, tiles, strip, share)
     job = new_job(*sizes, *[array.data_ptr() for array in arrays], own)
-    run(_compiled("split", parts), job, tiles, threads)
-    run(_compiled("multiply", parts, int(transposed), grouped, half), job, strips * -(-panels // share), threads)
+    run(_compiled("tile"), job, tiles, threads)
+    run(_compiled("multiply", int(transposed), grouped, half), job, strips * -(-panels // share), threads)
     return output
