@@ -96,7 +96,7 @@ def tiny_pipeline(tiny_model, tiny_vae):
 def no_integer_kernels(monkeypatch):
     """A machine without numba."""
     monkeypatch.setattr(choose, "integer_kernels", dict)
-    monkeypatch.setattr(choose, "find_spec", lambda name: None)
+    monkeypatch.setattr(choose, "has_numba", lambda: False)
     for function in (torch_ops.decide, torch_ops.warn_once):
         function.cache_clear()
     yield

@@ -21,3 +21,10 @@ def _no_decision_from_another_test():
     torch_ops.decide.cache_clear()
     yield
     torch_ops.decide.cache_clear()
+
+
+@pytest.fixture
+def set_num_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

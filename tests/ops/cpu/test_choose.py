@@ -44,7 +44,7 @@ def missing(request, monkeypatch):
     if request.param == "no AVX2":
         pytest.importorskip("numba")
     monkeypatch.setattr(choose, "integer_kernels", dict)
-    monkeypatch.setattr(choose, "find_spec", lambda name: None if request.param == "no numba" else object())
+    monkeypatch.setattr(choose, "has_numba", lambda: request.param != "no numba")
     torch_ops.warn_once.cache_clear()
     yield request.param
     torch_ops.warn_once.cache_clear()
@@ -101,12 +101,12 @@ def test_how_an_exact_layer_is_computed(monkeypatch):
         torch_ops.decide.cache_clear()
         return choose_kernel(CPU, dtype, 64, 64, requested_bits=None).kernel
 
-    monkeypatch.setattr(choose, "find_spec", lambda name: object())
+    monkeypatch.setattr(choose, "has_numba", lambda: True)
     monkeypatch.setattr(choose, "exact_product", lambda dtype: ("lookups in float32", None))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert kernel(dtype) == "exact, lookups in float32"
     assert kernel(torch.float64) == "exact, matmul in float64"
-    monkeypatch.setattr(choose, "find_spec", lambda name: None)
+    monkeypatch.setattr(choose, "has_numba", lambda: False)
     for supported, dtype in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda supported=supported: supported)
         assert kernel(torch.bfloat16) == f"exact, matmul in {dtype}"
@@ -142,7 +142,7 @@ def test_asking_in_vain(missing, caplog):
 
 def test_without_numba_there_are_none(monkeypatch):
     choose.integer_kernels.cache_clear()
-    monkeypatch.setattr(choose, "find_spec", lambda name: None)
+    monkeypatch.setattr(choose, "has_numba", lambda: False)
     try:
         assert choose.integer_kernels() == {}
     finally:

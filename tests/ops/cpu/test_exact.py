@@ -17,6 +17,7 @@ SHAPES = [  # (M, N, K)
     *[(1, 4, 1), (2, 8, 5), (3, 8, 5), (17, 20, 33), (64, 12, 129), (5, 260, 64), (130, 100, 31), (8, 196, 2050)],
     *[(4, 384, 64), (257, 772, 66), (100, 192, 1024), (40, 388, 96), (33, 1804, 570), (9, 64, 1056), (16, 24, 288)],
     (530, 1100, 544),
+    (2070, 20, 40),
 ]
 GRANULARITIES = ["tensor", "row", "group", 32]
 HERE = instructions.processor()
@@ -180,13 +181,6 @@ def test_what_is_not_finite_stays_in_its_row(processor):
         others = [row for row in range(rows) if row not in (1, 2)]
         assert torch.equal(output[others], expected[others])
         assert not output[1:3][:, ternary[:, 7] != 0].isfinite().any()
-
-
-@pytest.fixture
-def set_num_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("openmp", [True, False])

@@ -237,13 +237,6 @@ def test_any_memory_layout_and_no_rows():
     assert integer_linear(torch.randn(40), packed, scale, bias).shape == (64,)
 
 
-@pytest.fixture
-def set_num_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("openmp", [True, False])
 @pytest.mark.parametrize("threads", [2, 3, 7])
 def test_the_number_of_threads_changes_nothing(monkeypatch, set_num_threads, threads, openmp):

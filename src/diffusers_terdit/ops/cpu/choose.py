@@ -31,12 +31,18 @@ NO_AVX2 = "This processor has no AVX2 (ARM: dotprod), which the integer kernels 
 
 
 @cache
+def has_numba() -> bool:
+    """Whether there are compiled kernels; looked up once, since every layer of a step asks."""
+    return find_spec("numba") is not None
+
+
+@cache
 def integer_kernels() -> dict[str, Callable[..., list[Tensor]]]:
     """Return the integer kernels that this processor runs, by name, best first; none without numba.
 
     Each computes `reference.integer_linear` of one input and several weights, see `torch_ops.linear_many`.
     """
-    if find_spec("numba") is None:
+    if not has_numba():
         return {}
     # numba is optional, and importing it takes half a second
     from . import instructions, integer, integer_amx, integer_lookup
@@ -54,8 +60,8 @@ def choose(device: torch.device, case: Case) -> Choice:
     assert not isinstance(bits, str)
     reason, name = case.why_exact(bits), next(iter(integer_kernels()), None)
     if reason is None and name is None:
-        reason = "the integer kernels need " + ("AVX2" if find_spec("numba") else f"numba: {INSTALL_NUMBA}")
-        if case.requested_bits == "auto" and not case.trained_bits and not find_spec("numba"):
+        reason = "the integer kernels need " + ("AVX2" if has_numba() else f"numba: {INSTALL_NUMBA}")
+        if case.requested_bits == "auto" and not case.trained_bits and not has_numba():
             warn_once(f"bfloat16 on this CPU would be faster and more accurate with numba: {INSTALL_NUMBA}")
     elif reason is None and bits == 16 and case.dtype in NO_FASTER_THAN_EXACT.get(str(name), ()):
         reason = f"16-bit integers ({name}) would be no faster"
@@ -80,14 +86,14 @@ def exact_product(dtype: torch.dtype) -> tuple[str, exact.Product]:
 
 
 def _is_compiled(dtype: torch.dtype) -> bool:
-    return dtype != torch.float64 and find_spec("numba") is not None
+    return dtype != torch.float64 and has_numba()
 
 
 def check_integers(bits: int) -> None:
     """Raise or warn where a caller asks for integers in vain: see `torch_ops.check_integers`."""
     if integer_kernels():
         return
-    if find_spec("numba") is None:
+    if not has_numba():
         raise ImportError(f"Integer activations of {bits} bits on a CPU need numba: {INSTALL_NUMBA}")
     warn_once(NO_AVX2)
 

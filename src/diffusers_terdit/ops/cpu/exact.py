@@ -1,6 +1,7 @@
 """Exact linear ops of packed weights by a compiled product, that of `lookup` or of `exact_amx`."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,12 @@ from .decode import matmul_dtype
 
 
 Product = Callable[..., Tensor]  # as `lookup.product`
+ROWS = 2048  # of an input at a time, so that its copy in the order of the kernels stays small
+
+
+def _in_strips(product: Product, input: Tensor, *arguments: Any) -> Tensor:
+    outputs = [product(rows, *arguments) for rows in input.split(ROWS)]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def linear(
@@ -24,7 +31,7 @@ def linear(
     flat = input.reshape(-1, input.shape[-1])
     grouped = reference.is_grouped(weight_scale)
     scale, group_scale = (None, weight_scale) if grouped else (weight_scale, None)
-    output = product(flat, weight_packed, False, group_scale, scale, bias, input.dtype)
+    output = _in_strips(product, flat, weight_packed, False, group_scale, scale, bias, input.dtype)
     return output[:, :out_features].contiguous().to(input.dtype).reshape(*input.shape[:-1], out_features)
 
 
@@ -44,7 +51,7 @@ def linear_backward(
         rows = flat.float() * weight_scale.reshape(-1) if per_row else flat
         if 4 * len(weight_packed) > rows.shape[1]:
             rows = torch.nn.functional.pad(rows, (0, 4 * len(weight_packed) - rows.shape[1]))
-        unscaled = product(rows, weight_packed, True, None, None, None, torch.float32)
+        unscaled = _in_strips(product, rows, weight_packed, True, None, None, None, torch.float32)
     if need_input_grad:
         input_grad = unscaled if per_row else unscaled * weight_scale
         input_grad = input_grad.to(grad.dtype).reshape(*grad.shape[:-1], weight_packed.shape[1])

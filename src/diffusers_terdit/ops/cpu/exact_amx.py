@@ -25,8 +25,8 @@ from torch import Tensor
 from . import scratch
 from .instructions import AMX, at, c_function, everywhere, from_cache, pointer, take, transpose
 from .integer_amx import ROW, TILE, configure, instruction, register, release
-from .lookup import finish
-from .threads import new_job, run
+from .lookup import after_the_sums, finish
+from .threads import new_job, run, threads_for
 
 
 FEATURES = AMX | {"+amx-bf16"}
@@ -239,7 +239,7 @@ def _compile_tile(cached: bool) -> Any:
 
 def _compile_multiply(transposed: int, grouped: int, half: int, cached: bool) -> Any:
     field, fields = JOB, len(JOB)
-    number, bytes_of_output = ("uint16", 2) if half else ("uint32", 4)
+    bytes_of_output = 2 if half else 4
 
     @c_function(cached, "multiply of bfloat16", transposed, grouped, half)
     def multiply(address):
@@ -249,12 +249,10 @@ def _compile_multiply(transposed: int, grouped: int, half: int, cached: bool) ->
         width, outputs, all_chunks = job[field.width], job[field.outputs], job[field.groups] * job[field.chunks]
         packed = numba.carray(pointer(job[field.packed], "uint8"), (quarter, width))
         group_scale = numba.carray(pointer(job[field.group_scale], "float32"), (groups, outputs))
-        output = numba.carray(pointer(job[field.output], number), (job[field.rows], outputs))
         words = job[field.scratch] + 4 * job[field.own] * take(address + 8 * field.thread)
         bytes_ = numba.carray(pointer(words, "uint8"), (16, LANES, 4))
         columns = numba.carray(pointer(words, "uint8"), (CHUNK, PANEL))
         scales = numba.carray(pointer(words + CHUNK * PANEL, "float32"), (4, LANES))
-        done = numba.carray(pointer(words + CHUNK * PANEL, number), LANES)
         codes = words + CHUNK * PANEL + 4 * PANEL
         sums_of_group = codes + BLOCK * 4 * TILE
         sums = sums_of_group + 4 * TILE
@@ -329,14 +327,9 @@ def _compile_multiply(transposed: int, grouped: int, half: int, cached: bool) ->
                             if many <= 0:
                                 break
                             source = sums + of_panel * panel + 4 * TILE * tile + 4 * ROW * row + ROW * part
-                            target = output.ctypes.data + bytes_of_output * (line * outputs + column)
-                            if many < LANES:
-                                target = done.ctypes.data
-                            own_scales, shifts = job[field.scale] + 4 * column, job[field.bias] + 4 * column
-                            finish(16, half, source, own_scales, shifts, target)
-                            if many < LANES:
-                                for i in range(many):
-                                    output[line, column + i] = done[i]
+                            target = job[field.output] + bytes_of_output * (line * outputs + column)
+                            scale, shift = job[field.scale] + 4 * column, job[field.bias] + 4 * column
+                            finish(16, half, source, scale, shift, target, many)
         release()
 
     return multiply
@@ -365,25 +358,17 @@ def product(
     rows, tiles = len(input), -(-len(input) // ROWS)
     flat, half, grouped = input.contiguous(), int(dtype == torch.bfloat16), int(group_scale is not None)
     chunks, strip = -(-size // CHUNK), min(STRIP, max(tiles, 1))
-    threads = torch.get_num_threads() if rows * packed.numel() > 2**16 else 1
+    threads = threads_for(rows * packed.numel())
     panels, strips = -(-width // PANEL) if transposed else -(-quarter // LANES), -(-tiles // strip)
     pieces = max(-(-panels // SHARE), -(-2 * threads // max(strips, 1)) if threads > 1 else 1)
     share = -(-panels // pieces)
 
-    scales, shift = torch.ones(outputs + 15, dtype=torch.float32), torch.zeros(outputs + 15, dtype=torch.float32)
-    if scale is not None:
-        scales[: outputs if scale.numel() == 1 else scale.numel()] = scale.reshape(-1)
-    if bias is not None:
-        shift[: len(bias)] = bias
-    group_scales = scales
-    if group_scale is not None:
-        group_scales = torch.zeros(groups, outputs, dtype=torch.float32)
-        group_scales[:, : len(group_scale)] = group_scale.T
+    group_scales, scales, shifts = after_the_sums(group_scale, scale, bias, outputs)
     output = torch.empty(rows, outputs, dtype=torch.bfloat16 if half else torch.float32)
     tiled = scratch.take("tiled in halves", tiles * groups * chunks * ROWS * CHUNK, torch.int16)
     own = (CHUNK * PANEL + 4 * PANEL + (BLOCK + 1) * 4 * TILE + 4 * TILE * strip * share * (1 + grouped)) // 4
     buffers = scratch.take("panels of floats", threads * own, torch.float32)
-    arrays = (flat, tiled, packed, group_scales, scales, shift, output, buffers)
+    arrays = (flat, tiled, packed, group_scales, scales, shifts, output, buffers)
     sizes = (rows, groups, size, chunks, quarter, width, outputs, tiles, strip, share)
     job = new_job(*sizes, *[array.data_ptr() for array in arrays], own)
     run(_compiled("tile"), job, tiles, threads)

@@ -43,7 +43,7 @@ from .instructions import (
     take,
     transpose,
 )
-from .threads import new_job, run
+from .threads import new_job, run, threads_for
 
 
 class Shape(NamedTuple):
@@ -506,7 +506,7 @@ def linear_many(
         groups = weight_scale.shape[1] if reference.is_grouped(weight_scale) else 1
         group = in_features // groups
         words, group_steps = -(-group // 4), -(-group // (4 * shape.turn)) * shape.turn
-        threads = torch.get_num_threads() if rows * weight_packed.numel() > 2**16 else 1
+        threads = threads_for(rows * weight_packed.numel())
         packed = weight_packed.contiguous()
         if group % 4:
             packed = torch.nn.functional.pad(packed.view(quarter, groups, group), (0, 4 * words - group))

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from . import scratch
 from .instructions import at, c_function, everywhere, from_cache, pointer, processor, take, to_bfloat16, transpose
-from .threads import new_job, run
+from .threads import new_job, run, threads_for
 
 
 INPUTS = 4  # of a table
@@ -46,7 +46,6 @@ SPARE = 48  # vectors after the tables: a code 3, which no packed weight may hol
 MOST_OUTPUTS = 8192  # of a unit: their sums stay in the second cache
 ROWS_LAID = 16  # of the packed weight: whole cache lines of names
 FEW = 4  # rows that are looked up in registers
-f32 = numba.float32
 
 
 class Job(NamedTuple):
@@ -263,19 +262,30 @@ def _add_few(typing_context, lanes, rows, grouped, words, x, between_rows, scale
 
 
 @intrinsic(prefer_literal=True)
-def finish(typing_context, lanes, half, sums, scales, shifts, output):
-    """A vector of outputs of a row, float32 or, with `half` 1, bfloat16: sum * scale + shift; addresses."""
+def finish(typing_context, lanes, half, sums, scales, shifts, output, width):
+    """`width` outputs of a row, float32 or, with `half` 1, bfloat16: sum * scale + shift; addresses.
+
+    All but the output hold a whole vector.
+    """
     count, to_half = lanes.literal_value, half.literal_value
 
     def codegen(context, builder, signature, args):
         floats = ir.VectorType(ir.FloatType(), count)
         sums, scales, shifts = (builder.load(at(builder, address, 0, floats), align=4) for address in args[2:5])
+        output, width = args[5:]
         value = builder.fadd(builder.fmul(sums, scales), shifts)
         value = to_bfloat16(builder, value) if to_half else value
-        builder.store(value, at(builder, args[5], 0, value.type), align=2)
+        with builder.if_else(builder.icmp_signed("==", width, width.type(count))) as (whole, part):
+            with whole:
+                builder.store(value, at(builder, output, 0, value.type), align=2)
+            with part, for_range(builder, width) as loop:
+                place = builder.add(output, builder.mul(loop.index, loop.index.type(2 if to_half else 4)))
+                element = builder.extract_element(value, loop.index)
+                builder.store(element, at(builder, place, 0, element.type), align=2)
         return context.get_dummy_value()
 
-    return types.void(lanes, half, types.uintp, types.uintp, types.uintp, types.uintp), codegen
+    address = types.uintp
+    return types.void(lanes, half, address, address, address, address, types.intp), codegen
 
 
 # ---- the functions ----
@@ -388,18 +398,16 @@ def _compile_tile(lanes: int, parts: int, cached: bool) -> Any:
 
 def _compile_multiply(lanes: int, grouped: int, half: int, cached: bool) -> Any:
     field, fields = JOB, len(JOB)
-    number, size = ("uint16", 2) if half else ("uint32", 4)
+    size = 2 if half else 4  # of an output, in bytes
 
     @c_function(cached, "multiply", lanes, grouped, half)
     def multiply(address):
         """A unit is a tile and `share` outputs."""
         job = numba.carray(pointer(address, "int64"), fields)
         outputs, share = job[field.outputs], job[field.share]
-        output = numba.carray(pointer(job[field.output], number), (job[field.rows], outputs))
         tables = job[field.scratch] + 4 * job[field.own] * take(address + 8 * field.thread)
         square = numba.carray(pointer(tables + 4 * lanes * (TABLES * CASES + SPARE), "float32"), (lanes, lanes))
         sums = numba.carray(pointer(square.ctypes.data + 4 * lanes * lanes, "float32"), (share + lanes, lanes))
-        done = numba.carray(pointer(sums.ctypes.data, number), lanes)
         chunks, per_group = job[field.chunks], job[field.chunks] // job[field.groups]
         while True:
             unit = take(address + 8 * field.unit)
@@ -424,22 +432,16 @@ def _compile_multiply(lanes: int, grouped: int, half: int, cached: bool) -> Any:
                 width, column = min(lanes, count - n), first + n
                 for row in range(min(lanes, job[field.rows] - top)):
                     source = square.ctypes.data + 4 * lanes * row
-                    target = output.ctypes.data + size * ((top + row) * outputs + column)
-                    if width < lanes:
-                        target = sums.ctypes.data  # of outputs that are done
-                    own_scales, shifts = job[field.scale] + 4 * column, job[field.bias] + 4 * column
-                    finish(lanes, half, source, own_scales, shifts, target)
-                    if width < lanes:
-                        for i in range(width):
-                            output[top + row, column + i] = done[i]
+                    target = job[field.output] + size * ((top + row) * outputs + column)
+                    scale, shift = job[field.scale] + 4 * column, job[field.bias] + 4 * column
+                    finish(lanes, half, source, scale, shift, target, width)
 
     return multiply
 
 
 def _compile_few(lanes: int, rows: int, grouped: int, half: int, cached: bool) -> Any:
     field, fields = JOB, len(JOB)
-    number, size_of_number = ("uint16", 2) if half else ("uint32", 4)
-    two = 2 * TABLES
+    size_of_number, two = (2 if half else 4), 2 * TABLES
 
     @c_function(cached, "few", lanes, rows, grouped, half)
     def few(address):
@@ -449,12 +451,10 @@ def _compile_few(lanes: int, rows: int, grouped: int, half: int, cached: bool) -
         per_group, inputs = chunks // job[field.groups], job[field.width]
         packed = numba.carray(pointer(job[field.packed], "uint8"), (quarter, inputs))
         group_scale = numba.carray(pointer(job[field.group_scale], "float32"), (job[field.groups], 4, quarter))
-        output = numba.carray(pointer(job[field.output], number), (rows, 4 * quarter))
         words = job[field.scratch] + 4 * job[field.own] * take(address + 8 * field.thread)
         bytes_ = numba.carray(pointer(words, "uint8"), (two, lanes, 4))
         scales = numba.carray(pointer(words + 4 * lanes * two, "float32"), (4, lanes))
         sums = numba.carray(pointer(words + 4 * lanes * (two + 4), "float32"), (4, rows, lanes))
-        done = numba.carray(pointer(words, number), lanes)
         while True:
             unit = take(address + 8 * field.unit)
             if unit >= job[field.units]:
@@ -491,14 +491,9 @@ def _compile_few(lanes: int, rows: int, grouped: int, half: int, cached: bool) -
                 for row in range(rows):
                     column = part * quarter + first
                     source = sums.ctypes.data + 4 * lanes * (part * rows + row)
-                    target = output.ctypes.data + size_of_number * (4 * quarter * row + column)
-                    if width < lanes:
-                        target = words
-                    own_scales, shifts = job[field.scale] + 4 * column, job[field.bias] + 4 * column
-                    finish(lanes, half, source, own_scales, shifts, target)
-                    if width < lanes:
-                        for i in range(width):
-                            output[row, column + i] = done[i]
+                    target = job[field.output] + size_of_number * (4 * quarter * row + column)
+                    scale, shift = job[field.scale] + 4 * column, job[field.bias] + 4 * column
+                    finish(lanes, half, source, scale, shift, target, width)
 
     return few
 
@@ -516,12 +511,24 @@ def compiled(name: str, *variant: Any) -> Any:
     return from_cache(compile_[name], *variant)
 
 
-def _threads(rows: int, weight_packed: Tensor) -> int:
-    return torch.get_num_threads() if rows * weight_packed.numel() > 2**16 else 1
-
-
 def _lanes(rows: int) -> int:
     return 16 if rows > 8 and "+avx512f" in processor().features else 8
+
+
+def after_the_sums(
+    group_scale: Tensor | None, scale: Tensor | None, bias: Tensor | None, outputs: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`group_scale`, `scale` and `bias` of a `Job`, as long as it reads them; 1 and 0 where there is none."""
+    scales, shifts = torch.ones(outputs + 15, dtype=torch.float32), torch.zeros(outputs + 15, dtype=torch.float32)
+    if scale is not None:
+        scales[: outputs if scale.numel() == 1 else scale.numel()] = scale.reshape(-1)
+    if bias is not None:
+        shifts[: len(bias)] = bias
+    if group_scale is None:
+        return scales, scales, shifts
+    group_scales = torch.zeros(group_scale.shape[1], outputs, dtype=torch.float32)
+    group_scales[:, : len(group_scale)] = group_scale.T
+    return group_scales, scales, shifts
 
 
 def product(
@@ -545,19 +552,10 @@ def product(
     groups, parts = (1 if group_scale is None else group_scale.shape[1]), (4 if transposed else 1)
     size = quarter if transposed else width // groups
     chunks = groups * -(-size * parts // CHUNK)
-    rows, threads, lanes = len(input), _threads(len(input), packed), _lanes(len(input))
+    rows, threads, lanes = len(input), threads_for(len(input) * packed.numel()), _lanes(len(input))
     grouped, half = int(group_scale is not None), int(dtype == torch.bfloat16)
 
-    scales = torch.ones(outputs + 15, dtype=torch.float32)
-    if scale is not None:
-        scales[: outputs if scale.numel() == 1 else scale.numel()] = scale.reshape(-1)
-    group_scales = scales
-    if group_scale is not None:
-        group_scales = torch.zeros(groups, outputs, dtype=torch.float32)
-        group_scales[:, : len(group_scale)] = group_scale.T
-    shift = torch.zeros(outputs + 15, dtype=torch.float32)
-    if bias is not None:
-        shift[: len(bias)] = bias
+    group_scales, scales, shifts = after_the_sums(group_scale, scale, bias, outputs)
     output = torch.empty(rows, outputs, dtype=torch.bfloat16 if half else torch.float32)
     calls: list[tuple[tuple[Any, ...], int]]  # of functions, and their units
     if 0 < rows <= FEW and not transposed and "+avx2" in processor().features:
@@ -581,7 +579,7 @@ def product(
             (("multiply", lanes, grouped, half), tiles * -(-outputs // share)),
         ]
     buffers = scratch.take("lookups", threads * own, torch.float32)
-    arrays = (input, tiled, packed, names, group_scales, scales, shift, output, buffers)
+    arrays = (input, tiled, packed, names, group_scales, scales, shifts, output, buffers)
     sizes = (rows, groups, size, quarter, width, chunks, outputs, tiles, share)
     job = new_job(*sizes, *[array.data_ptr() for array in arrays], own)
     for variant, units in calls:

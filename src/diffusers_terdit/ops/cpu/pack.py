@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from .instructions import c_function, from_cache, pointer, take
-from .threads import new_job, run
+from .threads import new_job, run, threads_for
 
 
 f32, u8 = numba.float32, numba.uint8
@@ -87,7 +87,7 @@ def pack(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
     quarter = -(-out_features // reference.CODES_PER_BYTE)
     packed = torch.empty(quarter, in_features, dtype=torch.uint8)
     limit_rows, groups = (1, 1) if limits.dim() == 1 else limits.shape
-    threads = torch.get_num_threads() if weight.numel() > 2**16 else 1
+    threads = threads_for(weight.numel())
     sizes = (out_features, in_features, quarter, limit_rows, groups)
     job = new_job(*sizes, *[array.data_ptr() for array in (wide, limits, packed)])
     run(_compiled(), job, -(-quarter // ROWS), threads)

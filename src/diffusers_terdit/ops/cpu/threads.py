@@ -34,6 +34,11 @@ def _pool(process: int, workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, thread_name_prefix="diffusers-terdit")
 
 
+def threads_for(work: int) -> int:
+    """Return how many threads are worth their start for that many weights times rows."""
+    return torch.get_num_threads() if work > 2**16 else 1
+
+
 def new_job(*fields: int) -> ctypes.Array:
     """What a C function is given the address of: `fields` as int64, after three that `run` fills in.
 
