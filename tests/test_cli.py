@@ -28,8 +28,7 @@ from safetensors.torch import load_file, save_file
 from diffusers_terdit import TerDiTPipeline, TernaryConfig, TernaryLinear, __version__, cli
 from diffusers_terdit.checkpoints import bundled
 from diffusers_terdit.cli import DTYPES, build_parser, human_bytes, main, report_errors, usable_device
-from diffusers_terdit.ops import choose_kernel, has_integer_kernel, torch_ops
-from diffusers_terdit.ops.cpu import choose
+from diffusers_terdit.ops import choose_kernel, has_integer_kernel
 from diffusers_terdit.training import checkpointing
 from diffusers_terdit.training.export import image_grid
 from fake_hub import patch_constants
@@ -710,9 +709,6 @@ def test_the_page_of_commands_names_every_flag_and_no_other(capsys):
 def test_the_page_of_commands_shows_what_they_print(capsys, tmp_path, monkeypatch):
     """Every command parses; those that need no other files run here, and print this but for the time they took."""
     monkeypatch.chdir(tmp_path)
-    lookup = pytest.importorskip("diffusers_terdit.ops.cpu.lookup")  # what most processors take
-    monkeypatch.setattr(choose, "exact_product", lambda dtype: ("lookups in float32", lookup.product))
-    torch_ops.decide.cache_clear()
     page = (ROOT / "docs" / "command_line.md").read_text("utf-8")
     ran = 0
     for block in re.findall(r"^```console\n(.*?)^```", page, re.MULTILINE | re.DOTALL):

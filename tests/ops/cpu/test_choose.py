@@ -82,34 +82,37 @@ def test_what_no_integer_kernel_takes(best, case, reason):
     assert reason in choice.reason
 
 
+@pytest.fixture
+def no_amx(monkeypatch):
+    instructions = pytest.importorskip("diffusers_terdit.ops.cpu.instructions")
+    monkeypatch.setattr(instructions, "processor", lambda: instructions.Processor("any", frozenset({"+avx2"})))
+
+
 @pytest.mark.parametrize("name", choose.NO_FASTER_THAN_EXACT)
-def test_where_exact_is_as_fast_as_integers_of_16_bits(monkeypatch, name):
-    pytest.importorskip("numba")
+def test_where_exact_is_as_fast_as_integers_of_16_bits(monkeypatch, no_amx, name):
     monkeypatch.setattr(choose, "integer_kernels", lambda: {name: by_reference})
-    monkeypatch.setattr(choose, "exact_product", lambda dtype: ("lookups in float32", None))
-    reason = f"16-bit integers ({name}) would be no faster"
     for bits in ("auto", 16):
-        choice = choose_kernel(CPU, torch.bfloat16, 64, 64, requested_bits=bits)
-        assert choice == ("exact, lookups in float32", None, reason)
-    assert choose_kernel(CPU, torch.float32, 64, 64, requested_bits=8)[:2] == (name, 8)
-    assert (choose_kernel(CPU, torch.float32, 64, 64, requested_bits=16).bits == 16) == (name == "amx_int8")
-    assert choose_kernel(CPU, torch.bfloat16, 64, 64, trained_bits=8)[:2] == (name, 8)
+        choice = choose_kernel(CPU, torch.bfloat16, 512, 64, requested_bits=bits)
+        assert choice == ("exact, lookups in float32", None, f"16-bit integers ({name}) would be no faster")
+        assert choose_kernel(CPU, torch.bfloat16, 508, 64, requested_bits=bits)[:2] == (name, 16)  # it is decoded
+    assert choose_kernel(CPU, torch.float32, 512, 64, requested_bits=8)[:2] == (name, 8)
+    assert (choose_kernel(CPU, torch.float32, 512, 64, requested_bits=16).bits == 16) == (name == "amx_int8")
+    assert choose_kernel(CPU, torch.bfloat16, 512, 64, trained_bits=8)[:2] == (name, 8)
 
 
-def test_how_an_exact_layer_is_computed(monkeypatch):
-    def kernel(dtype):
+def test_how_an_exact_layer_is_computed(monkeypatch, no_amx):
+    def kernel(dtype, outputs):
         torch_ops.decide.cache_clear()
-        return choose_kernel(CPU, dtype, 64, 64, requested_bits=None).kernel
+        return choose_kernel(CPU, dtype, outputs, 64, requested_bits=None).kernel
 
-    monkeypatch.setattr(choose, "has_numba", lambda: True)
-    monkeypatch.setattr(choose, "exact_product", lambda dtype: ("lookups in float32", None))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        assert kernel(dtype) == "exact, lookups in float32"
-    assert kernel(torch.float64) == "exact, matmul in float64"
+        assert kernel(dtype, 512) == "exact, lookups in float32"
+    assert kernel(torch.float32, 508) == "exact, matmul in float32"
+    assert kernel(torch.float64, 512) == "exact, matmul in float64"
     monkeypatch.setattr(choose, "has_numba", lambda: False)
     for supported, dtype in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda supported=supported: supported)
-        assert kernel(torch.bfloat16) == f"exact, matmul in {dtype}"
+        assert kernel(torch.bfloat16, 512) == f"exact, matmul in {dtype}"
 
 
 def test_without_integer_kernels(missing, caplog):

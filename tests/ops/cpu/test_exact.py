@@ -81,21 +81,27 @@ def in_order(input, ternary, scale, bias, name):
     return (total if grouped else total * scale.reshape(-1)) + bias
 
 
+@pytest.fixture(autouse=True)
+def _small_layers_are_looked_up_too(monkeypatch):
+    monkeypatch.setattr(choose, "FEWEST_OUTPUTS", 0)
+
+
 @pytest.fixture(params=PROCESSORS)
 def processor(request, monkeypatch):
     """Every kind of processor whose instructions this one has."""
     features = frozenset(HERE.features - set().union(*PROCESSORS.values()) | PROCESSORS[request.param])
     for module in (lookup, instructions):
         monkeypatch.setattr(module, "processor", lambda: HERE._replace(features=features))
-    choose.exact_product.cache_clear()
-    yield request.param
-    choose.exact_product.cache_clear()
+    return request.param
 
 
-def test_the_product_of_a_processor(processor):
+def test_the_product_of_a_processor(processor, monkeypatch):
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         amx = processor == "amx" and dtype == torch.bfloat16
-        assert choose.exact_product(dtype)[1] is (exact_amx.product if amx else lookup.product)
+        assert choose.exact_product(dtype, 4)[1] is (exact_amx.product if amx else lookup.product)
+        with monkeypatch.context() as patch:
+            patch.setattr(choose, "FEWEST_OUTPUTS", 8)
+            assert (choose.exact_product(dtype, 4) is None) == (not amx)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

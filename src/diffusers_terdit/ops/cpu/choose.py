@@ -1,15 +1,14 @@
 """Choose the kernel that computes a ternary layer on a CPU, and say why: the one place that decides it.
 
-Exact arithmetic is `lookup`, in float32, or `exact_amx`, for bfloat16; without numba, and in float64, it is `decode`.
-Integers are computed by the first kernel of `integer_kernels` that this processor runs. They all give the same bits,
-those of `reference.integer_linear`. Where there is none, layers compute exactly, and `ops.integer_linear` calls the
-reference.
+Exact arithmetic is `lookup`, in float32, or `exact_amx`, for bfloat16; in float64, for few outputs, and without numba,
+it is `decode`. Integers are computed by the first kernel of `integer_kernels` that this processor runs. They all give
+the same bits, those of `reference.integer_linear`. Where there is none, layers compute exactly, and
+`ops.integer_linear` calls the reference.
 """
 
 from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ NO_FASTER_THAN_EXACT = {
     "avx2": (torch.float32, torch.bfloat16, torch.float16),
     "neon_sdot": (torch.float32, torch.bfloat16, torch.float16),  # by their numbers of instructions
 }
+FEWEST_OUTPUTS = 512  # over which the tables of lookups pay
 NO_AVX2 = "This processor has no AVX2 (ARM: dotprod), which the integer kernels need; ternary layers compute exactly."
 
 
@@ -63,30 +63,25 @@ def choose(device: torch.device, case: Case) -> Choice:
         reason = "the integer kernels need " + ("AVX2" if has_numba() else f"numba: {INSTALL_NUMBA}")
         if case.requested_bits == "auto" and not case.trained_bits and not has_numba():
             warn_once(f"bfloat16 on this CPU would be faster and more accurate with numba: {INSTALL_NUMBA}")
-    elif reason is None and bits == 16 and case.dtype in NO_FASTER_THAN_EXACT.get(str(name), ()):
+    product = exact_product(case.dtype, case.out_features)
+    slow = bits == 16 and product is not None and case.dtype in NO_FASTER_THAN_EXACT.get(str(name), ())
+    if reason is None and slow:
         reason = f"16-bit integers ({name}) would be no faster"
     if reason is None:
         return Choice(str(name), bits, case.why_rounded())
-    how = (
-        exact_product(case.dtype)[0]
-        if _is_compiled(case.dtype)
-        else f"matmul in {name_of(decode.matmul_dtype(case.dtype))}"
-    )
+    how = f"matmul in {name_of(decode.matmul_dtype(case.dtype))}" if product is None else product[0]
     return Choice(f"exact, {how}", None, reason)
 
 
-@cache
-def exact_product(dtype: torch.dtype) -> tuple[str, exact.Product]:
-    """Return how this processor multiplies inputs of a dtype exactly with numba, in words and as a function."""
+def exact_product(dtype: torch.dtype, outputs: int) -> tuple[str, exact.Product] | None:
+    """Return what multiplies inputs of a dtype exactly, in words and as a function; `None`: `decode`."""
+    if dtype == torch.float64 or not has_numba():
+        return None
     from . import exact_amx, instructions, lookup
 
     if dtype == torch.bfloat16 and instructions.processor().features >= exact_amx.FEATURES:
         return "AMX in bfloat16", exact_amx.product
-    return "lookups in float32", lookup.product
-
-
-def _is_compiled(dtype: torch.dtype) -> bool:
-    return dtype != torch.float64 and has_numba()
+    return ("lookups in float32", lookup.product) if outputs >= FEWEST_OUTPUTS else None
 
 
 def check_integers(bits: int) -> None:
@@ -112,6 +107,10 @@ def integer_linear_many(input: Tensor, weights: list[tuple[Tensor, Tensor, Tenso
     return [reference.integer_linear(input, *weight, bits) for weight in weights]
 
 
+def _packs_first(dtype: torch.dtype) -> bool:
+    return dtype != torch.float64 and has_numba()
+
+
 def _packed(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
     """A weight of either format in bytes, and its scale, NaN where the weight is not finite."""
     if weight.dtype == torch.uint8:
@@ -122,32 +121,32 @@ def _packed(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
 
 def pack(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
     """Compute `reference.pack_float`."""
-    if not _is_compiled(weight.dtype):
+    if not _packs_first(weight.dtype):
         return reference.pack_float(weight, weight_scale)
     from . import pack
 
     return pack.pack(weight, weight_scale)
 
 
-def _product(input: Tensor, *arguments: Any) -> Tensor:
-    return exact_product(input.dtype)[1](input, *arguments)
-
-
 def linear(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """Compute `reference.ternary_linear` (uint8 `weight`) or `reference.float_linear` (float `weight`)."""
-    if not _is_compiled(input.dtype):
-        return decode.linear(input, weight, weight_scale, bias)
     out_features = len(weight) * (reference.CODES_PER_BYTE if weight.dtype == torch.uint8 else 1)
-    return exact.linear(_product, input, *_packed(weight, weight_scale), bias, out_features)
+    product = exact_product(input.dtype, out_features)
+    if product is None:
+        return decode.linear(input, weight, weight_scale, bias)
+    return exact.linear(product[1], input, *_packed(weight, weight_scale), bias, out_features)
 
 
 def linear_backward(
     grad: Tensor, input: Tensor | None, weight: Tensor, weight_scale: Tensor, need_input_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `reference.linear_backward`."""
-    if not _is_compiled(grad.dtype) or reference.is_grouped(weight_scale):
+    scaled_first = weight_scale.dim() == 2  # and in float32
+    dtype = torch.promote_types(grad.dtype, torch.float32) if scaled_first else grad.dtype
+    product = exact_product(dtype, weight.shape[1])
+    if product is None or reference.is_grouped(weight_scale):
         return decode.linear_backward(grad, input, weight, weight_scale, need_input_grad)
-    return exact.linear_backward(_product, grad, input, *_packed(weight, weight_scale), need_input_grad)
+    return exact.linear_backward(product[1], grad, input, *_packed(weight, weight_scale), need_input_grad)
 
 
 register_kernels(
@@ -158,6 +157,6 @@ register_kernels(
     linear_backward,
     integer_linear,
     pack=pack,
-    packs_first=_is_compiled,
+    packs_first=_packs_first,
     integer_linear_many=integer_linear_many,
 )
