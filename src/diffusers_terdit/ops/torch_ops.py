@@ -547,7 +547,9 @@ def linear_many(
     Raises:
         ValueError: A shape or dtype does not fit, or other `requested_bits`.
     """
-    many = getattr(_devices.get(input.device.type), "integer_linear_many", None)
+    for weight_packed, _, _ in weights:
+        _check_packed(weight_packed)
+    many = getattr(_devices.get(input.device.type), "integer_linear_many", None) if weights else None
     tensors = [input, *(tensor for weight in weights for tensor in weight[1:] if tensor is not None)]
     if many is not None and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         (cast, *_) = [_checked_input(input, *weight) for weight in weights]

@@ -1,7 +1,11 @@
 """Compiled exact products: float64's numbers to float32's precision, and the same bits however they are computed."""
 
+import ctypes
+import signal
+
 import pytest
 import torch
+from processes import before_a_wall, in_a_fork, multi_threaded, needs_a_wall, needs_fork
 from weights import exact_case
 
 from diffusers_terdit.ops import float_linear, pack_ternary, reference, ternarize, ternary_linear
@@ -217,6 +221,32 @@ def test_any_memory_layout_and_no_rows():
     assert ternary_linear(torch.randn(0, 40), packed, scale, bias).shape == (0, 64)
     assert ternary_linear(torch.randn(40), packed, scale, bias).shape == (64,)
     assert choose.linear_backward(torch.randn(0, 64), None, packed, scale, True)[0].shape == (0, 40)
+
+
+@needs_fork
+@multi_threaded
+@needs_a_wall
+def test_nothing_is_read_beyond_the_arrays(processor, set_num_threads):
+    set_num_threads(1)
+    cases = []
+    shapes = ((3, 40, 72), 9), ((9, 40, 72), "row"), ((17, 260, 96), 32), ((40, 196, 1100), "tensor")
+    for shape, granularity in shapes:
+        input, packed, scale, bias, ternary = new_case(*shape, granularity)
+        for dtype in (torch.float32, torch.bfloat16):
+            grad = torch.randn(shape[:2]).to(dtype)
+            cases += [(grad, input.to(dtype), weight, scale, bias) for weight in (packed, ternary.float())]
+
+    def compute(place):
+        for case in cases:
+            grad, *layer = map(place, case)
+            choose.linear(*layer)
+            choose.linear_backward(grad, None, *layer[1:3], True)
+        return True
+
+    compute(torch.clone)  # compiled before the fork
+    assert in_a_fork(lambda: compute(before_a_wall)) == 0
+    wall = before_a_wall(torch.ones(8))
+    assert in_a_fork(lambda: ctypes.string_at(wall.data_ptr(), wall.nbytes + 1)) == -signal.SIGSEGV
 
 
 def test_a_code_that_no_file_may_hold_reads_no_memory_beyond_the_tables(processor):

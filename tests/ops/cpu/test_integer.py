@@ -1,15 +1,13 @@
 """Integer activations: the kernels give the reference's bits, whatever the instructions, threads or process."""
 
 import ctypes
-import faulthandler
-import mmap
-import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 
 import pytest
 import torch
+from processes import before_a_wall, in_a_fork, multi_threaded, needs_a_wall, needs_fork
 
 from diffusers_terdit.ops import has_integer_kernel, integer_linear, pack_ternary, reference, ternary_linear
 from diffusers_terdit.ops.cpu import threads as threads_of_kernels
@@ -291,21 +289,6 @@ def test_the_default_dtype_changes_nothing(bits, bias):
         torch.set_default_dtype(before)
 
 
-def in_a_fork(function):
-    """The exit status of a forked process that calls a function, 0 for true; negative for a signal that ended it."""
-    child = os.fork()
-    if not child:
-        faulthandler.disable()
-        signal.alarm(60)  # it must not wait for the threads that it lost
-        torch.use_deterministic_algorithms(False)  # this fills memory with all threads of OpenMP
-        os._exit(0 if function() else 1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-multi_threaded = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-
-
 @needs_fork
 @multi_threaded
 def test_after_a_fork(set_num_threads):
@@ -319,19 +302,9 @@ def test_after_a_fork(set_num_threads):
 
 @needs_fork
 @multi_threaded
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mprotect"), reason="no mprotect")
+@needs_a_wall
 def test_nothing_is_read_beyond_the_arrays(set_num_threads):
     """They end where a page begins that may not be read: a signal ends a process that does."""
-
-    def before_a_wall(tensor):
-        size, page = tensor.numel() * tensor.element_size(), mmap.PAGESIZE
-        wall = -(-size // page) * page
-        memory = mmap.mmap(-1, wall + page)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + wall), page, 0) == 0
-        behind = torch.frombuffer(memory, dtype=tensor.dtype, offset=wall - size, count=tensor.numel())
-        return behind.view_as(tensor).copy_(tensor)
-
     set_num_threads(1)
     expected = []
     for *shape, granularity in ((5, 256, 1024, "row"), (9, 40, 72, "row"), (3, 192, 300, 100), (17, 260, 1156, "row")):
