@@ -137,7 +137,7 @@ def test_the_bits_are_those_of_this_processor(objects, tmp_path, monkeypatch):
         "input": input,
         "tiled": torch.full((tiles * in_features * LANES,), float("nan")),
         "packed": packed,
-        "names": torch.full((chunks * out_features * lookup.TABLES,), 255, dtype=torch.uint8),
+        "indices": torch.full((chunks * out_features * lookup.TABLES,), 255, dtype=torch.uint8),
         "group_scale": scale.T.contiguous(),
         "scale": padded + 1,
         "bias": padded.clone(),

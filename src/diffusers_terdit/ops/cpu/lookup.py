@@ -2,8 +2,8 @@
 
 Four codes are one of 81 cases. A tile of the input is a few rows side by side, a row in each lane of a vector. For
 every four inputs, the 81 sums that they can give are written to a table of vectors; then each output adds, for every
-four inputs, the one vector that its four codes name. That is one load and one addition for four multiply-adds of each
-row. 32 inputs are a chunk, whose eight tables fit the first cache; the eight names of an output are eight bytes in a
+four inputs, the one vector that its four codes index. That is one load and one addition for four multiply-adds of each
+row. 32 inputs are a chunk, whose eight tables fit the first cache; the eight indices of an output are eight bytes in a
 row, laid out in a scratch in every call: the packed weight is read as it is stored.
 
 For a few rows that would cost more than it saves: there the four products of an input are looked up in a register.
@@ -44,7 +44,7 @@ TABLES = 8  # of a chunk
 CHUNK = INPUTS * TABLES
 SPARE = 48  # vectors after the tables: a code 3, which no packed weight may hold, leads no further
 MOST_OUTPUTS = 8192  # of a unit: their sums stay in the second cache
-ROWS_LAID = 16  # of the packed weight: whole cache lines of names
+ROWS_LAID = 16  # of the packed weight: whole cache lines of indices
 FEW = 4  # rows that are looked up in registers
 
 
@@ -66,7 +66,7 @@ class Job(NamedTuple):
     input: int  # (M, groups * size * parts) float32
     tiled: int  # (tiles, chunks, 32, lanes) float32: the rows of a tile side by side; zero beyond a group and M
     packed: int  # (N / 4, K) uint8
-    names: int  # (chunks, outputs, 8) uint8
+    indices: int  # (chunks, outputs, 8) uint8
     group_scale: int  # (groups, outputs) float32
     scale: int  # (outputs + 15,) float32: a vector may be loaded anywhere
     bias: int  # (outputs + 15,) float32
@@ -81,7 +81,7 @@ JOB = Job(*range(len(Job._fields)))
 # ---- the vectors ----
 
 
-def _name_of(builder: ir.IRBuilder, codes: ir.Value, type_: ir.VectorType) -> ir.Value:
+def _index_of(builder: ir.IRBuilder, codes: ir.Value, type_: ir.VectorType) -> ir.Value:
     """27 c0 + 9 c1 + 3 c2 + c3 of words of four bytes, each in its lowest byte."""
     powers = sum(3 ** (3 - place) << 8 * (3 - place) for place in range(4))  # it is the highest byte of the product
     product = builder.mul(codes, ir.Constant(type_, [powers] * type_.count))
@@ -90,7 +90,7 @@ def _name_of(builder: ir.IRBuilder, codes: ir.Value, type_: ir.VectorType) -> ir
 
 @intrinsic(prefer_literal=True)
 def _lay_words(typing_context, words, source, target, between_chunks, between_quarters):
-    """`words` words of a packed row, each four inputs of four outputs, to the names at four outputs; addresses."""
+    """`words` words of a packed row, each four inputs of four outputs, to the indices at four outputs; addresses."""
     count = words.literal_value
 
     def codegen(context, builder, signature, args):
@@ -101,11 +101,11 @@ def _lay_words(typing_context, words, source, target, between_chunks, between_qu
         for quarter in range(4):
             codes = builder.lshr(word, ir.Constant(ints, [6 - 2 * quarter] * count))
             codes = builder.and_(codes, ir.Constant(ints, [0x03030303] * count))
-            names = builder.trunc(_name_of(builder, codes, ints), ir.VectorType(i8, count))
+            indices = builder.trunc(_index_of(builder, codes, ints), ir.VectorType(i8, count))
             place = target
             for first in range(0, count, TABLES):
                 which = ir.Constant(ir.VectorType(i32, TABLES), list(range(first, first + TABLES)))
-                chunk = builder.shuffle_vector(names, names, which)
+                chunk = builder.shuffle_vector(indices, indices, which)
                 builder.store(chunk, at(builder, place, 0, chunk.type), align=1)
                 place = builder.add(place, between_chunks)
             target = builder.add(target, between_quarters)
@@ -116,7 +116,7 @@ def _lay_words(typing_context, words, source, target, between_chunks, between_qu
 
 @intrinsic
 def _lay_bytes(typing_context, source, stride, target):
-    """16 bytes of each of eight packed rows to the eight names at each of 16 outputs; addresses."""
+    """16 bytes of each of eight packed rows to the eight indices at each of 16 outputs; addresses."""
 
     def codegen(context, builder, signature, args):
         source, stride, target = args
@@ -129,11 +129,11 @@ def _lay_bytes(typing_context, source, stride, target):
         rows = []
         for number in range(TABLES):
             byte = builder.load(at(builder, builder.add(source, builder.mul(stride, i64(number))), 0, bytes_), align=1)
-            name = byte  # 64 c0 + 16 c1 + 4 c2 + c3
+            index = byte  # 64 c0 + 16 c1 + 4 c2 + c3
             for bits, less in ((6, 37), (4, 7), (2, 1)):
                 code = builder.and_(builder.lshr(byte, constant(bits)), constant(3))
-                name = builder.sub(name, builder.mul(code, constant(less)))
-            rows.append(name)
+                index = builder.sub(index, builder.mul(code, constant(less)))
+            rows.append(index)
         while len(rows) > 1:  # interleave those half the rows apart
             half, count = len(rows) // 2, rows[0].type.count
             order = [place for pair in zip(range(count), range(count, 2 * count), strict=True) for place in pair]
@@ -176,27 +176,27 @@ def _add_in_pairs(builder: ir.IRBuilder, values: list[ir.Value]) -> ir.Value:
 
 
 @intrinsic(prefer_literal=True)
-def _add_chunk(typing_context, lanes, grouped, unrolled, tables, names, scales, outputs, sums):
-    """`sums` (outputs, lanes) float32 += what `names` (outputs, 8) find in the tables, times `scales` if `grouped`.
+def _add_chunk(typing_context, lanes, grouped, unrolled, tables, indices, scales, outputs, sums):
+    """`sums` (outputs, lanes) float32 += what `indices` (outputs, 8) find in the tables, times `scales` if `grouped`.
 
     All but `outputs`, a multiple of `unrolled`, are addresses.
     """
     count, has_scales, unroll = (literal.literal_value for literal in (lanes, grouped, unrolled))
 
     def codegen(context, builder, signature, args):
-        tables, names, scales, outputs, sums = args[3:]
+        tables, indices, scales, outputs, sums = args[3:]
         i8, i64, floats = ir.IntType(8), ir.IntType(64), ir.VectorType(ir.FloatType(), count)
         entry = 4 * count
         with for_range(builder, builder.udiv(outputs, i64(unroll))) as loop:
             first = builder.mul(loop.index, i64(unroll))
-            own_names = builder.add(names, builder.mul(first, i64(TABLES)))
+            own_indices = builder.add(indices, builder.mul(first, i64(TABLES)))
             own_scales = builder.add(scales, builder.mul(first, i64(4)))
             own_sums = builder.add(sums, builder.mul(first, i64(entry)))
             for number in range(unroll):
                 found = []
                 for table in range(TABLES):
-                    name = builder.zext(builder.load(at(builder, own_names, TABLES * number + table, i8)), i64)
-                    place = builder.add(tables, builder.mul(name, i64(entry)))
+                    index = builder.zext(builder.load(at(builder, own_indices, TABLES * number + table, i8)), i64)
+                    place = builder.add(tables, builder.mul(index, i64(entry)))
                     found.append(builder.load(at(builder, place, entry * CASES * table, floats), align=4))
                 total = _add_in_pairs(builder, found)
                 if has_scales:
@@ -297,7 +297,7 @@ def _compile_lay(cached: bool) -> Any:
 
     @c_function(cached, "lay")
     def lay(address):
-        """Names of the outputs of the layer. A unit is `ROWS_LAID` rows of the packed weight."""
+        """Indices of the outputs of the layer. A unit is `ROWS_LAID` rows of the packed weight."""
         job = numba.carray(pointer(address, "int64"), fields)
         groups, size, quarter = job[field.groups], job[field.size], job[field.quarter]
         chunks, inputs = -(-size // CHUNK), groups * size
@@ -317,7 +317,7 @@ def _compile_lay(cached: bool) -> Any:
                 pair = size % CHUNK == 0 and chunk + 1 < groups * chunks  # the next one follows in the packed weight
                 for row in range(top, bottom):
                     source = packed.ctypes.data + row * inputs + start
-                    target = job[field.names] + chunk * across + row * TABLES
+                    target = job[field.indices] + chunk * across + row * TABLES
                     if pair:
                         _lay_words(two, source, target, across, down)
                     elif count == CHUNK:
@@ -337,11 +337,11 @@ def _compile_lay_transposed(cached: bool) -> Any:
 
     @c_function(cached, "lay transposed")
     def lay(address):
-        """Names of the inputs of the layer. A unit is a chunk: eight rows of the packed weight."""
+        """Indices of the inputs of the layer. A unit is a chunk: eight rows of the packed weight."""
         job = numba.carray(pointer(address, "int64"), fields)
         quarter, width = job[field.quarter], job[field.width]
         packed = numba.carray(pointer(job[field.packed], "uint8"), (quarter, width))
-        names = numba.carray(pointer(job[field.names], "uint8"), (job[field.units], width, TABLES))
+        indices = numba.carray(pointer(job[field.indices], "uint8"), (job[field.units], width, TABLES))
         while True:
             unit = take(address + 8 * field.unit)
             if unit >= job[field.units]:
@@ -350,13 +350,13 @@ def _compile_lay_transposed(cached: bool) -> Any:
             whole = width - width % 16 if rows == TABLES else 0
             for k in range(0, whole, 16):
                 source = packed.ctypes.data + top * width + k
-                _lay_bytes(source, width, names.ctypes.data + TABLES * (unit * width + k))
+                _lay_bytes(source, width, indices.ctypes.data + TABLES * (unit * width + k))
             for k in range(whole, width):
                 for row in range(rows):
                     byte = packed[top + row, k]
-                    names[unit, k, row] = 27 * (byte >> 6) + 9 * (byte >> 4 & 3) + 3 * (byte >> 2 & 3) + (byte & 3)
+                    indices[unit, k, row] = 27 * (byte >> 6) + 9 * (byte >> 4 & 3) + 3 * (byte >> 2 & 3) + (byte & 3)
                 for row in range(rows, TABLES):
-                    names[unit, k, row] = 0
+                    indices[unit, k, row] = 0
 
     return lay
 
@@ -419,13 +419,13 @@ def _compile_multiply(lanes: int, grouped: int, half: int, cached: bool) -> Any:
             sums[: count + lanes] = 0
             for chunk in range(chunks):
                 _make_tables(lanes, job[field.tiled] + 4 * lanes * CHUNK * (tile * chunks + chunk), tables)
-                names = job[field.names] + TABLES * (chunk * outputs + first)
+                indices = job[field.indices] + TABLES * (chunk * outputs + first)
                 scales = job[field.group_scale] + 4 * (chunk // per_group * outputs + first)
-                _add_chunk(lanes, grouped, 4, tables, names, scales, fours, sums.ctypes.data)
+                _add_chunk(lanes, grouped, 4, tables, indices, scales, fours, sums.ctypes.data)
                 if fours < count:
-                    names, scales = names + TABLES * fours, scales + 4 * fours
+                    indices, scales = indices + TABLES * fours, scales + 4 * fours
                     last = sums.ctypes.data + 4 * lanes * fours
-                    _add_chunk(lanes, grouped, 1, tables, names, scales, count - fours, last)
+                    _add_chunk(lanes, grouped, 1, tables, indices, scales, count - fours, last)
             top = tile * lanes
             for n in range(0, count, lanes):
                 transpose(lanes, sums.ctypes.data + 4 * lanes * n, 4 * lanes, square.ctypes.data, 4 * lanes)
@@ -560,7 +560,7 @@ def product(
     calls: list[tuple[tuple[Any, ...], int]]  # of functions, and their units
     if 0 < rows <= FEW and not transposed and "+avx2" in processor().features:
         lanes = 16 if "+avx512f" in processor().features else 8
-        tiles, share, names = 0, 0, scales
+        tiles, share, indices = 0, 0, scales
         padded = torch.nn.functional.pad(input.unflatten(1, (groups, size)), (0, chunks * CHUNK // groups - size))
         nothing = torch.zeros_like(padded)
         tiled = torch.stack((-padded, nothing, padded, nothing), -1)
@@ -571,7 +571,7 @@ def product(
         pieces = max(-(-outputs // MOST_OUTPUTS), -(-2 * threads // max(tiles, 1)) if threads > 1 else 1)
         share = -(-outputs // (4 * pieces)) * 4
         tiled = scratch.take("tiled", tiles * chunks * CHUNK * lanes, torch.float32)
-        names = scratch.take("names", chunks * outputs * TABLES, torch.uint8)
+        indices = scratch.take("indices", chunks * outputs * TABLES, torch.uint8)
         own = lanes * (TABLES * CASES + SPARE + 2 * lanes + share)
         calls = [
             (("lay transposed",), -(-quarter // TABLES)) if transposed else (("lay",), -(-quarter // ROWS_LAID)),
@@ -579,7 +579,7 @@ def product(
             (("multiply", lanes, grouped, half), tiles * -(-outputs // share)),
         ]
     buffers = scratch.take("lookups", threads * own, torch.float32)
-    arrays = (input, tiled, packed, names, group_scales, scales, shifts, output, buffers)
+    arrays = (input, tiled, packed, indices, group_scales, scales, shifts, output, buffers)
     sizes = (rows, groups, size, quarter, width, chunks, outputs, tiles, share)
     job = new_job(*sizes, *[array.data_ptr() for array in arrays], own)
     for variant, units in calls:
