@@ -193,6 +193,13 @@ class TestRun:
 
 
 class TestInterrupted:
+    @pytest.fixture(autouse=True)
+    def _interrupts_are_not_ignored(self):
+        """As they are in what a shell starts in the background."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
     def test_a_resumed_run_ends_in_the_bits_of_an_unbroken_one(self, run, plain, tmp_path):
         """It was killed between saving step 2 and validating it: that is made up, and nothing is written twice."""
         flags = ("--validation_steps", 2, "--ema_decay", 0.5, "--checkpointing_steps", 2)
@@ -250,11 +257,7 @@ class TestInterrupted:
 
     @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
     def test_an_interrupted_run_saves_says_so_and_exits_with_130(self, tmp_path, processes):
-        default = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest may ignore it, and pass that on
-        try:
-            process = start(tmp_path, processes=processes, steps=10**6)
-        finally:
-            signal.signal(signal.SIGINT, default)
+        process = start(tmp_path, processes=processes, steps=10**6)
         deadline = time.monotonic() + 120
         while not (tmp_path / "log.jsonl").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
