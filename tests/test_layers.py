@@ -14,7 +14,7 @@ from torch import nn
 from diffusers_terdit import TernaryLinear, layers, ternarize
 from diffusers_terdit.layers import call_all
 from diffusers_terdit.modeling import warn_half_precision_codes
-from diffusers_terdit.ops import choose_kernel, has_integer_kernel, linear_many, reference, ternary_linear
+from diffusers_terdit.ops import choose_kernel, has_integer_kernel, linears, reference, ternary_linear
 
 
 GRANULARITIES = ["tensor", "row", 8]
@@ -338,7 +338,7 @@ class TestCallAll:
     def together(self, monkeypatch):
         """How many layers were computed by one call."""
         found = []
-        monkeypatch.setattr(layers, "linear_many", lambda *args: found.append(len(args[1])) or linear_many(*args))
+        monkeypatch.setattr(layers, "linears", lambda *args: found.append(len(args[1])) or linears(*args))
         return found
 
     @pytest.mark.parametrize("bits", [None, 8, 16])

@@ -9,7 +9,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from .modeling import TernaryModelMixin, warn_half_precision_codes
-from .ops import check_integers, dequantize, linear, linear_many, pack_ternary, reference, ternarize, unpack_ternary
+from .ops import check_integers, dequantize, linear, linears, pack_ternary, reference, ternarize, unpack_ternary
 
 
 class TernaryLinear(TernaryModelMixin):
@@ -244,5 +244,5 @@ def call_all(layers: Sequence[nn.Module], hidden_states: Tensor) -> list[Tensor]
         settings = {(layer._requested_bits, layer.config["activation_bits"]) for layer in plain}
         if len(plain) == len(layers) and len(settings) == 1:
             weights = [(layer.weight_packed, layer.weight_scale, layer.bias) for layer in plain]
-            return linear_many(hidden_states, weights, *settings.pop())
+            return linears(hidden_states, weights, *settings.pop())
     return [layer(hidden_states) for layer in layers]

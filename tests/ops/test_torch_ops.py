@@ -219,21 +219,21 @@ class TestManyWeightsOfOneInput:
     def test_each_is_what_it_is_alone(self, dtype, bits, granularities):
         x, weights = torch.randn(2, 3, K).to(dtype), self.weights(*granularities)
         for trained in (None, 8) if bits in ("auto", 8) else (None,):
-            for found, weight in zip(torch_ops.linear_many(x, weights, bits, trained), weights, strict=True):
+            for found, weight in zip(torch_ops.linears(x, weights, bits, trained), weights, strict=True):
                 assert torch.equal(found, torch_ops.linear(x, *weight, bits, trained))
                 assert found.dtype == dtype
         with torch.autocast("cpu"):
-            assert torch.equal(torch_ops.linear_many(x, weights, bits)[0], torch_ops.linear(x, *weights[0], bits))
+            assert torch.equal(torch_ops.linears(x, weights, bits)[0], torch_ops.linear(x, *weights[0], bits))
 
     @pytest.mark.skipif(not has_integer_kernel("cpu"), reason="needs AVX2 and numba")
     def test_the_input_is_rounded_once_and_not_where_gradients_are_wanted(self, monkeypatch):
         x, weights, calls = torch.randn(3, K), self.weights("tensor"), []
         device = torch_ops._devices["cpu"]
-        many = lambda *given: calls.append(len(given[1])) or device.integer_linear_many(*given)  # noqa: E731
-        monkeypatch.setitem(torch_ops._devices, "cpu", device._replace(integer_linear_many=many))
-        torch_ops.linear_many(x, weights, 8)
+        many = lambda *given: calls.append(len(given[1])) or device.integer_linears(*given)  # noqa: E731
+        monkeypatch.setitem(torch_ops._devices, "cpu", device._replace(integer_linears=many))
+        torch_ops.linears(x, weights, 8)
         assert calls == [2]
-        outputs = torch_ops.linear_many(x.requires_grad_(), weights, 8)
+        outputs = torch_ops.linears(x.requires_grad_(), weights, 8)
         assert calls == [2]
         (gradient,) = torch.autograd.grad(sum(output.sum() for output in outputs), x)
         alone = torch.autograd.grad(sum(torch_ops.linear(x, *weight, 8).sum() for weight in weights), x)
@@ -241,7 +241,7 @@ class TestManyWeightsOfOneInput:
 
     def test_whatever_does_not_fit_is_a_value_error(self):
         with pytest.raises(ValueError, match="features in its last dimension"):
-            torch_ops.linear_many(torch.randn(3, K + 1), self.weights("tensor"), 8)
+            torch_ops.linears(torch.randn(3, K + 1), self.weights("tensor"), 8)
 
 
 class TestAutocast:

@@ -298,7 +298,7 @@ class _Device(NamedTuple):
     choose: Callable[[torch.device, Case], Choice]
     check_integers: Callable[[int], None]
     packs_first: Callable[[torch.dtype], bool]
-    integer_linear_many: Callable[..., list[Tensor]] | None
+    integer_linears: Callable[..., list[Tensor]] | None
 
 
 _devices: dict[str, _Device] = {}
@@ -315,7 +315,7 @@ def register_kernels(
     integer_product: Callable[..., Tensor] = reference.integer_product,
     pack: Callable[..., tuple[Tensor, Tensor]] = reference.pack_float,
     packs_first: Callable[[torch.dtype], bool] = lambda dtype: False,
-    integer_linear_many: Callable[..., list[Tensor]] | None = None,
+    integer_linears: Callable[..., list[Tensor]] | None = None,
 ) -> None:
     """Let a type of device compute the ops with kernels of its own.
 
@@ -330,10 +330,10 @@ def register_kernels(
         integer_product (`Callable`): See `reference.integer_product`.
         pack (`Callable`): See `reference.pack_float`.
         packs_first (`Callable`): (dtype) -> whether a float weight is packed, once for the product and its gradients.
-        integer_linear_many (`Callable`, *optional*): No op, for calls without gradients: (input, weights, bits) ->
-            outputs, as [`linear_many`] says.
+        integer_linears (`Callable`, *optional*): No op, for calls without gradients: (input, weights, bits) ->
+            outputs, as [`linears`] says.
     """
-    _devices[device_type] = _Device(choose, check_integers, packs_first, integer_linear_many)
+    _devices[device_type] = _Device(choose, check_integers, packs_first, integer_linears)
 
     def linear_of_codes(input, weight, weight_scale, bias, float_weight):
         return linear(input, weight, weight_scale, bias)
@@ -527,17 +527,17 @@ def linear(
     return (output if bias is None else output + bias).to(input.dtype)
 
 
-def linear_many(
+def linears(
     input: Tensor,
-    weights: list[tuple[Tensor, Tensor, Tensor | None]],
+    layers: list[tuple[Tensor, Tensor, Tensor | None]],
     requested_bits: int | str | None = "auto",
     trained_bits: int | None = None,
 ) -> list[Tensor]:
-    """[`linear`] of one input and each of several packed weights, bit for bit; integers are rounded once for all.
+    """[`linear`] of one input and each of several packed layers, bit for bit; the input is rounded to integers once.
 
     Args:
         input (`torch.Tensor`): (..., K), float. Cast to the autocast dtype inside autocast.
-        weights (`list` of `tuple`): `weight_packed` (N/4, K) uint8, `weight_scale` and `bias` or `None`, each.
+        layers (`list` of `tuple`): `weight_packed` (N/4, K) uint8, `weight_scale` and `bias` or `None`, each.
         requested_bits (`int`, `str` or `None`): As in [`linear`].
         trained_bits (`int`, *optional*): As in [`linear`].
 
@@ -547,21 +547,21 @@ def linear_many(
     Raises:
         ValueError: A shape or dtype does not fit, or other `requested_bits`.
     """
-    for weight_packed, _, _ in weights:
+    for weight_packed, _, _ in layers:
         _check_packed(weight_packed)
-    many = getattr(_devices.get(input.device.type), "integer_linear_many", None) if weights else None
-    tensors = [input, *(tensor for weight in weights for tensor in weight[1:] if tensor is not None)]
+    many = getattr(_devices.get(input.device.type), "integer_linears", None) if layers else None
+    tensors = [input, *(tensor for layer in layers for tensor in layer[1:] if tensor is not None)]
     if many is not None and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
-        (cast, *_) = [_checked_input(input, *weight) for weight in weights]
+        (cast, *_) = [_checked_input(input, *layer) for layer in layers]
         shapes = [
-            (_out_features(w), w.shape[1], reference.granularity_of(scale, w.shape[1])) for w, scale, _ in weights
+            (_out_features(w), w.shape[1], reference.granularity_of(scale, w.shape[1])) for w, scale, _ in layers
         ]
         ways = (requested_bits, trained_bits)
         bits = {choose_kernel(cast.device, cast.dtype, *shape, True, *ways).bits for shape in shapes}
         if len(bits) == 1 and None not in bits:
             with torch.autocast(input.device.type, enabled=False):
-                return many(cast, weights, bits.pop())
-    return [linear(input, *weight, requested_bits, trained_bits) for weight in weights]
+                return many(cast, layers, bits.pop())
+    return [linear(input, *layer, requested_bits, trained_bits) for layer in layers]
 
 
 def ternary_linear(input: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -100,7 +100,7 @@ def test_several_weights_share_the_rounded_input(kernel, bits, monkeypatch):
     expected = [reference.integer_linear(input, *weight, bits) for weight in weights]
     runs, run = [], integer.run
     monkeypatch.setattr(integer, "run", lambda *args: (runs.append(args[0]), run(*args)))
-    outputs = integer.linear_many(TABLE[kernel], input, weights, bits)
+    outputs = integer.linears(TABLE[kernel], input, weights, bits)
     assert all(torch.equal(output, right) for output, right in zip(outputs, expected, strict=True))
     assert [runs.count(function) for function in dict.fromkeys(runs)] == [2, 5]
 

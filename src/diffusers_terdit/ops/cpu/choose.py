@@ -40,7 +40,7 @@ def has_numba() -> bool:
 def integer_kernels() -> dict[str, Callable[..., list[Tensor]]]:
     """Return the integer kernels that this processor runs, by name, best first; none without numba.
 
-    Each computes `reference.integer_linear` of one input and several weights, see `torch_ops.linear_many`.
+    Each computes `reference.integer_linear` of one input and several weights, see `torch_ops.linears`.
     """
     if not has_numba():
         return {}
@@ -49,7 +49,7 @@ def integer_kernels() -> dict[str, Callable[..., list[Tensor]]]:
 
     kernels = (integer_amx.KERNEL, integer_lookup.KERNEL, *integer.KERNELS)
     processor = instructions.processor()
-    return {kernel.name: partial(integer.linear_many, kernel) for kernel in kernels if kernel.runs_on(processor)}
+    return {kernel.name: partial(integer.linears, kernel) for kernel in kernels if kernel.runs_on(processor)}
 
 
 def choose(device: torch.device, case: Case) -> Choice:
@@ -97,10 +97,10 @@ def integer_linear(
     input: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int
 ) -> Tensor:
     """Compute `reference.integer_linear` with the best kernel."""
-    return integer_linear_many(input, [(weight_packed, weight_scale, bias)], bits)[0]
+    return integer_linears(input, [(weight_packed, weight_scale, bias)], bits)[0]
 
 
-def integer_linear_many(input: Tensor, weights: list[tuple[Tensor, Tensor, Tensor | None]], bits: int) -> list[Tensor]:
+def integer_linears(input: Tensor, weights: list[tuple[Tensor, Tensor, Tensor | None]], bits: int) -> list[Tensor]:
     """Compute `reference.integer_linear` of each weight, (weight_packed, weight_scale, bias), with the best kernel."""
     for kernel in integer_kernels().values():
         return kernel(input, weights, bits)
@@ -158,5 +158,5 @@ register_kernels(
     integer_linear,
     pack=pack,
     packs_first=_packs_first,
-    integer_linear_many=integer_linear_many,
+    integer_linears=integer_linears,
 )

@@ -479,7 +479,7 @@ def compiled(kernel: Kernel, parts: int, half: bool) -> Functions:
         return compile_functions(kernel, parts, half, cached=False)
 
 
-def linear_many(
+def linears(
     kernel: Kernel, input: Tensor, weights: list[tuple[Tensor, Tensor, Tensor | None]], bits: int
 ) -> list[Tensor]:
     """Compute `reference.integer_linear` of one input, which is rounded once, and each of several weights.
@@ -538,4 +538,4 @@ def linear(
     kernel: Kernel, input: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int
 ) -> Tensor:
     """Compute `reference.integer_linear`."""
-    return linear_many(kernel, input, [(weight_packed, weight_scale, bias)], bits)[0]
+    return linears(kernel, input, [(weight_packed, weight_scale, bias)], bits)[0]
