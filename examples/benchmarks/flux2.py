@@ -21,7 +21,7 @@ from torch import nn
 import peers
 import shared
 from diffusers_terdit import TernaryConfig, TernaryLinear
-from diffusers_terdit.conversion import convert_dense_checkpoint
+from diffusers_terdit.conversion import convert_ternary_checkpoint
 from diffusers_terdit.ops import has_integer_kernel
 from diffusers_terdit.quantization import select_layers
 from shared import DTYPES, Results, relative_error
@@ -156,7 +156,7 @@ def measure(what: str, **settings) -> dict:
 
 def measure_import(folder: str, output: str) -> dict:
     imports = shared.peak_memory()
-    times = shared.both_clocks(partial(convert_dense_checkpoint, folder, output, scale_granularity=GROUP))
+    times = shared.both_clocks(partial(convert_ternary_checkpoint, folder, output, scale_granularity=GROUP))
     return {"imports_gib": imports, "peak_gib": shared.peak_memory(), **times}
 
 

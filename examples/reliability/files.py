@@ -38,7 +38,7 @@ import transformers
 from diffusers import DiTTransformer2DModel
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryLinear, convert_original_checkpoint
-from diffusers_terdit.conversion import convert_dense_checkpoint
+from diffusers_terdit.conversion import convert_ternary_checkpoint
 from diffusers_terdit.conversion.terdit import ARGS_NAME, convert_name
 from diffusers_terdit.storage.inspection import inspect_weights
 from diffusers_terdit.storage.weights import DTYPE_NAMES
@@ -734,7 +734,7 @@ def load(kind: str, folder: Path, plain: bool = False):
     if kind == "quantized":
         return DiTTransformer2DModel.from_pretrained(folder)
     if kind == "dense":
-        return convert_dense_checkpoint(folder, folder.parent / "converted")
+        return convert_ternary_checkpoint(folder, folder.parent / "converted")
     return convert_original_checkpoint(folder, num_attention_heads=2)
 
 

@@ -4,6 +4,7 @@
 one.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from types import FunctionType
@@ -63,6 +64,12 @@ def reset_step_caches(model: ModelMixin) -> None:
 def remove_from_config(model: ModelMixin, key: str) -> None:
     """Remove a key from a model's config, which `register_to_config` can only set."""
     model._internal_dict = FrozenDict({name: value for name, value in model.config.items() if name != key})
+
+
+def unexpected_tensors(model: ModelMixin, names: Iterable[str]) -> set[str]:
+    """Return the names of tensors that a model has not, and does not ignore."""
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or []]
+    return {name for name in {*names} - model.state_dict().keys() if not any(key.search(name) for key in ignored)}
 
 
 def fetch_adapter(

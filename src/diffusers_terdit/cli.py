@@ -29,7 +29,7 @@ from PIL.PngImagePlugin import PngInfo
 from . import __version__
 from .arguments import DTYPES, Parser, at_least, dtype, granularity, not_negative
 from .checkpoints import BUNDLED, resolve_model
-from .conversion import convert_dense_checkpoint, convert_original_checkpoint, is_diffusers_checkpoint
+from .conversion import convert_original_checkpoint, convert_ternary_checkpoint, is_published_model
 from .hub.errors import hub_errors
 from .hub.model_card import CardOptions, human_bytes, printable
 from .hub.push import push_saved
@@ -318,30 +318,36 @@ def _check_folder(output: str, overwrite: bool) -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Save a checkpoint of TerDiT's authors, or a ternary model published as dense tensors, as a packed folder."""
+    """Save a checkpoint of TerDiT's authors, or a ternary model published in another form, as a packed folder."""
     _check_folder(args.output, args.overwrite)
-    if is_diffusers_checkpoint(args.path):
-        unused = [n for n in ("subfolder", "weights_name", "weight_format", "vae") if getattr(args, n)]
-        if unused:
+    of_authors = ("subfolder", "size", "resolution", "weights_name", "weight_format", "vae")
+    if is_published_model(args.path, args.component):
+        if unused := [name for name in of_authors if getattr(args, name)]:
             raise ValueError(
                 f"{args.path} is a diffusers model: --{', --'.join(unused)} is for the files of TerDiT's authors."
                 " Leave it out."
             )
-        folder = convert_dense_checkpoint(args.path, args.output, args.scale_granularity, component=args.component)
+        folder = convert_ternary_checkpoint(
+            args.path, args.output, args.scale_granularity, component=args.component, pipeline=args.pipeline
+        )
         model = folder / args.component if (folder / args.component).is_dir() else folder
-        size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-        settings = json.loads((model / "config.json").read_text("utf-8"))["quantization_config"]
-        covers = settings["scale_granularity"]
+        weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+        config = read_json(model / "config.json")
+        covers = config["quantization_config"]["scale_granularity"]
         covers = f"{covers} inputs" if isinstance(covers, int) else covers
         print(
-            f"Converted {args.path} to {folder}: one scale per {covers}, {human_bytes(size)} of weights in"
+            f"Converted {args.path} to {folder}: one scale per {covers}, {human_bytes(weights)} of weights in"
             f" {model.name}. It loads with its own class after `import diffusers_terdit`."
         )
+        if model == folder:
+            print(
+                f"It is a {config['_class_name']} alone. To draw with it, pass it as `transformer=` to"
+                " `from_pretrained` of the dense pipeline, or convert again with --pipeline and that pipeline's folder"
+                " or Hub id: the text encoders in two-bit repositories are in other forms, which are not read."
+            )
         return
-    if args.scale_granularity:
-        raise ValueError(
-            f"--scale_granularity is for diffusers models with dense weights; {args.path} is none. Leave it out."
-        )
+    if unused := [name for name in ("scale_granularity", "pipeline") if getattr(args, name)]:
+        raise ValueError(f"--{', --'.join(unused)} is for models of diffusers; {args.path} is none. Leave it out.")
     pipe = convert_original_checkpoint(
         args.path,
         vae=args.vae,
@@ -349,6 +355,8 @@ def convert(args: argparse.Namespace) -> None:
         weights_name=args.weights_name,
         weight_format=args.weight_format,
         num_attention_heads=args.num_attention_heads,
+        size=args.size,
+        resolution=args.resolution,
     )
     pipe.save_pretrained(args.output, max_shard_size="2GB")  # a shard is in memory while it is written
     print(f"Converted {args.path} to {args.output}")
@@ -696,12 +704,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = command(
         convert,
-        "Convert a checkpoint of TerDiT's authors, or a ternary model published as dense tensors, to a folder.",
+        "Convert a checkpoint of TerDiT's authors, or a ternary model published as dense tensors, for MLX or for"
+        " gemlite, to a folder.",
     )
     add("path", help="Folder or Hub id with consolidated*.pth and model_args.pth, or with a diffusers model.")
     add("output", help="Folder to write; it must be new or empty, or --overwrite given.")
     add("--overwrite", action="store_true", help="Replace the model in a folder that is not empty.")
-    add("--subfolder", help="Folder inside `path` that holds the checkpoint.")
+    add("--size", help="Of several checkpoints of the authors, the one of this size: 600m or 4.2b.")
+    add("--resolution", type=at_least(1), help="And of this one: 256 or 512 pixels.")
+    add("--subfolder", help="Folder inside `path` that holds the checkpoint, instead of both.")
     add("--weights_name", help="File to read. Without it, the packed average of the weights where there is one.")
     add("--weight_format", choices=("float", "packed"), help="Format to write. Without it, that of the file.")
     add("--num_attention_heads", type=at_least(1), default=32, help="Heads of the model, which the file does not say.")
@@ -711,7 +722,12 @@ def build_parser() -> argparse.ArgumentParser:
         type=granularity,
         help='What one scale of dense weights covers: "tensor", "row" or a number of inputs. Without it, it is found.',
     )
-    add("--component", default="transformer", help="The ternary model of a diffusers pipeline.")
+    add("--component", default="transformer", help="The ternary model of a diffusers pipeline, or its folder.")
+    add(
+        "--pipeline",
+        help="Folder or Hub id of a diffusers pipeline, from which the text encoder and the other components are"
+        " copied. Without it, those of `path` are, where it is a pipeline.",
+    )
 
     add = command(export, "Save a checkpoint of a training run as a pipeline folder, to sample, share and push.")
     add("checkpoint", help="Folder of the checkpoint, such as out/checkpoint-500.")

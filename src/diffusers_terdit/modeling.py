@@ -19,8 +19,9 @@ import torch
 from accelerate.utils import convert_file_size_to_int
 from diffusers import ConfigMixin, ModelMixin, SchedulerMixin
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.utils import httpx
 
 from .checkpoints import BUNDLED
 from .hub.errors import hub_errors
@@ -327,6 +328,15 @@ class TernaryModelMixin(HubMixin, ModelMixin, PortableConfigMixin):
             self._push_saved(folder, variant=variant, **kwargs)
 
 
+def _holds_originals(path: str, revision: str | None) -> bool:
+    """Whether a folder or repository holds the arguments of a model as TerDiT's authors save them."""
+    names = [file.name for pattern in ("*.pth", "*/*.pth") for file in Path(path).glob(pattern)]
+    if not os.path.isdir(path):
+        with suppress(OSError, ValueError, httpx.TransportError):  # the first error tells more
+            names = [name.rpartition("/")[2] for name in HfApi().list_repo_files(path, revision=revision)]
+    return "model_args.pth" in names
+
+
 class StrictPipelineMixin(HubMixin, PortableConfigMixin):
     """`DiffusionPipeline` with strict loading, and saving that is whole or absent."""
 
@@ -347,8 +357,16 @@ class StrictPipelineMixin(HubMixin, PortableConfigMixin):
                 f" `diffusers_terdit.checkpoints.bundled({path!r})`."
             )
         folders = [Path(path, part) for part in ("", "transformer", "scheduler", "vae")]
-        with undisturbed(*folders), hub_errors(path, kwargs.get("revision")):
-            return super().from_pretrained(path, **kwargs)  # type: ignore[misc]
+        try:
+            with undisturbed(*folders), hub_errors(path, kwargs.get("revision")):
+                return super().from_pretrained(path, **kwargs)  # type: ignore[misc]
+        except OSError as error:
+            if not _holds_originals(path, kwargs.get("revision")):
+                raise
+            raise OSError(
+                f"{path} holds checkpoints of TerDiT's authors, and no pipeline of diffusers. Convert one of them:"
+                f" `terdit convert {path} FOLDER`."
+            ) from error
 
     def save_pretrained(
         self,

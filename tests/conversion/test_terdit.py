@@ -13,7 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 from diffusers_terdit import TerDiTPipeline, convert_original_checkpoint, ternarize
-from diffusers_terdit.conversion.terdit import WEIGHTS_NAMES, convert_name, imagenet_labels, label_rows
+from diffusers_terdit.cli import main
+from diffusers_terdit.conversion.terdit import (
+    WEIGHTS_NAMES,
+    convert_name,
+    imagenet_labels,
+    label_rows,
+    list_checkpoints,
+)
 from diffusers_terdit.storage.weights import load_pickle
 
 
@@ -332,3 +339,57 @@ def test_hub_conversion_downloads_only_what_it_needs(fake_hub, tmp_path):
     pipe = convert_original_checkpoint("someone/terdit", subfolder="600M")
     assert pipe.transformer.config.weight_format == "packed"
     assert sorted({Path(name).name for name, _ in fake_hub.downloads}) == [WEIGHTS_NAMES[0], "model_args.pth"]
+
+
+class TestSeveralCheckpoints:
+    """Nobody knows what the authors' folders are called: size and resolution find one."""
+
+    @pytest.fixture
+    def repo(self, tmp_path):
+        for name, model, side in (
+            ("3B_1180000", "DiT_Llama_3B_patch2", 256),
+            ("600M_1750000", "DiT_Llama_600M_patch2", 256),
+            ("3B_512", "DiT_Llama_3B_patch2", 512),
+        ):
+            shutil.copytree(PACKED, tmp_path / "repo" / name)
+            arguments = argparse.Namespace(model=model, image_size=side, vae="ema")
+            torch.save(arguments, tmp_path / "repo" / name / "model_args.pth")
+        return tmp_path / "repo"
+
+    @pytest.fixture(params=["folder", "hub"])
+    def path(self, request, repo, fake_hub):
+        if request.param == "folder":
+            return str(repo)
+        fake_hub.upload_folder("lucky-lance/TerDiT", repo)
+        return "lucky-lance/TerDiT"
+
+    def test_it_lists_what_is_there(self, path):
+        found = list_checkpoints(path)
+        assert [(one.folder, one.size, one.resolution) for one in found] == [
+            ("3B_1180000", "4.2b", 256), ("3B_512", "4.2b", 512), ("600M_1750000", "600m", 256),
+        ]  # fmt: skip
+        assert all(one.bytes == (PACKED / WEIGHTS_NAMES[0]).stat().st_size for one in found)
+
+    @pytest.mark.parametrize("asked", [{}, {"size": "4.2b"}, {"size": "7b"}, {"resolution": 256}])
+    def test_what_is_not_clear_lists_the_choices(self, path, asked):
+        with pytest.raises(FileNotFoundError) as raised:
+            convert_original_checkpoint(path, **asked)
+        for part in (path, "3B_1180000 (4.2b, 256 px", "3B_512 (4.2b, 512 px", "600M_1750000 (600m, 256 px"):
+            assert part in str(raised.value)
+
+    def test_one_is_converted_and_no_other_downloaded(self, path, fake_hub):
+        pipe = convert_original_checkpoint(path, size="4.2B", resolution=512)
+        assert pipe.transformer.config.sample_size == 64
+        weights = [name for name, _ in fake_hub.downloads if name.endswith(WEIGHTS_NAMES[0])]
+        assert weights == (["3B_512/" + WEIGHTS_NAMES[0]] if path == "lucky-lance/TerDiT" else [])
+        with pytest.raises(FileNotFoundError):
+            convert_original_checkpoint(path, subfolder="3B")
+
+    def test_the_command_and_the_hint(self, path, tmp_path, capsys):
+        assert main(["convert", path, str(tmp_path / "out"), "--size", "600m"]) == 0
+        assert TerDiTPipeline.from_pretrained(tmp_path / "out").transformer.config.sample_size == 32
+        with pytest.raises(OSError, match=f"Convert one of them: `terdit convert {path} FOLDER`"):
+            TerDiTPipeline.from_pretrained(path)
+        capsys.readouterr()
+        assert main(["convert", path, str(tmp_path / "other"), "--pipeline", "x"]) == 1
+        assert "--pipeline is for models of diffusers" in capsys.readouterr().err

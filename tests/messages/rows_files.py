@@ -12,7 +12,7 @@ import diffusers
 import torch
 from diffusers import ModelMixin
 from filelock import FileLock
-from message_table import PTH, WEIGHTS, Fixed, Row, changed, edit, terdit
+from message_table import PTH, WEIGHTS, Fixed, Row, changed, dit, edit, terdit
 from safetensors.torch import load_file, save_file
 
 from diffusers_terdit import (
@@ -25,11 +25,13 @@ from diffusers_terdit import (
     export_remote_code,
 )
 from diffusers_terdit.checkpoints import bundled
-from diffusers_terdit.conversion import convert_dense_checkpoint, swap_bitnet_order
+from diffusers_terdit.conversion import convert_ternary_checkpoint, swap_bitnet_order
 from diffusers_terdit.hub import known_files, model_card
 from diffusers_terdit.hub.push import push_saved
 from diffusers_terdit.storage import configs, inspection, saving, weights
 from diffusers_terdit.training import checkpointing
+from published_forms import GROUP, in_gemlite, in_mlx, write
+from tiny import make_ternary
 
 
 INDEX = f"{WEIGHTS}.index.json"
@@ -171,15 +173,55 @@ def dense(kind="dense", file=WEIGHTS, options=None, **changes):
     """Convert a model of diffusers, after a change of one of its files."""
 
     def convert(folder):
-        convert_dense_checkpoint(folder, folder.parent / "out", **(options or {}))
+        convert_ternary_checkpoint(folder, folder.parent / "out", **(options or {}))
 
     return changed(kind, convert, file, **changes)
+
+
+def form(kind, file=None, options=None, **changes):
+    """Convert a model packed for MLX or gemlite, after a change of its first layer or of a file."""
+    pack, name = {"mlx": (in_mlx, WEIGHTS), "gemlite": (in_gemlite, "state_dict.pt")}[kind]
+
+    def provoke(w):
+        folder = write(w.tmp / kind, make_ternary(dit(), GROUP), pack, torch.float32, name)
+        keys = changes if file else {key if "." in key else f"{Q}.{key}": new for key, new in changes.items()}
+        edit(folder / (file or name), **keys)
+        convert_ternary_checkpoint(folder, w.tmp / "out", **(options or {}))
+
+    return provoke
+
+
+def stored_as_16_bits(w):
+    save_file({"bias": torch.ones(2, dtype=torch.uint16)}, w.tmp / "x.safetensors")
+    weights.WeightsFile(w.tmp / "x.safetensors").read("bias")
+
+
+def two_models(w):
+    (w.tmp / "models").mkdir()
+    for name in "ab":
+        w.saved("dense").rename((w.tmp / "models").joinpath(f"transformer-{name}"))
+    convert_ternary_checkpoint(w.tmp / "models", w.tmp / "out")
+
+
+def with_pipeline(kind):
+    return lambda w: convert_ternary_checkpoint(w.saved("dense"), w.tmp / "out", pipeline=w.saved(kind))
+
+
+def several_checkpoints(w):
+    (w.tmp / "several").mkdir()
+    for name in "ab":
+        w.saved("original").rename(w.tmp / "several" / name)
+    convert_original_checkpoint(w.tmp / "several", size="600m")
+
+
+def no_pipeline(w):
+    TerDiTPipeline.from_pretrained(w.saved("original"))
 
 
 def onto_files(w):
     (w.tmp / "out").mkdir()
     (w.tmp / "out" / "notes.txt").touch()
-    convert_dense_checkpoint(w.tmp, w.tmp / "out")
+    convert_ternary_checkpoint(w.tmp, w.tmp / "out")
 
 
 def broken_card(w):
@@ -397,9 +439,13 @@ ROWS = [
     Row(changed("original", convert_original_checkpoint, "model_args.pth", remove=True), f"TMP/original holds {PTH}",
         "but no model_args.pth", "both are needed", error=FileNotFoundError),
     Row(lambda w: convert_original_checkpoint(w.tmp), "TMP", "holds none of",
-        "Pass the folder that holds one, or its `weights_name`.", error=FileNotFoundError),
-    Row(no_checkpoint_on_the_hub, "user/layer", "holds no TerDiT checkpoint", "Pass one as `subfolder`.",
-        error=FileNotFoundError),
+        "Pass the folder or repository that holds one, or its `weights_name`.", error=FileNotFoundError),
+    Row(no_checkpoint_on_the_hub, "user/layer", "holds none of",
+        "Pass the folder or repository that holds one, or its `weights_name`.", error=FileNotFoundError),
+    Row(several_checkpoints, "of size 600m", "There are: a (600m, 64 px",
+        "Pass `size` and `resolution`, or the `subfolder`, of one.", error=FileNotFoundError),
+    Row(no_pipeline, "TMP/original", "holds checkpoints of TerDiT's authors",
+        "Convert one of them: `terdit convert TMP/original FOLDER`.", error=OSError),
     Row(original(options={"weight_format": "int8"}), "'int8'", 'must be "float", "packed" or None'),
     Row(lambda w: convert_original_checkpoint(w.tmp / "x"), "TMP/x", "is not a folder",
         "Pass that of a checkpoint, or a Hub id.", error=FileNotFoundError),
@@ -407,7 +453,7 @@ ROWS = [
 
     # conversion of other models
     Row(onto_files, "TMP/out", "is not an empty folder", "choose another, or remove it", error=FileExistsError),
-    Row(lambda w: convert_dense_checkpoint(w.tmp / "x", w.tmp / "out"), "TMP/x", "is not a folder",
+    Row(lambda w: convert_ternary_checkpoint(w.tmp / "x", w.tmp / "out"), "TMP/x", "is not a folder",
         "Pass that of a diffusers pipeline or model", error=FileNotFoundError),
     Row(dense("pipe", options={"component": "unet"}), "TMP/pipe/unet", "has no config.json",
         "`path` must be a diffusers pipeline or model", error=OSError),
@@ -416,18 +462,43 @@ ROWS = [
     Row(dense("quantized"), "TMP/quantized", "is quantized already (ternary)",
         "convert the repository of dense weights"),
     Row(dense(file="config.json", **HUGE), "TMP/dense/config.json", "does not build", "Download it again."),
-    Row(dense(**{f"{Q}.weight": None}), f"{Q}.weight", "1 dense weights are missing", "Download it again."),
+    Row(dense(**{f"{Q}.weight": None}), f"{Q}.weight", "1 weights are missing", "Download it again."),
     Row(dense(**{f"{Q}.bias": None}), f"{Q}.bias", "1 weights are missing", "Download it again."),
-    Row(dense(pos_embed__proj__bias=torch.zeros(32, dtype=torch.int32), options={"scale_granularity": "row"}),
-        "torch.int32", "the config asks for floats of shape [32]", "Download both again."),
+    Row(form("mlx", **{"pos_embed.proj.bias": torch.zeros(32, dtype=torch.int32)}), "torch.int32",
+        "the config asks for floats of shape [32]", "Download both again."),
     Row(dense(remove=True), f"TMP/dense/{WEIGHTS}", "only safetensors files are converted", "Save the model as such.",
         error=OSError),
-    Row(dense(x__scales=torch.ones(1), x__biases=torch.zeros(1)), "TMP/dense", "is quantized for Apple's MLX",
-        "Convert the repository of dense weights"),
     Row(dense(x__weight_packed=torch.zeros(2, 8, dtype=torch.uint8)), "TMP/dense", "holds ternary layers already",
         "it needs no conversion"),
-    Row(dense(x__W_q=torch.zeros(2, 8, dtype=torch.uint8)), "TMP/dense", "is packed for gemlite",
-        "Convert the repository of dense weights"),
+    Row(dense(file="config.json", rotation="hadamard"), "rotation='hadamard'", "so it may compute something else",
+        "Update diffusers"),
+    Row(dense(x__y=torch.ones(1)), "x.y", "which a DiTTransformer2DModel has not", "Download config and weights"),
+    Row(stored_as_16_bits, "tensor `bias` is U16", "which is not read", "Save it as float16."),
+    Row(form("mlx", scales=None), Q, "has no `scales`", "Download the file again."),
+    Row(form("mlx", scales=torch.ones(8)), f"{Q} is shape (32, 2), torch.uint32", "MLX's two-bit layers are",
+        "Download the file again."),
+    Row(form("mlx", scales=torch.ones(32, 3), biases=-torch.ones(32, 3)), f"{Q} has codes for 32 rows of 32 inputs",
+        "which do not fit together", "Download the file again."),
+    Row(form("mlx", biases=torch.ones(32, 1)), f"{Q} is not ternary: row 0, group 0", "values that are not -scale",
+        "Only ternary models are converted."),
+    Row(form("mlx", weight=torch.zeros(32, 4, dtype=torch.uint32)), f"{Q} has [32, 64] weights", "ask for [32, 32]",
+        "Download both again."),
+    Row(form("mlx", file="quantization_config.json", rotation=True), "rotation=True", "would load as noise",
+        "Convert the repository of dense weights."),
+    Row(form("mlx", file="quantization_config.json", bits=1), "has 1 bits per weight",
+        "two-bit ternary models are read", "Take the ternary repository."),
+    Row(form("mlx", options={"scale_granularity": "row"}), "TMP/mlx is packed for MLX", "which says what is ternary",
+        "Leave out `scale_granularity`"),
+    Row(form("gemlite", zeros=None), Q, "has no `zeros`", "Download the file again."),
+    Row(form("gemlite", meta_scale=torch.tensor(0.5)), f"{Q} is shape (8, 32), torch.uint8",
+        "a scale of scales of [0.5]", "Convert the repository of dense weights"),
+    Row(form("gemlite", scales=torch.full((1, 32), float("nan"))), f"TMP/gemlite/state_dict.pt: tensor `{Q}.scales`",
+        "holds NaN", "Download it again."),
+    Row(two_models, "transformer-a, transformer-b", "holds several models", "Pass one of them as `component`."),
+    Row(with_pipeline("layer"), "TMP/layer", "has no model_index.json", "Pass the folder or Hub id of a pipeline",
+        error=FileNotFoundError),
+    Row(with_pipeline("pipe"), "TMP/dense is 'DiTTransformer2DModel'", "as its transformer",
+        "Pass the pipeline that this model was made for."),
     Row(lambda w: swap_bitnet_order(torch.ones(2, 8)), "torch.float32", "are a uint8 matrix"),
     Row(lambda w: swap_bitnet_order(CODE_3), Fixed("code 3"), "which is not a ternary value",
         "Load it from an undamaged file."),
@@ -498,7 +569,7 @@ ROWS = [
     Row(converts("dense", "--vae", "auto"), "TMP/dense", "--vae is for the files of TerDiT's authors",
         "Leave it out."),
     Row(converts("original", "--scale_granularity", "row"), "TMP/original",
-        "--scale_granularity is for diffusers models with dense weights", "Leave it out."),
+        "--scale_granularity is for models of diffusers", "Leave it out."),
     Row(info("layer", "--labels"), "TMP/layer", "names no labels", "Leave out --labels."),
     Row(info("dense", "--kernels"), "TMP/dense", "has no ternary layers", "Leave out --kernels."),
     Row(info("pipe", file="model_index.json", text='{"_class_name": "DiTPipeline"}'), "holds a 'DiTPipeline'",

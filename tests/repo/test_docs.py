@@ -220,7 +220,7 @@ def public_names():
     for module in (losses, *(getattr(training, name) for name in training.__all__)):
         own = {name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
         names |= {f"{module.__name__}.{name}" for name in own if not name.startswith("_")}
-    return names | {f"{package}.checkpoints.bundled", f"{package}.conversion.convert_dense_checkpoint"}
+    return names | {f"{package}.checkpoints.bundled", f"{package}.conversion.convert_ternary_checkpoint"}
 
 
 def test_the_site_builds_without_a_warning_and_reads_nothing_from_another_host(tmp_path, capsys):

@@ -11,18 +11,19 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.resources import files
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL
-from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, RepoFile, hf_hub_download, try_to_load_from_cache
 from torch import Tensor
 
 from ..hub.errors import hub_errors
+from ..hub.model_card import human_bytes
 from ..models.transformer_terdit import TerDiTTransformer2DModel
 from ..ops import pack_ternary, reference, ternarize
 from ..pipelines.pipeline_terdit import TerDiTPipeline
@@ -36,6 +37,7 @@ WEIGHTS_NAMES = tuple(f"consolidated{kind}.00-of-01.pth" for kind in ("_ema_tern
 ARGS_NAME = "model_args.pth"
 VAE_FACTOR = 8  # pixels per latent of the Stable Diffusion VAE that the authors use
 GUIDANCE_CHANNELS = 3  # of 4, as the authors sample
+_SIZES = {"3b": "4.2b"}  # what the arguments call the model of 4.2 billion parameters
 
 _TOP = {
     "x_embedder": "proj_in",
@@ -231,35 +233,109 @@ def convert_state_dict(state_dict: dict[str, Tensor], pack: bool = False) -> dic
     return converted
 
 
-def _local_files(path: Path, weights_name: str | None) -> tuple[Path, Path]:
-    names = [weights_name] if weights_name else WEIGHTS_NAMES
-    for name in names:
-        if (path / name).is_file():
-            if not (path / ARGS_NAME).is_file():
-                raise FileNotFoundError(f"{path} holds {name} but no {ARGS_NAME}; both are needed.")
-            return path / name, path / ARGS_NAME
-    parts = sorted(p.name for p in path.glob("consolidated*-of-*.pth"))
+class Published(NamedTuple):
+    """A checkpoint in a folder or repository.
+
+    Attributes:
+        folder (`str`): Its folder there, "" for the top.
+        weights_name (`str`): The file that is read of it.
+        size (`str`): "600m", "4.2b", or what its arguments call it; "" if they do not say.
+        resolution (`int`): Pixels of a side.
+        bytes (`int`): Of the weights.
+    """
+
+    folder: str
+    weights_name: str
+    size: str
+    resolution: int
+    bytes: int
+
+
+def list_checkpoints(
+    path: str | os.PathLike,
+    weights_name: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> list[Published]:
+    """List the checkpoints of TerDiT's authors in a folder or repository, of which the arguments are downloaded.
+
+    Args:
+        path (`str` or `os.PathLike`): Folder, which is searched one folder down, or Hub id.
+        weights_name (`str`, *optional*): Only those with this file; default the packed EMA one where there is one.
+        revision (`str`, *optional*): Of the Hub repository.
+        token (`str`, *optional*): For a private one.
+
+    Raises:
+        OSError: There is none, or the folder or repository cannot be read.
+        ValueError: A file of arguments holds something else.
+    """
+    if Path(path).is_dir():
+        files = [*Path(path).glob("*.pth"), *Path(path).glob("*/*.pth")]
+        sizes = {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
+    else:
+        with hub_errors(path, revision):
+            tree = HfApi().list_repo_tree(str(path), recursive=True, revision=revision, token=token)
+            sizes = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
+    wanted = [weights_name] if weights_name else [*WEIGHTS_NAMES]
+    found = []
+    for home in sorted(name.removesuffix(ARGS_NAME) for name in sizes if PurePosixPath(name).name == ARGS_NAME):
+        if names := [name for name in wanted if home + name in sizes]:
+            with hub_errors(path, revision):
+                args = _arguments(_file(path, home + ARGS_NAME, revision=revision, token=token))
+            model, side = args.get("model"), args.get("image_size")
+            named = re.search(r"_(\d+[MB])_", model) if isinstance(model, str) else None
+            size = named[1].lower() if named else "unknown size"
+            pixels = side if isinstance(side, int) else 0
+            found.append(Published(home.rstrip("/"), names[0], _SIZES.get(size, size), pixels, sizes[home + names[0]]))
+    if not found:
+        raise FileNotFoundError(_why_none(path, sizes, wanted))
+    return found
+
+
+def _why_none(path: str | os.PathLike, names: Iterable[str], wanted: list[str]) -> str:
+    if alone := sorted(name for name in names if PurePosixPath(name).name in wanted):
+        return f"{path} holds {alone[0]} but no {ARGS_NAME}; both are needed."
+    parts = sorted(name for name in names if re.fullmatch(r"consolidated.*-of-.*\.pth", PurePosixPath(name).name))
     split = (
         f" It holds {', '.join(parts)}; model-parallel checkpoints of several parts cannot be read." if parts else ""
     )
-    raise FileNotFoundError(
-        f"{path} holds none of {', '.join(names)}.{split} Pass the folder that holds one, or its `weights_name`."
+    return (
+        f"{path} holds none of {', '.join(wanted)}.{split} Pass the folder or repository that holds one, or its"
+        " `weights_name`."
     )
 
 
-def _hub_files(repo_id: str, subfolder: str | None, weights_name: str | None, **hub: Any) -> tuple[Path, Path]:
-    """Download the one weights file that is wanted, and the arguments."""
-    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    listed = HfApi().list_repo_files(repo_id, revision=hub.get("revision"), token=hub.get("token"))
-    present = [name for name in ([weights_name] if weights_name else WEIGHTS_NAMES) if prefix + name in listed]
-    if not present:
-        folders = sorted({name.rpartition("/")[0] for name in listed if name.endswith(".pth")})
-        raise FileNotFoundError(
-            f"{repo_id} holds no TerDiT checkpoint in {prefix or 'its top folder'}. Folders with checkpoints:"
-            f" {folders}. Pass one as `subfolder`."
+def _choose(found: list[Published], path: str | os.PathLike, **asked: Any) -> Published:
+    """Return the one checkpoint that is asked for by folder, size or resolution, or the one at the top."""
+    asked = {name: value for name, value in asked.items() if value is not None}
+    chosen = [one for one in found if all(getattr(one, name) == value for name, value in asked.items())]
+    if len(chosen) > 1 and not asked:
+        chosen = [one for one in chosen if not one.folder] or chosen
+    if len(chosen) == 1:
+        return chosen[0]
+    listed = "; ".join(
+        f"{one.folder or 'at the top'} ({one.size}, {one.resolution} px, {human_bytes(one.bytes)})" for one in found
+    )
+    of = f" of {', '.join(f'{name} {value}' for name, value in asked.items())}" if asked else ""
+    raise FileNotFoundError(
+        f"{path} holds {'several checkpoints' if chosen else 'no checkpoint'}{of}. There are: {listed}. Pass `size`"
+        " and `resolution`, or the `subfolder`, of one."
+    )
+
+
+def _file(path: str | os.PathLike, name: str, **hub: Any) -> Path:
+    """Return a file of a folder, or download it."""
+    return Path(path) / name if Path(path).is_dir() else Path(hf_hub_download(str(path), name, **hub))
+
+
+def _arguments(path: Path) -> dict[str, Any]:
+    namespace = load_pickle(path, argparse.Namespace)
+    args = vars(namespace) if isinstance(namespace, argparse.Namespace) else namespace
+    if not isinstance(args, dict):
+        raise ValueError(
+            f"{path} holds {type(args).__name__}, expected the arguments of a training run. Download it again."
         )
-    paths = [Path(hf_hub_download(repo_id, prefix + name, **hub)) for name in (present[0], ARGS_NAME)]
-    return paths[0], paths[1]
+    return args
 
 
 def convert_original_checkpoint(
@@ -271,6 +347,8 @@ def convert_original_checkpoint(
     num_attention_heads: int = 32,
     revision: str | None = None,
     token: str | None = None,
+    size: str | None = None,
+    resolution: int | None = None,
 ) -> TerDiTPipeline:
     """Read a checkpoint as TerDiT's authors publish it, exactly.
 
@@ -291,6 +369,8 @@ def convert_original_checkpoint(
         num_attention_heads (`int`, defaults to 32): As in every published size; the tensors cannot tell.
         revision (`str`, *optional*): Of the Hub repository.
         token (`str`, *optional*): For a private one.
+        size (`str`, *optional*): Of several checkpoints in `path` the one of this size: "600m" or "4.2b".
+        resolution (`int`, *optional*): And of this one, 256 or 512 pixels.
 
     Returns:
         [`TerDiTPipeline`]: In float32 (or packed), on the CPU.
@@ -302,21 +382,24 @@ def convert_original_checkpoint(
     """
     if weight_format not in (None, "float", "packed"):
         raise ValueError(f'`weight_format` must be "float", "packed" or None, got {weight_format!r}.')
-    folder = Path(path) / (subfolder or "")
-    if folder.is_dir():
-        weights, arguments = _local_files(folder, weights_name)
+    place: Path | str
+    if Path(path, subfolder or "").is_dir():
+        place, subfolder = Path(path, subfolder or ""), None
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not Path(path).exists():
-        with hub_errors(path, revision):
-            weights, arguments = _hub_files(str(path), subfolder, weights_name, revision=revision, token=token)
+        place = str(path)
     else:
-        raise FileNotFoundError(f"{folder} is not a folder. Pass that of a checkpoint, or a Hub id.")
-
-    namespace, state_dict = load_pickle(arguments, argparse.Namespace), load_pickle(weights)
-    args = vars(namespace) if isinstance(namespace, argparse.Namespace) else namespace
-    if not isinstance(args, dict):
-        raise ValueError(
-            f"{arguments} holds {type(args).__name__}, expected the arguments of a training run. Download it again."
+        raise FileNotFoundError(
+            f"{Path(path, subfolder or '')} is not a folder. Pass that of a checkpoint, or a Hub id."
         )
+    found = list_checkpoints(place, weights_name, revision, token)
+    asked = {"folder": subfolder and subfolder.strip("/"), "size": size and size.lower(), "resolution": resolution}
+    chosen = _choose(found, place, **asked)
+    home = f"{chosen.folder}/" if chosen.folder else ""
+    with hub_errors(place, revision):
+        weights, arguments = (
+            _file(place, home + name, revision=revision, token=token) for name in (chosen.weights_name, ARGS_NAME)
+        )
+    args, state_dict = _arguments(arguments), load_pickle(weights)
     if vae == "auto":
         kind = args.get("vae", "ema")
         if kind not in ("ema", "mse"):
@@ -329,7 +412,7 @@ def convert_original_checkpoint(
         weights, lambda: _convert_transformer(state_dict, args, weight_format, num_attention_heads)
     )
     original = {
-        "repo_id": None if folder.is_dir() else str(path),
+        "repo_id": None if isinstance(place, Path) else place,
         "sha256": {file.name: _sha256(file) for file in (weights, arguments)},
     }
     transformer.register_to_config(**{ORIGINAL: original})

@@ -56,6 +56,7 @@ DTYPE_NAMES = {
     torch.float8_e5m2: "F8_E5M2",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.uint32: "U32",
     torch.int16: "I16",
     torch.int8: "I8",
     torch.uint8: "U8",
@@ -276,6 +277,18 @@ class WeightsFile:
             file.seek(begin)
             for position in range(begin, end, size):
                 yield bytearray(file.read(min(size, end - position)))
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor; its bytes are read into memory, not mapped. Raise a `ValueError` at a dtype not known."""
+        dtype, shape = self.tensors[name]
+        if dtype not in _DTYPES:
+            raise ValueError(f"{self.path}: tensor `{name}` is {dtype}, which is not read. Save it as float16.")
+        tensor = torch.empty(shape, dtype=_DTYPES[dtype])
+        if tensor.numel():
+            with open(self.path, "rb") as file:
+                file.seek(self.offsets[name][0])
+                file.readinto(tensor.view(-1).view(torch.uint8).numpy().data)
+        return tensor
 
     def _checked_chunks(self, name: str) -> Iterator[bytearray]:
         """Yield the chunks of a tensor; raise a `ValueError` at code 3, NaN and infinity."""

@@ -9,7 +9,7 @@ from diffusers import DiTTransformer2DModel, Flux2KleinPipeline, Flux2Transforme
 from safetensors.torch import load_file, save_file
 
 from diffusers_terdit.cli import main
-from diffusers_terdit.conversion import convert_dense_checkpoint
+from diffusers_terdit.conversion import convert_ternary_checkpoint
 from tiny import make_ternary, ternary_layers
 from tiny_flux2 import tiny_flux2_pipeline
 
@@ -46,7 +46,7 @@ class TestPipeline:
         return tmp_path / "published"
 
     def test_it_draws_the_same_also_without_its_text_encoder(self, published, tmp_path):
-        convert_dense_checkpoint(published, tmp_path / "packed", max_shard_size=50_000)
+        convert_ternary_checkpoint(published, tmp_path / "packed", max_shard_size=50_000)
         assert len(list((tmp_path / "packed" / "transformer").glob("*.safetensors"))) > 1
         assert not list(tmp_path.glob("*.partial"))
         _, expected = picture(published)
@@ -68,10 +68,10 @@ class TestPipeline:
         assert {layer.scale_granularity for layer in ternary_layers(model).values()} == {16}
 
     def test_export_is_import(self, published, tmp_path):
-        folder = convert_dense_checkpoint(published, tmp_path / "first") / "transformer"
+        folder = convert_ternary_checkpoint(published, tmp_path / "first") / "transformer"
         model = Flux2Transformer2DModel.from_pretrained(folder)
         model.dequantize().half().save_pretrained(tmp_path / "dense")
-        again = convert_dense_checkpoint(tmp_path / "dense", tmp_path / "second", scale_granularity=32)
+        again = convert_ternary_checkpoint(tmp_path / "dense", tmp_path / "second", scale_granularity=32)
         first, second = (load_file(path / FILE) for path in (folder, again))
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
@@ -83,7 +83,7 @@ class TestPipeline:
         for value, message in ((0.25, rf"{name} is not ternary: row 5, group 1"), (float("nan"), "NaN or infinity")):
             change_tensors(file, lambda tensors, value=value: tensors[name][5, 40:41].fill_(value))
             with pytest.raises(ValueError, match=message) as error:
-                convert_dense_checkpoint(published, tmp_path / "packed")
+                convert_ternary_checkpoint(published, tmp_path / "packed")
             assert value == 0.25 or file.name in str(error.value)
             assert not (tmp_path / "packed").exists()
             assert not list(tmp_path.glob("*.partial"))
@@ -98,7 +98,7 @@ class TestPipeline:
         path.rename(tmp_path / "away") if path.exists() else None
         path.symlink_to(tmp_path / "private" if name == "tokenizer" else tmp_path / "private" / "vocab.json")
         with pytest.raises(OSError, match=f"{name} is a link"):
-            convert_dense_checkpoint(published, tmp_path / "packed")
+            convert_ternary_checkpoint(published, tmp_path / "packed")
         assert not (tmp_path / "packed").exists()
 
     def test_what_belongs_to_no_component_stays(self, published, tmp_path):
@@ -108,7 +108,7 @@ class TestPipeline:
         (published / "LICENSE").write_text("free")
         (published / "tokenizer" / ".ipynb_checkpoints").mkdir()
         (published / "tokenizer" / ".env").write_text("token")
-        convert_dense_checkpoint(published, tmp_path / "packed")
+        convert_ternary_checkpoint(published, tmp_path / "packed")
         found = {path.name for path in (tmp_path / "packed").iterdir()}
         parts = {path.name for path in published.iterdir()}
         assert found == parts - {"notes.txt", ".git"}
@@ -119,7 +119,7 @@ class TestPipeline:
         (tmp_path / "packed").mkdir()
         (tmp_path / "packed" / "thesis.txt").write_text("years of work")
         with pytest.raises(FileExistsError):
-            convert_dense_checkpoint(published, tmp_path / "packed")
+            convert_ternary_checkpoint(published, tmp_path / "packed")
         assert (tmp_path / "packed" / "thesis.txt").read_text() == "years of work"
 
 
@@ -135,7 +135,7 @@ class TestModel:
         return tmp_path / "dense"
 
     def test_the_granularity_is_found(self, dense, tmp_path):
-        packed = DiTTransformer2DModel.from_pretrained(convert_dense_checkpoint(dense, tmp_path / "packed"))
+        packed = DiTTransformer2DModel.from_pretrained(convert_ternary_checkpoint(dense, tmp_path / "packed"))
         for name, layer in ternary_layers(packed).items():
             assert layer.scale_granularity == "tensor"
             assert torch.equal(layer.dequantize(), load_file(dense / FILE)[f"{name}.weight"])
@@ -152,14 +152,14 @@ class TestModel:
     def test_tensors_that_do_not_fit_the_config_are_refused(self, dense, tmp_path, change, message):
         change_tensors(dense / FILE, change)
         with pytest.raises(ValueError, match=message) as error:
-            convert_dense_checkpoint(dense, tmp_path / "packed")
+            convert_ternary_checkpoint(dense, tmp_path / "packed")
         assert str(tmp_path) in str(error.value)
         assert not (tmp_path / "packed").exists()
 
     def test_a_digest_is_checked(self, dense, tmp_path):
         save_file(load_file(dense / FILE), dense / FILE, metadata={"format": "pt", "terdit.sha256": "0" * 64})
         with pytest.raises(ValueError, match=rf"{FILE}: .* do not match the digest"):
-            convert_dense_checkpoint(dense, tmp_path / "packed")
+            convert_ternary_checkpoint(dense, tmp_path / "packed")
 
     def test_a_config_of_a_petabyte_or_other_types_is_refused_before_anything_is_allocated(self, dense, tmp_path):
         path = dense / "config.json"
@@ -170,4 +170,4 @@ class TestModel:
         ):
             path.write_text(json.dumps(config | change))
             with pytest.raises(ValueError, match=re.escape(str(dense))):
-                convert_dense_checkpoint(dense, tmp_path / "packed")
+                convert_ternary_checkpoint(dense, tmp_path / "packed")
