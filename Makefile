@@ -88,6 +88,7 @@ results: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python examples/experiments/worth_it.py --output_dir outputs/results
 	OMP_NUM_THREADS=1 $(BIN)/python examples/experiments/text_to_image.py --output_dir outputs/results
 	OMP_NUM_THREADS=1 $(BIN)/python $(BENCHMARK) flux2 --output_dir outputs/results
+	OMP_NUM_THREADS=1 $(BIN)/python $(BENCHMARK) pipeline --output_dir outputs/results
 	OMP_NUM_THREADS=1 $(BIN)/python $(BENCHMARK) numerics --output_dir outputs/results
 
 quality: .venv/.dev

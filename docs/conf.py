@@ -84,6 +84,7 @@ MEASURES = {
     "numerics": (*KERNELS, "models", "pipelines"),
     "deployment": (*KERNELS, *MODELS),
     "flux2": (*KERNELS, *MODELS, "quantization.py", "conversion"),
+    "pipeline": (*KERNELS, *MODELS, "quantization.py", "conversion"),
     "adaln_norm": TRAINING,
     "worth_it": TRAINING,
     "few_steps": (*KERNELS, "models", "pipelines"),

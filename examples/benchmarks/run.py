@@ -6,6 +6,7 @@ python examples/benchmarks/run.py deployment     the paper's deployment table: c
 python examples/benchmarks/run.py memory         peak memory of loading a packed model and of a forward pass
 python examples/benchmarks/run.py training       an optimizer step of a ternary and of a full-precision model
 python examples/benchmarks/run.py flux2          a transformer of FLUX.2-klein's shape, packed and dense
+python examples/benchmarks/run.py pipeline       a picture of a 4B pipeline, its text encoder included
 python examples/benchmarks/run.py numerics       errors of every dtype and arithmetic against float64
 python examples/benchmarks/run.py gpu-tests      do the kernels run on this GPU, and compute what the CPU does?
 python examples/benchmarks/run.py gpu-layers     a block's layers in every design that was considered
@@ -29,10 +30,11 @@ import gpu_tests
 import memory
 import numerics
 import training
+import whole_pipeline
 
 
 SCENARIOS = (
-    *(cpu_speed, deployment, memory, training, flux2, numerics),
+    *(cpu_speed, deployment, memory, training, flux2, whole_pipeline, numerics),
     *(gpu_tests, gpu_layers, gpu_steps, gpu_pictures, gpu_cards),
 )
 

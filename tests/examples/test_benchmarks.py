@@ -1,6 +1,7 @@
 """examples/benchmarks: every scenario at a toy size on the CPU, what it refuses, and the committed pages."""
 
 import importlib
+import importlib.util
 import io
 import json
 import os
@@ -20,6 +21,7 @@ from diffusers_terdit.ops.cpu import choose
 
 
 ROOT = Path(__file__).parents[2]
+STEPS = [f"step {i}" for i in range(1, 5)]  # of the pipeline
 RESULTS = ROOT / "docs" / "results"
 BENCHMARKS = ROOT / "examples" / "benchmarks"
 needs_integers = pytest.mark.skipif(not has_integer_kernel("cpu"), reason="needs AVX2 and numba")
@@ -447,6 +449,20 @@ def test_flux2(scenarios, run, in_this_process):
     assert len(in_this_process) == 3
     assert run("flux2", "--preset", "toy") == (data, page)
     assert len(in_this_process) == 3  # the second time nothing was measured
+
+
+def test_pipeline(run, in_this_process):
+    """Every mode draws; the parts of the pipeline are written once."""
+    data, page = run("pipeline", "--preset", "toy")
+    found = {record["mode"]: record for record in data["records"]}
+    assert len(found) == 6 + (importlib.util.find_spec("torchao") is not None)
+    assert all(record["pixels"] == [64, 64] for record in found.values())
+    assert data["bytes"]["packed"] < data["bytes"]["dense"]
+    parts = found["packed, int8, encoder evicted"]["parts"]
+    assert [*parts] == ["imports", "load the encoder", "encode", "load the rest", *STEPS, "decode"]
+    assert all(part["peak_gib"] > 0.1 for part in parts.values())
+    assert all(mode in page for mode in found)
+    assert run("pipeline", "--preset", "toy") == (data, page)
 
 
 def test_flux2_has_the_shape_of_the_published_model(scenarios):
