@@ -48,8 +48,8 @@ def register(
         AUTO_QUANTIZATION_CONFIG_MAPPING[method.value] = config
         AUTO_QUANTIZER_MAPPING[method.value] = quantizer
         # A `quant_backend` of PipelineQuantizationConfig must be in the tables of transformers, too.
-        of_transformers.AUTO_QUANTIZATION_CONFIG_MAPPING[method.value] = config
-        of_transformers.AUTO_QUANTIZER_MAPPING[method.value] = _refuse_model_of_transformers
+        of_transformers.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(method.value, config)
+        of_transformers.AUTO_QUANTIZER_MAPPING.setdefault(method.value, _refuse_model_of_transformers)
 
 
 def _refuse_model_of_transformers(config: QuantizationConfigMixin, **kwargs: Any) -> None:
