@@ -4,6 +4,7 @@ import inspect
 
 import diffusers
 import pytest
+import transformers
 from diffusers import ConfigMixin
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.loaders import PeftAdapterMixin
@@ -41,6 +42,11 @@ class TestContactWithTheHost:
         _diffusers.register("diffusers_terdit", classes=[AutoencoderKL], blocks=[TerDiTBlock], quantizers={})
         assert diffusers.AutoencoderKL is theirs
         assert tables == LOADABLE_CLASSES
+
+    def test_quantizers_are_in_the_tables_of_both_hosts(self):
+        for tables in (diffusers.quantizers.auto, transformers.quantizers.auto):
+            assert tables.AUTO_QUANTIZATION_CONFIG_MAPPING["ternary"] is diffusers_terdit.TernaryConfig
+            assert tables.AUTO_QUANTIZER_MAPPING.keys() > {"ternary", "torchao"}
 
     def test_config_hooks_that_are_overridden_exist(self):
         assert list(inspect.signature(ConfigMixin.extract_init_dict).parameters) == ["config_dict", "kwargs"]

@@ -15,13 +15,16 @@ from diffusers import (
     DiffusionPipeline,
     DiTTransformer2DModel,
     Flux2Transformer2DModel,
+    ModularPipeline,
     PipelineQuantizationConfig,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
 )
+from diffusers.modular_pipelines import ComponentSpec
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import QuantoConfig, TorchAoConfig
 
 from diffusers_terdit import TernaryConfig
 from diffusers_terdit.ops import reference
@@ -58,13 +61,13 @@ def sd3():
     return model, inputs, {"timestep": torch.tensor([10.0, 500.0])}
 
 
-def flux2():
+def flux2(in_channels=16):
     model = Flux2Transformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=32, num_attention_heads=2,
+        in_channels=in_channels, num_layers=1, num_single_layers=2, attention_head_dim=32, num_attention_heads=2,
         joint_attention_dim=64, axes_dims_rope=(8, 8, 8, 8), timestep_guidance_channels=32,
     )  # fmt: skip
     ids = torch.cartesian_prod(*[torch.arange(n) for n in (1, 4, 4, 1)])
-    inputs = {"hidden_states": (1, 16, 16), "encoder_hidden_states": (1, 6, 64)}
+    inputs = {"hidden_states": (1, 16, in_channels), "encoder_hidden_states": (1, 6, 64)}
     fixed = {"img_ids": ids, "txt_ids": torch.arange(24).reshape(6, 4), "timestep": torch.tensor([0.5])}
     return model, inputs, {**fixed, "guidance": torch.tensor([1.0])}
 
@@ -238,13 +241,6 @@ class TestLoading:
         save_file(load_file(file) | {"of.another.release": torch.ones(1)}, file, metadata={"format": "pt"})
         assert torch.equal(run(Flux2Transformer2DModel.from_pretrained(folder)), run(model))
 
-    def test_pipeline_quantization_config(self, tmp_path):
-        tiny_flux2_pipeline().save_pretrained(tmp_path)
-        config = PipelineQuantizationConfig(quant_mapping={"transformer": TernaryConfig(scale_granularity=16)})
-        pipe = DiffusionPipeline.from_pretrained(tmp_path, quantization_config=config)
-        assert ternary_layers(pipe.transformer)
-        assert not ternary_layers(pipe.text_encoder)
-
     @pytest.mark.parametrize(
         ("damage", "message"),
         [
@@ -290,6 +286,83 @@ class TestLoading:
                 DiTTransformer2DModel.from_pretrained(tmp_path)
 
 
+def picture(pipe):
+    options = {"text_encoder_out_layers": (1, 2, 3), "max_sequence_length": 16, "height": 32, "width": 32}
+    generator = torch.Generator().manual_seed(0)
+    options |= {"num_inference_steps": 1, "generator": generator, "output_type": "np"}
+    if isinstance(pipe, ModularPipeline):
+        return pipe(prompt="a cat", output="images", **options)
+    return pipe(prompt="a cat", guidance_scale=1.0, **options).images
+
+
+class TestPipelines:
+    """One config for the models of a pipeline, in both kinds of diffusers' pipelines."""
+
+    @pytest.fixture
+    def dense(self, tmp_path):
+        tiny_flux2_pipeline().save_pretrained(tmp_path / "dense")
+        return tmp_path / "dense"
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"quant_mapping": {"transformer": TernaryConfig(scale_granularity=16)}},
+            {
+                "quant_backend": "ternary",
+                "quant_kwargs": {"scale_granularity": 16},
+                "components_to_quantize": ["transformer"],
+            },
+        ],
+        ids=["mapping", "backend"],
+    )
+    def test_load_save_and_load_again(self, dense, tmp_path, options):
+        config = PipelineQuantizationConfig(**options)
+        pipe = DiffusionPipeline.from_pretrained(dense, quantization_config=config)
+        assert {layer.scale_granularity for layer in ternary_layers(pipe.transformer).values()} == {16}
+        assert not ternary_layers(pipe.text_encoder)
+        pipe.save_pretrained(tmp_path / "packed")
+        again = DiffusionPipeline.from_pretrained(tmp_path / "packed")
+        assert ternary_layers(again.transformer).keys() == ternary_layers(pipe.transformer).keys()
+        assert np.array_equal(picture(again), picture(pipe))
+
+    def test_beside_torchao_load_save_and_load_again(self, dense, tmp_path):
+        torchao = pytest.importorskip("torchao.quantization")
+        others = {"text_encoder": TorchAoConfig(torchao.Int8WeightOnlyConfig())}
+        config = PipelineQuantizationConfig(quant_mapping={"transformer": TernaryConfig(16), **others})
+        pipe = DiffusionPipeline.from_pretrained(dense, quantization_config=config)
+        pipe.save_pretrained(tmp_path / "packed")
+        again = DiffusionPipeline.from_pretrained(tmp_path / "packed")
+        for one in (pipe, again):
+            assert ternary_layers(one.transformer)
+            assert type(one.text_encoder.model.layers[0].mlp.up_proj.weight).__name__ == "Int8Tensor"
+        assert np.array_equal(picture(again), picture(pipe))
+
+    def test_beside_quanto_which_transformers_does_not_save(self, dense, tmp_path):
+        quanto = pytest.importorskip("optimum.quanto")
+        others = {"text_encoder": QuantoConfig(weights="int8")}
+        config = PipelineQuantizationConfig(quant_mapping={"transformer": TernaryConfig(16), **others})
+        pipe = DiffusionPipeline.from_pretrained(dense, quantization_config=config)
+        assert ternary_layers(pipe.transformer)
+        assert isinstance(pipe.text_encoder.model.layers[0].mlp.up_proj, quanto.QLinear)
+        assert np.isfinite(picture(pipe)).all()
+
+    def test_a_modular_pipeline_load_save_and_load_again(self, dense, tmp_path):
+        pipe = ModularPipeline.from_pretrained(str(dense))
+        pipe.load_components(quantization_config={"transformer": TernaryConfig(scale_granularity=16)})
+        assert {layer.scale_granularity for layer in ternary_layers(pipe.transformer).values()} == {16}
+        assert not ternary_layers(pipe.text_encoder)
+        packed = str(tmp_path / "packed")
+        pipe.save_pretrained(packed, overwrite_modular_index=True)
+        again = ModularPipeline.from_pretrained(packed)
+        again.load_components()
+        assert ternary_layers(again.transformer).keys() == ternary_layers(pipe.transformer).keys()
+        assert np.array_equal(picture(again), picture(pipe))
+
+    def test_a_component_without_a_class_is_quantized_too(self, dense):
+        spec = ComponentSpec("transformer", pretrained_model_name_or_path=str(dense), subfolder="transformer")
+        assert ternary_layers(spec.load(quantization_config=TernaryConfig(scale_granularity=16)))
+
+
 class TestChoice:
     @pytest.mark.parametrize(
         ("left", "kept"),
@@ -310,15 +383,16 @@ class TestChoice:
             assert found.keys() == {name for name in everything if not kept(name)}
             assert len(found) < len(everything)
 
-    def test_a_layer_that_is_refused_can_be_named_or_kept_in_floats(self):
+    @pytest.mark.parametrize("options", [{"strict": True}, {"lossless": True}])
+    def test_a_layer_that_is_refused_can_be_named_or_kept_in_floats(self, options):
         model, _ = new("DiT")
         model.transformer_blocks[0].ff.net[2] = nn.Linear(128, 30)
         with pytest.raises(
             ValueError, match=r"transformer_blocks.0.ff.net.2 cannot be ternary: .* multiples of 4.*30"
         ):
-            TernaryConfig().quantize(model)
+            TernaryConfig(**options).quantize(model)
         assert not ternary_layers(model)
-        TernaryConfig(weight_format="float").quantize(model)
+        TernaryConfig(weight_format="float", strict=True).quantize(model)
         with pytest.raises(ValueError, match=r"transformer_blocks.0.ff.net.2: .*multiple of 4"):
             pack(model)
         assert all(layer.weight_format == "float" for layer in ternary_layers(model).values())
@@ -329,6 +403,47 @@ class TestChoice:
             with pytest.raises(ValueError, match="modules_to_not_convert"):
                 config.quantize(tied)
         TernaryConfig(modules_to_not_convert="*.attn1.to_q").quantize(tied)
+
+    @pytest.mark.parametrize(
+        ("granularity", "dense", "reason"),
+        [
+            ("row", ["proj_out"], "proj_out: a packed layer needs outputs in multiples of 4, this one has 18."),
+            (32, ["x_embedder", "proj_out"], "x_embedder: `in_features` must be a multiple of the scale group, got"),
+        ],
+    )
+    def test_what_does_not_fit_stays_dense_and_one_line_says_so(self, tmp_path, caplog, granularity, dense, reason):
+        cls, (model, _, _) = Flux2Transformer2DModel, flux2(in_channels=18)
+        model.save_pretrained(tmp_path / "dense")
+        config = TernaryConfig(granularity, include=["single_transformer_blocks.*", *reversed(dense)])
+        loaded = cls.from_pretrained(tmp_path / "dense", quantization_config=config)
+        in_memory = config.quantize(cls.from_pretrained(tmp_path / "dense"))
+        lines = [record for record in caplog.records if "stay dense" in record.getMessage()]
+        assert [line.levelname for line in lines] == ["WARNING", "WARNING"]
+        for line in lines:
+            start = f"{len(dense)} of {4 + len(dense)} chosen layers stay dense: {', '.join(dense)}. {reason}"
+            assert line.getMessage().startswith(start)
+        caplog.clear()
+        for number, one in enumerate((loaded, in_memory)):
+            assert len(ternary_layers(one)) == 4
+            one.save_pretrained(tmp_path / str(number))
+            again = cls.from_pretrained(tmp_path / str(number))
+            assert ternary_layers(again).keys() == ternary_layers(one).keys()
+            assert all(torch.equal(value, again.state_dict()[key]) for key, value in one.state_dict().items())
+        assert not caplog.text
+        strict = TernaryConfig(**{**config.to_dict(), "strict": True})
+        with pytest.raises(ValueError, match=f"{dense[0]} cannot be ternary"):
+            cls.from_pretrained(tmp_path / "dense", quantization_config=strict)
+
+    def test_where_nothing_fits_it_is_an_error(self):
+        with pytest.raises(ValueError, match="groups of 24"):
+            TernaryConfig(scale_granularity=24).quantize(new("DiT")[0])
+
+    def test_a_saved_granularity_that_no_longer_fits_is_an_error(self, tmp_path):
+        TernaryConfig(scale_granularity=16).quantize(new("DiT")[0]).save_pretrained(tmp_path)
+        path = tmp_path / "config.json"
+        path.write_text(path.read_text().replace('"scale_granularity": 16', '"scale_granularity": 64'))
+        with pytest.raises(ValueError, match=r"has shape|missing tensor"):
+            DiTTransformer2DModel.from_pretrained(tmp_path)
 
     def test_a_refused_model_stays_as_it_was(self):
         model, run = new("DiT")
@@ -345,7 +460,8 @@ class TestChoice:
 
 class TestConfig:
     def test_there_and_back(self):
-        config = TernaryConfig(scale_granularity=128, lossless=True, modules_to_not_convert="*.to_out.*")
+        config = TernaryConfig(128, lossless=True, modules_to_not_convert="*.to_out.*", strict=True)
+        assert config.to_dict()["strict"]
         again = TernaryConfig.from_dict(json.loads(json.dumps(config.to_dict())))
         assert again.to_dict() == config.to_dict()
         assert "128" in repr(config)
@@ -357,7 +473,7 @@ class TestConfig:
         assert found.to_dict() == TernaryConfig(16, lossless=True, modules_to_not_convert="*.norm1.*").to_dict()
         assert set(found.to_dict()) == {
             "quant_method", "version", "scale_granularity", "weight_format", "lossless", "include",
-            "modules_to_not_convert",
+            "modules_to_not_convert", "strict",
         }  # fmt: skip
 
     def test_a_name_that_a_first_model_excludes_is_that_of_one_layer(self):

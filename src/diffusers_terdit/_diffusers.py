@@ -23,6 +23,7 @@ from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUA
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from diffusers.utils.peft_utils import _create_lora_config
+from transformers.quantizers import auto as of_transformers
 
 
 def register(
@@ -46,6 +47,17 @@ def register(
     for method, (config, quantizer) in quantizers.items():
         AUTO_QUANTIZATION_CONFIG_MAPPING[method.value] = config
         AUTO_QUANTIZER_MAPPING[method.value] = quantizer
+        # A `quant_backend` of PipelineQuantizationConfig must be in the tables of transformers, too.
+        of_transformers.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(method.value, config)
+        of_transformers.AUTO_QUANTIZER_MAPPING.setdefault(method.value, _refuse_model_of_transformers)
+
+
+def _refuse_model_of_transformers(config: QuantizationConfigMixin, **kwargs: Any) -> None:
+    raise ValueError(
+        f"A {type(config).__name__} quantizes models of diffusers; this one is of transformers. Name others in"
+        ' PipelineQuantizationConfig: components_to_quantize=["transformer"], or a quant_mapping with a config of'
+        " transformers for this one."
+    )
 
 
 def is_offloaded(model: torch.nn.Module) -> bool:

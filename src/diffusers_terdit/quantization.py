@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
+from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ._diffusers import DiffusersQuantizer, QuantizationConfigMixin, remove_from_config
@@ -35,6 +36,8 @@ from .storage.weights import (
     state_dict_digest,
 )
 
+
+logger = logging.get_logger(__name__)
 
 # Names in a config.json of the first models, and what they are called now.
 _FIRST_NAMES = {"granularity": "scale_granularity", "exact": "lossless", "exclude": "modules_to_not_convert"}
@@ -62,6 +65,9 @@ class TernaryConfig(QuantizationConfigMixin):
             names them. A name, as in other configs of diffusers: `"ff"`, `"attn.to_q"` or `"transformer_blocks.0"` is
             every module of that name, wherever it is, with all layers inside; parts of a name do not count. Or a
             shell-style pattern, which the whole name of a layer must match: `"*.norm1*"`.
+        strict (`bool`, defaults to `False`): A layer that does not fit is an error, as it always is with `lossless`.
+            `False` leaves it dense and says so in one line of the log. A layer fits if the group divides its inputs
+            and, packed, its outputs are a multiple of 4.
 
     Raises:
         ValueError: A setting that is not one of these.
@@ -74,14 +80,15 @@ class TernaryConfig(QuantizationConfigMixin):
         lossless: bool = False,
         include: str | list[str] | None = None,
         modules_to_not_convert: str | list[str] | None = None,
+        strict: bool = False,
         **kwargs: Any,
     ):
         unknown = sorted(set(kwargs) - {"quant_method", "version"})
         if unknown:
             shown = (f"{name} (now `{_FIRST_NAMES[name]}`)" if name in _FIRST_NAMES else name for name in unknown)
             raise ValueError(
-                f"TernaryConfig has no {', '.join(shown)}; it has scale_granularity, weight_format, lossless, include"
-                " and modules_to_not_convert."
+                f"TernaryConfig has no {', '.join(shown)}; it has scale_granularity, weight_format, lossless, include,"
+                " modules_to_not_convert and strict."
             )
         if kwargs.get("version", VERSION) != VERSION:
             raise ValueError(
@@ -89,8 +96,9 @@ class TernaryConfig(QuantizationConfigMixin):
                 f" {VERSION!r}. Update diffusers-terdit."
             )
         reference.check_scale_granularity(scale_granularity)
-        if not isinstance(lossless, bool):
-            raise ValueError(f"`lossless` must be True or False, got {lossless!r}.")
+        for option, value in (("lossless", lossless), ("strict", strict)):
+            if not isinstance(value, bool):
+                raise ValueError(f"`{option}` must be True or False, got {value!r}.")
         if weight_format not in ("packed", "float"):
             raise ValueError(f'`weight_format` must be "packed" or "float", got {weight_format!r}.')
         if lossless and weight_format == "float":
@@ -101,6 +109,7 @@ class TernaryConfig(QuantizationConfigMixin):
         self.scale_granularity = scale_granularity
         self.weight_format = weight_format
         self.lossless = lossless
+        self.strict = strict
         self.include = [include] if isinstance(include, str) else include
         self.modules_to_not_convert = (
             [modules_to_not_convert] if isinstance(modules_to_not_convert, str) else modules_to_not_convert
@@ -147,8 +156,9 @@ class TernaryConfig(QuantizationConfigMixin):
             [`~diffusers.ModelMixin`]: The same model.
 
         Raises:
-            ValueError: A layer cannot be ternary, is not `scale * {-1, 0, +1}` with `lossless`, a name or pattern
-                matches nothing, or the model is quantized already. The model is then as it was.
+            ValueError: No layer can be ternary (with `strict`: one cannot), one is not `scale * {-1, 0, +1}` with
+                `lossless`, a name or pattern matches nothing, or the model is quantized already. The model is then
+                as it was.
         """
         if not isinstance(model, ModelMixin):
             raise ValueError(f"`model` must be a model of diffusers, got {type(model).__name__}.")
@@ -157,7 +167,7 @@ class TernaryConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"This {type(model).__name__} is quantized already ({method}); call `dequantize()` first."
             )
-        linears = select_layers(model, self)
+        linears = select_layers(model, self, say_skipped=True)
         layers = {}
         for name, linear in linears.items():
             layer = new_layer(linear, self).to_empty(device=linear.weight.device)
@@ -206,11 +216,18 @@ def pack(model: ModelMixin) -> ModelMixin:
     return model
 
 
-def select_layers(model: nn.Module, config: TernaryConfig) -> dict[str, nn.Linear]:
-    """Return the linear layers of a model that a config chooses, by name.
+def select_layers(model: nn.Module, config: TernaryConfig, say_skipped: bool = False) -> dict[str, nn.Linear]:
+    """Return the linear layers of a model that a config chooses and that can be ternary, by name.
+
+    The same config chooses the same layers again when a saved model is loaded.
+
+    Args:
+        model (`torch.nn.Module`): With dense layers.
+        config ([`TernaryConfig`]): What it chooses.
+        say_skipped (`bool`): Whether to log the layers that it chooses and that do not fit.
 
     Raises:
-        ValueError: There are none, or one of them cannot be a ternary layer.
+        ValueError: There are none, one of them is shared or, with `strict` or `lossless`, does not fit.
     """
     if any(isinstance(module, TernaryLinear) for module in model.modules()):
         raise ValueError(f"This {type(model).__name__} has ternary layers already; it needs no TernaryConfig.")
@@ -233,6 +250,21 @@ def select_layers(model: nn.Module, config: TernaryConfig) -> dict[str, nn.Linea
     found = {name: linear for name, linear in linears.items() if name in included - excluded}
     if not found:
         raise ValueError(f"No linear layer of {type(model).__name__} is chosen; `include` some of {some}.")
+    misfits = {name: reason for name, linear in found.items() if (reason := _misfit(linear, config))}
+    if misfits and (config.strict or config.lossless or len(misfits) == len(found)):
+        name, reason = next(iter(misfits.items()))
+        raise ValueError(
+            f"{name} cannot be ternary: {reason} Name it in `modules_to_not_convert`, or choose another"
+            " `scale_granularity`."
+        )
+    if misfits and say_skipped:
+        name, reason = next(iter(misfits.items()))
+        shown = ", ".join(list(misfits)[:5]) + (", ..." if len(misfits) > 5 else "")
+        logger.warning(
+            f"{len(misfits)} of {len(found)} chosen layers stay dense: {shown}. {name}: {reason} `strict=True` makes"
+            " this an error."
+        )
+    found = {name: linear for name, linear in found.items() if name not in misfits}
     first: dict[int, str] = {}
     for name, linear in found.items():
         if first.setdefault(id(linear), name) != name:
@@ -251,18 +283,18 @@ def select_layers(model: nn.Module, config: TernaryConfig) -> dict[str, nn.Linea
                 f"{name}.weight is tied to {', '.join(owners)}; name the layer in `modules_to_not_convert`, or untie"
                 " them."
             )
-        try:
-            reference.scale_shape(linear.out_features, linear.in_features, config.scale_granularity)
-            if config.weight_format == "packed" and linear.out_features % reference.CODES_PER_BYTE:
-                raise ValueError(
-                    f"a packed layer needs outputs in multiples of 4, this one has {linear.out_features}."
-                )
-        except ValueError as error:
-            raise ValueError(
-                f"{name} cannot be ternary: {error} Name it in `modules_to_not_convert`, or choose another"
-                " `scale_granularity`."
-            ) from None
     return found
+
+
+def _misfit(linear: nn.Linear, config: TernaryConfig) -> str | None:
+    """Why a layer of this shape cannot be ternary."""
+    try:
+        reference.scale_shape(linear.out_features, linear.in_features, config.scale_granularity)
+    except ValueError as error:
+        return str(error)
+    if config.weight_format == "packed" and linear.out_features % reference.CODES_PER_BYTE:
+        return f"a packed layer needs outputs in multiples of 4, this one has {linear.out_features}."
+    return None
 
 
 def new_layer(linear: nn.Linear, config: TernaryConfig) -> TernaryLinear:
@@ -339,7 +371,7 @@ class TernaryQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model, keep_in_fp32_modules=(), **kwargs):
         with self._naming_files():
-            linears = select_layers(model, self.quantization_config)
+            linears = select_layers(model, self.quantization_config, say_skipped=not self.pre_quantized)
         self.layers = {name: new_layer(linear, self.quantization_config) for name, linear in linears.items()}
         for name, layer in self.layers.items():
             model.set_submodule(name, layer)

@@ -8,6 +8,7 @@ from message_table import TINY, WEIGHTS, Fixed, Row, changed, dit, edit
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryConfig, lora, quantization
 from diffusers_terdit.ops import reference
@@ -198,6 +199,11 @@ def twice(w):
     TernaryConfig().quantize(model)
 
 
+def text_encoder(w):
+    CLIPTextModel(CLIPTextConfig(hidden_size=8, intermediate_size=8, num_attention_heads=1)).save_pretrained(w.tmp)
+    CLIPTextModel.from_pretrained(w.tmp, quantization_config=TernaryConfig())
+
+
 load = type(dit()).from_pretrained
 load_dense = partial(changed, "dense", partial(load, quantization_config=TernaryConfig()), WEIGHTS)
 load_config = partial(changed, "quantized", load, "config.json")
@@ -314,6 +320,7 @@ ROWS = [
     Row(quantize(exact=True), "exact", "TernaryConfig has no", "now `lossless`"),
     Row(quantize(version="2"), "version '2'", "reads '1'", "Update diffusers-terdit."),
     Row(quantize(lossless="yes"), "'yes'", "must be True or False"),
+    Row(quantize(strict=1), "got 1", "`strict` must be True or False"),
     Row(quantize(weight_format="int8"), "'int8'", 'must be "packed" or "float"'),
     Row(quantize(lossless=True, weight_format="float"), Fixed("`lossless=True`"), "takes over ternary codes",
         'use weight_format="packed"'),
@@ -321,6 +328,7 @@ ROWS = [
     Row(load_config(quantization_config=CONFIG), "'column'", "The `quantization_config` in config.json",
         'must be "tensor", "row" or a positive int'),
     Row(quantize(lambda: None), "NoneType", "must be a model of diffusers"),
+    Row(text_encoder, "TernaryConfig", "this one is of transformers", 'components_to_quantize=["transformer"]'),
     Row(twice, "DiTTransformer2DModel", "is quantized already (ternary)", "call `dequantize()` first"),
     Row(lambda w: TernaryConfig().quantize(w.model()), "TerDiTTransformer2DModel", "has ternary layers already",
         "it needs no TernaryConfig"),
@@ -330,7 +338,7 @@ ROWS = [
         "name it in `modules_to_not_convert`, or make it two"),
     Row(quantize(dit_with(lambda a: setattr(a.to_k, "weight", a.to_q.weight))), Q, "is tied to",
         "name the layer in `modules_to_not_convert`, or untie them"),
-    Row(quantize(dit_with(lambda a: setattr(a, "to_q", nn.Linear(32, 30)))), "this one has 30",
+    Row(quantize(dit_with(lambda a: setattr(a, "to_q", nn.Linear(32, 30))), strict=True), "this one has 30",
         "needs outputs in multiples of 4", "Name it in `modules_to_not_convert`, or choose"),
     Row(quantize(dit_with(lambda a: fill(a.to_q))), f"{Q}.weight", "NaN or infinity", "Take an undamaged one."),
     Row(lambda w: reference.exact_codes(torch.tensor([[1.0, 0.25]]), "tensor", "proj"), "row 0 holds 0.25 beside 1",

@@ -77,7 +77,7 @@ def test_blocks_are_of_a_kind_that_is_checked():
     for page in PAGES:
         text = page.read_text("utf-8")
         kinds = [block["language"] for block in BLOCK.finditer(text)]
-        left = set(kinds) - {"python", "py", "bash", "console", "bibtex", ""}
+        left = set(kinds) - {"python", "py", "bash", "console", "bibtex", "diff", ""}
         wrong += [f"{page.name}: nothing checks a block of {kind}" for kind in left]
         wrong += [f"{page.name}: a ``` is left open"] * (len(re.findall(r"^```", text, re.M)) != 2 * len(kinds))
         indented = set(re.findall(r"^[ >]+```(.+)", text, re.MULTILINE)) - {"html"}
@@ -191,7 +191,9 @@ def test_commands_have_these_flags(monkeypatch):
 
 def test_links_between_files_lead_somewhere():
     links = [
-        (page, link) for page in PAGES for link in re.findall(r"\]\((?!http|#|mailto:)([^)#]+)", page.read_text())
+        (page, link)
+        for page in PAGES
+        for link in re.findall(r"\]\((?!http|#|mailto:)([^)#]+)", BLOCK.sub("", page.read_text("utf-8")))
     ]
     missing = [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()]
     assert not missing, f"links to files that are not there: {missing}"

@@ -190,7 +190,6 @@ def test_every_dependency_has_a_floor_no_cap_and_a_reason():
 
 
 def test_the_base_is_what_the_source_imports_and_extras_are_named_where_they_are_missing():
-    """`transformers` is diffusers' own need: it loads no pipeline without."""
     base = {canonicalize_name(item.name) for item in requirements()}
     of_module = packages_distributions()
     extras = {canonicalize_name(r.name): e for e in ("train", "cpu", "lora", "triton") for r in requirements(e)}
@@ -215,7 +214,7 @@ def test_the_base_is_what_the_source_imports_and_extras_are_named_where_they_are
                     generic = extras[name] == "train" and "pip install {package}" in text
                     named = generic or any(f"pip install {name}" in text for text in texts.values())
                     assert named or name in ("triton", "llvmlite"), f"say `pip install {name}` where it is missing"
-    assert base - used == {"transformers"}, "a dependency that nothing imports: take it out of pyproject.toml"
+    assert base <= used, "a dependency that nothing imports: take it out of pyproject.toml"
 
 
 class TestLock:
