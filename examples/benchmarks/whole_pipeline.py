@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.render:
         results.resume(args.fresh, machine=shared.machine(), preset=args.preset)
         missing = results.missing({"mode": mode} for mode in MODES)
-        if importlib.util.find_spec("torchao") is None:
+        if not has_torchao():
             missing = [case for case in missing if "quantized" not in MODES[case["mode"]][3]]
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             if missing:
@@ -94,8 +94,26 @@ def write(preset: str, folder: Path) -> dict[str, int]:
     torch.manual_seed(0)
     AutoencoderKLFlux2(**vae).bfloat16().save_pretrained(folder / "vae")
     new_tokenizer(folder).save_pretrained(folder / "tokenizer")
-    names = ("dense", "packed", "text_encoder", "vae")
-    return {name: flux2.folder_bytes(folder / name) for name in names}
+    if has_torchao():
+        quantize_encoder(folder)
+    names = ("dense", "packed", "text_encoder", "text_encoder_int8", "vae")
+    return {name: flux2.folder_bytes(folder / name) for name in names if (folder / name).is_dir()}
+
+
+def has_torchao() -> bool:
+    return importlib.util.find_spec("torchao") is not None
+
+
+def quantize_encoder(folder: Path) -> None:
+    """Save the text encoder with torchao's int8 weights, once, as its user would."""
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    model = Qwen3ForCausalLM.from_pretrained(
+        folder / "text_encoder", dtype=torch.bfloat16, quantization_config=config
+    )
+    model.save_pretrained(folder / "text_encoder_int8")
 
 
 def random_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -143,10 +161,10 @@ def measure(mode: str, folder: str, preset: str) -> dict:
     mark("load the encoder")
     settings = {"text_encoder_out_layers": PARTS[preset][1], "max_sequence_length": flux2.PRESETS[preset][2]}
     embeds, _ = pipe.encode_prompt("a cat in the snow", **settings)
-    mark("encode")
     if "evicted" in encoder:
         pipe.text_encoder = None
         gc.collect()
+    mark("encode")
     transformer = Flux2Transformer2DModel.from_pretrained(f"{folder}/{kind}", dtype=dtype).eval()
     for layer in flux2.ternary_layers(transformer) if bits else ():
         layer.set_activation_bits(bits)
@@ -167,13 +185,8 @@ def measure(mode: str, folder: str, preset: str) -> dict:
 
 def new_pipeline(folder: str, quantized: bool) -> Flux2KleinPipeline:
     """The pipeline with its text encoder alone, in bfloat16 or in torchao's int8."""
-    options = {}
-    if quantized:
-        from torchao.quantization import Int8WeightOnlyConfig
-        from transformers import TorchAoConfig
-
-        options["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig())
-    text_encoder = Qwen3ForCausalLM.from_pretrained(f"{folder}/text_encoder", dtype=torch.bfloat16, **options).eval()
+    path = f"{folder}/text_encoder{'_int8' if quantized else ''}"
+    text_encoder = Qwen3ForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
     pipe = Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=None, text_encoder=text_encoder,
         tokenizer=Qwen2TokenizerFast.from_pretrained(f"{folder}/tokenizer"), transformer=None, is_distilled=True,
