@@ -81,8 +81,12 @@ def trace(transformer: TerDiTTransformer2DModel) -> ExportedProgram:
     shapes = {"hidden_states": {0: batch, **sides}, "timestep": {0: batch}, "class_labels": {0: batch}}
     with torch.no_grad(), quiet():
         program = torch.export.export(_Sample(transformer).eval(), (), inputs, dynamic_shapes=shapes)
-        table = {INTEGER_LINEAR: _rounded(transformer), ATTENTION: _with_all_heads}
-        return program.run_decompositions(table)
+        table: dict[Any, Any] = {}
+        if INTEGER_LINEAR in {node.target for node in program.graph.nodes}:
+            table[INTEGER_LINEAR] = _rounded(transformer)
+        if config.num_key_value_heads is not None:
+            table[ATTENTION] = _with_all_heads
+        return program.run_decompositions(table) if table else program  # it takes as long as tracing
 
 
 def _rounded(transformer: TerDiTTransformer2DModel):
