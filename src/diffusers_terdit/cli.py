@@ -30,6 +30,7 @@ from . import __version__
 from .arguments import DTYPES, Parser, at_least, dtype, granularity, not_negative
 from .checkpoints import BUNDLED, resolve_model
 from .conversion import convert_original_checkpoint, convert_ternary_checkpoint, is_published_model
+from .export import FORMATS, export_pipeline
 from .hub.errors import hub_errors
 from .hub.model_card import CardOptions, human_bytes, printable
 from .hub.push import push_saved
@@ -367,13 +368,22 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Save the averaged weights of a checkpoint of a training run as a pipeline folder, to sample, share and push."""
+    """Save the averaged weights of a training run's checkpoint as a pipeline folder, or a model for other software."""
     _check_folder(args.output, args.overwrite)
-    if Path(args.checkpoint, "model_index.json").is_file():
-        raise ValueError(f"{args.checkpoint} is a pipeline already, no checkpoint. Use it as it is, or `terdit pack`.")
-    load_pipeline(args.checkpoint).save_pretrained(args.output)
-    print(f"Exported {args.checkpoint} to {args.output}\n")
-    _print_info(Path(args.output))
+    if args.format == "diffusers":
+        if Path(args.model, "model_index.json").is_file():
+            raise ValueError(f"{args.model} is a pipeline already, no checkpoint. Use it as it is, or `terdit pack`.")
+        load_pipeline(args.model).save_pretrained(args.output)
+        print(f"Exported {args.model} to {args.output}\n")
+        _print_info(Path(args.output))
+        return
+    pipe = load_pipeline(args.model)
+    if pipe.transformer.config.ternary:
+        pipe.transformer.pack()
+    file = export_pipeline(pipe, args.output, args.format)
+    size = sum(path.stat().st_size for path in file.parent.glob(f"{file.stem}.*"))
+    packed = sum(p.numel() * p.element_size() for p in pipe.transformer.parameters())
+    print(f"Exported {args.model} to {file}: {human_bytes(size)}, {human_bytes(packed)} in this package's format")
 
 
 def env(args: argparse.Namespace) -> None:
@@ -729,10 +739,16 @@ def build_parser() -> argparse.ArgumentParser:
         " copied. Without it, those of `path` are, where it is a pipeline.",
     )
 
-    add = command(export, "Save a checkpoint of a training run as a pipeline folder, to sample, share and push.")
-    add("checkpoint", help="Folder of the checkpoint, such as out/checkpoint-500.")
+    add = command(export, "Save a checkpoint of a training run as a pipeline folder, or a model for other software.")
+    add("model", help="A checkpoint, such as out/checkpoint-500; for other software also what `generate` takes.")
     add("output", help="Folder to write; it must be new or empty, or --overwrite given.")
     add("--overwrite", action="store_true", help="Replace the model in a folder that is not empty.")
+    add(
+        "--format",
+        choices=("diffusers", *FORMATS),
+        default="diffusers",
+        help="What to write: a pipeline folder of diffusers, or the transformer for ONNX Runtime or OpenVINO.",
+    )
 
     add = command(info, "Print sizes and statistics of a model, and where its bytes go.")
     add(

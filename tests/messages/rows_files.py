@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import sys
 import warnings
 import zipfile
 from argparse import ArgumentTypeError
@@ -26,6 +27,7 @@ from diffusers_terdit import (
 )
 from diffusers_terdit.checkpoints import bundled
 from diffusers_terdit.conversion import convert_ternary_checkpoint, swap_bitnet_order
+from diffusers_terdit.export import export_pipeline, to_onnx, trace, write_onnx, write_openvino
 from diffusers_terdit.hub import known_files, model_card
 from diffusers_terdit.hub.push import push_saved
 from diffusers_terdit.storage import configs, inspection, saving, weights
@@ -51,6 +53,16 @@ index = partial(changed, "layer", load, INDEX)
 model_index = partial(changed, "pipe", TerDiTPipeline.from_pretrained, "model_index.json")
 scheduler = partial(changed, "pipe", TerDiTPipeline.from_pretrained, SCHEDULER)
 export = partial(changed, "pipe", export_remote_code)
+
+
+def without(package, write):
+    """Write a traced model where a package is missing."""
+
+    def provoke(w):
+        w.monkeypatch.setitem(sys.modules, package, None)
+        write(None, w.tmp / "model")
+
+    return provoke
 
 
 def other_digest(w):
@@ -504,6 +516,15 @@ ROWS = [
         "Load it from an undamaged file."),
 
     # export, inspection, bundled checkpoints
+    Row(lambda w: trace(w.model()), Fixed("float format"), "what is exported is packed", "Call `pack()` first."),
+    Row(lambda w: trace(w.model("packed").bfloat16()), "torch.bfloat16 on cpu", "from the CPU, in float32",
+        'Call `to("cpu").float()`.'),
+    Row(lambda w: to_onnx.block_size(24), "24 inputs", "needs a multiple of 16", "`--format openvino`"),
+    Row(without("onnxscript", write_onnx), Fixed("onnxscript"), "Writing ONNX needs", "pip install onnxscript",
+        error=ImportError),
+    Row(without("openvino", write_openvino), Fixed("openvino"), "Writing for OpenVINO needs", "pip install openvino",
+        error=ImportError),
+    Row(lambda w: export_pipeline(w.pipe("packed"), w.tmp / "out", "gguf"), "'gguf'", "must be 'onnx' or 'openvino'"),
     Row(lambda w: export_remote_code(w.tmp), "TMP", "holds neither model_index.json nor config.json",
         "Pass a folder that `save_pretrained` wrote.", error=FileNotFoundError),
     Row(export("model_index.json", _class_name="DiTPipeline"), "DiTPipeline",

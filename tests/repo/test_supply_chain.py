@@ -192,7 +192,8 @@ def test_every_dependency_has_a_floor_no_cap_and_a_reason():
 def test_the_base_is_what_the_source_imports_and_extras_are_named_where_they_are_missing():
     base = {canonicalize_name(item.name) for item in requirements()}
     of_module = packages_distributions()
-    extras = {canonicalize_name(r.name): e for e in ("train", "cpu", "lora", "triton") for r in requirements(e)}
+    optional = ("train", "cpu", "lora", "triton", "export")
+    extras = {canonicalize_name(r.name): extra for extra in optional for r in requirements(extra)}
     extras["llvmlite"] = "cpu"  # numba's own
     kernels = {"exact_amx.py", "lookup.py", "pack.py", "triton_kernels.py"}
     kernels |= {"instructions.py", "integer.py", "integer_amx.py", "integer_lookup.py"}
