@@ -63,6 +63,7 @@ from diffusers_terdit.storage.weights import read_json
 
 logger = logging.getLogger(__name__)
 TIMED_STEPS = 10  # after which a run says how long it will take
+COPY_ROOM = 4  # times what a checkpoint holds must be free for a copy of it
 
 
 def boolean(text: str) -> bool:
@@ -237,7 +238,11 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
         help="bf16 computes in bfloat16; weights, average and loss stay float32. If not set, accelerate's setting.",
     )
     add("--gradient_checkpointing", action="store_true", help="Compute activations twice, to keep fewer in memory.")
-    add("--torch_compile", action="store_true", help="Compile the transformer blocks, which takes a minute or two.")
+    add(
+        "--torch_compile",
+        action="store_true",
+        help="Compile the transformer blocks, which takes a minute or two; the start says what it gains.",
+    )
     add("--fsdp", action="store_true", help="Shard weights, average and optimizer over the processes.")
 
 
@@ -417,7 +422,9 @@ class Trainer:
         self.device, self.is_main_process = accelerator.device, accelerator.is_main_process
         self.batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
         self.step, self.stop_request = 0, None
+        self.reports: list[tuple[int, Tensor]] = []  # of steps: loss, norm of the gradient, request to stop
         self.upload: Thread | None = None
+        self.writer = training.checkpointing.Writer()
         self.log_path = args.output_dir / "log.jsonl"
         found = training.checkpointing.find(args.output_dir)
         if found and not args.resume_from_checkpoint:
@@ -495,9 +502,16 @@ class Trainer:
         self.set_strength = None
         if args.ternary_warmup_steps:
             self.set_strength = training.initialize.gradual_ternarization(self.transformer)
-        if args.torch_compile:
-            self.transformer.compile_repeated_blocks()
+        compilers = {"win32": "cl", "darwin": "clang++"}
+        compiler = os.environ.get("CXX", compilers.get(sys.platform, "g++"))
+        if args.torch_compile and device.type == "cpu" and not shutil.which(compiler):
+            raise SystemExit(
+                f"--torch_compile needs a C++ compiler on a CPU, and there is no {compiler}. Install it, or leave the"
+                " flag out."
+            )
         if args.fsdp:
+            if args.torch_compile:
+                self.transformer.compile_repeated_blocks()
             training.sharding.shard_model(self.transformer, device.type)
             training.sharding.shard_model(self.ema_model, device.type)
         self.optimizer = torch.optim.AdamW(
@@ -505,6 +519,7 @@ class Trainer:
             lr=args.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
+            fused=device.type in ("cpu", "cuda"),
         )
         # `model` is what runs, with DDP around it; `transformer` is what is saved.
         self.model = self.transformer if args.fsdp else self.accelerator.prepare(self.transformer)
@@ -597,18 +612,24 @@ class Trainer:
             self.make_up_validation()
         self.log_start()
         batches, first, began = self.show_first(self.batches()), self.step, 0.0
+        if args.torch_compile and not args.fsdp:
+            batches = self.compile(batches)
         progress = tqdm(
             total=args.max_train_steps, initial=self.step, disable=not self.accelerator.is_local_main_process
         )
-        codes = training.statistics.packed_codes(self.transformer)
+        codes, logged = training.statistics.packed_codes(self.transformer), self.step
         window, started = [], time.perf_counter()  # (loss, norm of the gradient) of each step since the last record
         while self.step < args.max_train_steps:
-            loss, grad_norm, stop = self.train_step(batches)
-            window.append((loss, grad_norm))
-            images_per_second = len(window) * self.batch_size / (time.perf_counter() - started)
+            self.train_step(batches)
+            done, taken = self.step == args.max_train_steps, self.step - logged
+            recorded = self.step % args.logging_steps == 0 or self.step % args.checkpointing_steps == 0 or done
+            # A GPU is one step ahead of what is read, so that it need not wait for the reading.
+            found, stop = self.read_reports(all_of_them=recorded or self.device.type != "cuda")
+            window += found
+            images_per_second = taken * self.batch_size / (time.perf_counter() - started)
             progress.update()
-            progress.set_postfix(loss=f"{loss:.4f}", images_s=f"{images_per_second:.0f}")
-            done = self.step == args.max_train_steps
+            if window:
+                progress.set_postfix(loss=f"{window[-1][0]:.4f}", images_s=f"{images_per_second:.0f}")
             if self.step == first + 1:
                 began = time.perf_counter()  # the first step takes longer
             if self.step == first + TIMED_STEPS and not done:
@@ -620,7 +641,9 @@ class Trainer:
             if self.step % args.logging_steps == 0 or done:
                 self.log_window(window, images_per_second, codes)
                 codes, window, started = training.statistics.packed_codes(self.transformer), [], time.perf_counter()
+                logged = self.step
             if self.step % args.checkpointing_steps == 0 or done or stop:
+                window += self.read_reports()[0]
                 self.save()
             if stop and not done:
                 logger.info("stopped by a signal; go on with --resume_from_checkpoint latest")
@@ -665,8 +688,35 @@ class Trainer:
                 logger.info(f"{path} shows what the model sees")
         return batches
 
-    def train_step(self, batches: Iterator[dict[str, Tensor]]) -> tuple[float, float, bool]:
-        """Take one optimizer step; return loss, norm of the gradient, and whether any process was asked to stop."""
+    def compile(self, batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        """Compile the blocks, and say what that gains on the first batch; return the batches with it."""
+        for first in itertools.islice(batches, 1):
+            batches = itertools.chain([first], batches)
+            batch = self.codec.encode({key: value.to(self.device) for key, value in first.items()})
+            before = min(self.seconds_of_a_pass(batch) for _ in range(3))
+            self.transformer.compile_repeated_blocks()
+            compiling = self.seconds_of_a_pass(batch)
+            after = min(self.seconds_of_a_pass(batch) for _ in range(3))
+            logger.info(
+                f"  torch.compile = {before / after:.2f} times as fast: a forward and a backward pass take"
+                f" {after:.2g} s instead of {before:.2g} s; compiling took {compiling:.0f} s"
+            )
+        return batches
+
+    def seconds_of_a_pass(self, batch: dict[str, Tensor]) -> float:
+        """Time a forward and a backward pass, which leave no trace in the run."""
+        start = time.perf_counter()
+        with self.accelerator.no_sync(self.model), self.accelerator.autocast():
+            loss = self.loss(**batch)
+        with self.accelerator.no_sync(self.model):
+            loss.backward()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - start
+
+    def train_step(self, batches: Iterator[dict[str, Tensor]]) -> None:
+        """Take one optimizer step, and leave its report for `read_reports`."""
         args, accelerator = self.args, self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step) * group["lr_factor"]
@@ -684,20 +734,35 @@ class Trainer:
                 accelerator.backward(loss)
             step_loss += loss.detach()
         grad_norm = training.recipes.clip_grad_norm(self.transformer, args.max_grad_norm)
-        if not math.isfinite(grad_norm):
-            raise FloatingPointError(
-                f"The gradient is {grad_norm} at step {self.step}, loss {step_loss.item()}. The last checkpoint is of"
-                f" step {self.last_checkpoint}. Lower --learning_rate, raise --lr_warmup_steps, or look at the data."
-            )
+        if self.device.type != "cuda":
+            self.check_finite(self.step, step_loss.item(), grad_norm.item())  # before it changes a weight
         self.optimizer.step()
         self.optimizer.zero_grad()
         decay = training.recipes.average_decay(self.step, args.ema_decay)
         training.recipes.update_average(self.ema_model, self.transformer, decay)
-        self.step += 1
         # One reduction: the mean loss, and whether any process was asked to stop.
-        report = torch.stack([step_loss, torch.full_like(step_loss, bool(self.stop_request))])
-        mean_loss, stop = accelerator.reduce(report, reduction="mean").tolist()
-        return mean_loss, grad_norm, bool(stop)
+        report = torch.stack([step_loss, grad_norm.to(step_loss), step_loss.new_tensor(bool(self.stop_request))])
+        self.reports.append((self.step, accelerator.reduce(report, reduction="mean")))
+        self.step += 1
+
+    def check_finite(self, step: int, loss: float, grad_norm: float) -> None:
+        """Raise a `FloatingPointError` where the gradient of a step is not finite."""
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(
+                f"The gradient is {grad_norm} at step {step}, loss {loss}. The last checkpoint is of step"
+                f" {self.last_checkpoint}. Lower --learning_rate, raise --lr_warmup_steps, or look at the data."
+            )
+
+    def read_reports(self, all_of_them: bool = True) -> tuple[list[tuple[float, float]], bool]:
+        """Return loss and norm of the gradient of the steps since, and whether any process was asked to stop."""
+        found, stopped = [], False
+        while len(self.reports) > (0 if all_of_them else 1):
+            step, report = self.reports.pop(0)
+            loss, grad_norm, stop = report.tolist()
+            self.check_finite(step, loss, grad_norm)
+            found.append((loss, grad_norm))
+            stopped |= bool(stop)
+        return found, stopped
 
     def learning_rate(self, step: int) -> float:
         args = self.args
@@ -764,14 +829,24 @@ class Trainer:
         state["vae"] = os.path.abspath(vae) if vae and os.path.isdir(vae) else vae
         state["shard_sizes"] = getattr(self.samples, "shard_sizes", {})
         folder = args.output_dir / f"checkpoint-{step}"
-        training.checkpointing.save(
-            folder, self.transformer, self.ema_model, self.optimizer, state, self.is_main_process
+        weights = sum(parameter.numel() for parameter in self.transformer.parameters())
+        free = training.memory.free_bytes(torch.device("cpu"))
+        copy = free is not None and free > COPY_ROOM * 16 * weights
+        self.writer.wait()
+        write = training.checkpointing.snapshot(
+            self.transformer, self.ema_model, self.optimizer, state, self.is_main_process, copy
         )
-        if self.is_main_process:
-            training.checkpointing.rotate(args.output_dir, args.checkpoints_total_limit)
-        self.accelerator.wait_for_everyone()
-        self.last_checkpoint = step
-        logger.info(f"saved {folder}")
+
+        def save() -> None:
+            write(folder)
+            if self.is_main_process:
+                training.checkpointing.rotate(args.output_dir, args.checkpoints_total_limit)
+            self.last_checkpoint = step
+            logger.info(f"saved {folder}")
+
+        self.writer.start(save)
+        if not copy:
+            self.writer.wait()
 
     @property
     def sampling_defaults(self) -> dict[str, float]:
@@ -998,7 +1073,11 @@ def main(argv=None) -> None:
     try:
         with output_folder(args.output_dir, accelerator.is_main_process):  # no other run writes there
             trainer = Trainer(args, accelerator)
-            complete = trainer.train()
+            try:
+                complete = trainer.train()
+            finally:
+                trainer.writer.wait()
+            accelerator.wait_for_everyone()
             if complete:
                 trainer.export()
             accelerator.end_training()

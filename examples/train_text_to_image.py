@@ -464,7 +464,7 @@ def train(
         with accelerator.autocast():
             loss = compute_loss(model, scheduler, args, batch, text, teacher)
         accelerator.backward(loss)
-        grad_norm = training.recipes.clip_grad_norm(transformer, args.max_grad_norm)
+        grad_norm = float(training.recipes.clip_grad_norm(transformer, args.max_grad_norm))
         if not math.isfinite(grad_norm):
             raise FloatingPointError(
                 f"The gradient is {grad_norm} at step {step}, loss {loss.item()}. Lower --learning_rate or raise"

@@ -110,9 +110,7 @@ def quantize_encoder(folder: Path) -> None:
     from transformers import TorchAoConfig
 
     config = TorchAoConfig(Int8WeightOnlyConfig())
-    model = Qwen3ForCausalLM.from_pretrained(
-        folder / "text_encoder", dtype=torch.bfloat16, quantization_config=config
-    )
+    model = Qwen3ForCausalLM.from_pretrained(folder / "text_encoder", dtype=torch.bfloat16, quantization_config=config)
     model.save_pretrained(folder / "text_encoder_int8")
 
 

@@ -349,7 +349,7 @@ def train(variant: Variant, learning_rate: float, seed: int, curve: bool) -> dic
         output = model(noisy, timesteps, batch["class_labels"], return_dict=False)[0]
         loss = losses.diffusion_loss(output, clean, noise, timesteps, scheduler.alphas_cumprod).mean()
         loss.backward()
-        norm = training.recipes.clip_grad_norm(model, 2.0)
+        norm = float(training.recipes.clip_grad_norm(model, 2.0))
         if not math.isfinite(norm):
             return {"diverged_at": step, "noise_error": math.inf, "noise_error_held_out": math.inf, "curve": points}
         optimizer.step()

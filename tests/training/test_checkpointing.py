@@ -1,3 +1,7 @@
+import os
+import time
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -170,3 +174,40 @@ class TestDamage:
     def test_another_network_of_the_same_shapes(self, checkpoint, name, value):
         with pytest.raises(ValueError, match=f"{checkpoint} was trained with {name}="):
             self.resume(checkpoint, **{name: value})
+
+
+class TestBesideTraining:
+    """A checkpoint is written by a thread from a copy, while the next steps change the weights."""
+
+    def test_what_is_written_is_the_state_of_the_snapshot(self, tmp_path):
+        model, average = fresh_model(), fresh_model(1)
+        optimizer = optimizer_of(model)
+        training.checkpointing.save(tmp_path / "checkpoint-1", model, average, optimizer, {"step": 1})
+        write = training.checkpointing.snapshot(model, average, optimizer, {"step": 1})
+        with torch.no_grad():
+            for parameter in (*model.parameters(), *average.parameters()):
+                parameter.zero_()
+            for state in optimizer.state.values():
+                for tensor in state.values():
+                    tensor.fill_(7.0)
+        writer = training.checkpointing.Writer()
+        writer.start(lambda: write(tmp_path / "checkpoint-2"))
+        writer.wait()
+        for name in ("model", "ema", "optimizer"):
+            first, second = (load_file(tmp_path / f"checkpoint-{i}" / f"{name}.safetensors") for i in (1, 2))
+            assert first.keys() == second.keys()
+            assert all(torch.equal(first[key], second[key]) for key in first)
+
+    def test_what_fails_on_the_thread_is_raised_where_it_is_waited_for(self):
+        writer = training.checkpointing.Writer()
+        writer.start(partial(os.mkdir, "/nowhere/at/all"))
+        with pytest.raises(FileNotFoundError):
+            writer.wait()
+        writer.wait()  # it is raised once
+
+    def test_the_next_one_waits_for_the_one_before(self):
+        writer, order = training.checkpointing.Writer(), []
+        writer.start(lambda: (time.sleep(0.2), order.append(1)))
+        writer.start(lambda: order.append(2))
+        writer.wait()
+        assert order == [1, 2]

@@ -4,6 +4,7 @@ Shapes: B images, C channels, h x w latents, p patch size, L = h*w/p^2 tokens, D
 """
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ SIZES = {
 }
 
 
+LARGEST_SMALL_HEAD = 64  # features, up to which attention in float32 trains faster on a CPU
+
+
 class TerDiTRMSNorm(nn.RMSNorm):
     """RMSNorm in the dtype of its input: under autocast torch would leave its fused kernel for a float32 weight."""
 
@@ -56,6 +60,16 @@ def rotate(hidden_states: Tensor, image_rotary_emb: tuple[Tensor, Tensor]) -> Te
     return apply_rotary_emb(hidden_states, image_rotary_emb, sequence_dim=1)
 
 
+def attention_dtype(value: Tensor) -> torch.dtype:
+    """Return the dtype in which softmax attention is fastest, forward and backward: that of `value` (B, L, H, D/H).
+
+    torch's backward of attention in half precision on a CPU takes up to 6 times as long as in float32 where a head has
+    32 features, twice as long where it has 48, and less from 96 on (docs/training.md).
+    """
+    small = value.device.type == "cpu" and value.shape[-1] <= LARGEST_SMALL_HEAD
+    return torch.float32 if small and value.dtype.itemsize == 2 and value.requires_grad else value.dtype
+
+
 class TerDiTAttnProcessor:
     """Softmax attention over all tokens, with rotary positions on queries and keys."""
 
@@ -70,15 +84,17 @@ class TerDiTAttnProcessor:
         key = attn.norm_k(key).unflatten(-1, (-1, attn.head_dim))
         value = value.unflatten(-1, (-1, attn.head_dim))
 
-        hidden_states = dispatch_attention_fn(
-            rotate(query, image_rotary_emb).to(value.dtype),
-            rotate(key, image_rotary_emb).to(value.dtype),
-            value,
-            enable_gqa=key.shape[2] != query.shape[2],
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
-        return attn.to_out[0](hidden_states.flatten(2, 3))  # (B, L, D)
+        device, dtype = value.device.type, attention_dtype(value)
+        with torch.autocast(device, enabled=False) if dtype != value.dtype else nullcontext():
+            hidden_states = dispatch_attention_fn(
+                rotate(query, image_rotary_emb).to(dtype),
+                rotate(key, image_rotary_emb).to(dtype),
+                value.to(dtype),
+                enable_gqa=key.shape[2] != query.shape[2],
+                backend=self._attention_backend,
+                parallel_config=self._parallel_config,
+            )
+        return attn.to_out[0](hidden_states.flatten(2, 3).to(value.dtype))  # (B, L, D)
 
 
 class TerDiTAttention(nn.Module, AttentionModuleMixin):

@@ -1,11 +1,13 @@
 """Resumable checkpoints: whole or absent, and the same files whatever number of processes trains or shards a model."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from ..storage.weights import (
     read_json,
     state_dict_digest,
 )
-from .sharding import shard_like
+from .sharding import local_tensor, shard_like
 
 
 CHECKPOINT_PREFIX = "checkpoint-"
@@ -77,32 +79,34 @@ def cut_log(path: str | os.PathLike, step: int) -> None:
         partial.write_text("".join(kept), encoding="utf-8")
 
 
-def save(
-    folder: str | os.PathLike,
+def snapshot(
     model: ModelMixin,
     ema_model: ModelMixin | None,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     is_main_process: bool = True,
-) -> None:
-    """Write a resumable state: whole float tensors by name, whatever number of processes trained or sharded them.
+    copy: bool = True,
+) -> Callable[[str | os.PathLike], None]:
+    """Take a resumable state, and return what writes it into a folder.
 
-    Files: `model.safetensors` (raw weights), `config.json`, `ema.safetensors`, `optimizer.safetensors` and
-    `training_state.json`.
-    Every process must call this, because gathering sharded tensors takes all of them; the main one writes, from CPU
-    memory, one file after the other.
+    Every process must call this, because gathering sharded tensors takes all of them; in those other than the main one
+    the function that is returned does nothing.
 
     Args:
-        folder (`str` or `os.PathLike`): `checkpoint-N`; written beside it first, then renamed.
         model ([`~diffusers.ModelMixin`]): Not wrapped by DDP; its parameters may be sharded by `fully_shard`.
         ema_model ([`~diffusers.ModelMixin`], *optional*): Its average. `None` where an adapter is trained: then
             `model.safetensors` holds what takes gradients alone, and there is no `ema.safetensors`.
         optimizer (`torch.optim.Optimizer`): Over `model`'s parameters.
         state (`dict`): What else to keep, as JSON: the step, the batch size.
         is_main_process (`bool`): Whether this process, of rank 0, writes.
+        copy (`bool`): Whether it is a copy in CPU memory, which a thread may write while training goes on. Otherwise
+            it must be written before the next step.
 
-    Raises:
-        OSError: The disk is full or not writable; nothing is left behind.
+    Returns:
+        `Callable`: Takes the folder `checkpoint-N`, which is written beside it first, then renamed. Files: whole float
+            tensors by name in `model.safetensors` (raw weights), `ema.safetensors` and `optimizer.safetensors`;
+            `config.json` and `training_state.json`. Raises an `OSError` where the disk is full or not writable;
+            nothing is left behind.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -111,25 +115,86 @@ def save(
     marks = {"format": "pt", "terdit.state": canonical_json(json.loads(written))}
     # Rank 0 gets everything, the others nothing.
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+    parts: dict[str, dict[str, Any]] = {}
+    if ema_model is None:
+        parts["model"] = _trained(model)
+    else:
+        parts["model"] = get_model_state_dict(model, options=options)
+        parts["ema"] = get_model_state_dict(ema_model, options=options)
+    # torch would have an optimizer without state take a step.
+    parts["optimizer"] = _optimizer_state(model, optimizer, options) if optimizer.state else {}
+    own = {tensor.untyped_storage().data_ptr() for tensor in _tensors(model, ema_model, optimizer)} if copy else set()
+    for tensors in parts.values() if is_main_process else ():
+        for name, tensor in tensors.items():
+            shared = tensor.untyped_storage().data_ptr() in own
+            tensors[name] = tensor.detach().contiguous().clone() if shared else tensor.contiguous()
+    config = model.to_json_string()
 
-    with new_folder(folder) if is_main_process else contextlib.nullcontext() as partial:
-
-        def write(name: str, tensors: dict[str, Any]) -> None:
-            if partial is not None:
-                contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-                digest = {"terdit.sha256": state_dict_digest(contiguous)}
-                save_file(contiguous, partial / f"{name}.safetensors", {**marks, **digest})
-
-        if ema_model is None:
-            write("model", _trained(model))
-        else:
-            write("model", get_model_state_dict(model, options=options))
-            write("ema", get_model_state_dict(ema_model, options=options))
-        # torch would have an optimizer without state take a step.
-        write("optimizer", _optimizer_state(model, optimizer, options) if optimizer.state else {})
-        if partial is not None:
-            model.save_config(partial)
+    def write(folder: str | os.PathLike) -> None:
+        if not is_main_process:
+            return
+        with new_folder(folder) as partial:
+            for name, tensors in parts.items():
+                digest = {"terdit.sha256": state_dict_digest(tensors)}
+                save_file(tensors, partial / f"{name}.safetensors", {**marks, **digest})
+            (partial / model.config_name).write_text(config, encoding="utf-8")
             (partial / STATE_NAME).write_text(written + "\n", encoding="utf-8")
+
+    return write
+
+
+def _tensors(model: nn.Module, ema_model: nn.Module | None, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """Yield what the next step changes in place, of sharded tensors this process' part."""
+    for module in (model, ema_model):
+        if module is not None:
+            yield from map(local_tensor, itertools.chain(module.parameters(), module.buffers()))
+    for state in optimizer.state.values():
+        yield from (local_tensor(value) for value in state.values() if isinstance(value, Tensor))
+
+
+class Writer:
+    """Writes checkpoints on a thread of its own, one after the other, while training goes on."""
+
+    def __init__(self) -> None:
+        self._thread: Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Call a function on the thread, once the one before it has ended; raise what that one raised."""
+        self.wait()
+
+        def run() -> None:
+            try:
+                write()
+            except BaseException as error:
+                self._error = error
+
+        self._thread = Thread(target=run)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until what was started has ended, and raise what it raised."""
+        if self._thread is not None:
+            self._thread.join()
+        self._thread, error, self._error = None, self._error, None
+        if error is not None:
+            raise error
+
+
+def save(
+    folder: str | os.PathLike,
+    model: ModelMixin,
+    ema_model: ModelMixin | None,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    is_main_process: bool = True,
+) -> None:
+    """Write a resumable state now: `snapshot`, and what it returns. Every process must call this.
+
+    Raises:
+        OSError: The disk is full or not writable; nothing is left behind.
+    """
+    snapshot(model, ema_model, optimizer, state, is_main_process, copy=False)(folder)
 
 
 def load(

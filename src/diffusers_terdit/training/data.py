@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, default_collate
 from ..storage.configs import fits
 from ..storage.weights import WeightsFile, canonical_json, check_tensors_of, is_plain_name, read_json
 from .images import read_image, suffixes
-from .random import normal, permutation, sample_order, uniform
+from .random import draw, normal, permutation, sample_order
 
 
 logger = logging.get_logger(__name__)
@@ -397,14 +397,17 @@ class TrainingExamples(Dataset):
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
+        return self.example(position, *self._sample(position))
+
+    def _sample(self, position: int) -> tuple[Tensor, int]:
         epoch, offset = divmod(position, len(self.samples))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, sample_order(len(self.samples), self.seed, epoch)
         index = int(self._order[offset])
         if isinstance(self.samples, LatentSamples):
-            return self.example(position, *self.samples.get(index, self._flips(position)))
+            return self.samples.get(index, self._flips(position))
         sample, label = self.samples[index]
-        return self.example(position, sample.flip(-1) if self._flips(position) else sample, label)
+        return sample.flip(-1) if self._flips(position) else sample, label
 
     def stream(self, batches: Iterable[Sequence[int]]) -> Iterator[dict[str, Tensor]]:
         """Yield collated batches of a stream, whose samples come in the order of their positions."""
@@ -438,7 +441,7 @@ class TrainingExamples(Dataset):
         return self.samples.flip and self._draw("flip", position) < 0.5
 
     def _draw(self, stream: str, position: int) -> float:
-        return uniform(self.seed, stream, [position]).item()
+        return draw(self.seed, stream, position)
 
 
 def _check_types(path: Path, found: dict[str, Any], hints: dict[str, Any]) -> None:

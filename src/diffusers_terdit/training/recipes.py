@@ -197,9 +197,9 @@ def parameter_groups(
     ]
 
 
-def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
-    """Scale the gradients, sharded or not, to a norm of at most `max_norm`, and return the norm before."""
-    return float(full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)))
+def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients, sharded or not, to a norm of at most `max_norm`; return the norm before, () float32."""
+    return full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
 
 
 def average_decay(step: int, decay: float) -> float:

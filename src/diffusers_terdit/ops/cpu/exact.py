@@ -46,22 +46,20 @@ def linear_backward(
     """Compute `reference.linear_backward` for one scale per matrix or row, of as many rows as `grad` has."""
     flat, per_row = grad.reshape(-1, grad.shape[-1]), weight_scale.dim() == 2
     input_grad = grad.new_empty(0)
-    unscaled = torch.empty(0)  # the gradient to the input, before the scale where there is one for all
-    if need_input_grad or not (per_row or input is None):
+    if need_input_grad:
         rows = flat.float() * weight_scale.reshape(-1) if per_row else flat
         if 4 * len(weight_packed) > rows.shape[1]:
             rows = torch.nn.functional.pad(rows, (0, 4 * len(weight_packed) - rows.shape[1]))
-        unscaled = _in_strips(product, rows, weight_packed, True, None, None, None, torch.float32)
-    if need_input_grad:
-        input_grad = unscaled if per_row else unscaled * weight_scale
+        scale = None if per_row else weight_scale
+        input_grad = _in_strips(product, rows, weight_packed, True, None, scale, None, grad.dtype)
         input_grad = input_grad.to(grad.dtype).reshape(*grad.shape[:-1], weight_packed.shape[1])
     if input is None:
         return input_grad, grad.new_empty(0, dtype=torch.float32), grad.new_empty(0, dtype=torch.float32)
     wide, dtype = input.reshape(-1, input.shape[-1]), matmul_dtype(grad.dtype)
     weight_grad = (flat.to(dtype).T @ wide.to(dtype)).float()  # (N, K)
+    ternary = reference.unpack_ternary(weight_packed, torch.float32)[: len(weight_grad)]
     if per_row:
-        ternary = reference.unpack_ternary(weight_packed)[: len(weight_grad)]
         scale_grad = (weight_grad * ternary).sum(1, keepdim=True)
     else:
-        scale_grad = torch.dot(unscaled.flatten(), wide.float().flatten()).reshape(1)
+        scale_grad = torch.dot(weight_grad.flatten(), ternary.flatten()).reshape(1)
     return input_grad, weight_grad.mul_(weight_scale), scale_grad
