@@ -425,7 +425,7 @@ class Trainer:
         self.reports: list[tuple[int, Tensor]] = []  # of steps: loss, norm of the gradient, request to stop
         self.upload: Thread | None = None
         self.writer = training.checkpointing.Writer()
-        self.log_path = args.output_dir / "log.jsonl"
+        self.log_path, self.draws_log = args.output_dir / "log.jsonl", True
         found = training.checkpointing.find(args.output_dir)
         if found and not args.resume_from_checkpoint:
             raise SystemExit(
@@ -614,8 +614,8 @@ class Trainer:
         batches, first, began = self.show_first(self.batches()), self.step, 0.0
         if args.torch_compile and not args.fsdp:
             batches = self.compile(batches)
-        progress = tqdm(
-            total=args.max_train_steps, initial=self.step, disable=not self.accelerator.is_local_main_process
+        progress = tqdm(  # on a terminal alone; elsewhere each validation says how far the run is
+            total=args.max_train_steps, initial=self.step, disable=None if self.is_main_process else True
         )
         codes, logged = training.statistics.packed_codes(self.transformer), self.step
         window, started = [], time.perf_counter()  # (loss, norm of the gradient) of each step since the last record
@@ -634,10 +634,8 @@ class Trainer:
                 began = time.perf_counter()  # the first step takes longer
             if self.step == first + TIMED_STEPS and not done:
                 seconds = (time.perf_counter() - began) / (TIMED_STEPS - 1)
-                minutes = seconds * (args.max_train_steps - self.step) / 60
-                logger.info(
-                    f"  Expected time = {minutes:,.0f} more minutes, at {seconds:.2g} s a step, besides validation"
-                )
+                left = time_left(seconds * (args.max_train_steps - self.step))
+                logger.info(f"  Expected time = {left} more, at {seconds:.2g} s a step, besides validation")
             if self.step % args.logging_steps == 0 or done:
                 self.log_window(window, images_per_second, codes)
                 codes, window, started = training.statistics.packed_codes(self.transformer), [], time.perf_counter()
@@ -650,6 +648,10 @@ class Trainer:
                 return False
             if self.validation_due or self.frechet_due:
                 self.validate()
+                if self.step > first + 1 and not done:
+                    seconds = (time.perf_counter() - began) / (self.step - first - 1)
+                    left = time_left(seconds * (args.max_train_steps - self.step))
+                    logger.info(f"step {self.step:,} of {args.max_train_steps:,}, about {left} left")
             if args.hub_push_steps and self.step % args.hub_push_steps == 0 and not done:
                 self.push_meanwhile()
         progress.close()
@@ -802,7 +804,7 @@ class Trainer:
         if self.is_main_process:
             with writing(self.log_path), self.log_path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-        numbers = {key: value for key, value in record.items() if isinstance(value, (int, float))}
+        numbers = {key: value for key, value in record.items() if isinstance(value, (int, float)) and key != "step"}
         self.accelerator.log(numbers, step=self.step)
 
     def log_window(self, window: list[tuple[float, float]], images_per_second: float, codes: dict) -> None:
@@ -902,6 +904,12 @@ class Trainer:
         if self.frechet_due:
             record["frechet_distance"] = self.frechet_distance(pipe)
         self.log(**record)
+        if self.is_main_process and self.draws_log:
+            try:
+                training.log.draw(self.log_path, args.output_dir / "log.png")
+            except ImportError as error:
+                self.draws_log = False
+                logger.info(f"no log.png: {error}")
         self.accelerator.wait_for_everyone()
 
     @torch.no_grad()
@@ -1020,6 +1028,11 @@ class Trainer:
             "precision while training": "bfloat16, float32 weights" if args.mixed_precision == "bf16" else "float32",
             "seed": args.seed,
         }
+
+
+def time_left(seconds: float) -> str:
+    """Return a time in words: "90 seconds", "12 minutes"."""
+    return f"{seconds / 60:,.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
 
 
 def without_place(value: object) -> str:

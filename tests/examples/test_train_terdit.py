@@ -1,3 +1,4 @@
+import contextlib
 import json
 import logging
 import os
@@ -5,10 +6,10 @@ import re
 import runpy
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +193,94 @@ class TestRun:
         assert all(0 < distance < 100 for distance in distances)
 
 
+class TestSeen:
+    """What is to be seen of a run while it goes on."""
+
+    def test_the_log_is_drawn_at_each_validation_and_after_a_resume(self, run, monkeypatch, caplog):
+        caplog.set_level("INFO")
+        drawn, draw = [], training.log.draw
+
+        def count(path, picture):
+            draw(path, picture)
+            drawn.append([record["step"] for record in training.log.read(path) if "noise_error" in record])
+            Image.open(picture).verify()
+
+        monkeypatch.setattr(training.log, "draw", count)
+        flags = ("--checkpointing_steps", 2, "--validation_steps", 2)
+        folder = run("--demo", *flags)
+        assert drawn == [[2], [2, 4]]
+        shutil.rmtree(folder / "checkpoint-4")
+        (folder / "log.png").unlink()
+        text = (folder / "log.jsonl").read_text()
+        (folder / "log.jsonl").write_text(text + '{"step": 5, "loss"')  # cut by a kill
+        run("--demo", *flags, "--resume_from_checkpoint", "latest")
+        assert drawn == [[2], [2, 4], [2, 4]]
+        assert (folder / "log.png").stat().st_size > 10_000
+        assert not list(folder.rglob("*.partial"))
+
+    def test_without_matplotlib_a_line_says_what_is_missing_and_the_run_goes_on(self, run, monkeypatch, caplog):
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        caplog.set_level("INFO")
+        folder = run("--demo", "--validation_steps", 2)
+        assert [r.message for r in caplog.records if "log.png" in r.message] == [
+            "no log.png: A picture of the log needs matplotlib: pip install matplotlib"
+        ]
+        assert not (folder / "log.png").exists()
+        assert (folder / "model_index.json").exists()
+
+    def test_each_validation_says_how_much_is_left_and_no_bar_fills_a_file(self, run, caplog, capfd):
+        caplog.set_level("INFO")
+        run("--demo", "--validation_steps", 2, steps=6)
+        lines = [r.message for r in caplog.records if " left" in r.message]
+        assert [bool(re.fullmatch(rf"step {step} of 6, about \d+ seconds left", line)) for step, line in
+                zip((2, 4), lines, strict=True)] == [True, True]  # fmt: skip
+        assert "\r" not in capfd.readouterr().err
+
+    @pytest.mark.parametrize("tracker", ["tensorboard", "trackio"])
+    def test_trackers_get_the_numbers_and_ask_no_network(self, tmp_path, tracker):
+        pytest.importorskip(tracker)
+        program = """
+import runpy, sys
+
+def hook(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto", "urllib.Request"):
+        raise RuntimeError(f"asked a network: {event} {arguments}")
+
+sys.addaudithook(hook)
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+        out, store = tmp_path / "out", tmp_path / "store"
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("TRACKIO_")}
+        flags = ["--demo", *TINY, "--max_train_steps", "3", "--report_to", tracker, "--output_dir", str(out)]
+        done = subprocess.run(
+            [sys.executable, "-W", "error::UserWarning", "-c", program, str(EXAMPLES / "train_terdit.py"), *flags],
+            env={**environment, "TRACKIO_DIR": str(store), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        if tracker == "tensorboard":
+            from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+            events = EventAccumulator(str(out / "train_terdit"))
+            events.Reload()
+            seen = {key: [(e.step, e.value) for e in events.Scalars(key)] for key in ("loss", "noise_error_held_out")}
+        else:
+            with contextlib.closing(sqlite3.connect(next(store.glob("*.db")))) as database:
+                rows = database.execute("SELECT step, metrics FROM metrics ORDER BY step, id").fetchall()
+            rows = [(step, json.loads(metrics)) for step, metrics in rows]
+            seen = {
+                key: [(step, metrics[key]) for step, metrics in rows if key in metrics]
+                for key in ("loss", "noise_error_held_out")
+            }
+        assert [step for step, _ in seen["loss"]] == [1, 2, 3]
+        assert [step for step, _ in seen["noise_error_held_out"]] == [3]
+        for key, values in seen.items():
+            assert [value for _, value in values] == pytest.approx(records(out, key), rel=1e-6)
+
+
 class TestInterrupted:
     @pytest.fixture(autouse=True)
     def _interrupts_are_not_ignored(self):
@@ -233,7 +322,7 @@ class TestInterrupted:
 
         monkeypatch.setattr(training.recipes, "update_average", stop_in_second_step)
         folder = tmp_path / "out"
-        with pytest.raises(KeyboardInterrupt) if number == signal.SIGINT else nullcontext():
+        with pytest.raises(KeyboardInterrupt) if number == signal.SIGINT else contextlib.nullcontext():
             run("--demo", "--ema_decay", 0.5)
         assert [path.name for path in training.checkpointing.find(folder)] == ["checkpoint-2"]
         assert not (folder / "model_index.json").exists()
@@ -550,7 +639,7 @@ class TestData:
         ):  # fmt: skip
             assert line in lines
         assert re.search(r"Expected memory = 0\.\d GB, [\d.]+ GB are free", caplog.text)
-        assert re.search(r"Expected time = 0 more minutes, at [\d.e-]+ s a step", caplog.text)
+        assert re.search(r"Expected time = \d+ seconds more, at [\d.e-]+ s a step", caplog.text)
 
     def test_a_run_that_does_not_fit_the_memory_is_refused_before_it_starts(self, run, image_folder, tmp_path):
         with pytest.raises(SystemExit, match=r"would take about [\d.]+ GB .*--train_batch_size .*--preset tiny"):

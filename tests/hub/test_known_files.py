@@ -78,7 +78,8 @@ def test_what_is_unknown_is_left_out_and_named(fake_hub, folder, name, kind, mon
 
 @pytest.mark.parametrize("target", ["../secret", "../../secret", "/absolute", "to a link", "inside"])
 @pytest.mark.parametrize("name", ["pic.png", "samples/pic.png", "README.md", "scheduler/scheduler_config.json",
-                                  "model_index.json", f"transformer/{WEIGHTS}", "LICENSE", "log.jsonl"])  # fmt: skip
+                                  "model_index.json", f"transformer/{WEIGHTS}", "LICENSE", "log.jsonl",
+                                  "log.png"])  # fmt: skip
 def test_a_known_name_that_is_a_link_is_refused_before_anything_is_sent(fake_hub, folder, name, target):
     show(folder, "pic.png", "samples/pic.png")
     path = folder / name

@@ -51,6 +51,11 @@ def no_file(w):
     resumed("model.safetensors")(w)
 
 
+def no_matplotlib(w):
+    w.monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    training.log.draw(w.tmp / "log.jsonl", w.tmp / "log.png")
+
+
 def no_extra(w):
     w.monkeypatch.setitem(sys.modules, "datasets", None)
     training.data.open_dataset("x")
@@ -167,6 +172,8 @@ ROWS = [
     Row(cache(scaling_factor=2.0), "TMP/a.safetensors", "was not written with its latents.json", AGAIN),
     Row(cache({"labels": torch.ones(1, dtype=torch.int64)}), "`labels` has 1 to 1", "names 1 classes", AGAIN),
     Row(cache({"moments": -torch.ones(1, 8, 2, 2).half()}), "`moments`", "has a negative deviation", AGAIN),
+    Row(no_matplotlib, Fixed("matplotlib"), "A picture of the log needs matplotlib", "pip install matplotlib",
+        error=ImportError),
     Row(no_extra, Fixed("datasets"), "This needs datasets", "pip install datasets",
         error=ImportError),
     Row(lambda w: training.data.open_dataset(f"{w.tmp}/x.parquet"), "TMP/x.parquet", "cannot be loaded",

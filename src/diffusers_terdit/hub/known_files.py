@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 
 PICTURES = "card_images"  # folder of the repository
 
-CARD, _INDEX, _LOG = "README.md", "model_index.json", "log.jsonl"
+CARD, _INDEX, _LOG = "README.md", "model_index.json", {"log.jsonl", "log.png"}
 _WEIGHTS = "diffusion_pytorch_model"
 _CONFIG = re.compile(r"(\w+_)?config\.json")
 _CODE = re.compile(r"(pipeline_terdit|transformer_terdit|ternary_linear)_[0-9a-f]{12}\.py")
@@ -89,7 +89,7 @@ def known_files(folder: str | os.PathLike, whole: bool = False) -> list[str]:
     """Return the names of the files in a folder that belong to its model; one log line names what else is there.
 
     These are configs, weights with their index, and exported code, in a pipeline those of its components; the card,
-    the pictures that it shows, and a license; the log and the pictures of a training.
+    the pictures that it shows, and a license; the log of a training, its curves and its samples.
 
     Args:
         folder (`str` or `os.PathLike`): Of a pipeline, model or layer.
@@ -117,7 +117,7 @@ def known_files(folder: str | os.PathLike, whole: bool = False) -> list[str]:
         home, _, file_name = name.rpartition("/")
         stem, _ = weights_name(file_name) or ("", "")
         if (
-            name in {_INDEX, CARD, _LOG}
+            name in {_INDEX, CARD, *_LOG}
             or (name in homes and os.path.islink(folder / name))  # refused when it is opened
             or (home in homes and (_CONFIG.fullmatch(file_name) or stem == _WEIGHTS))
             or (home in {"", *homes} and _CODE.fullmatch(file_name))

@@ -5,7 +5,7 @@ takes positions s*B to s*B + B - 1. Which sample is at a position, its noise, ti
 functions of (seed, position) alone, whatever the number of processes, loader workers or restarts.
 """
 
-from . import checkpointing, data, export, initialize, memory, random, recipes, sharding, statistics, stopping
+from . import checkpointing, data, export, initialize, log, memory, random, recipes, sharding, statistics, stopping
 
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "data",
     "export",
     "initialize",
+    "log",
     "memory",
     "random",
     "recipes",

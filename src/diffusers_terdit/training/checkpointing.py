@@ -25,6 +25,7 @@ from ..storage.weights import (
     read_json,
     state_dict_digest,
 )
+from . import log
 from .sharding import local_tensor, shard_like
 
 
@@ -71,10 +72,7 @@ def cut_log(path: str | os.PathLike, step: int) -> None:
     path = Path(path)
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            kept += [f"{line}\n"] if json.loads(line)["step"] <= step else []
+    kept = [f"{json.dumps(record)}\n" for record in log.read(path) if record["step"] <= step]
     with new_file(path) as partial:
         partial.write_text("".join(kept), encoding="utf-8")
 
