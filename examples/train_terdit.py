@@ -75,7 +75,11 @@ def boolean(text: str) -> bool:
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data, one of the first four").add_argument
     add("--demo", action="store_true", help="Train a model of 267 thousand weights on scikit-learn's 8x8 digits.")
-    add("--train_data_dir", help="Train on the images of this folder, in a folder of each class or without classes.")
+    add(
+        "--train_data_dir",
+        help="Train on the images of this folder, in a folder of each class, without classes, or in IDX files as"
+        " MNIST's, which tiny trains in gray and in their own size.",
+    )
     add(
         "--dataset_name",
         help="Train on this data set: a name on the Hub, a folder, also of save_to_disk, or a parquet file.",
@@ -231,7 +235,12 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--max_grad_norm", type=positive, default=2.0, help="A gradient with a larger norm is scaled down to this one."
     )
-    add("--ema_decay", type=share, help="The average of the weights, which is exported, has this decay.")
+    add(
+        "--ema_decay",
+        type=share,
+        help="The average of the weights, which is exported, has this decay. If neither this nor the preset sets it:"
+        " 1 - 15 / --max_train_steps, at most 0.9999.",
+    )
     add(
         "--mixed_precision",
         choices=["no", "bf16"],
@@ -312,6 +321,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     latents = known.train_latents_dir or known.pretrained_vae_model_name_or_path
     preset = "demo" if known.demo else known.preset or ("medium" if latents else "tiny")
     parser.set_defaults(**training.recipes.PRESETS[preset])
+    if preset == "tiny" and known.train_data_dir and training.idx.holds(known.train_data_dir):
+        parser.set_defaults(resolution=training.idx.resolution(known.train_data_dir), in_channels=1)
     args = parser.parse_args(argv)
     sources = [args.demo, args.train_data_dir, args.dataset_name, args.train_latents_dir]
     if sum(bool(source) for source in sources) != 1:
@@ -342,6 +353,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     args.report_to = None if args.report_to == "none" else args.report_to
     if args.lr_decay_steps is None:
         args.lr_decay_steps = args.max_train_steps // 5
+    if args.ema_decay is None:
+        args.ema_decay = training.recipes.decay_for(args.max_train_steps)
     args.learn_sigma = args.learn_sigma and not args.flow_matching
     return args
 
@@ -359,6 +372,8 @@ def open_samples(args: argparse.Namespace, channels: int):
         return training.data.Digits(train=True)
     if args.train_latents_dir:
         return training.data.LatentSamples(args.train_latents_dir)
+    if args.train_data_dir and training.idx.holds(args.train_data_dir):
+        return training.data.ImageSamples.from_idx(args.train_data_dir, **options)
     if args.train_data_dir:
         return training.data.ImageSamples.from_folder(args.train_data_dir, args.label_order, **options)
     dataset = training.data.open_dataset(
@@ -369,6 +384,16 @@ def open_samples(args: argparse.Namespace, channels: int):
         return training.data.ShardedStream(dataset, *columns, args.dataset_name, **options)
     columns = (args.image_column, args.label_column)
     return training.data.ImageSamples.from_dataset(dataset, *columns, args.dataset_name, args.label_order, **options)
+
+
+def open_held_out(args: argparse.Namespace, channels: int):
+    """Open the images that come with the training data to measure errors on, or return `None`."""
+    if args.demo:
+        return training.data.Digits(train=False)
+    if args.train_data_dir and training.idx.holds(args.train_data_dir, "t10k"):
+        options = {"resolution": args.resolution, "channels": channels}
+        return training.data.ImageSamples.from_idx(args.train_data_dir, "t10k", **options)
+    return None
 
 
 def build_transformer(
@@ -453,7 +478,8 @@ class Trainer:
         if args.pretrained_vae_model_name_or_path:
             vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path)
             self.vae = vae.requires_grad_(False).to(self.device)
-        self.samples = open_samples(args, channels=3 if self.vae is not None else args.in_channels)
+        channels = 3 if self.vae is not None else args.in_channels
+        self.samples, self.held_out = open_samples(args, channels), open_held_out(args, channels)
         self.codec = training.data.LatentCodec(self.vae, getattr(self.samples, "info", None))
         if args.frechet_steps and not self.codec.decodes:
             raise SystemExit(
@@ -887,9 +913,8 @@ class Trainer:
         if self.validation_due and self.is_main_process:
             if not args.streaming:
                 record["noise_error"] = self.noise_error(pipe.transformer, self.samples)
-            if args.demo:
-                held_out = training.data.Digits(train=False)
-                record["noise_error_held_out"] = self.noise_error(pipe.transformer, held_out)
+            if self.held_out is not None:
+                record["noise_error_held_out"] = self.noise_error(pipe.transformer, self.held_out)
             if self.codec.decodes:
                 columns = min(self.num_classes, 10) if self.num_classes > 1 else 10
                 first = (math.ceil(self.step / args.validation_steps) - 1) * columns  # the next ten classes in turn

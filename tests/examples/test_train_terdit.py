@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, cli, training
 from diffusers_terdit.checkpoints import bundled
+from idx_files import write_idx
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -227,6 +228,24 @@ class TestSeen:
         ]
         assert not (folder / "log.png").exists()
         assert (folder / "model_index.json").exists()
+
+    def test_what_a_run_saves_and_measures_draws_nothing_from_the_global_generator(
+        self, run, programs, monkeypatch, tmp_path
+    ):
+        (tmp_path / "my_features.py").write_text("import torch\n\n\ndef flat():\n    return torch.nn.Flatten()\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        same, methods = [], dict(vars(programs["train"].Trainer))
+        for name in ("validate", "save", "export"):
+
+            def watched(self, method=methods[name]):
+                before = torch.get_rng_state()
+                method(self)
+                same.append(torch.equal(torch.get_rng_state(), before))
+
+            monkeypatch.setattr(programs["train"].Trainer, name, watched)
+        flags = ("--feature_network", "my_features:flat", "--frechet_steps", 2, "--num_frechet_images", 20)
+        run("--demo", "--validation_steps", 2, *flags)
+        assert same == [True] * 4
 
     def test_each_validation_says_how_much_is_left_and_no_bar_fills_a_file(self, run, caplog, capfd):
         caplog.set_level("INFO")
@@ -641,6 +660,19 @@ class TestData:
         assert re.search(r"Expected memory = 0\.\d GB, [\d.]+ GB are free", caplog.text)
         assert re.search(r"Expected time = \d+ seconds more, at [\d.e-]+ s a step", caplog.text)
 
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_idx_files_train_in_gray_in_their_own_size_and_measure_on_the_test_images(self, run, tmp_path, packed):
+        for part in ("train", "t10k"):
+            write_idx(tmp_path / "idx", part, count=12, side=12, packed=packed)
+        folder = run("--train_data_dir", tmp_path / "idx")
+        config = TerDiTPipeline.from_pretrained(folder).transformer.config
+        assert (config.sample_size, config.in_channels, config.patch_size, config.num_classes) == (12, 1, 4, 3)
+        assert len(records(folder, "noise_error_held_out")) == 1
+        assert records(folder, "noise_error_held_out") != records(folder, "noise_error")
+        flags = ("--preset", "small", "--ffn_dim", 16, "--patch_size", 8, "--in_channels", 3)
+        folder = run("--train_data_dir", tmp_path / "idx", *flags, output_dir="small")
+        assert TerDiTPipeline.from_pretrained(folder).transformer.config.sample_size == 64
+
     def test_a_run_that_does_not_fit_the_memory_is_refused_before_it_starts(self, run, image_folder, tmp_path):
         with pytest.raises(SystemExit, match=r"would take about [\d.]+ GB .*--train_batch_size .*--preset tiny"):
             run("--train_data_dir", image_folder, "--resolution", 1024, "--patch_size", 1, "--train_batch_size", 999)
@@ -773,6 +805,22 @@ def test_the_papers_numbers(programs, name, batch, steps, drop, size):
     ]
     assert rates == pytest.approx([5e-4, 5e-4, 1e-4, 1e-4])
     assert (args.num_layers, args.num_attention_heads * args.attention_head_dim) == size
+
+
+@pytest.mark.parametrize(
+    ("flags", "decay"),
+    [
+        (["--train_data_dir", "x"], 0.99),
+        (["--train_data_dir", "x", "--preset", "small", "--max_train_steps", "300"], 0.95),
+        (["--train_data_dir", "x", "--max_train_steps", "300", "--ema_decay", "0.9"], 0.9),
+        (["--train_data_dir", "x", "--max_train_steps", "9"], 0.0),
+        (["--train_data_dir", "x", "--max_train_steps", "1000000"], 0.9999),
+        (["--demo", "--max_train_steps", "300"], 0.995),
+        (["--train_data_dir", "x", "--preset", "terdit-600m", "--max_train_steps", "300"], 0.9999),
+    ],
+)
+def test_the_average_fits_the_run_where_no_preset_says_otherwise(programs, flags, decay):
+    assert programs["train"].parse_args(flags).ema_decay == pytest.approx(decay)
 
 
 def test_without_a_preset_a_laptop_trains_pixels_or_latents(programs):

@@ -256,8 +256,10 @@ ROWS = [
     # the pipeline
     Row(lambda w: TerDiTPipeline("folder", default_scheduler()), "got str",
         "`transformer` must be a TerDiTTransformer2DModel", "TerDiTPipeline.from_pretrained"),
-    Row(lambda w: TerDiTPipeline(w.model(), None), "NoneType", "must be a scheduler of diffusers",
+    Row(lambda w: TerDiTPipeline(w.model(), "ddim"), "str", "must be a scheduler of diffusers",
         "such as DDPMScheduler"),
+    Row(lambda w: TerDiTPipeline(w.model(learn_sigma=False), None), Fixed("learn_sigma=False"),
+        "does not say what it predicts", "or pass a `scheduler`"),
     Row(lambda w: TerDiTPipeline(w.model(), default_scheduler(), vae="auto"), "got str",
         "`vae` must be an AutoencoderKL or None"),
     Row(lambda w: TerDiTPipeline(w.model(), default_scheduler(), id2label=["cat"]), "got list",

@@ -4,6 +4,7 @@ import json
 import sys
 import warnings
 
+import numpy as np
 import torch
 from message_table import Fixed, Row, edit
 from PIL import Image
@@ -49,6 +50,21 @@ def no_file(w):
 
     w.monkeypatch.setattr(training.checkpointing, "save_file", refuse)
     resumed("model.safetensors")(w)
+
+
+IDX = b"\0\0\x08\x03" + bytes([0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 2])  # the header of one image of 2 x 2
+
+
+def idx_files(contents, read=True):
+    """Read a folder with these training files."""
+
+    def provoke(w):
+        for kind, content in {"labels-idx1": b"\0\0\x08\x01\0\0\0\x01a", **contents}.items() if contents else ():
+            (w.tmp / f"train-{kind}-ubyte").write_bytes(content)
+        if read:
+            training.idx.read_pairs(w.tmp)
+
+    return provoke
 
 
 def no_matplotlib(w):
@@ -172,6 +188,23 @@ ROWS = [
     Row(cache(scaling_factor=2.0), "TMP/a.safetensors", "was not written with its latents.json", AGAIN),
     Row(cache({"labels": torch.ones(1, dtype=torch.int64)}), "`labels` has 1 to 1", "names 1 classes", AGAIN),
     Row(cache({"moments": -torch.ones(1, 8, 2, 2).half()}), "`moments`", "has a negative deviation", AGAIN),
+    Row(lambda w: training.data.ImageSamples.from_pairs([]), "[]", "`pairs` holds none", "Pass at least one"),
+    Row(lambda w: training.data.ImageSamples.from_pairs([(np.zeros((4, 4)), 0)]), "float64 of shape (4, 4)",
+        "expected uint8, (h, w)", "Scale floats to 0 to 255"),
+    Row(lambda w: training.data.ImageSamples.from_pairs([("cat.png", 0)]), "Image 0 is str", "expected a PIL image"),
+    Row(lambda w: training.data.ImageSamples.from_pairs([(np.zeros((4, 4), np.uint8), "cat")]), "'cat'",
+        "expected an int, 0 or more"),
+    Row(lambda w: training.data.ImageSamples.from_pairs([(np.zeros((4, 6), np.uint8), 0)]), "6 x 4 pixels",
+        "which is no square", "Pass a `resolution`"),
+    Row(idx_files({}), "TMP", "holds no train-images-idx3-ubyte", "nothing is downloaded for you",
+        error=FileNotFoundError),
+    Row(idx_files({"images-idx3": b"PK\x03\x04"}), "504b0304", "expected 00000801", "Take another file."),
+    Row(idx_files({"images-idx3": IDX + bytes(3)}), "1 x 2 x 2 bytes", "but it holds fewer", "Get it again."),
+    Row(idx_files({"images-idx3": IDX[:6]}), "TMP/train-images-idx3-ubyte", "is damaged", "Get it again."),
+    Row(idx_files({"images-idx3": IDX + bytes(4), "labels-idx1": b"\0\0\x08\x01\0\0\0\x02ab"}), "[1, 2, 2]",
+        "expected N images", "Take two files of one data set."),
+    Row(lambda w: (idx_files({"images-idx3": b"\0\0\x08\x01\0\0\0\x01a"}, read=False)(w),
+                   training.idx.resolution(w.tmp)), "[1]", "expected images", "Take another file."),
     Row(no_matplotlib, Fixed("matplotlib"), "A picture of the log needs matplotlib", "pip install matplotlib",
         error=ImportError),
     Row(no_extra, Fixed("datasets"), "This needs datasets", "pip install datasets",

@@ -498,6 +498,30 @@ class TestCallbacks:
 
 
 class TestSchedulers:
+    @pytest.mark.parametrize(
+        ("config", "name", "setting"),
+        [
+            ({}, "DDPMScheduler", {"variance_type": "learned_range"}),
+            ({"prediction_type": "epsilon"}, "DDPMScheduler", {"variance_type": "fixed_small"}),
+            ({"prediction_type": "v_prediction"}, "DDPMScheduler", {"prediction_type": "v_prediction"}),
+            ({"prediction_type": "flow_prediction"}, "FlowMatchEulerDiscreteScheduler", {"shift": 1.0}),
+        ],
+    )
+    def test_without_a_scheduler_the_model_says_which(self, tiny_model, tmp_path, config, name, setting):
+        model = tiny_model(**config, learn_sigma=not config)
+        pipe = TerDiTPipeline(model, None)
+        pipe.save_pretrained(tmp_path)
+        for found in (pipe, TerDiTPipeline.from_pretrained(tmp_path), DiffusionPipeline.from_pretrained(tmp_path)):
+            assert type(found.scheduler).__name__ == name
+            assert setting.items() <= dict(found.scheduler.config).items()
+            assert sample(found).isfinite().all()
+
+    def test_a_call_with_a_generator_leaves_the_global_one_alone(self, tiny_pipeline):
+        pipe = tiny_pipeline()
+        before = torch.get_rng_state()
+        sample(pipe)
+        assert torch.equal(torch.get_rng_state(), before)
+
     @pytest.mark.parametrize("cls", SWAPS)
     def test_swapped_scheduler_samples_as_one_that_never_heard_of_a_variance(self, tiny_pipeline, cls):
         pipe = tiny_pipeline(in_channels=4)

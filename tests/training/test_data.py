@@ -34,6 +34,55 @@ def parquet(image_folder, tmp_path, monkeypatch):
     return tmp_path / "data.parquet"
 
 
+class TestPairs:
+    """Data sets in memory."""
+
+    arrays = [np.full((4, 4), 60 * i, np.uint8) for i in range(4)]
+
+    @pytest.mark.parametrize(
+        ("image", "channels"),
+        [
+            (Image.fromarray, 1),
+            (lambda array: Image.fromarray(array).convert("RGB"), 3),
+            (lambda array: array, 1),
+            (lambda array: array[..., None], 1),
+            (lambda array: np.stack([array] * 3, axis=-1), 3),
+            (lambda array: torch.from_numpy(array)[None], 1),
+            (lambda array: torch.from_numpy(array).expand(3, 4, 4), 3),
+        ],
+    )
+    def test_images_of_any_kind_are_the_same_pixels(self, image, channels):
+        pairs = [(image(array), np.int64(i % 2)) for i, array in enumerate(self.arrays)]
+        samples = training.data.ImageSamples.from_pairs(pairs)
+        assert len(samples) == 4
+        assert samples.id2label == {0: "0", 1: "1"}
+        for index, array in enumerate(self.arrays):
+            pixels, label = samples[index]
+            assert label == index % 2
+            assert torch.equal(pixels, torch.from_numpy(array).expand(channels, 4, 4).float() / 127.5 - 1)
+
+    def test_any_object_with_a_length_and_indices_trains(self):
+        class Shades:
+            def __len__(self):
+                return 40
+
+            def __getitem__(self, index):
+                return np.full((6, 8, 3), 6 * index, np.uint8), torch.tensor(index % 3)
+
+        names = {0: "dark", 1: "gray", 2: "light"}
+        samples = training.data.ImageSamples.from_pairs(Shades(), names, resolution=4, channels=1, flip=True)
+        examples = training.data.TrainingExamples(samples, 0, (1, 4, 4), len(names), 0.5)
+        found = [examples[position] for position in range(40)]
+        assert {tuple(example["samples"].shape) for example in found} == {(1, 4, 4)}
+        assert {example["class_labels"] for example in found} == {0, 1, 2, 3}
+        assert len({example["samples"].mean().item() for example in found}) == 40
+        assert samples.id2label is names
+
+    def test_a_label_without_a_name_is_refused(self):
+        with pytest.raises(ValueError, match=r"Label 3 is 1, expected an int, one of \[0\]"):
+            training.data.ImageSamples.from_pairs([(a, i // 3) for i, a in enumerate(self.arrays)], {0: "only"})
+
+
 class TestImages:
     def test_labels_come_from_folder_names_in_order(self, image_folder):
         samples = training.data.ImageSamples.from_folder(image_folder, resolution=8)

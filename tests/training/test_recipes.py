@@ -32,6 +32,17 @@ class TestPresets:
         assert all(presets["tiny"].keys() <= {*preset, "ffn_dim"} for preset in presets.values())
         assert all("ffn_dim" in preset for preset in presets.values())
 
+    @pytest.mark.parametrize("name", ["tiny", "small", "medium", "demo"])
+    def test_small_models_know_places_and_have_a_feed_forward_of_three_widths(self, name):
+        names = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "pos_embed_type")
+        config = {key: training.recipes.PRESETS[name][key] for key in names}
+        with torch.device("meta"):
+            model = fresh_model(**config)
+        widths = {layer.out_features for layer in model.ternary_layers().values()}
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        assert config["pos_embed_type"] == "rope+sincos2d"
+        assert widths - {width, 6 * width} == {3 * width}
+
 
 class TestParameterGroups:
     def test_only_matrices_decay_and_scales_are_alone(self):

@@ -27,6 +27,7 @@ from .schedulers import (
     check_variance,
     fitting_scheduler,
     prediction_of,
+    scheduler_for,
     set_timesteps,
     timesteps_device,
     unused_variance_lifted,
@@ -56,7 +57,8 @@ class TerDiTPipeline(StrictPipelineMixin, PipelineAdapterMixin, DiffusionPipelin
 
     Args:
         transformer ([`TerDiTTransformer2DModel`]): Predicts noise (and variance) of the latents.
-        scheduler ([`~diffusers.SchedulerMixin`]): DDPM uses the learned variance; the others get the noise alone.
+        scheduler ([`~diffusers.SchedulerMixin`] or `None`): DDPM uses the learned variance; the others get the noise
+            alone. `None`: DDPM or rectified flow, by what the model says that it predicts.
         vae ([`~diffusers.AutoencoderKL`], *optional*): Decodes latents. Without it the model works on
             pixels in [-1, 1]: with 1 or 3 channels they are the image, with other counts only `output_type="latent"`
             works.
@@ -79,7 +81,8 @@ class TerDiTPipeline(StrictPipelineMixin, PipelineAdapterMixin, DiffusionPipelin
     def __init__(
         self,
         transformer: TerDiTTransformer2DModel,
-        scheduler: KarrasDiffusionSchedulers,
+        scheduler: KarrasDiffusionSchedulers
+        | None,  # no default: the host would take no other one for a saved pipeline
         vae: AutoencoderKL | None = None,
         id2label: dict[str, str] | None = None,
         guidance_channels: int | None = None,
@@ -91,6 +94,8 @@ class TerDiTPipeline(StrictPipelineMixin, PipelineAdapterMixin, DiffusionPipelin
                 f"`transformer` must be a TerDiTTransformer2DModel, got {type(transformer).__name__}. To load a folder"
                 " or Hub repository, call `TerDiTPipeline.from_pretrained`."
             )
+        if scheduler is None:
+            scheduler = scheduler_for(transformer.config)
         if not hasattr(scheduler, "set_timesteps"):
             raise ValueError(
                 f"`scheduler` must be a scheduler of diffusers, such as DDPMScheduler, got {type(scheduler).__name__}."

@@ -49,6 +49,25 @@ def training_scheduler(
     return scheduler if learn_sigma else DDPMScheduler.from_config(scheduler.config, variance_type="fixed_small")
 
 
+def scheduler_for(config: Any) -> SchedulerMixin:
+    """Return the `training_scheduler` of a model, set to what its config says that it predicts.
+
+    Args:
+        config: The config of a [`TerDiTTransformer2DModel`].
+
+    Raises:
+        ValueError: It does not say, or predicts what no such scheduler samples.
+    """
+    prediction = config.prediction_type or ("epsilon" if config.learn_sigma else None)
+    if prediction is None:
+        raise ValueError(
+            "This model does not say what it predicts: prediction_type=None, learn_sigma=False. Build it with a"
+            " `prediction_type`, or pass a `scheduler`: `training_scheduler(flow_matching=True)` if it was trained for"
+            " rectified flow, `training_scheduler(learn_sigma=False)` for DDPM."
+        )
+    return fitting_scheduler(training_scheduler(config.learn_sigma, prediction == "flow_prediction"), prediction)
+
+
 def scheduler_by_name(name: str, current: SchedulerMixin, prediction: str | None) -> SchedulerMixin:
     """Return a diffusers scheduler that samples what a model predicts, from the configuration of another one.
 

@@ -5,13 +5,27 @@ takes positions s*B to s*B + B - 1. Which sample is at a position, its noise, ti
 functions of (seed, position) alone, whatever the number of processes, loader workers or restarts.
 """
 
-from . import checkpointing, data, export, initialize, log, memory, random, recipes, sharding, statistics, stopping
+from . import (
+    checkpointing,
+    data,
+    export,
+    idx,
+    initialize,
+    log,
+    memory,
+    random,
+    recipes,
+    sharding,
+    statistics,
+    stopping,
+)
 
 
 __all__ = [
     "checkpointing",
     "data",
     "export",
+    "idx",
     "initialize",
     "log",
     "memory",

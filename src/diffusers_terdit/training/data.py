@@ -14,12 +14,14 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.utils import logging
 from huggingface_hub.constants import HF_HUB_CACHE
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from ..storage.configs import fits
 from ..storage.weights import WeightsFile, canonical_json, check_tensors_of, is_plain_name, read_json
+from . import idx
 from .images import read_image, suffixes
 from .random import draw, normal, permutation, sample_order
 
@@ -69,8 +71,7 @@ class ImageSamples(Dataset):
     Where all of them fit `KEPT_BYTES`, each is read once: decoding a photo takes longer than training on it.
 
     Args:
-        sources (`Sequence`): One per image: a path, a `PIL.Image.Image`, or a dict with `"bytes"` or `"path"`, as the
-            undecoded images of `datasets` are.
+        sources (`Sequence`): One per image, as `read_image` takes them.
         labels (`Sequence[int]`): One class id per image.
         id2label (`dict[int, str]`): Label names; empty where all images are of one class without a name.
         resolution (`int`): Pixels.
@@ -191,6 +192,79 @@ class ImageSamples(Dataset):
             **kwargs,
         )
 
+    @classmethod
+    def from_pairs(
+        cls,
+        pairs: Any,
+        id2label: dict[int, str] | None = None,
+        resolution: int | None = None,
+        channels: int | None = None,
+        **kwargs: Any,
+    ) -> "ImageSamples":
+        """Take images and labels from a data set in memory: any object with `len` and `[]`, such as a list.
+
+        Each pair is read once here. Images are `PIL.Image.Image`s, arrays (h, w) or (h, w, 1 | 3 | 4) of uint8, or
+        tensors (c, h, w) of uint8.
+
+        Args:
+            pairs: (image, label) by index, the labels ints from 0.
+            id2label (`dict[int, str]`, *optional*): Label names; by default the labels as numbers.
+            resolution (`int`, *optional*): Pixels; by default those of the first image, which is then a square.
+            channels (`int`, *optional*): 1 or 3; by default 1 where the first image is gray.
+            kwargs: `flip` and `background`.
+
+        Raises:
+            ValueError: There are no pairs, or one is none of these.
+        """
+        images, labels = [], []
+        for index in range(len(pairs)):
+            image, label = pairs[index]
+            if isinstance(image, Tensor) and image.dim() == 3:
+                image = image.permute(1, 2, 0).cpu().numpy()
+            if isinstance(image, np.ndarray) and not (
+                image.dtype == np.uint8 and image.size and (image.ndim == 2 or image.shape[2:] in ((1,), (3,), (4,)))
+            ):
+                raise ValueError(
+                    f"Image {index} is {image.dtype} of shape {image.shape}, expected uint8, (h, w) or (h, w, 1 | 3 |"
+                    " 4), or a tensor (1 | 3 | 4, h, w). Scale floats to 0 to 255 and round them."
+                )
+            if not isinstance(image, (np.ndarray, Image.Image)):
+                raise ValueError(
+                    f"Image {index} is {type(image).__name__}, expected a PIL image, an array or a tensor (c, h, w)."
+                )
+            value = getattr(label, "item", lambda label=label: label)()
+            if not isinstance(value, int) or value < 0 or (id2label is not None and value not in id2label):
+                known = "0 or more" if id2label is None else f"one of {sorted(id2label)}"
+                raise ValueError(f"Label {index} is {label!r:.80}, expected an int, {known:.200}.")
+            images.append(image)
+            labels.append(value)
+        if not images:
+            raise ValueError(f"`pairs` holds none, got {pairs!r:.80}. Pass at least one (image, label).")
+        first = images[0]
+        width, height = first.size if isinstance(first, Image.Image) else first.shape[1::-1]
+        gray = first.mode in ("1", "L") if isinstance(first, Image.Image) else first.ndim == 2 or first.shape[2] == 1
+        if resolution is None and width != height:
+            raise ValueError(
+                f"The first image has {width} x {height} pixels, which is no square. Pass a `resolution`: the middle"
+                " square of each image is scaled to it."
+            )
+        if id2label is None:
+            id2label = {label: str(label) for label in range(max(labels) + 1)}
+        return cls(images, labels, id2label, resolution or width, channels or (1 if gray else 3), **kwargs)
+
+    @classmethod
+    def from_idx(cls, folder: str | os.PathLike, part: str = "train", **kwargs: Any) -> "ImageSamples":
+        """Take the images of IDX files in a folder, such as MNIST's or Fashion-MNIST's, see `idx.read_pairs`.
+
+        Args:
+            folder (`str` or `os.PathLike`): Holds `train-images-idx3-ubyte` and `train-labels-idx1-ubyte`, or .gz.
+            part (`str`): "train", or "t10k" for the test images.
+            kwargs: `resolution`, `channels`, `flip` and `background`; by default those of the files.
+        """
+        images, labels, id2label = idx.read_pairs(folder, part)
+        options = {"resolution": images.shape[1], "channels": 1, **kwargs}
+        return cls(list(images), labels, id2label, **options)
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -207,7 +281,8 @@ class ImageSamples(Dataset):
             OSError: The image cannot be read.
         """
         source = self.sources[index]
-        where = (source.get("path") or "of the data set") if isinstance(source, dict) else source
+        where = source.get("path") if isinstance(source, dict) else source
+        where = where if isinstance(where, (str, os.PathLike)) else "of the data set"
         try:
             if isinstance(source, dict) and source.get("path") and not source.get("bytes"):
                 path = os.path.abspath(source["path"])

@@ -14,12 +14,18 @@ from ..hub.errors import hub_errors
 from ..hub.model_card import CardOptions, merge_cards, model_card, read_card
 from ..models.transformer_terdit import TerDiTTransformer2DModel
 from ..pipelines.pipeline_terdit import TerDiTPipeline
-from ..pipelines.schedulers import training_scheduler
 from ..storage.saving import new_file, replacing
 from .checkpointing import read_state
 from .initialize import load_transformer
 from .sharding import full_tensor
 from .statistics import packed_codes, ternary_statistics
+
+
+def _empty(model: TerDiTTransformer2DModel, **changes: Any) -> TerDiTTransformer2DModel:
+    """Return a model like another, on the CPU, whose weights are yet to be loaded: it draws no random numbers."""
+    with torch.device("meta"):
+        empty = TerDiTTransformer2DModel.from_config(model.config, **changes)
+    return empty.to_empty(device="cpu")
 
 
 @torch.no_grad()
@@ -29,7 +35,7 @@ def packed_model(model: TerDiTTransformer2DModel) -> TerDiTTransformer2DModel:
         raise ValueError(
             "This model is full precision (ternary=False); it has no ternary weights to pack. Save it as it is."
         )
-    packed = TerDiTTransformer2DModel.from_config(model.config, weight_format="packed")
+    packed = _empty(model, weight_format="packed")
     codes = {f"{name}.weight_packed": tensor for name, tensor in packed_codes(model).items()}
     names = packed.state_dict().keys()
     floats = {name: full_tensor(tensor).cpu() for name, tensor in model.state_dict().items() if name in names}
@@ -39,7 +45,7 @@ def packed_model(model: TerDiTTransformer2DModel) -> TerDiTTransformer2DModel:
 
 @torch.no_grad()
 def _copy(model: TerDiTTransformer2DModel) -> TerDiTTransformer2DModel:
-    copied = TerDiTTransformer2DModel.from_config(model.config)
+    copied = _empty(model)
     copied.load_state_dict({name: full_tensor(tensor).cpu() for name, tensor in model.state_dict().items()})
     return copied.eval()
 
@@ -56,15 +62,17 @@ def to_pipeline(
     Args:
         transformer ([`TerDiTTransformer2DModel`]): Float format, float32: the average of the weights. Left unchanged.
             When it is sharded, every process must call this, and each gets a pipeline.
-        scheduler ([`~diffusers.SchedulerMixin`], *optional*): Default `training_scheduler` of what the model predicts.
+        scheduler ([`~diffusers.SchedulerMixin`], *optional*): By default, that of what the model says it predicts.
         vae ([`~diffusers.AutoencoderKL`], *optional*): Decoder.
         id2label (`dict[int, str]`, *optional*): Label names.
         sampling_defaults (`dict`, *optional*): Steps and guidance that suit it, see [`TerDiTPipeline`].
+
+    Raises:
+        ValueError: There is no scheduler, and the model does not say what it predicts.
     """
-    config = transformer.config
     return TerDiTPipeline(
-        transformer=packed_model(transformer) if config.ternary else _copy(transformer),
-        scheduler=scheduler or training_scheduler(config.learn_sigma, config.prediction_type == "flow_prediction"),
+        transformer=packed_model(transformer) if transformer.config.ternary else _copy(transformer),
+        scheduler=scheduler,
         vae=vae,
         id2label={str(key): value for key, value in id2label.items()} if id2label else None,
         sampling_defaults=sampling_defaults,

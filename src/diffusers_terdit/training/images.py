@@ -33,8 +33,8 @@ def read_image(source: Any, resolution: int, channels: int = 3, background: str 
     """Read the middle square of an image, scaled: (channels, resolution, resolution), float32 in [-1, 1].
 
     Args:
-        source: A path, a `PIL.Image.Image`, or a dict with `"bytes"` or `"path"`, as the undecoded images of
-            `datasets` are.
+        source: A path, a `PIL.Image.Image`, an array (h, w) or (h, w, 1 | 3 | 4) of uint8, or a dict with `"bytes"` or
+            `"path"`, as the undecoded images of `datasets` are.
         resolution (`int`): Pixels.
         channels (`int`): 1 or 3.
         background (`str`): Color behind transparent pixels, as Pillow names it: `"white"`, `"#808080"`.
@@ -49,6 +49,8 @@ def read_image(source: Any, resolution: int, channels: int = 3, background: str 
             source = io.BytesIO(source["bytes"]) if source.get("bytes") else source["path"]
         if isinstance(source, (str, os.PathLike)) and not stat.S_ISREG(Path(source).stat().st_mode):
             raise OSError("this is no regular file")
+        if isinstance(source, np.ndarray):
+            source = Image.fromarray(source[..., 0] if source.ndim == 3 and source.shape[2] == 1 else source)
         if isinstance(source, Image.Image):
             return prepare_image(source, resolution, channels, background)
         with Image.open(source, formats=formats()) as image:
