@@ -216,7 +216,12 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["constant", "cosine", "wsd", "piecewise_constant"],
         help="How the learning rate goes on: wsd is constant, then falls to 0 over --lr_decay_steps.",
     )
-    add("--lr_warmup_steps", type=at_least(0), help="The learning rate rises from 0 over this many steps.")
+    add(
+        "--lr_warmup_steps",
+        type=at_least(0),
+        help="The learning rate rises from 0 over this many steps, a twentieth of the run if neither this nor the"
+        " preset sets it.",
+    )
     add("--lr_decay_steps", type=at_least(0), help="wsd falls over this many steps, a fifth of the run if not set.")
     add(
         "--lr_step_rules",
@@ -353,6 +358,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     args.report_to = None if args.report_to == "none" else args.report_to
     if args.lr_decay_steps is None:
         args.lr_decay_steps = args.max_train_steps // 5
+    if args.lr_warmup_steps is None:
+        args.lr_warmup_steps = args.max_train_steps // 20
     if args.ema_decay is None:
         args.ema_decay = training.recipes.decay_for(args.max_train_steps)
     args.learn_sigma = args.learn_sigma and not args.flow_matching

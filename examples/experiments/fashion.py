@@ -25,7 +25,7 @@ from diffusers_terdit.storage.saving import new_file
 
 
 JUDGE = Path("outputs/results/fashion_judge.safetensors")
-EPOCHS, BATCH_SIZE, SEED = 5, 128, 0
+EPOCHS, BATCH_SIZE, SEED = 8, 128, 0
 NUM_FLOOR = 2000
 
 

@@ -808,19 +808,20 @@ def test_the_papers_numbers(programs, name, batch, steps, drop, size):
 
 
 @pytest.mark.parametrize(
-    ("flags", "decay"),
+    ("flags", "decay", "warmup"),
     [
-        (["--train_data_dir", "x"], 0.99),
-        (["--train_data_dir", "x", "--preset", "small", "--max_train_steps", "300"], 0.95),
-        (["--train_data_dir", "x", "--max_train_steps", "300", "--ema_decay", "0.9"], 0.9),
-        (["--train_data_dir", "x", "--max_train_steps", "9"], 0.0),
-        (["--train_data_dir", "x", "--max_train_steps", "1000000"], 0.9999),
-        (["--demo", "--max_train_steps", "300"], 0.995),
-        (["--train_data_dir", "x", "--preset", "terdit-600m", "--max_train_steps", "300"], 0.9999),
+        (["--train_data_dir", "x"], 0.99, 75),
+        (["--train_data_dir", "x", "--preset", "small", "--max_train_steps", "300"], 0.95, 15),
+        (["--train_data_dir", "x", "--ema_decay", "0.9", "--lr_warmup_steps", "0"], 0.9, 0),
+        (["--train_data_dir", "x", "--max_train_steps", "9"], 0.0, 0),
+        (["--train_data_dir", "x", "--max_train_steps", "1000000"], 0.9999, 50_000),
+        (["--demo", "--max_train_steps", "300"], 0.995, 100),
+        (["--train_data_dir", "x", "--preset", "terdit-600m", "--max_train_steps", "300"], 0.9999, 0),
     ],
 )
-def test_the_average_fits_the_run_where_no_preset_says_otherwise(programs, flags, decay):
-    assert programs["train"].parse_args(flags).ema_decay == pytest.approx(decay)
+def test_average_and_warmup_fit_the_run_where_no_preset_says_otherwise(programs, flags, decay, warmup):
+    args = programs["train"].parse_args(flags)
+    assert (args.ema_decay, args.lr_warmup_steps) == (pytest.approx(decay), warmup)
 
 
 def test_without_a_preset_a_laptop_trains_pixels_or_latents(programs):

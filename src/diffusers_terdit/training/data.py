@@ -203,7 +203,7 @@ class ImageSamples(Dataset):
     ) -> "ImageSamples":
         """Take images and labels from a data set in memory: any object with `len` and `[]`, such as a list.
 
-        Each pair is read once here. Images are `PIL.Image.Image`s, arrays (h, w) or (h, w, 1 | 3 | 4) of uint8, or
+        Each pair is read once here. Images are those of PIL, arrays (h, w) or (h, w, 1 | 3 | 4) of uint8, or
         tensors (c, h, w) of uint8.
 
         Args:

@@ -10,7 +10,7 @@ from typing import Any
 from ..storage.saving import new_file
 
 
-# What the picture shows: the title of a panel, whether its scale is logarithmic, and its curves with their names.
+# What the picture shows: the title of a panel, whether a wide range makes its scale logarithmic, its curves by name.
 _PANELS: list[tuple[str, bool, dict[str, str]]] = [
     (
         "loss",
@@ -71,14 +71,14 @@ def draw(path: str | os.PathLike, picture: str | os.PathLike) -> None:
     figure = Figure(figsize=(4 * columns, 2.7 * rows), dpi=100, layout="constrained")
     for number, (title, log, curves) in enumerate(panels, start=1):
         axis = figure.add_subplot(rows, columns, number)
-        positive = False
+        positive: list[float] = []
         for key, name in curves.items():
             points = [(record["step"], record[key]) for record in records if key in record]
             values = [100 * value if title.endswith("%") else value for _, value in points]
             style: dict[str, Any] = {"linewidth": 1.2, "markersize": 5, "marker": "." if len(points) < 30 else ""}
             axis.plot([step for step, _ in points], values, label=name, **style)
-            positive = positive or any(0 < value < math.inf for value in values)
-        if log and positive:
+            positive += [value for value in values if 0 < value < math.inf]
+        if log and positive and max(positive) > 5 * min(positive):
             axis.set_yscale("log", nonpositive="mask")
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")

@@ -15,8 +15,8 @@ def _size(name: str) -> dict[str, Any]:
     return {key: value for key, value in SIZES[name].items() if key != "sample_size"}
 
 
-# What a laptop trains in minutes. Short runs need a short memory of squared gradients, and positions; the average
-# follows `decay_for` the run.
+# What a laptop trains in minutes. Short runs need a short memory of squared gradients, and positions. Warm-up, average
+# and decay follow from the length of the run.
 _TINY: dict[str, Any] = {
     "resolution": 32,
     "patch_size": 4,
@@ -30,7 +30,6 @@ _TINY: dict[str, Any] = {
     "max_train_steps": 1500,
     "learning_rate": 3e-3,
     "lr_scheduler": "wsd",
-    "lr_warmup_steps": 75,
     "scale_lr_factor": 0.1,
     "adam_beta2": 0.95,
     "checkpointing_steps": 250,
