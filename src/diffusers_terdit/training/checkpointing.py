@@ -1,6 +1,5 @@
 """Resumable checkpoints: whole or absent, and the same files whatever number of processes trains or shards a model."""
 
-import contextlib
 import itertools
 import json
 import os
