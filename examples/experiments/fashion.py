@@ -4,9 +4,10 @@
     terdit train --train_data_dir /usr/share/datasets/fashion-mnist --output_dir outputs/clothes
     python examples/experiments/fashion.py --data_dir /usr/share/datasets/fashion-mnist --model outputs/clothes
 
-The first line trains the judge, once, in about three minutes on one core. "recognised" is the share of pictures that
+The first line trains the judge, once, in 2.3 minutes of one core. "recognised" is the share of pictures that
 it takes for what they were to be; the distance is the Frechet distance of its 64 features, in float64, to those of the
-10,000 test images. Floor: the distance of 2,000 training images. Ceiling: what it recognises of the test images.
+10,000 test images. Floor: the distance of 2,000 training images, .68 where it was tried. Ceiling: what it recognises of
+the test images, 92.3 %.
 
 Nothing is downloaded. The images (MIT) are in Debian's package dataset-fashion-mnist.
 """
@@ -60,7 +61,7 @@ def open_images(data_dir: str | Path, part: str) -> tuple[Tensor, Tensor]:
 
 
 def train_judge(images: Tensor, labels: Tensor, epochs: int = EPOCHS) -> Judge:
-    """Train on images (N, 1, 28, 28) in [0, 1], mirrored and shifted by up to two pixels, from a fixed seed."""
+    """Train on images (N, 1, 28, 28) in [0, 1], half of them mirrored, shifted by up to a pixel, from a fixed seed."""
     generator = torch.Generator().manual_seed(SEED)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)  # initial weights and dropout
@@ -71,9 +72,10 @@ def train_judge(images: Tensor, labels: Tensor, epochs: int = EPOCHS) -> Judge:
         for epoch in range(epochs):
             right = 0
             for rows in torch.randperm(len(images), generator=generator)[: steps * BATCH_SIZE].chunk(steps):
-                down, right_by, mirror = (int(torch.randint(n, (), generator=generator)) for n in (5, 5, 2))
-                padded = nn.functional.pad(images[rows], (2, 2, 2, 2))[..., down : down + 28, right_by : right_by + 28]
-                shown = padded.flip(-1) if mirror else padded
+                down, right_by = (int(torch.randint(3, (), generator=generator)) for _ in range(2))
+                shown = nn.functional.pad(images[rows], (1, 1, 1, 1))[..., down : down + 28, right_by : right_by + 28]
+                mirrored = torch.rand(len(rows), 1, 1, 1, generator=generator) < 0.5
+                shown = torch.where(mirrored, shown.flip(-1), shown)
                 logits = network.head(network(shown.contiguous(memory_format=torch.channels_last)))
                 nn.functional.cross_entropy(logits, labels[rows], label_smoothing=0.05).backward()
                 optimizer.step()
