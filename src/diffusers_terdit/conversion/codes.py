@@ -36,4 +36,4 @@ def unpack(codes: Tensor, scale: Tensor, shifted: Tensor, name: str) -> Tensor:
             f"{name} is not ternary: row {row}, group {group} holds {what}. Only ternary models are converted."
         )
     places = torch.arange(0, 8, 2, dtype=torch.uint8)
-    return (codes[:, :, None] >> places & 3).flatten(1).to(torch.int8) - 1
+    return (codes[:, :, None] >> places).bitwise_and_(3).flatten(1).view(torch.int8).sub_(1)

@@ -89,7 +89,7 @@ def convert_ternary_checkpoint(
     output: str | os.PathLike,
     scale_granularity: str | int | None = None,
     component: str = "transformer",
-    max_shard_size: int = 5 * 10**8,
+    max_shard_size: int = 4 * 10**8,
     revision: str | None = None,
     pipeline: str | os.PathLike | None = None,
     **choice: Any,
@@ -108,7 +108,7 @@ def convert_ternary_checkpoint(
         scale_granularity (`str` or `int`, *optional*): What one scale of dense weights covers, see [`TernaryConfig`];
             default the coarsest that fits the first layer.
         component (`str`, defaults to `"transformer"`): The ternary model of a pipeline.
-        max_shard_size (`int`, defaults to 500 MB): Bytes per file; a shard is in memory until it is written.
+        max_shard_size (`int`, defaults to 400 MB): Bytes per file; a shard is in memory until it is written.
         revision (`str`, *optional*): Branch, tag or commit of a Hub id.
         pipeline (`str` or `os.PathLike`, *optional*): Folder or Hub id of a pipeline from which the other components
             are copied (downloaded), such as the text encoder; default those of `path`, where it is a pipeline.

@@ -155,15 +155,17 @@ def pack_ternary(ternary: Tensor) -> Tensor:
             f"Packing needs a matrix with `out_features` a multiple of {CODES_PER_BYTE}, got {describe(ternary)}."
             " Keep this layer in float format, or pad its outputs."
         )
-    codes = ternary.to(torch.int8) if ternary.is_floating_point() else ternary
-    fits = None if ternary.is_complex() else (codes == ternary) & (codes >= -1) & (codes <= 1)
-    if fits is None or not fits.all():
-        found = ternary.dtype if fits is None else f"{ternary[~fits][0].item():.6g}"
-        raise ValueError(
-            f"`pack_ternary` takes values in {{-1, 0, +1}}, got {found}; call `ternarize` on the weight first."
-        )
-    quarters = (codes + 1).to(torch.uint8).chunk(CODES_PER_BYTE)  # 4 x (N/4, K)
-    return quarters[0] << 6 | quarters[1] << 4 | quarters[2] << 2 | quarters[3]
+    packed = torch.zeros(len(ternary) // CODES_PER_BYTE, ternary.shape[1], dtype=torch.uint8, device=ternary.device)
+    for quarter in ternary.unflatten(0, (CODES_PER_BYTE, -1)) if len(ternary) else ():  # (N/4, K), to save memory
+        codes = quarter.to(torch.int8) if quarter.is_floating_point() else quarter
+        fits = None if quarter.is_complex() else (codes == quarter) & (codes >= -1) & (codes <= 1)
+        if fits is None or not fits.all():
+            found = ternary.dtype if fits is None else f"{quarter[~fits][0].item():.6g}"
+            raise ValueError(
+                f"`pack_ternary` takes values in {{-1, 0, +1}}, got {found}; call `ternarize` on the weight first."
+            )
+        packed = packed << 2 | (codes + 1).to(torch.uint8)
+    return packed
 
 
 def pack_float(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
