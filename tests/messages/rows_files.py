@@ -27,7 +27,7 @@ from diffusers_terdit import (
 )
 from diffusers_terdit.checkpoints import bundled
 from diffusers_terdit.conversion import convert_ternary_checkpoint, swap_bitnet_order
-from diffusers_terdit.export import export_pipeline, to_onnx, trace, write_onnx, write_openvino
+from diffusers_terdit.export import export_pipeline, trace, write_onnx, write_openvino
 from diffusers_terdit.hub import known_files, model_card
 from diffusers_terdit.hub.push import push_saved
 from diffusers_terdit.storage import configs, inspection, saving, weights
@@ -519,7 +519,6 @@ ROWS = [
     Row(lambda w: trace(w.model()), Fixed("float format"), "what is exported is packed", "Call `pack()` first."),
     Row(lambda w: trace(w.model("packed").bfloat16()), "torch.bfloat16 on cpu", "from the CPU, in float32",
         'Call `to("cpu").float()`.'),
-    Row(lambda w: to_onnx.block_size(24), "24 inputs", "needs a multiple of 16", "`--format openvino`"),
     Row(without("onnxscript", write_onnx), Fixed("onnxscript"), "Writing ONNX needs", "pip install onnxscript",
         error=ImportError),
     Row(without("openvino", write_openvino), Fixed("openvino"), "Writing for OpenVINO needs", "pip install openvino",

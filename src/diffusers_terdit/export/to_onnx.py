@@ -18,24 +18,20 @@ BLOCK = 128  # inputs that share a scale, where the layer leaves it open
 SMALLEST_BLOCK = 16
 
 
-def block_size(scale_granularity: str | int) -> int:
-    """Return how many inputs share a scale in the file: a power of two that divides the layer's groups.
+def layout(scale_granularity: str | int) -> tuple[int, int]:
+    """Return how a layer's inputs lie in the file: inputs that a group takes, 0 for no groups, and a block of them.
+
+    A block has a scale, and is a power of two of at least 16 inputs. A group that no such block divides is filled up
+    with zeros, in the input and in the codes.
 
     Args:
         scale_granularity (`str` or `int`): "tensor", "row", or inputs per group.
-
-    Raises:
-        ValueError: The largest such power is smaller than the operator takes.
     """
     if isinstance(scale_granularity, str):
-        return BLOCK
+        return 0, BLOCK
     size = math.gcd(scale_granularity, BLOCK)
-    if size < SMALLEST_BLOCK:
-        raise ValueError(
-            f"ONNX has no groups of {scale_granularity} inputs: it needs a multiple of {SMALLEST_BLOCK}. Export to"
-            " OpenVINO (`--format openvino`), which takes any."
-        )
-    return size
+    group = scale_granularity if size >= SMALLEST_BLOCK else -(-scale_granularity // SMALLEST_BLOCK) * SMALLEST_BLOCK
+    return group, math.gcd(group, BLOCK)
 
 
 def write_onnx(program: ExportedProgram, path: str | os.PathLike) -> None:
@@ -47,7 +43,6 @@ def write_onnx(program: ExportedProgram, path: str | os.PathLike) -> None:
 
     Raises:
         ImportError: `onnxscript` is missing, or torch is older than 2.8.
-        ValueError: A layer's groups of inputs cannot be expressed.
         OSError: The file cannot be written.
     """
     try:
@@ -60,7 +55,12 @@ def write_onnx(program: ExportedProgram, path: str | os.PathLike) -> None:
 
     def layer(input: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, _: None) -> Tensor:
         rows, columns = weight_packed.shape[0] * reference.CODES_PER_BYTE, weight_packed.shape[1]
-        size = block_size(reference.granularity_of(weight_scale, columns))
+        granularity = reference.granularity_of(weight_scale, columns)
+        group, size = layout(granularity)
+        if isinstance(granularity, int) and group != granularity:
+            parts = input.unflatten(-1, (-1, granularity))
+            input = torch.nn.functional.pad(parts, (0, group - granularity)).flatten(-2)
+            columns = input.shape[-1]
         output = symbolic(
             "com.microsoft::MatMulNBits",
             (input, weight_packed, weight_scale),
@@ -94,6 +94,10 @@ def _put_weights(node: Any, ir: Any) -> None:
     weight, scale = (torch.from_numpy(value.const_value.numpy()) for value in node.inputs[1:3])
     columns, rows, size = (node.attributes[name].as_int() for name in ("K", "N", "block_size"))
     blocks = math.ceil(columns / size)
+    if columns != weight.shape[1]:  # groups that are filled up
+        parts = weight.unflatten(1, (scale.shape[1], -1))
+        more = (columns - weight.shape[1]) // scale.shape[1]
+        weight = torch.nn.functional.pad(parts, (0, more), value=reference.ZERO_BYTE).flatten(1)
     codes = codes_low_first(weight, ZERO, blocks * size).view(rows, blocks, size // 4)
     groups = scale.reshape(len(scale), -1)  # (1 or N, groups)
     scales = groups.repeat_interleave(blocks // groups.shape[1], dim=1).expand(rows, blocks).contiguous()
