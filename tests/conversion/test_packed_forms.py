@@ -197,12 +197,23 @@ class TestRefused:
         for change, message in (
             (lambda t: t.pop(f"{LAYER}.scales"), "has no `scales`"),
             (lambda t: t.pop("proj_out.weight"), "has no proj_out.weight"),
-            (lambda t: t.update({"time_sign_embed.weight": torch.zeros(1)}), "has time_sign_embed.weight"),
+            (lambda t: t.update({"time_sign_embed.weight": torch.zeros(1)}), "such as time_sign_embed.weight"),
             (lambda t: t.update({"proj_out.weight": torch.zeros(3)}), "`proj_out.weight` is [3]"),
         ):
             copy = shutil.copytree(published, tmp_path / message.replace(" ", "-") / published.name)
             edit(copy, change)
             self.refuses(copy, tmp_path, message)
+
+    def test_scales_for_no_inputs(self, published, tmp_path):
+        def change(tensors):
+            for key in ("scales", "biases", "zeros"):
+                if f"{LAYER}.{key}" in tensors and tensors[f"{LAYER}.{key}"].dim() == 2:
+                    tensors[f"{LAYER}.{key}"] = tensors[f"{LAYER}.{key}"].new_empty(
+                        (0, 64) if f"{LAYER}.W_q" in tensors else (64, 0)
+                    )
+
+        edit(published, change)
+        self.refuses(published, tmp_path, LAYER, "again")
 
     def test_damaged_and_truncated_files(self, published, tmp_path):
         file = next(path for path in published.iterdir() if path.suffix != ".json")

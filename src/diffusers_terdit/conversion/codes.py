@@ -22,7 +22,7 @@ def unpack(codes: Tensor, scale: Tensor, shifted: Tensor, name: str) -> Tensor:
         ValueError: The sizes do not fit, a code is 3, or a group is shifted; with its place.
     """
     rows, inputs = codes.shape[0], 4 * codes.shape[1]
-    if scale.shape[0] != rows or not inputs or codes.shape[1] % scale.shape[1]:
+    if scale.shape[0] != rows or 0 in (inputs, scale.shape[1]) or codes.shape[1] % scale.shape[1]:
         raise ValueError(
             f"{name} has codes for {rows} rows of {inputs} inputs and scales of shape {list(scale.shape)}, which do"
             " not fit together. Download the file again."

@@ -42,9 +42,9 @@ def decode(parts: Mapping[str, Tensor], name: str, scale_granularity: None = Non
     if not matrices or zero.numel() not in (1, scale.numel()) or not ((further == 0) | (further == 1)).all():
         raise ValueError(
             f"{name} is {reference.describe(packed)}, with scales of {reference.describe(scale)}, zeros of"
-            f" {reference.describe(zero)} and a scale of scales of {further.flatten()[:1].tolist()}; read are two-bit"
-            " layers with a scale and a zero per group or row. Convert the repository of dense weights, often called"
-            " `-unpacked`."
+            f" {reference.describe(zero)} and a scale of scales of {further.flatten()[:1].tolist()}; only"
+            " two-bit layers with a scale and a zero per group or row are read. Convert the repository of dense"
+            " weights, often called `-unpacked`."
         )
     scale = scale.t().float().contiguous()  # (N, K/g)
     zero = zero.float() if zero.numel() == 1 else zero.view(scale.shape[::-1]).t().float()

@@ -281,7 +281,7 @@ def _build(where: Path, raw: dict[str, Any]) -> ModelMixin:
     parameters = inspect.signature(cls).parameters
     if unknown := sorted(key for key in raw if not key.startswith("_") and key not in parameters):
         raise ValueError(
-            f"{where} has {unknown[0]}={raw[unknown[0]]!r:.80}, which a {cls.__name__} does not know, so it may"
+            f"{where} has {unknown[0]}={raw[unknown[0]]!r:.80}, which {cls.__name__} does not know, so it may"
             " compute something else. Update diffusers, or remove the line if it says nothing about the weights."
         )
     try:
@@ -319,8 +319,8 @@ def _check_names(source: Path, model: ModelMixin, given: set[str]) -> None:
         raise ValueError(f"{source} has no {absent[0]} ({len(absent)} weights are missing). Download it again.")
     if more := sorted(unexpected_tensors(model, given)):
         raise ValueError(
-            f"{source} has {more[0]}, which a {type(model).__name__} has not ({len(more)} such tensors). Download"
-            " config and weights again, together."
+            f"{source} has {len(more)} tensor(s) that {type(model).__name__} does not have, such as {more[0]}."
+            " Download config and weights again, together."
         )
 
 
