@@ -537,7 +537,7 @@ class Trainer:
             self.set_strength = training.initialize.gradual_ternarization(self.transformer)
         compilers = {"win32": "cl", "darwin": "clang++"}
         compiler = os.environ.get("CXX", compilers.get(sys.platform, "g++"))
-        if args.torch_compile and device.type == "cpu" and not shutil.which(compiler):
+        if args.torch_compile and device.type == "cpu" and not shutil.which(compiler.split()[0]):
             raise SystemExit(
                 f"--torch_compile needs a C++ compiler on a CPU, and there is no {compiler}. Install it, or leave the"
                 " flag out."
