@@ -173,7 +173,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
+def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("loss").add_argument
     add(
         "--flow_matching",
@@ -182,6 +182,14 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
         const=True,
         help="Train rectified flow instead of the noise of DDPM, as the paper does (false).",
     )
+    add(
+        "--weighting_scheme",
+        choices=["logit_normal", "none"],
+        help="Flow matching trains on the middle of the way from picture to noise more often than on its ends, or on"
+        " all of it alike. If not set: logit_normal.",
+    )
+    add("--logit_mean", type=float, default=0.0, help="The logit of the noise's share has this mean; 0 is the middle.")
+    add("--logit_std", type=positive, default=1.0, help="It has this standard deviation.")
     add(
         "--learn_sigma",
         type=boolean,
@@ -196,6 +204,8 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
         help="Train this share of the examples without their label, for guidance.",
     )
 
+
+def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("optimization").add_argument
     add("--seed", type=seed, default=0, help="All random numbers of the run follow from this one.")
     add("--max_train_steps", type=at_least(1), help="The run has this many optimizer steps.")
@@ -319,6 +329,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add_data_arguments(parser)
     add_model_arguments(parser)
+    add_loss_arguments(parser)
     add_optimization_arguments(parser)
     add_output_arguments(parser)
     argv = sys.argv[1:] if argv is None else argv
@@ -349,6 +360,9 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error("--activation_bits is for ternary models, not --ternary false")
     if args.flow_matching and args.snr_gamma:
         parser.error("--snr_gamma is for DDPM: pass --flow_matching false, too")
+    if args.weighting_scheme == "logit_normal" and not args.flow_matching:
+        parser.error("--weighting_scheme logit_normal is for flow matching: pass --flow_matching, too")
+    args.weighting_scheme = args.weighting_scheme or ("logit_normal" if args.flow_matching else "none")
     if args.ternary_warmup_steps and not (args.ternary and args.init_from):
         parser.error(
             "--ternary_warmup_steps goes with --init_from a full-precision model, and not with --ternary false"
@@ -508,6 +522,7 @@ class Trainer:
             self.num_classes,
             args.class_dropout_prob,
             continuous_time=args.flow_matching,
+            logit_normal=(args.logit_mean, args.logit_std) if args.weighting_scheme == "logit_normal" else None,
         )
 
     def build_models(self) -> None:

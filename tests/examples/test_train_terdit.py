@@ -758,6 +758,7 @@ class TestRefusals:
             (("--demo", "--streaming"), "--dataset_name"),
             (("--demo", "--frechet_steps", 5), "--feature_network"),
             (("--demo", "--flow_matching", "--snr_gamma", 5), "--snr_gamma"),
+            (("--demo", "--weighting_scheme", "logit_normal"), "pass --flow_matching, too"),
             (("--demo", "--ternary_warmup_steps", 5), "--init_from"),
             (("--demo", "--activation_bits", 8, "--ternary", "false"), "--activation_bits"),
             (("--demo", "--total_batch_size", 12), "no multiple of 1 process"),

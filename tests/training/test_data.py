@@ -1,6 +1,7 @@
 import json
 import logging
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -516,6 +517,15 @@ class TestExamples:
         examples = self.examples(continuous_time=True)
         times = [examples[position]["time"] for position in range(300)]
         assert all(time.dtype == np.float32 and 0 <= time <= 1 for time in times)
+
+    def test_logits_of_the_time_are_normal_where_that_is_asked_for(self):
+        examples = self.examples(continuous_time=True, logit_normal=(-0.5, 2.0))
+        times = np.array([examples[position]["time"] for position in range(1000)])
+        logits = np.log(times / (1 - times))
+        assert abs(logits.mean() + 0.5) < 5 * 2 / math.sqrt(1000)
+        assert abs(logits.std() - 2) < 5 * 2 / math.sqrt(2000)
+        examples.logit = NormalDist(0, 1e6)
+        assert {examples[position]["time"].item() for position in range(20)} == {0.0, 1.0}
 
     def test_half_of_the_images_are_mirrored_where_that_is_allowed(self, image_folder):
         samples = training.data.ImageSamples.from_folder(image_folder, resolution=8, flip=True)

@@ -2,11 +2,13 @@
 
 import inspect
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -449,6 +451,8 @@ class TrainingExamples(Dataset):
         num_classes (`int`): The null label's number.
         class_dropout_prob (`float`): How often the null label replaces the sample's.
         continuous_time (`bool`): `time` is a float32 in [0, 1), for flow matching, instead of an int in [0, 1000).
+        logit_normal (`tuple[float, float]`, *optional*): Mean and standard deviation of the logit of `time`, whose
+            distribution is uniform without it (https://arxiv.org/abs/2403.03206, section 3.1).
 
     Raises:
         ValueError: There are no samples, or `class_dropout_prob` is not in [0, 1].
@@ -462,6 +466,7 @@ class TrainingExamples(Dataset):
         num_classes: int,
         class_dropout_prob: float = 0.1,
         continuous_time: bool = False,
+        logit_normal: tuple[float, float] | None = None,
     ):
         if hasattr(samples, "__len__") and not len(samples):
             raise ValueError(f"`samples` holds none, got {samples!r:.80}. Pass at least one.")
@@ -469,6 +474,7 @@ class TrainingExamples(Dataset):
             raise ValueError(f"`class_dropout_prob` must be a probability, 0 to 1, got {class_dropout_prob}.")
         self.samples, self.seed, self.latent_shape, self.num_classes = samples, seed, latent_shape, num_classes
         self.class_dropout_prob, self.continuous_time = class_dropout_prob, continuous_time
+        self.logit = NormalDist(*logit_normal) if logit_normal else None
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
@@ -500,6 +506,8 @@ class TrainingExamples(Dataset):
         `posterior_noise` is added where the latent is yet to be drawn from the sample.
         """
         time = self._draw("timestep", position)
+        if self.logit is not None:
+            time = (1 + math.tanh(self.logit.inv_cdf(max(time, 2**-54)) / 2)) / 2  # the sigmoid
         example = {
             "samples": sample,
             "class_labels": self.num_classes
