@@ -299,15 +299,13 @@ def in_seconds(times: dict[str, float]) -> list[str]:
 
 
 def plot(data: dict, path: Path) -> None:
-    """Draw a bar per model, dtype and place: checkpoint, peak of memory, time of a step."""
-    panels: dict[str, list] = {"checkpoint, GB": [], "peak memory, GB": [], "time of a step, s": []}
-    for device, records, runs in by_place(data):
-        for record in records:
-            name = f"{record['model']}, {record['dtype']}, {NAMES[device]}"
-            time = (median_step(record, runs) or {}).get("cpu_seconds" if device == "cpu" else "seconds", 0)
-            values = record["checkpoint_bytes"] / 1e9, peak(record) / 1e9, time
-            for bars, value in zip(panels.values(), values, strict=True):
-                bars.append((name, 0, value))
+    """Draw a bar per model and dtype, of the first place: checkpoint and peak of memory."""
+    panels: dict[str, list] = {"checkpoint, GB": [], "peak memory of a step, GB": []}
+    _, records, _ = next(by_place(data))
+    for record in sorted(records, key=lambda record: record["parameters"], reverse=True):
+        kind = "ternary" if record["ternary_weights"] else "dense"
+        for found, key in zip(panels.values(), (record["checkpoint_bytes"], peak(record)), strict=True):
+            found.append((f"{kind} {record['model']}, {record['dtype']}", 0, key / 1e9))
     shared.bars(path, panels)
 
 

@@ -418,7 +418,7 @@ def bars(path: Path, panels: dict[str, list[tuple[str, float, float]]], line: fl
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharex=bool(line))
     for axis, (title, found) in zip(axes.flat, panels.items(), strict=False):
         labels, starts, ends = zip(*found, strict=True)
-        colors = ["#8a8a8a" if label.startswith(("dense", "best dense")) else "#1f4e79" for label in labels]
+        colors = ["#9aa0a6" if label.startswith(("dense", "best dense")) else "#d9480f" for label in labels]
         lengths = [end - start for start, end in zip(starts, ends, strict=True)]
         drawn = axis.barh(labels, lengths, left=starts, color=colors)
         texts = [f"{start:.2f} to {end:.2f}" if start else f"{end:.3g}" for _, start, end in found]
