@@ -30,7 +30,9 @@ GPU := PYTHONPATH=src$(if $(PYTHONPATH),:$(PYTHONPATH)) PYTHONUNBUFFERED=1 timeo
 .PHONY: demo test slow stress gpu gpu-tests gpu-layers gpu-steps gpu-pictures audit results quality docs dist format clean
 
 demo: .venv/.ready
-	$(BIN)/terdit generate digits --num_images_per_label 8 --overwrite --output demo.png
+	$(BIN)/terdit generate emoji --labels ghost "clown face" "robot face" "face with cowboy hat" "face screaming in fear" \
+	    "smiling cat face with heart-shaped eyes" "nerd face" "exploding head" --overwrite --output demo.png
+	@echo 'Next: $(BIN)/terdit info emoji --labels, $(BIN)/terdit generate emoji --labels LABEL, docs/tutorial.md'
 
 # A process per core, at most four, each with one thread: the models of the tests are tiny. A file stays in one process.
 test: .venv/.dev

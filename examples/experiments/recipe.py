@@ -1,0 +1,326 @@
+"""Which recipe trains a small ternary model best: one setting changed at a time, on Fashion-MNIST.
+
+    python examples/experiments/fashion.py --data_dir /usr/share/datasets/fashion-mnist
+    OMP_NUM_THREADS=1 python examples/experiments/recipe.py --data_dir /usr/share/datasets/fashion-mnist --part screen
+    OMP_NUM_THREADS=1 python examples/experiments/recipe.py --render docs/results
+
+An arm is a set of flags of `terdit train`, and it is trained by that program. Runs go on from their last checkpoint in
+--runs_dir; records go to outputs/results/recipe.jsonl, and a run that is there is not repeated.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+import fashion
+from common import Records, cell, made_on, read_arguments, write_page
+from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, losses, training
+from diffusers_terdit.pipelines.schedulers import scheduler_by_name
+
+
+sys.path.append(str(Path(__file__).parents[1]))
+import train_terdit as script  # the program that this experiment runs
+
+
+NAME = "recipe"
+SEEDS, RATE_SEED = (0, 1, 2), 100
+STEPS, LONG_STEPS = 2000, 6000
+CEILING = 0.9231  # what the judge recognizes of the test images
+ANSWER = """\
+Not decided yet: the study is running, arm by arm. What is here was measured; what is missing is named below."""
+NUM_IMAGES, GUIDANCE, SAMPLING_STEPS = 2000, 1.5, 25
+HELD_OUT, DRAWS, HELD_OUT_SEED = 1000, 4, 7  # test images, draws of noise and time for each
+
+# What all arms have, besides the defaults of --preset tiny for these data: width 128, six layers, patches of 4.
+COMMON = {
+    "train_batch_size": 64, "learning_rate": 4e-3, "mixed_precision": "bf16", "flow_matching": "true",
+    "weighting_scheme": "logit_normal", "adam_beta2": 0.95, "scale_lr_factor": 0.1, "scale_granularity": "tensor",
+    "initialization": "small_gain", "class_dropout_prob": 0.1, "max_grad_norm": 2.0, "ema_decay": 0.98,
+}  # fmt: skip
+BASE = "recipe of the pilot"
+FIRST_THIRD = "full precision for the first third"
+NOISE = {"flow_matching": "false", "weighting_scheme": "none", "learn_sigma": "false"}
+
+# Arm -> the settings that it changes. `full_share`, `teacher`, `patch` and `weights` are this study's own.
+ARMS: dict[str, dict] = {
+    BASE: {},
+    "a scale per row": {"scale_granularity": "row"},
+    FIRST_THIRD: {"full_share": 1 / 3},
+    "a scale per row, full precision for the first third": {"scale_granularity": "row", "full_share": 1 / 3},
+    "beta2 .999": {"adam_beta2": 0.999},
+    "scales at the common rate": {"scale_lr_factor": 1.0},
+    "uniform times": {"weighting_scheme": "none"},
+    "noise prediction": NOISE,
+    "noise prediction with the variational bound (TerDiT)": {**NOISE, "learn_sigma": "true"},
+    "weight decay .1": {"adam_weight_decay": 0.1},
+    "no RMSNorm after adaLN": {"adaln_norm": "false"},
+    "the authors' initialization": {"initialization": "reference"},
+    "distillation": {"teacher": "full precision"},
+    "Muon": {"patch": "muon"},
+    "a Hadamard basis": {"patch": "hadamard"},
+    "raw weights": {"weights": "raw"},
+    "full precision": {"ternary": "false"},
+    "full precision, Muon": {"ternary": "false", "patch": "muon"},
+}  # fmt: skip
+
+
+# --- what the program does not have ---
+
+
+class Both:
+    """Muon for the matrices of the blocks, AdamW for the rest, with the attributes that the program uses."""
+
+    def __init__(self, adamw: torch.optim.AdamW, model: TerDiTTransformer2DModel):
+        matrices = {id(layer.weight) for layer in model.transformer_blocks.modules() if isinstance(layer, nn.Linear)}
+        matrices |= {id(layer.weight) for layer in model.ternary_layers().values()}
+        taken = []
+        for group in adamw.param_groups:
+            taken += [p for p in group["params"] if id(p) in matrices]
+            group["params"] = [p for p in group["params"] if id(p) not in matrices]
+        muon = torch.optim.Muon(taken, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        muon.param_groups[0]["lr_factor"] = 1.0
+        self.parts = (adamw, muon)
+        self.param_groups = [*adamw.param_groups, *muon.param_groups]
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad()
+
+
+class MuonTrainer(script.Trainer):
+    """The program's trainer with Muon; it saves no checkpoints."""
+
+    def build_models(self) -> None:
+        super().build_models()
+        self.optimizer = Both(self.optimizer, self.transformer)
+
+    def save(self) -> None:
+        pass
+
+
+def hadamard(size: int) -> Tensor:
+    """Sylvester's matrix, (size, size) float32, orthogonal and symmetric; `size` is a power of two."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / math.sqrt(size)
+
+
+def rotate_inputs(model: TerDiTTransformer2DModel) -> None:
+    """Turn the inputs of every ternary layer, 128 at a time: the weights are ternary in the other basis."""
+
+    matrix = hadamard(128)
+
+    def rotated(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        blocks = inputs[0].unflatten(-1, (-1, len(matrix)))
+        return ((blocks @ matrix.to(blocks.dtype)).flatten(-2),)
+
+    for layer in model.ternary_layers().values():
+        layer.register_forward_pre_hook(rotated)
+
+
+# --- runs ---
+
+
+def run_of(arm: str, steps: int, seed: int, **changes) -> dict:
+    """All that defines a run, as JSON."""
+    settings = {**COMMON, **ARMS[arm], **changes}
+    run = {"arm": arm, "settings": settings, "steps": steps, "seed": seed, "guidance": GUIDANCE, "fashion": 1}
+    return json.loads(json.dumps(run))
+
+
+class Study:
+    """Trains and judges runs.
+
+    Args:
+        args: `data_dir`, `judge`, `runs_dir`, `compile`.
+        records ([`Records`]): Of this study.
+    """
+
+    def __init__(self, args: argparse.Namespace, records: Records):
+        self.args, self.records = args, records
+
+    @cache  # noqa: B019 - one study a process
+    def held_out(self) -> dict[str, Tensor]:
+        """Test images at fixed noise and times, the same for every model."""
+        samples = training.data.ImageSamples.from_idx(self.args.data_dir, "t10k", resolution=28, channels=1)
+        examples = training.data.TrainingExamples(
+            samples, HELD_OUT_SEED, (1, 28, 28), 10, continuous_time=True, logit_normal=(0.0, 1.0)
+        )
+        batch = []
+        for index in range(HELD_OUT):
+            sample, label = samples[index]
+            positions = range(DRAWS * index, DRAWS * (index + 1))
+            batch += [{**examples.example(p, sample, label), "class_labels": label} for p in positions]
+        return default_collate(batch)
+
+    @torch.no_grad()
+    def held_out_loss(self, pipe: TerDiTPipeline) -> float | None:
+        """Mean squared error of the predicted velocity; `None` for a model of noise."""
+        if pipe.transformer.config.prediction_type != "flow_prediction":
+            return None
+        batch, errors = self.held_out(), []
+        for rows in torch.arange(HELD_OUT * DRAWS).split(250):
+            clean, noise, when, labels = (batch[key][rows] for key in ("samples", "noise", "time", "class_labels"))
+            noisy, velocity, when = losses.training_target(pipe.scheduler, clean, noise, when)
+            output = pipe.transformer(noisy, when, labels, return_dict=False)[0]
+            errors.append(losses.mean_squared_error(output, velocity))
+        return torch.cat(errors).mean().item()
+
+    def judged(self, pipe: TerDiTPipeline) -> dict:
+        """Held-out loss, in float32; distance and share recognised of what a pipeline draws, in bfloat16."""
+        loss = self.held_out_loss(pipe)
+        if pipe.transformer.config.prediction_type == "epsilon":
+            pipe.scheduler = scheduler_by_name("dpm", pipe.scheduler, "epsilon")
+        network, test = fashion.load_judge(self.args.judge)
+        pipe.transformer.to(torch.bfloat16)
+        if self.args.compile:
+            torch._dynamo.reset()
+            pipe.transformer.compile_repeated_blocks(dynamic=False)
+        settings = {"num_inference_steps": SAMPLING_STEPS, "guidance_scale": GUIDANCE}
+        drawn = fashion.sample(pipe, NUM_IMAGES, **settings)
+        return {"held_out_loss": loss, **fashion.judge(*drawn, network, test)}
+
+    def folder(self, run: dict) -> Path:
+        changes = {key: value for key, value in run["settings"].items() if COMMON.get(key) != value}
+        words = [f"{key}={value}" for key, value in changes.items() if key != "weights"] or ["base"]
+        return self.args.runs_dir / f"{' '.join(words)} {run['steps']} {run['seed']}".replace("/", "-")
+
+    def program(self, folder: Path, settings: dict, steps: int, seed: int) -> None:
+        """Run `terdit train` in this process, from its last checkpoint on."""
+        flags = {**settings, "max_train_steps": steps, "seed": seed, "validation_steps": steps, "output_dir": folder}
+        words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
+        words += ["--train_data_dir", str(self.args.data_dir), "--resume_from_checkpoint", "latest"]
+        words += ["--torch_compile"] if self.args.compile else []
+        torch._dynamo.reset()
+        script.main(words)
+
+    def train(self, run: dict) -> Path:
+        """Train a run, unless it is; return its pipeline's folder."""
+        folder, seed, steps = self.folder(run), run["seed"], run["steps"]
+        if (folder / "model_index.json").is_file():
+            return folder
+        settings = {key: v for key, v in run["settings"].items() if key not in ("full_share", "patch", "weights")}
+        if teacher := settings.pop("teacher", None):
+            settings["teacher"] = self.train(run_of(teacher, steps, seed))
+        if share := run["settings"].get("full_share"):
+            first = round(share * steps)
+            start, steps = folder.with_name(folder.name + " first"), steps - first
+            full = {**settings, "ternary": "false", "lr_scheduler": "constant"}
+            if not (start / "model_index.json").is_file():
+                self.program(start, full, first, seed)
+            settings |= {"init_from": start / f"checkpoint-{first}"}
+        build, trainer = script.build_transformer, script.Trainer
+
+        def build_rotated(*args):
+            model = build(*args)
+            rotate_inputs(model)
+            return model
+
+        patch = run["settings"].get("patch")
+        script.build_transformer = build_rotated if patch == "hadamard" else build
+        script.Trainer = MuonTrainer if patch == "muon" else trainer
+        try:
+            self.program(folder, settings, steps, seed)
+        finally:
+            script.build_transformer, script.Trainer = build, trainer
+        return folder
+
+    def result(self, run: dict) -> dict:
+        """Train and judge."""
+        started = time.process_time()
+        folder = self.train(run)
+        seconds = round(time.process_time() - started)
+        pipe = TerDiTPipeline.from_pretrained(folder)
+        if run["settings"].get("weights") == "raw":
+            last = folder / f"checkpoint-{run['steps']}"
+            pipe.transformer = training.initialize.load_transformer(last)
+        if run["settings"].get("patch") == "hadamard":
+            rotate_inputs(pipe.transformer)
+        return {**self.judged(pipe), "training_seconds": seconds}
+
+
+# What each part runs: (arm, steps, seed, changed settings).
+Plan = list[tuple[str, int, int, dict]]
+RATED = (BASE,)  # the baseline and the three best arms of the first seed
+SEEDED = (BASE,)  # the arms that went on to three seeds
+PLANS: dict[str, Plan] = {
+    "screen": [(arm, STEPS, 0, {}) for arm in ARMS],
+    "rates": [(arm, STEPS, RATE_SEED, {"learning_rate": rate}) for arm in RATED for rate in (2e-3, 4e-3, 8e-3)],
+    "seeds": [(arm, STEPS, seed, {}) for arm in SEEDED for seed in SEEDS],
+}
+
+
+def cells(results: list[dict]) -> list[str]:
+    """Loss, distance and share of the ceiling; with several seeds mean and standard deviation."""
+    loss = [result["held_out_loss"] for result in results]
+    distance = [result["frechet_distance"] for result in results]
+    share = [result["recognised"] / CEILING for result in results]
+    if len(results) == 1:
+        return [f"{loss[0]:.4f}" if loss[0] is not None else "-", f"{distance[0]:.2f}", f"{share[0]:.3f}"]
+    return [cell(loss, 4) if None not in loss else "-", cell(distance, 2), cell(share, 3)]
+
+
+def render(folder: Path) -> str:
+    """Page of the records in a folder."""
+    records = Records(folder / f"{NAME}.jsonl")
+
+    def find(plan: Plan) -> list[dict]:
+        return [
+            found for arm, steps, seed, changes in plan if (found := records.find(run_of(arm, steps, seed, **changes)))
+        ]
+
+    screen = [(arm, found[0]) for arm in ARMS if (found := find([(arm, STEPS, 0, {})]))]
+    screen.sort(key=lambda item: item[1]["frechet_distance"])
+    seeds = {
+        (arm, steps): find([(arm, steps, seed, {}) for seed in SEEDS]) for arm in ARMS for steps in (STEPS, LONG_STEPS)
+    }
+    rates = [(arm, changes["learning_rate"], find([(arm, s, d, changes)])) for arm, s, d, changes in PLANS["rates"]]
+    return write_page(
+        NAME,
+        answer=ANSWER,
+        made=made_on(records),
+        steps=f"{STEPS:,}",
+        screen=[[f"**{arm}**" if arm == BASE else arm, *cells([result])] for arm, result in screen],
+        missing="; ".join(arm for arm in ARMS if arm not in dict(screen)),
+        seeds=[[arm, f"{n:,}", *cells(found)] for (arm, n), found in seeds.items() if len(found) == len(SEEDS)],
+        rates=[[arm, f"{rate:g}", *cells(found)] for arm, rate, found in rates if found],
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data_dir", type=Path, help="folder of the IDX files of Fashion-MNIST")
+    add("--judge", type=Path, default=fashion.JUDGE, help="file that fashion.py wrote")
+    add("--runs_dir", type=Path, default=Path("outputs/recipe"), help="folder of the runs and their checkpoints")
+    add("--part", choices=list(PLANS), action="append", help="default: all")
+    add("--arm", choices=list(ARMS), action="append", help="of these parts, run these arms alone")
+    add("--compile", action="store_true", help="pass --torch_compile")
+    args = read_arguments(NAME, parser, argv)
+    folder = args.render or args.output_dir
+    records = Records(folder / f"{NAME}.jsonl")
+    if not args.render:
+        study = Study(args, records)
+        for part in args.part or PLANS:
+            for arm, steps, seed, changes in PLANS[part]:
+                if args.arm is None or arm in args.arm:
+                    run = run_of(arm, steps, seed, **changes)
+                    records.get(run, lambda run=run: study.result(run))
+    (folder / f"{NAME}.md").write_text(render(folder), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
