@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     network, test = load_judge(args.judge)
     ceiling = judge(test_images, test_labels, network, test)["recognised"]
     real = judge(train_images[:NUM_FLOOR], train_labels[:NUM_FLOOR], network, test)
-    print(f"floor: distance {real['frechet_distance']:.2f}; ceiling: {ceiling:.1%} recognised")
+    print(f"floor: distance {real['frechet_distance']:.2f}; ceiling: {ceiling:.1%} recognized")
     if args.model:
         pipe = cli.load_pipeline(args.model, "float32")
         settings = {key: getattr(args, key) for key in ("num_inference_steps", "guidance_scale")}

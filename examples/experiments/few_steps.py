@@ -481,16 +481,16 @@ def section(records: Records, model: str, runs: list[dict], picture: Path | None
     if picture is not None:
         draw(found(FEW[kind]), times, picture)
     reference = FEW[kind][0]
-    quality = ["Fréchet distance", "recognised, %"] if "seeds" in results[reference.name] else []
+    quality = ["Fréchet distance", "recognized, %"] if "seeds" in results[reference.name] else []
     quality += (
-        ["own picture nearest, %", "distance to it, shades"] if "nearest_is_own" in results[reference.name] else []
+        ["own picture nearest, %", "distance to it, levels"] if "nearest_is_own" in results[reference.name] else []
     )
     return {
         "name": Path(model).name,
         "kind": kind,
         "reference": reference.name,
         "command": shlex.quote(model) + (" --real_images faces" if any(r["run"]["real_images"] for r in runs) else ""),
-        "quality": [*quality, f"from {SOLUTION[kind].name}, shades"],
+        "quality": [*quality, f"from {SOLUTION[kind].name}, levels"],
         "few": [
             [row.name, str(result["evaluations"]), ratio_cell(times, row, reference), *quality_cells(result)]
             for row, result in found(FEW[kind])
