@@ -142,10 +142,16 @@ class TestRun:
 
     @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore")  # Inductor's own
-    def test_compiled_blocks_train_alike(self, run, plain):
-        compiled = run("--demo", "--torch_compile")
+    @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+    def test_compiled_blocks_train_alike_and_go_on_in_the_same_bits(self, run, plain, tmp_path):
+        flags = ("--demo", "--torch_compile", "--checkpointing_steps", 2)
+        compiled = run(*flags)
         assert records(compiled) == pytest.approx(records(plain), rel=1e-4)
         assert records(compiled, "grad_norm") == pytest.approx(records(plain, "grad_norm"), rel=1e-3)
+        shutil.copytree(compiled / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+        torch._dynamo.reset()  # as a new process
+        resumed = run(*flags, "--resume_from_checkpoint", "latest", output_dir="resumed")
+        assert_same_bits(compiled / "checkpoint-4", resumed / "checkpoint-4")
 
     def test_weights_and_average_stay_float32_under_bfloat16(self, run, plain):
         folder = run("--demo", "--mixed_precision", "bf16")
@@ -429,6 +435,38 @@ class TestInterrupted:
         launch(folder, *resume, processes=processes, steps=steps)
         assert_same_bits(whole / f"checkpoint-{steps}", folder / f"checkpoint-{steps}")
         assert records(folder, "step") == records(whole, "step")
+
+    def test_a_run_killed_while_its_thread_writes_ends_in_the_bits_of_an_unbroken_one(self, run, plain, tmp_path):
+        """The second checkpoint stays at half of its average, as on a disk that hangs; training goes on meanwhile."""
+        launcher = """
+import os, runpy, sys, time
+from diffusers_terdit.training import checkpointing
+
+def half(tensors, path, metadata, save_file=checkpointing.save_file):
+    save_file(tensors, path, metadata)
+    if (path.parent.name, path.name) == ("checkpoint-2", "ema.safetensors"):
+        os.truncate(path, path.stat().st_size // 2)
+        time.sleep(600)
+
+checkpointing.save_file = half
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+        flags, folder = ("--checkpointing_steps", 1, "--ema_decay", 0.5), tmp_path / "killed"
+        process, deadline = start(folder, *flags, steps=4, launcher=launcher), time.monotonic() + 120
+        while not (folder / "log.jsonl").exists() or records(folder, "step") != [1, 2, 3]:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        (written,) = folder.glob("checkpoint-2.*.partial/checkpoint-2")
+        assert sorted(path.name for path in written.iterdir()) == ["ema.safetensors", "model.safetensors"]
+        assert [path.name for path in training.checkpointing.find(folder)] == ["checkpoint-1"]
+        run("--demo", *flags, "--resume_from_checkpoint", "latest", output_dir="killed")
+        assert_same_bits(plain / "checkpoint-4", folder / "checkpoint-4")
+        assert records(folder) == records(plain)
+        assert not list(folder.glob("*.partial"))
 
 
 class TestHub:
@@ -842,9 +880,10 @@ def test_accelerate_reads_its_configurations(path):
     assert config.mixed_precision in ("no", "bf16")
 
 
-def start(folder, *args, processes=1, steps=6):
-    """Start training in new processes, one thread each."""
+def start(folder, *args, processes=1, steps=6, launcher=None):
+    """Start training in new processes, one thread each; `launcher` is the source of a program that runs it."""
     command = [sys.executable, EXAMPLES / "train_terdit.py", "--demo", *TINY, "--max_train_steps", steps]
+    command[1:1] = ["-c", launcher] if launcher else []
     if processes > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes]
         command[:1] = [*torchrun, "--rdzv_endpoint", "localhost:0", "--rdzv_backend", "c10d"]
