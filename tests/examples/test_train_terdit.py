@@ -161,6 +161,26 @@ class TestRun:
         assert records(folder) == pytest.approx(records(plain), rel=0.02)
         assert records(folder) != records(plain)
 
+    def test_an_optimizer_of_8_bits_trains_nearly_alike_and_goes_on_in_the_same_bits(self, run, tmp_path):
+        pytest.importorskip("bitsandbytes")
+        flags = ("--demo", "--use_8bit_adam", "--attention_head_dim", 32, "--ffn_dim", 128)
+        folder = run(*flags, "--checkpointing_steps", 2)
+        found = load_file(folder / "checkpoint-4" / "optimizer.safetensors")
+        assert {tensor.dtype for tensor in found.values()} == {torch.uint8, torch.float32, torch.int64}
+        assert "AdamW of 8 bits" in (folder / "README.md").read_text()
+        assert records(folder) == pytest.approx(records(run(*flags[:1], *flags[2:], output_dir="plain")), rel=0.02)
+        shutil.copytree(folder / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+        resumed = run(*flags, "--resume_from_checkpoint", "latest", output_dir="resumed")
+        assert_same_bits(folder / "checkpoint-4", resumed / "checkpoint-4")
+        with pytest.raises(ValueError, match="Resume with the options it was trained with"):
+            run(*flags[:1], *flags[2:], "--resume_from_checkpoint", "latest", output_dir="resumed", steps=6)
+
+    def test_an_optimizer_of_8_bits_names_the_library_that_it_needs(self, run, monkeypatch, tmp_path):
+        monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+        with pytest.raises(SystemExit, match="--use_8bit_adam needs bitsandbytes: pip install bitsandbytes"):
+            run("--demo", "--use_8bit_adam")
+        assert not (tmp_path / "out").exists()
+
     def test_the_full_precision_baseline_sees_the_same_data_and_noise(self, run, plain):
         baseline = run("--demo", "--ternary", "false")
         # A fresh model predicts zero, whatever its weights: the first loss is that of the noise alone.
@@ -799,6 +819,7 @@ class TestRefusals:
             (("--demo", "--weighting_scheme", "logit_normal"), "pass --flow_matching, too"),
             (("--demo", "--ternary_warmup_steps", 5), "--init_from"),
             (("--demo", "--activation_bits", 8, "--ternary", "false"), "--activation_bits"),
+            (("--demo", "--use_8bit_adam", "--fsdp"), "leave out --fsdp"),
             (("--demo", "--total_batch_size", 12), "no multiple of 1 process"),
             (("--demo", "--lr_scheduler", "linear"), "invalid choice"),
             (("--demo", "--checkpoints_total_limit", "0"), "expected an integer, 1 or more, got '0'"),
