@@ -248,6 +248,11 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--adam_epsilon", type=positive, default=1e-8, help="AdamW adds this to its divisor.")
     add(
+        "--use_8bit_adam",
+        action="store_true",
+        help="Keep what AdamW averages in 8 bits instead of 32, with bitsandbytes; not with --fsdp.",
+    )
+    add(
         "--max_grad_norm", type=positive, default=2.0, help="A gradient with a larger norm is scaled down to this one."
     )
     add(
@@ -356,6 +361,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error("--streaming goes with --dataset_name and --dataloader_num_workers 0")
     if args.frechet_steps and (args.streaming or not args.feature_network):
         parser.error("--frechet_steps needs --feature_network, and data that is not streamed (0 switches it off)")
+    if args.use_8bit_adam and args.fsdp:
+        parser.error("--use_8bit_adam cannot be sharded: leave out --fsdp, or take the AdamW of 32 bits")
     if args.activation_bits and not args.ternary:
         parser.error("--activation_bits is for ternary models, not --ternary false")
     if args.flow_matching and args.snr_gamma:
@@ -562,12 +569,11 @@ class Trainer:
                 self.transformer.compile_repeated_blocks()
             training.sharding.shard_model(self.transformer, device.type)
             training.sharding.shard_model(self.ema_model, device.type)
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = self.adamw()(
             training.recipes.parameter_groups(self.transformer, args.adam_weight_decay, args.scale_lr_factor),
             lr=args.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
-            fused=device.type in ("cpu", "cuda"),
         )
         # `model` is what runs, with DDP around it; `transformer` is what is saved.
         self.model = self.transformer if args.fsdp else self.accelerator.prepare(self.transformer)
@@ -575,6 +581,16 @@ class Trainer:
         self.network = None
         if args.feature_network:
             self.network = pkgutil.resolve_name(args.feature_network)().eval().to(device)
+
+    def adamw(self) -> Callable[..., torch.optim.Optimizer]:
+        """Return the class of the optimizer."""
+        if not self.args.use_8bit_adam:
+            return partial(torch.optim.AdamW, fused=self.device.type in ("cpu", "cuda"))
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise SystemExit(f"--use_8bit_adam needs bitsandbytes: pip install bitsandbytes ({error})") from error
+        return AdamW8bit
 
     def check_memory(self, model: TerDiTTransformer2DModel) -> None:
         """Estimate the memory that this run needs; refuse it if that is more than 80 % of what is free."""
@@ -585,6 +601,7 @@ class Trainer:
             args.mixed_precision == "bf16",
             args.gradient_checkpointing,
             processes if args.fsdp else 1,
+            args.use_8bit_adam,
         )
         if self.vae is not None and not self.codec.cache:
             needed += training.memory.encoder_bytes(self.vae, args.train_batch_size, args.resolution)
@@ -1064,13 +1081,14 @@ class Trainer:
         size = ", streamed" if args.streaming else f", {len(self.samples):,} samples"
         loss = "flow matching" if args.flow_matching else "MSE + variational bound" if args.learn_sigma else "MSE"
         images_seen = self.step * self.batch_size
+        adam = "AdamW of 8 bits" if args.use_8bit_adam else "AdamW"
         return {
             "data": without_place(data) + size,
             "steps": f"{self.step:,} of {self.batch_size} samples, {images_seen:,} images seen",
             "loss": loss + (f", min-SNR {args.snr_gamma}" if args.snr_gamma else ""),
             "label dropout": args.class_dropout_prob,
             "learning rate": f"{args.learning_rate}, {args.lr_scheduler}, {args.lr_warmup_steps} steps of warm-up",
-            "optimizer": f"AdamW, betas {args.adam_beta1} {args.adam_beta2}, weight decay {args.adam_weight_decay}",
+            "optimizer": f"{adam}, betas {args.adam_beta1} {args.adam_beta2}, weight decay {args.adam_weight_decay}",
             "exported weights": f"average with decay {args.ema_decay}",
             "precision while training": "bfloat16, float32 weights" if args.mixed_precision == "bf16" else "float32",
             "seed": args.seed,

@@ -34,7 +34,10 @@ FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 DTYPES = ("float32", "bfloat16")
 TOY = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 64, "ffn_dim": 256, "num_classes": 10}
-PRESETS = {**SIZES, "toy": {**TOY, "sample_size": 8}}  # the toy is for trying the code
+# What `terdit train` takes for 28x28 pixels in gray.
+TINY = {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 384, "num_classes": 10}
+TINY |= {"sample_size": 28, "patch_size": 4, "in_channels": 1, "pos_embed_type": "rope+sincos2d"}
+PRESETS = {**SIZES, "tiny": TINY, "toy": {**TOY, "sample_size": 8}}  # the toy is for trying the code
 PAPER_PRESETS = ["terdit-600m-256", "terdit-4.2b-256"]
 LIMITS = ("MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")  # of the libraries torch calls
 CACHE_BYTES = 2**28  # written between calls, so that no weight stays in a GPU's cache, as in a whole model

@@ -386,6 +386,11 @@ def test_training(run, in_this_process):
     assert [record["model"] for record in data["records"]] == [asked["name"] for asked in in_this_process]
     assert data["records"][0]["over_full_precision"] == data["records"][1]["over_best_dense"] == [1, 1, 1]
     assert "| ternary, 8-bit activations |" in page
+    for record in data["records"]:
+        assert list(record["parts"]) == ["data", "forward", "backward", "clip", "optimize", "average"]
+        for shares in record["shares"].values():
+            assert sum(shares.values()) == pytest.approx(1)
+            assert all(share > 0 for share in shares.values()), shares
     assert run("training", *args)[0] == data
     assert len(in_this_process) == 4  # the second time nothing was measured
     assert run("training", *args, "--dtype", "bfloat16")[0]["settings"]["dtype"] == "bfloat16"

@@ -142,10 +142,16 @@ class TestRun:
 
     @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore")  # Inductor's own
-    def test_compiled_blocks_train_alike(self, run, plain):
-        compiled = run("--demo", "--torch_compile")
+    @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+    def test_compiled_blocks_train_alike_and_go_on_in_the_same_bits(self, run, plain, tmp_path):
+        flags = ("--demo", "--torch_compile", "--checkpointing_steps", 2)
+        compiled = run(*flags)
         assert records(compiled) == pytest.approx(records(plain), rel=1e-4)
         assert records(compiled, "grad_norm") == pytest.approx(records(plain, "grad_norm"), rel=1e-3)
+        shutil.copytree(compiled / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+        torch._dynamo.reset()  # as a new process
+        resumed = run(*flags, "--resume_from_checkpoint", "latest", output_dir="resumed")
+        assert_same_bits(compiled / "checkpoint-4", resumed / "checkpoint-4")
 
     def test_weights_and_average_stay_float32_under_bfloat16(self, run, plain):
         folder = run("--demo", "--mixed_precision", "bf16")
@@ -154,6 +160,26 @@ class TestRun:
             assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
         assert records(folder) == pytest.approx(records(plain), rel=0.02)
         assert records(folder) != records(plain)
+
+    def test_an_optimizer_of_8_bits_trains_nearly_alike_and_goes_on_in_the_same_bits(self, run, tmp_path):
+        pytest.importorskip("bitsandbytes")
+        flags = ("--demo", "--use_8bit_adam", "--attention_head_dim", 32, "--ffn_dim", 128)
+        folder = run(*flags, "--checkpointing_steps", 2)
+        found = load_file(folder / "checkpoint-4" / "optimizer.safetensors")
+        assert {tensor.dtype for tensor in found.values()} == {torch.uint8, torch.float32, torch.int64}
+        assert "AdamW of 8 bits" in (folder / "README.md").read_text()
+        assert records(folder) == pytest.approx(records(run(*flags[:1], *flags[2:], output_dir="plain")), rel=0.02)
+        shutil.copytree(folder / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+        resumed = run(*flags, "--resume_from_checkpoint", "latest", output_dir="resumed")
+        assert_same_bits(folder / "checkpoint-4", resumed / "checkpoint-4")
+        with pytest.raises(ValueError, match="Resume with the options it was trained with"):
+            run(*flags[:1], *flags[2:], "--resume_from_checkpoint", "latest", output_dir="resumed", steps=6)
+
+    def test_an_optimizer_of_8_bits_names_the_library_that_it_needs(self, run, monkeypatch, tmp_path):
+        monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+        with pytest.raises(SystemExit, match="--use_8bit_adam needs bitsandbytes: pip install bitsandbytes"):
+            run("--demo", "--use_8bit_adam")
+        assert not (tmp_path / "out").exists()
 
     def test_the_full_precision_baseline_sees_the_same_data_and_noise(self, run, plain):
         baseline = run("--demo", "--ternary", "false")
@@ -429,6 +455,38 @@ class TestInterrupted:
         launch(folder, *resume, processes=processes, steps=steps)
         assert_same_bits(whole / f"checkpoint-{steps}", folder / f"checkpoint-{steps}")
         assert records(folder, "step") == records(whole, "step")
+
+    def test_a_run_killed_while_its_thread_writes_ends_in_the_bits_of_an_unbroken_one(self, run, plain, tmp_path):
+        """The second checkpoint stays at half of its average, as on a disk that hangs; training goes on meanwhile."""
+        launcher = """
+import os, runpy, sys, time
+from diffusers_terdit.training import checkpointing
+
+def half(tensors, path, metadata, save_file=checkpointing.save_file):
+    save_file(tensors, path, metadata)
+    if (path.parent.name, path.name) == ("checkpoint-2", "ema.safetensors"):
+        os.truncate(path, path.stat().st_size // 2)
+        time.sleep(600)
+
+checkpointing.save_file = half
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+        flags, folder = ("--checkpointing_steps", 1, "--ema_decay", 0.5), tmp_path / "killed"
+        process, deadline = start(folder, *flags, steps=4, launcher=launcher), time.monotonic() + 120
+        while not (folder / "log.jsonl").exists() or records(folder, "step") != [1, 2, 3]:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        (written,) = folder.glob("checkpoint-2.*.partial/checkpoint-2")
+        assert sorted(path.name for path in written.iterdir()) == ["ema.safetensors", "model.safetensors"]
+        assert [path.name for path in training.checkpointing.find(folder)] == ["checkpoint-1"]
+        run("--demo", *flags, "--resume_from_checkpoint", "latest", output_dir="killed")
+        assert_same_bits(plain / "checkpoint-4", folder / "checkpoint-4")
+        assert records(folder) == records(plain)
+        assert not list(folder.glob("*.partial"))
 
 
 class TestHub:
@@ -761,6 +819,7 @@ class TestRefusals:
             (("--demo", "--weighting_scheme", "logit_normal"), "pass --flow_matching, too"),
             (("--demo", "--ternary_warmup_steps", 5), "--init_from"),
             (("--demo", "--activation_bits", 8, "--ternary", "false"), "--activation_bits"),
+            (("--demo", "--use_8bit_adam", "--fsdp"), "leave out --fsdp"),
             (("--demo", "--total_batch_size", 12), "no multiple of 1 process"),
             (("--demo", "--lr_scheduler", "linear"), "invalid choice"),
             (("--demo", "--checkpoints_total_limit", "0"), "expected an integer, 1 or more, got '0'"),
@@ -842,9 +901,10 @@ def test_accelerate_reads_its_configurations(path):
     assert config.mixed_precision in ("no", "bf16")
 
 
-def start(folder, *args, processes=1, steps=6):
-    """Start training in new processes, one thread each."""
+def start(folder, *args, processes=1, steps=6, launcher=None):
+    """Start training in new processes, one thread each; `launcher` is the source of a program that runs it."""
     command = [sys.executable, EXAMPLES / "train_terdit.py", "--demo", *TINY, "--max_train_steps", steps]
+    command[1:1] = ["-c", launcher] if launcher else []
     if processes > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes]
         command[:1] = [*torchrun, "--rdzv_endpoint", "localhost:0", "--rdzv_backend", "c10d"]

@@ -87,6 +87,37 @@ class TestCheckpoints:
         assert tensors.keys() == expected.keys()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
 
+    def test_an_optimizer_of_8_bits_goes_on_in_the_same_bits(self, tmp_path):
+        """Also where a weight had no gradient yet; small tensors stay in float32, and the step is a number."""
+        optim = pytest.importorskip("bitsandbytes.optim")
+
+        def start(seed):
+            model = fresh_model(seed, num_attention_heads=8, ffn_dim=128)
+            model.class_embed.requires_grad_(False)
+            optimizer = optim.AdamW8bit(training.recipes.parameter_groups(model, weight_decay=0.1), lr=1e-2)
+            optimizer.add_param_group({"params": model.class_embed.parameters()})
+            return model, optimizer
+
+        model, optimizer = start(0)
+        take_steps(model, optimizer, 2)
+        training.checkpointing.save(tmp_path / "checkpoint-2", model, model, optimizer, {})
+        tensors = load_file(tmp_path / "checkpoint-2" / "optimizer.safetensors")
+        name = "transformer_blocks.0.ff.gate_proj.weight"
+        assert {key: tensor.dtype for key, tensor in tensors.items() if key.startswith(name + ".")} == {
+            f"{name}.step": torch.int64,
+            **{f"{name}.state{i}": torch.uint8 for i in (1, 2)},
+            **{f"{name}.absmax{i}": torch.float32 for i in (1, 2)},
+        }
+        assert tensors["norm_out.linear.bias.state1"].dtype == torch.float32
+        resumed, resumed_optimizer = start(1)
+        for trained in (model, resumed):
+            trained.class_embed.requires_grad_(True)
+        training.checkpointing.load(tmp_path / "checkpoint-2", resumed, resumed, resumed_optimizer)
+        take_steps(model, optimizer, 3)
+        take_steps(resumed, resumed_optimizer, 3)
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, resumed.state_dict()[name]), name
+
     @pytest.mark.parametrize("steps", [0, 2])
     def test_a_parameter_without_a_gradient_so_far_starts_afresh(self, tmp_path, steps):
         """No step was taken, or the label table is trained from now on."""

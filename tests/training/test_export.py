@@ -82,14 +82,6 @@ class TestExport:
         with pytest.raises(ValueError, match="does not say what it predicts"):
             training.export.to_pipeline(fresh_model(learn_sigma=False))
 
-    @pytest.mark.parametrize("ternary", [True, False])
-    def test_exporting_draws_no_random_numbers(self, ternary):
-        model = fresh_model(ternary=ternary)
-        before = torch.get_rng_state()
-        pipe = training.export.to_pipeline(model)
-        assert torch.equal(torch.get_rng_state(), before)
-        assert all(tensor.isfinite().all() for tensor in pipe.transformer.state_dict().values())
-
     def test_a_model_without_learned_variance_samples_with_the_schedulers_own(self, tmp_path):
         export(fresh_model(learn_sigma=False, prediction_type="epsilon"), tmp_path)
         pipe = TerDiTPipeline.from_pretrained(tmp_path)

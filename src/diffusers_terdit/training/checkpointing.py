@@ -220,6 +220,10 @@ def load(
     for tensor in tensors.values():
         tensor.zero_()  # the file has no state of a parameter that had no gradient yet
     restore_tensors(folder / "optimizer.safetensors", tensors, partial=True)
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if not isinstance(value, Tensor):
+                optimizer.state[parameter][key] = tensors[f"{name}.{key}"].item()
     return state
 
 
@@ -256,11 +260,14 @@ def _check_config(folder: Path, model: ModelMixin) -> None:
 
 
 def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, options: Any) -> dict[str, Any]:
-    """Return the tensors of an optimizer by name, such as `proj_in.weight.exp_avg`."""
+    """Return what an optimizer remembers as tensors by name, such as `proj_in.weight.exp_avg`; numbers are copies."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     state = get_optimizer_state_dict(model, optimizer, options=options)
-    return {key.removeprefix("state."): value for key, value in state.items() if key.startswith("state.")}
+    # bitsandbytes nests what is quantized in a dict; its tables `qmap1`, `qmap2` are constants that all weights share.
+    names = {key: key.removeprefix("state.").replace(".__bnb_optimizer_quant_state__", "") for key in state}
+    kept = {names[key]: value for key, value in state.items() if key.startswith("state.")}
+    return {name: torch.as_tensor(value) for name, value in kept.items() if not name.endswith((".qmap1", ".qmap2"))}
 
 
 @torch.no_grad()

@@ -16,16 +16,9 @@ from ..models.transformer_terdit import TerDiTTransformer2DModel
 from ..pipelines.pipeline_terdit import TerDiTPipeline
 from ..storage.saving import new_file, replacing
 from .checkpointing import read_state
-from .initialize import load_transformer
+from .initialize import empty_transformer, load_transformer
 from .sharding import full_tensor
 from .statistics import packed_codes, ternary_statistics
-
-
-def _empty(model: TerDiTTransformer2DModel, **changes: Any) -> TerDiTTransformer2DModel:
-    """Return a model like another, on the CPU, whose weights are yet to be loaded: it draws no random numbers."""
-    with torch.device("meta"):
-        empty = TerDiTTransformer2DModel.from_config(model.config, **changes)
-    return empty.to_empty(device="cpu")
 
 
 @torch.no_grad()
@@ -35,7 +28,7 @@ def packed_model(model: TerDiTTransformer2DModel) -> TerDiTTransformer2DModel:
         raise ValueError(
             "This model is full precision (ternary=False); it has no ternary weights to pack. Save it as it is."
         )
-    packed = _empty(model, weight_format="packed")
+    packed = empty_transformer(model.config, weight_format="packed")
     codes = {f"{name}.weight_packed": tensor for name, tensor in packed_codes(model).items()}
     names = packed.state_dict().keys()
     floats = {name: full_tensor(tensor).cpu() for name, tensor in model.state_dict().items() if name in names}
@@ -45,7 +38,7 @@ def packed_model(model: TerDiTTransformer2DModel) -> TerDiTTransformer2DModel:
 
 @torch.no_grad()
 def _copy(model: TerDiTTransformer2DModel) -> TerDiTTransformer2DModel:
-    copied = _empty(model)
+    copied = empty_transformer(model.config)
     copied.load_state_dict({name: full_tensor(tensor).cpu() for name, tensor in model.state_dict().items()})
     return copied.eval()
 

@@ -1,9 +1,10 @@
 """Start from a trained model: load it, transfer its weights, go to ternary by degrees."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,13 @@ from ..layers import TernaryLinear
 from ..models.transformer_terdit import TerDiTTransformer2DModel
 from ..ops import reference
 from .checkpointing import is_checkpoint, restore_tensors
+
+
+def empty_transformer(config: Mapping[str, Any], **changes: Any) -> TerDiTTransformer2DModel:
+    """Return a model on the CPU whose weights are yet to be loaded: it draws no random numbers."""
+    with torch.device("meta"):
+        empty = TerDiTTransformer2DModel.from_config(config, **changes)
+    return empty.to_empty(device="cpu")
 
 
 def load_transformer(path: str | os.PathLike, average: bool = False) -> TerDiTTransformer2DModel:
@@ -28,7 +36,7 @@ def load_transformer(path: str | os.PathLike, average: bool = False) -> TerDiTTr
     """
     folder = Path(path)
     if is_checkpoint(folder):
-        model = TerDiTTransformer2DModel.from_config(TerDiTTransformer2DModel.load_config(folder))
+        model = empty_transformer(TerDiTTransformer2DModel.load_config(folder))
         restore_tensors(folder / f"{'ema' if average else 'model'}.safetensors", model.state_dict())
         return model.eval()
     folder = Path(resolve_model(str(path)))
