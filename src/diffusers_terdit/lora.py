@@ -59,7 +59,7 @@ class TernaryLoraLinear(LoraLinear):
 
 
 FUSE_MESSAGE = (
-    "A ternary weight cannot take in an adapter: the sum is no longer ternary. Keep the adapter beside it, or fuse it"
+    "A ternary weight cannot take in an adapter: the sum is no longer ternary. Keep the adapter as it is, or fuse it"
     " into a dense copy: `dense = model.dequantize()` of the model without the adapter, then"
     " `dense.load_lora_adapter(...)` and `dense.fuse_lora()`."
 )

@@ -46,7 +46,7 @@ def variational_bound(
     For t > 0 it is \(KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))\) of two Gaussians. The log-variance of p lies
     (v + 1) / 2 of the way from that of q to \(\log \beta_t\). At t = 0, where the variance of q is zero, that of t = 1
     stands in for it, and the term is the negative log-likelihood of \(x_0\) in bins of 8-bit data; a value beyond
-    -0.999 or 0.999 owns all that lies outside. VAE latents are no 8-bit data; DiT bins them so too. The normal
+    -0.999 or 0.999 owns all that is outside. VAE latents are no 8-bit data; DiT bins them so too. The normal
     distribution function is exact, where ADM and DiT approximate it by tanh.
 
     Args:

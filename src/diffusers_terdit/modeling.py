@@ -64,7 +64,7 @@ def _is_pair(value: Any) -> bool:
 
 
 def check_pipeline_config(where: str | os.PathLike, config: Any) -> None:
-    """Raise a `ValueError` where a model_index.json, or the config of a part in a folder beside it, cannot be.
+    """Raise a `ValueError` where a model_index.json, or the config of a part in a folder next to it, cannot be.
 
     Args:
         where (`str` or `os.PathLike`): The file.

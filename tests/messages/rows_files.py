@@ -390,7 +390,7 @@ ROWS = [
         'Load it as weight_format="packed"'),
     Row(changed("float_layer", load, WEIGHTS, metadata={"terdit.version": "1"}, weight_packed=CODE_3),
         "tensor `weight_packed`", "is packed", 'Load it as weight_format="packed"'),
-    Row(shard_twice, "TMP/model-0", "stands in both", "Save the model again."),
+    Row(shard_twice, "TMP/model-0", "is in both", "Save the model again."),
     Row(shards_of_two, "TMP/model-0", "holds shards of several models", "Download all of them again"),
     Row(no_hook, f"diffusers {diffusers.__version__} no longer", "the weights were not checked",
         "Update diffusers-terdit or install diffusers 0.42.1.", error=RuntimeError),

@@ -315,7 +315,11 @@ class TestExactCodes:
     )
     def test_what_is_not_ternary_is_named(self, granularity, place):
         weight = torch.ones(8, 32)
-        for value, words in ((0.25, f"{place} 0.25 beside 1"), (float("nan"), "row"), (float("inf"), "row")):
+        for value, words in (
+            (0.25, f"{place} 0.25 where the scale is 1"),
+            (float("nan"), "row"),
+            (float("inf"), "row"),
+        ):
             weight[6, 17] = value
             with pytest.raises(ValueError, match=rf"transformer.layer.weight is not ternary: {words}"):
                 reference.exact_codes(weight, granularity, "transformer.layer")

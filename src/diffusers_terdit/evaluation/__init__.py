@@ -1,4 +1,4 @@
-"""How good images are beside reference images: the five measures of the ADM evaluation, on any feature network.
+"""How good images are, next to reference images: the five measures of the ADM evaluation, on any feature network.
 
 `image_statistics` sends images through a network once, in slices, and keeps what the measures need; `compare` gives
 Fréchet distances, Inception Score, precision and recall of two such statistics. With `inception.InceptionV3` these are

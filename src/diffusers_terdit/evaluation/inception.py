@@ -79,7 +79,7 @@ class Mixed(nn.Module):
 
 
 def average_pool(hidden_states: Tensor) -> Tensor:
-    """Mean over 3x3, at the border over what lies inside."""
+    """Mean over 3x3, at the border over what is inside."""
     return F.avg_pool2d(hidden_states, 3, 1, 1, count_include_pad=False)
 
 
@@ -236,7 +236,7 @@ class InceptionV3(nn.Module):
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Bilinear resize to (B, C, size, size) as in TensorFlow 1: output pixel i lies at input position i * in / out.
+    """Bilinear resize to (B, C, size, size) as in TensorFlow 1: output pixel i is at input position i * in / out.
 
     PyTorch's own resize has pixel centres half a pixel further or corners aligned.
     """

@@ -80,10 +80,10 @@ def inception_score(probabilities: Tensor, split_size: int = 5000) -> float:
 def precision_and_recall(
     samples: Tensor, reference: Tensor, neighbours: int = 3, chunk: int = 2048
 ) -> tuple[float, float]:
-    """Share of samples that lie where the reference lies, and share of the reference that lies where samples do.
+    """Share of samples within the reference's set, and share of the reference within the samples' set.
 
-    A set lies within balls around its features; a ball's radius is the distance to the k-th nearest other feature of
-    the set. Points on the surface are inside, ties within rounding too. Distances are float64, on the device of
+    A set is the union of balls around its features; a ball's radius is the distance to the k-th nearest other feature
+    of the set. Points on the surface are inside, ties within rounding too. Distances are float64, on the device of
     `samples`, in blocks of `chunk` rows and columns, which do not change the result.
 
     Args:

@@ -35,7 +35,7 @@ def layout(scale_granularity: str | int) -> tuple[int, int]:
 
 
 def write_onnx(program: ExportedProgram, path: str | os.PathLike) -> None:
-    """Write a traced model as an ONNX file; weights of more than 1.5 GB go into a second file beside it.
+    """Write a traced model as an ONNX file; weights of more than 1.5 GB go into a second file next to it.
 
     Args:
         program (`torch.export.ExportedProgram`): See [`trace`].

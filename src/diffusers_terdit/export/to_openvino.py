@@ -15,7 +15,7 @@ ZERO = 1  # code of 0; 1 is subtracted in the graph
 
 
 def write_openvino(program: ExportedProgram, path: str | os.PathLike) -> None:
-    """Write a traced model as an `.xml` file for OpenVINO, with the weights in a `.bin` file beside it.
+    """Write a traced model as an `.xml` file for OpenVINO, with the weights in a `.bin` file next to it.
 
     Args:
         program (`torch.export.ExportedProgram`): See [`trace`].

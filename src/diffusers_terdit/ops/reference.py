@@ -139,7 +139,7 @@ def ternarize(weight: Tensor, scale_granularity: str | int = "tensor") -> Tensor
 
 
 def pack_ternary(ternary: Tensor) -> Tensor:
-    """Pack a ternary matrix into two bits per weight; the format stands at the top of this file.
+    """Pack a ternary matrix into two bits per weight; the format is described at the top of this file.
 
     Args:
         ternary (`torch.Tensor`): (N, K), any dtype, values in {-1, 0, +1}. N a multiple of 4.
@@ -485,8 +485,8 @@ def exact_codes(weight: Tensor, scale_granularity: str | int, name: str) -> tupl
             index, place = (int(i) for i in wrong.nonzero()[0])
             raise ValueError(
                 f"{name}.weight is not ternary: {_place(weight, values, index, place, row, scale_granularity)} holds"
-                f" {values[index, place]:.6g} beside {scale[index]:.6g}. Another granularity may fit; without"
-                " `lossless` the weight is rounded, which changes the model."
+                f" {values[index, place]:.6g} where the scale is {scale[index]:.6g}. Another granularity may fit;"
+                " without `lossless` the weight is rounded, which changes the model."
             )
         out.copy_(values.sign().reshape(block.shape))
         row += len(block)
@@ -494,7 +494,7 @@ def exact_codes(weight: Tensor, scale_granularity: str | int, name: str) -> tupl
 
 
 def _place(weight: Tensor, values: Tensor, index: int, place: int, row: int, scale_granularity: str | int) -> str:
-    """Words for where a value stands that is not ternary, of a block of values that begins at a row of the weight."""
+    """Words for the place of a value that is not ternary, of a block of values that begins at a row of the weight."""
     down, column = divmod(index * values.shape[1] + place, weight.shape[1])
     if isinstance(scale_granularity, str):
         return f"row {row + down}"

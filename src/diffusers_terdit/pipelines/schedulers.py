@@ -179,7 +179,7 @@ def check_variance(scheduler: SchedulerMixin, learn_sigma: bool) -> None:
 
 
 def timesteps_device(scheduler: SchedulerMixin, device: torch.device) -> torch.device:
-    """Return where a scheduler's timesteps belong: on the CPU beside its tables, so that no look-up waits for a GPU.
+    """Return where a scheduler's timesteps belong: on the CPU with its tables, so that no look-up waits for a GPU.
 
     LTX's scheduler multiplies latents by tables that it keeps with its timesteps, so they go on the latents' device.
     """

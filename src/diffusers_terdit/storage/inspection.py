@@ -56,7 +56,7 @@ class WeightsReport:
     """Result of `inspect_weights`.
 
     Attributes:
-        config (`dict`): The `config.json` beside the files; empty for a file on its own.
+        config (`dict`): The `config.json` next to the files; empty for a file on its own.
         files (`list[Path]`): The weights file, or all shards.
         groups (`dict[str, Group]`): By role, such as `"ternary codes, attention"`; `HEADERS` holds the rest of the
             bytes, so that they sum to the files' sizes.

@@ -77,7 +77,7 @@ _OWNER = "owner.lock"  # of a partial folder; held by the process that writes th
 
 @contextmanager
 def partial_path(path: Path) -> Iterator[Path]:
-    """A path with the name of `path`, in a folder beside it that is no other writer's and is removed at the end."""
+    """A path with the name of `path`, in a folder next to it that is no other writer's and is removed at the end."""
     while True:
         folder = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
         lock = FileLock(folder / _OWNER)
@@ -251,7 +251,7 @@ def output_folder(path: str | os.PathLike, is_main_process: bool = True, seconds
 def new_file(path: str | os.PathLike) -> Iterator[Path]:
     """Write a file that appears whole or not at all: yield another path, which is renamed to `path` at the end.
 
-    It is in a folder of its own, because safetensors creates temporary files beside it while it writes.
+    It is in a separate folder, because safetensors creates temporary files next to it while it writes.
 
     Raises:
         OSError: The disk is full or not writable; what was at `path` is still there.

@@ -480,7 +480,7 @@ def check_weights(
         check_metadata(file.path, file.metadata, packed_model)
         for name, (dtype, shape) in file.tensors.items():
             if name in seen:
-                raise ValueError(f"Tensor `{name}` stands in both {seen[name]} and {file.path}. Save the model again.")
+                raise ValueError(f"Tensor `{name}` is in both {seen[name]} and {file.path}. Save the model again.")
             seen[name] = file.path
             if name not in expected:
                 _raise_format_mismatch(file.path, name, packed_model)

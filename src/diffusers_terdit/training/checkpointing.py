@@ -100,7 +100,7 @@ def snapshot(
             it must be written before the next step.
 
     Returns:
-        `Callable`: Takes the folder `checkpoint-N`, which is written beside it first, then renamed. Files: whole float
+        `Callable`: Takes the folder `checkpoint-N`, written under another name, then renamed. Files: whole float
             tensors by name in `model.safetensors` (raw weights), `ema.safetensors` and `optimizer.safetensors`;
             `config.json` and `training_state.json`. Raises an `OSError` where the disk is full or not writable;
             nothing is left behind.

@@ -373,7 +373,7 @@ def _compile_multiply(kernel: Kernel, parts: int, half: bool, cached: bool) -> A
                             for r in range(min(lanes, quarter_rows - first)):
                                 for j in range(whole):
                                     words[j, r] = packed[first + r, source + j]
-                        words[whole : (some - 1) * group_words + steps] = 0  # what lies there may be no code
+                        words[whole : (some - 1) * group_words + steps] = 0  # what is there may be no code
                         for g in range(some):
                             target = codes + 4 * line * block * (p - nearest) + line * vectors * steps * g
                             cut(own + 4 * lanes * group_words * g, steps, target, apart)

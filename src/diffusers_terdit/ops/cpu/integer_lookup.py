@@ -1,9 +1,9 @@
 """The integer kernel for Zen 4: three steps of seven are looked up by vpermw, four multiplied by vpdpbusd.
 
-Zen 4 starts one vpdpbusd of 512 bits per cycle, 64 products, and can permute beside it. Three codes are one of 27
+Zen 4 starts one vpdpbusd of 512 bits per cycle, 64 products, and can permute, too. Three codes are one of 27
 cases, so the 27 sums that three inputs can give fit a register of 32 words, in which vpermw looks up those of 32
 outputs: 96 products. What is found is summed in 16 bits for a block of 70 steps, of which 30 are looked up in 40
-tables: 40 * 3 * 2 * 128 < 2^15. A tile's tables are made anew for each block, so they serve many outputs: the block's
+tables: 40 * 3 * 2 * 128 < 2^15. A tile's tables are made again for each block, so they serve many outputs: the block's
 codes of up to `PANELS` panels are cut out first, then the rows pass by, and the sums of all of them wait in the
 scratch.
 """
