@@ -13,7 +13,7 @@ from .quantization import TernaryConfig, TernaryMethod, TernaryQuantizer
 from .remote_code import export_remote_code
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "DiffusionPipeline",
     "ModelMixin",
