@@ -65,6 +65,7 @@ MIN_SIDE = 64  # pixels; smaller images are shown with sharp pixels
 MAX_WAITING = 20  # requests
 MAX_SHARED = 1000  # images x steps of a request, where others wait for it
 FIRST = "joy"  # the class that the page starts with, where the model has it
+NUM_EXAMPLES = 10  # classes to click on
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 CSS = """
@@ -238,12 +239,14 @@ def facts(pipe: TerDiTPipeline, name: str) -> str:
     layers = transformer.ternary_layers().values()
     ternary = sum(layer.in_features * layer.out_features for layer in layers)
     codes = sum(layer.weight_packed.nbytes for layer in layers if layer.weight_format == "packed")
+    zeros = sum(int((layer.ternary_weight(torch.int8) == 0).sum()) for layer in layers)
     total = sum(parameter.nbytes for parameter in transformer.parameters())
     width = config.num_attention_heads * config.attention_head_dim
     return (
         f"{name}: {config.num_layers} layers of width {width}, {config.num_classes} classes. "
         + (f"{ternary:,} ternary weights" if ternary else "full precision")
         + (f" in {human_bytes(codes)}" if codes else "")
+        + (f", {zeros / ternary:.0%} of them zero" if ternary else "")
         + f", {human_bytes(total)} of weights in memory ({str(transformer.dtype).removeprefix('torch.')}"
         + (" for those that are not ternary)." if ternary else ").")
     )
@@ -344,6 +347,14 @@ def build(
                 with gr.Row():
                     start = gr.Button("Generate", variant="primary", elem_id="generate", min_width=120)
                     halt = gr.Button("Stop", elem_id="stop", min_width=90)
+                some = range(0, len(classes), max(1, len(classes) // NUM_EXAMPLES))[:NUM_EXAMPLES]
+                gr.Examples(
+                    [[classes[i][1]] for i in some],
+                    label,
+                    label="Or try one of these classes",
+                    example_labels=[names[classes[i][1]] for i in some],
+                    api_visibility="private",
+                )
             with gr.Column(scale=3, min_width=320):
                 picture = gr.HTML(
                     "<div class='terdit-empty'>Choose a class and press Generate.</div>", elem_id="picture"

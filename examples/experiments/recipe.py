@@ -255,7 +255,7 @@ class Study:
 # What each part runs: (arm, steps, seed, changed settings).
 Plan = list[tuple[str, int, int, dict]]
 RATED = (BASE,)  # the baseline and the three best arms of the first seed
-SEEDED = (BASE,)  # the arms that went on to three seeds
+SEEDED = (BASE, "a scale per row")  # the arms that went on to three seeds
 PLANS: dict[str, Plan] = {
     "screen": [(arm, STEPS, 0, {}) for arm in ARMS],
     "rates": [(arm, STEPS, RATE_SEED, {"learning_rate": rate}) for arm in RATED for rate in (2e-3, 4e-3, 8e-3)],
