@@ -140,7 +140,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--adaln_norm", type=boolean, default=True, help="false leaves out the RMSNorm that the paper adds to adaLN.")
     add(
         "--initialization",
-        default="small_gain",
         choices=["small_gain", "reference"],
         help="Start from positive scales and small gains of adaLN, or as the authors of the paper do.",
     )

@@ -865,6 +865,7 @@ def test_the_papers_numbers(programs, name, batch, steps, drop, size):
     ]
     assert rates == pytest.approx([5e-4, 5e-4, 1e-4, 1e-4])
     assert (args.num_layers, args.num_attention_heads * args.attention_head_dim) == size
+    assert (args.initialization, args.flow_matching, args.adam_beta2) == ("reference", False, 0.999)
 
 
 @pytest.mark.parametrize(
