@@ -39,6 +39,7 @@ Not decided yet: the study is running, arm by arm. What is here was measured; wh
 NUM_IMAGES, GUIDANCE, SAMPLING_STEPS = 2000, 1.5, 25
 HELD_OUT, DRAWS, HELD_OUT_SEED = 1000, 4, 7  # test images, draws of noise and time for each
 
+OWN = ("full_share", "patch", "weights", "rounded")  # settings that are no flags
 # What all arms have, besides the defaults of --preset tiny for these data: width 128, six layers, patches of 4.
 COMMON = {
     "train_batch_size": 64, "learning_rate": 4e-3, "mixed_precision": "bf16", "flow_matching": "true",
@@ -49,7 +50,7 @@ BASE = "recipe of the pilot"
 FIRST_THIRD = "full precision for the first third"
 NOISE = {"flow_matching": "false", "weighting_scheme": "none", "learn_sigma": "false"}
 
-# Arm -> the settings that it changes. `full_share`, `teacher`, `patch` and `weights` are this study's own.
+# Arm -> the settings that it changes. `full_share`, `teacher`, `patch`, `weights` and `rounded` are this study's own.
 ARMS: dict[str, dict] = {
     BASE: {},
     "a scale per row": {"scale_granularity": "row"},
@@ -69,6 +70,10 @@ ARMS: dict[str, dict] = {
     "raw weights": {"weights": "raw"},
     "full precision": {"ternary": "false"},
     "full precision, Muon": {"ternary": "false", "patch": "muon"},
+    **{
+        f"full precision, int{bits} in groups of {group}": {"ternary": "false", "rounded": [bits, group]}
+        for bits, group in ((8, 64), (4, 64), (4, 32), (3, 64), (3, 32), (2, 32))
+    },
 }  # fmt: skip
 
 
@@ -129,6 +134,24 @@ def rotate_inputs(model: TerDiTTransformer2DModel) -> None:
 
     for layer in model.ternary_layers().values():
         layer.register_forward_pre_hook(rotated)
+
+
+@torch.no_grad()
+def round_weights(model: TerDiTTransformer2DModel, bits: int, group: int) -> None:
+    """Round the matrices of the blocks to integers; the scale of each group of inputs is that of least error."""
+    for layer in model.transformer_blocks.modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        groups = layer.weight.unflatten(1, (-1, group))  # (N, K / group, group)
+        limit = 2 ** (bits - 1) - 1
+        largest, best, rounded = groups.abs().amax(-1, keepdim=True), None, groups
+        for share in torch.linspace(0.4, 1, 25):
+            scale = (share * largest / limit).clamp(min=1e-12)
+            found = (groups / scale).round().clamp(-limit - 1, limit) * scale
+            error = (found - groups).square().sum(-1, keepdim=True)
+            rounded = found if best is None else torch.where(error < best, found, rounded)
+            best = error if best is None else torch.minimum(best, error)
+        layer.weight.copy_(rounded.flatten(1))
 
 
 # --- runs ---
@@ -195,7 +218,7 @@ class Study:
 
     def folder(self, run: dict) -> Path:
         changes = {key: value for key, value in run["settings"].items() if COMMON.get(key) != value}
-        words = [f"{key}={value}" for key, value in changes.items() if key != "weights"] or ["base"]
+        words = [f"{key}={value}" for key, value in changes.items() if key not in ("weights", "rounded")] or ["base"]
         return self.args.runs_dir / f"{' '.join(words)} {run['steps']} {run['seed']}".replace("/", "-")
 
     def program(self, folder: Path, settings: dict, steps: int, seed: int) -> None:
@@ -212,7 +235,7 @@ class Study:
         folder, seed, steps = self.folder(run), run["seed"], run["steps"]
         if (folder / "model_index.json").is_file():
             return folder
-        settings = {key: v for key, v in run["settings"].items() if key not in ("full_share", "patch", "weights")}
+        settings = {key: v for key, v in run["settings"].items() if key not in OWN}
         if teacher := settings.pop("teacher", None):
             settings["teacher"] = self.train(run_of(teacher, steps, seed))
         if share := run["settings"].get("full_share"):
@@ -249,6 +272,8 @@ class Study:
             pipe.transformer = training.initialize.load_transformer(last)
         if run["settings"].get("patch") == "hadamard":
             rotate_inputs(pipe.transformer)
+        if rounded := run["settings"].get("rounded"):
+            round_weights(pipe.transformer, *rounded)
         return {**self.judged(pipe), "training_seconds": seconds}
 
 
