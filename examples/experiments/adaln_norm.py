@@ -19,7 +19,7 @@ from common import (
     cell,
     claim,
     comparisons,
-    draw_seeds,
+    draw_variants,
     made_on,
     main,
     rate_cell,
@@ -111,16 +111,8 @@ CLAIMS = [
     ("A better start without any norm beats the authors' start with it", "small gain, no norm", "reference, RMSNorm"),
     ("The RMSNorm is better than no norm, from the better start", "small gain, RMSNorm", "small gain, no norm"),
 ]
-COLORS = {
-    "reference, RMSNorm": "tab:red",
-    "reference, no norm": "tab:orange",
-    "small gain, RMSNorm": "tab:blue",
-    "small gain, no norm": "tab:cyan",
-    "full precision": "black",
-    "reference, full-precision adaLN": "tab:pink",
-    "reference, BitNet layout": "tab:brown",
-    "small gain, full-precision adaLN": "tab:green",
-}
+ERROR = "noise_error_held_out"
+SHOWN = {"reference": "authors' start", "small gain": "our start"}  # in the figure
 
 
 def outcomes(records: Records, width: str) -> dict[str, dict]:
@@ -130,34 +122,30 @@ def outcomes(records: Records, width: str) -> dict[str, dict]:
     return {name: outcome for name, outcome in found.items() if outcome}
 
 
+def shown(name: str) -> str:
+    start, _, rest = name.partition(", ")
+    return f"{SHOWN[start]}, {rest}" if start in SHOWN else name
+
+
 def draw(records: Records, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 3, figsize=(12, 7.4), dpi=80, layout="constrained")
-    for axis, norm in zip(axes[:, 0], (False, True), strict=True):
-        for kind, color in zip(KINDS, ("tab:gray", "tab:red", "tab:blue"), strict=True):
-            if result := records.find(activations_run(kind, norm)):
-                share = torch.tensor(result["histogram"]) / (SHAPE[2] * DRAWS)
-                axis.stairs(share, 10**BINS, label=kind, color=color, fill=True, alpha=0.45)
-        axis.set(xscale="log", xlabel="magnitude of an output", ylabel="share of outputs per bin")
-        axis.set_title("1024 -> 9216, ones in, " + ("with RMSNorm" if norm else "no norm"))
-        axis.legend()
-    measures = {"noise_error_held_out": "noise error, held-out digits", "frechet_distance": "Fréchet distance"}
-    for row, width in zip(axes, WIDTHS, strict=True):
-        for axis, (key, label) in zip(row[1:], measures.items(), strict=True):
-            for name, outcome in outcomes(records, width).items():
-                curves = list(zip(*(seed["curve"] for seed in outcome["seeds"]), strict=True))  # per step: all seeds
-                steps, seeds = [at[0]["step"] for at in curves], [[point[key] for point in at] for at in curves]
-                style = "--" if "no norm" in name else "-"
-                draw_seeds(axis, steps, seeds, linestyle=style, color=COLORS[name], label=name)
-            axis.set(xlabel="optimizer steps", ylabel=label, title=f"width {width}")
-    handles = {
-        label: handle for axis in axes[:, 1] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    figure, (sizes, *errors) = plt.subplots(1, 3, figsize=(12, 4), dpi=80, layout="constrained")
+    for kind, color in zip(KINDS, ("#adb5bd", "#d9480f", "#1971c2"), strict=True):
+        if result := records.find(activations_run(kind, False)):
+            share = torch.tensor(result["histogram"]) / (SHAPE[2] * DRAWS)
+            sizes.stairs(share, 10**BINS, label=SHOWN.get(kind, kind), color=color, fill=True, alpha=0.45)
+    sizes.set(xscale="log", xlabel="magnitude of an output", ylabel="share of outputs per bin")
+    sizes.set_title("a random layer, no norm")
+    sizes.legend(fontsize=8)
+    for axis, width in zip(errors, WIDTHS, strict=True):
+        found = {shown(name): values(outcome, ERROR) for name, outcome in outcomes(records, width).items()}
+        draw_variants(axis, found, SHOWN["small gain"])
+        steps = SIZES[width].steps
+        axis.set(xlabel="held-out noise error (lower is better)", title=f"width {width}, {steps} steps")
     save_figure(figure, path)
     plt.close(figure)
 

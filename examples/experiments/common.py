@@ -558,6 +558,20 @@ def draw_seeds(axis, x: list[float], seeds: list[list[float]], color: str, **sty
     axis.fill_between(x, [min(at) for at in seeds], [max(at) for at in seeds], color=color, alpha=0.12, linewidth=0)
 
 
+def draw_variants(axis, variants: dict[str, list[float]], highlight: str = "") -> None:
+    """Plot the seeds of each variant as dots, their mean as a line and in figures, the lowest on top."""
+    names = sorted(variants, key=lambda name: mean(variants[name]), reverse=True)
+    for row, name in enumerate(names):
+        color = "#d9480f" if highlight and name.startswith(highlight) else "#495057"
+        axis.plot(variants[name], [row] * len(variants[name]), ".", color=color, alpha=0.6)
+        axis.plot(mean(variants[name]), row, "|", markersize=16, color=color)
+        axis.annotate(f"{mean(variants[name]):.4f}", (max(variants[name]), row), textcoords="offset points",
+                      xytext=(7, -3), fontsize=8)  # fmt: skip
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    low, high = axis.get_xlim()
+    axis.set_xlim(low, high + 0.25 * (high - low))  # for the last number
+
+
 def save_figure(figure, path: Path, colors: int = 64, **options) -> None:
     """Write a matplotlib figure as a small PNG with one palette."""
     buffer = io.BytesIO()

@@ -20,6 +20,7 @@ from common import (
     claim,
     comparisons,
     draw_seeds,
+    draw_variants,
     file_bytes,
     judge,
     made_on,
@@ -174,40 +175,25 @@ def draw(records: Records, found: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (by_bytes, by_variant, by_guidance) = plt.subplots(1, 3, figsize=(12, 4.6), dpi=80, layout="constrained")
-    for kind, color, offset in (("ternary", "tab:blue", -12), ("full precision", "black", 6)):
+    figure, (by_bytes, by_variant) = plt.subplots(1, 2, figsize=(11, 4.4), dpi=80, layout="constrained")
+    for kind, color, place in (("ternary", "#d9480f", (-8, -14)), ("full precision", "#495057", (6, 6))):
         names = [f"{kind}, {size}" for size in SIZE_NAMES if f"{kind}, {size}" in found]
         sizes = [records.find(cost_run(ALL_VARIANTS[name]))["file_bytes"] / 1000 for name in names]
         errors = [values(found[name], "noise_error_held_out") for name in names]
-        label = "ternary" if kind == "ternary" else "dense, bfloat16"
-        draw_seeds(by_bytes, sizes, errors, color=color, label=label)
+        draw_seeds(by_bytes, sizes, errors, color=color, label=kind if kind == "ternary" else f"{kind}, bfloat16")
         for name, x, error in zip(names, sizes, errors, strict=True):
-            by_bytes.annotate(name.split(", ")[1], (x, mean(error)), textcoords="offset points", xytext=(3, offset))
+            by_bytes.annotate(f"width {name.split(', ')[1]}", (x, mean(error)), textcoords="offset points",
+                              xytext=place, color=color, ha="right" if kind == "ternary" else "left")  # fmt: skip
     by_bytes.set(xscale="log", xlabel="weights file, kB", ylabel="noise error, held-out digits", title="equal steps")
     by_bytes.minorticks_off()
+    by_bytes.set_xlim(20, 6000)
     by_bytes.set_xticks([50, 100, 200, 500, 1000, 2000], ["50", "100", "200", "500", "1000", "2000"])
-    by_bytes.legend(loc="lower left", fontsize=7)
+    by_bytes.legend(loc="upper right", fontsize=8)
     names = [*dict.fromkeys(name for shown, _ in list(TABLES.values())[1:] for name in shown), "full precision, 64"]
-    names = [name for name in names if name in found]
-    for row, name in enumerate(reversed(names)):
-        errors = values(found[name], "noise_error_held_out")
-        by_variant.plot(errors, [row] * len(errors), ".", color="tab:blue", alpha=0.6)
-        by_variant.plot(mean(errors), row, "|", markersize=14, color="black")
-    wrapped = [
-        name.replace(" of the steps, then", "\nof the steps, then").replace(", equal c", ",\nequal c")
-        for name in names
-    ]
-    by_variant.set_yticks(range(len(names)), reversed(wrapped), fontsize=8)
-    by_variant.set(xlabel="noise error, held-out digits", title="width 64 and equals, 3 seeds")
-    settings = sorted((s for s in SETTINGS if s[:2] == ("DDIM", 50)), key=lambda setting: setting[2])
-    at = {setting[2]: results for setting in settings if (results := find_sampling(records, setting))}
-    for key, label, axis, color in (
-        ("frechet_distance", "Fréchet distance", by_guidance, "tab:blue"),
-        ("recognised", "share recognized", by_guidance.twinx(), "tab:green"),
-    ):
-        draw_seeds(axis, list(at), [[result[key] for result in results] for results in at.values()], color=color)
-        axis.set_ylabel(label, color=color)
-        axis.set(xlabel="guidance scale", title="bundled digits, DDIM 50 steps")
+    draw_variants(
+        by_variant, {n: values(found[n], "noise_error_held_out") for n in names if n in found}, "ternary, 64"
+    )
+    by_variant.set(xlabel="held-out noise error (lower is better)", title="width 64 and equals, 3 seeds")
     save_figure(figure, path)
     plt.close(figure)
 
