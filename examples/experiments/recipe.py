@@ -66,6 +66,7 @@ ARMS: dict[str, dict] = {
     "the authors' initialization": {"initialization": "reference"},
     "distillation": {"teacher": "full precision"},
     "Muon": {"patch": "muon"},
+    "Muon, a scale per row": {"patch": "muon", "scale_granularity": "row"},
     "a Hadamard basis": {"patch": "hadamard"},
     "raw weights": {"weights": "raw"},
     "full precision": {"ternary": "false"},
