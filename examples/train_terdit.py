@@ -814,9 +814,11 @@ class Trainer:
     def check_finite(self, step: int, loss: float, grad_norm: float) -> None:
         """Raise a `FloatingPointError` where the gradient of a step is not finite."""
         if not math.isfinite(grad_norm):
+            last = self.last_checkpoint
+            saved = f"The last checkpoint is of step {last}" if last else "There is no checkpoint yet"
             raise FloatingPointError(
-                f"The gradient is {grad_norm} at step {step}, loss {loss}. The last checkpoint is of step"
-                f" {self.last_checkpoint}. Lower --learning_rate, raise --lr_warmup_steps, or look at the data."
+                f"The gradient is {grad_norm} at step {step}, loss {loss}. {saved}. Lower --learning_rate, raise"
+                " --lr_warmup_steps, or look at the data."
             )
 
     def read_reports(self, all_of_them: bool = True) -> tuple[list[tuple[float, float]], bool]:

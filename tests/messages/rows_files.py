@@ -374,6 +374,8 @@ ROWS = [
         "Save it again, or update diffusers."),
     Row(changed("layer", inspection.inspect_weights, WEIGHTS, text="cut"), f"TMP/layer/{WEIGHTS}",
         "is not a readable safetensors file", AGAIN, error=OSError),
+    Row(changed("layer", TernaryLinear.from_pretrained, WEIGHTS, text="cut"), f"TMP/layer/{WEIGHTS}",
+        "It is damaged (Error while deserializing header", AGAIN, error=OSError),
     Row(other_digest, f"TMP/layer/{WEIGHTS}", "do not match the digest", "download or save it again"),
     Row(layer(weight_packed=CODE_3), "`weight_packed`", "holds code 3", AGAIN),
     Row(layer(bias=NAN), "`bias`", "holds NaN or infinity", "download it again, or take an earlier one"),

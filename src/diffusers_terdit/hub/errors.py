@@ -40,6 +40,9 @@ def hub_errors(name: str | os.PathLike, revision: str | None = None, writing: bo
         if upload and not writing:
             raise
         message = None if os.path.isdir(name) else _hub_message(str(name), revision, writing, error)
+        damaged = next((cause for cause in _causes(error)[1:] if isinstance(cause, SafetensorError)), None)
+        if message is None and not writing and damaged and str(damaged) not in str(error):
+            message = f"{str(error).strip()} It is damaged ({damaged}). Download or save it again."
         if message is None and not writing and str(name) not in str(error):
             message = f"{name}: a file cannot be read ({error}). Download or save it again."
         if message is None:
@@ -51,13 +54,19 @@ def hub_errors(name: str | os.PathLike, revision: str | None = None, writing: bo
         raise ValueError(f"{name}: {error}") from error
 
 
-def _hub_message(name: str, revision: str | None, writing: bool, error: BaseException) -> str | None:
-    """Return what the Hub, or the way to it, had against a request; `None` where it did not cause the error."""
+def _causes(error: BaseException) -> list[BaseException]:
+    """Return an error and what caused it, the last first."""
     causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in causes:
         causes.append(cause)
         cause = cause.__cause__ or cause.__context__
+    return causes
+
+
+def _hub_message(name: str, revision: str | None, writing: bool, error: BaseException) -> str | None:
+    """Return what the Hub, or the way to it, had against a request; `None` where it did not cause the error."""
+    causes = _causes(error)
     verb = "write to" if writing else "read"
     access = f"log in with `hf auth login`, or pass the `token=` of an account that may {verb} it"
 
