@@ -1,5 +1,8 @@
 """The linear ops on a GPU: decode the weight, let the vendor's library multiply.
 
+Each float weight was packed before (`torch_ops.pack`), so that forward and backward read two bits per weight; only one
+with a number of outputs that no byte holds is ternarized in each of them.
+
 The decoded matrix lives for one call; the caching allocator gives the next layer the same memory. `Decoder` is what
 decodes: `unpack` below, in plain PyTorch, or the kernel of `triton_kernels`, with the same results.
 """
@@ -15,6 +18,7 @@ from .. import reference
 
 
 Decoder = Callable[..., Tensor]  # (weight_packed, dtype, weight_scale=None) -> T or `scale * T`, (N, K)
+_RETURNS_FLOAT32 = torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()  # sums of half precision
 FEWEST_ROWS = 17  # that `torch._int_mm` takes on CUDA; inputs and outputs in multiples of 8
 INTEGER_MULTIPLE = 8
 
@@ -26,18 +30,40 @@ def unpack(weight_packed: Tensor, dtype: torch.dtype, weight_scale: Tensor | Non
     return reference.dequantize(reference.unpack_ternary(weight_packed, torch.int8), weight_scale).to(dtype)
 
 
-def product(decode: Decoder, input: Tensor, weight_packed: Tensor, weight_scale: Tensor) -> Tensor:
+def product(decode: Decoder, input: Tensor, weight_packed: Tensor, factor: Tensor | None) -> Tensor:
     """Compute `reference.product`."""
-    inner, _ = reference.split_scale(weight_scale, input.dtype)
-    return F.linear(input, decode(weight_packed, input.dtype, inner))
+    return F.linear(input, decode(weight_packed, input.dtype, factor))
+
+
+def product_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` of two matrices, summed in float32 at least and returned in float32."""
+    if a.is_cuda and a.dtype.itemsize == 2 and _RETURNS_FLOAT32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
+def product_backward(
+    decode: Decoder,
+    grad: Tensor,
+    input: Tensor | None,
+    weight_packed: Tensor,
+    factor: Tensor | None,
+    need_input_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Compute `reference.product_backward`."""
+    input_grad = grad @ decode(weight_packed, grad.dtype, factor) if need_input_grad else grad.new_empty(0)
+    if input is None:
+        return input_grad, grad.new_empty(0, dtype=torch.float32)
+    weight_grad = product_in_float32(grad.reshape(-1, grad.shape[-1]).T, input.reshape(-1, input.shape[-1]))
+    return input_grad, reference.times(weight_grad, factor)
 
 
 def linear(decode: Decoder, input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """Compute `reference.ternary_linear` (uint8 `weight`) or `reference.float_linear` (float `weight`)."""
     if weight.dtype != torch.uint8:
         return reference.float_linear(input, weight, weight_scale, bias)
-    output = product(decode, input, weight, weight_scale)
-    _, outer = reference.split_scale(weight_scale, input.dtype)
+    inner, outer = reference.split_scale(weight_scale, input.dtype)
+    output = product(decode, input, weight, inner)
     if bias is not None:
         return reference.scale_and_shift(output, outer, bias).to(input.dtype)
     # one kernel, which reads and writes `input`'s dtype and multiplies in float32, or float64
@@ -53,12 +79,21 @@ def linear_backward(
     need_input_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `reference.linear_backward`."""
-    ternary = (
-        decode(weight, grad.dtype)
-        if weight.dtype == torch.uint8
-        else reference.round_to_ternary(weight, reference.granularity_of(weight_scale, weight.shape[1])).to(grad.dtype)
-    )
-    return reference.linear_backward(grad, input, ternary, weight_scale, need_input_grad)
+    if weight.dtype != torch.uint8:
+        granularity = reference.granularity_of(weight_scale, weight.shape[1])
+        ternary = reference.round_to_ternary(weight, granularity).to(grad.dtype)
+        return reference.linear_backward(grad, input, ternary, weight_scale, need_input_grad)
+    ternary = decode(weight, grad.dtype)
+    one_scale = weight_scale.dim() == 1 and grad.dtype != torch.float16  # where products overflow before the scale
+    if input is None or not need_input_grad or not one_scale:
+        return reference.linear_backward(grad, input, ternary, weight_scale, need_input_grad)
+    # Of one scale s the gradient is the sum of `input * (grad @ T)`: no pass over a matrix of the weight's size.
+    unscaled = grad @ ternary
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    scale_grad = (unscaled * input).sum(dtype=wide).float().reshape(1)
+    scaled = torch.mul(grad, weight_scale, out=torch.empty_like(grad))
+    rows, columns = scaled.reshape(-1, scaled.shape[-1]), input.reshape(-1, input.shape[-1])
+    return unscaled.mul_(weight_scale), product_in_float32(rows.T, columns), scale_grad
 
 
 def takes_integers(out_features: int, in_features: int) -> bool:
