@@ -5,7 +5,7 @@ import torch
 from weights import new_weight, relative_error
 
 from diffusers_terdit.ops import check_integers, choose_kernel, has_integer_kernel, ternary_linear, torch_ops
-from diffusers_terdit.ops.gpu import choose
+from diffusers_terdit.ops.gpu import choose, decode
 from diffusers_terdit.ops.torch_ops import Case
 
 
@@ -68,9 +68,12 @@ class TestChoose:
     def recent(self, request, monkeypatch):
         """Whether the GPU that there seems to be has 8-bit tensor cores."""
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: request.param)
-        choose._multiplies_bytes.cache_clear()
+        caches = choose._multiplies_bytes, decode.takes_pieces
+        for cached in caches:
+            cached.cache_clear()
         yield request.param >= (7, 5)
-        choose._multiplies_bytes.cache_clear()
+        for cached in caches:
+            cached.cache_clear()
 
     def test_nothing_is_rounded_unless_asked_for(self, recent):
         for bits in ("auto", None):
@@ -103,6 +106,13 @@ class TestChoose:
             choose.choose(torch.device("cpu"), Case(torch.bfloat16, 64, 64, "row", True, 8, None)).bits == 8
         ) is works
         choose._multiplies_bytes.cache_clear()
+
+    def test_float32_goes_through_bfloat16_where_its_tensor_cores_are(self, recent):
+        pieces = torch.cuda.get_device_capability() >= (8, 0)
+        for granularity, in_pieces in (("tensor", pieces), ("row", pieces), (32, False)):
+            choice = choose_kernel(CUDA, torch.float32, 64, 64, granularity, requested_bits=None)
+            assert choice.kernel == f"exact, matmul in {'3 x bfloat16' if in_pieces else 'float32'}"
+        assert choose_kernel(CUDA, torch.float32, 63, 64, packed=False).kernel == "exact, matmul in float32"
 
     def test_groups_are_exact(self):
         choice = choose_kernel(CUDA, torch.bfloat16, 64, 64, 32, requested_bits=8)

@@ -86,6 +86,42 @@ class TestLinear:
             torch.testing.assert_close(output, expected, rtol=2e-3, atol=1e-3, equal_nan=True)
 
 
+class TestPieces:
+    """float32 as three numbers of bfloat16."""
+
+    @pytest.mark.parametrize("shape", [(33, 3072, 64), (2, 5, 256, 36), (0, 64, 8)], ids=str)
+    def test_it_is_as_accurate_as_a_matmul_of_float32(self, shape, device):
+        *rows, in_features, out_features = shape
+        matrix = torch.randint(-1, 2, (in_features, out_features), device=device)
+        x = torch.randn(*rows, in_features, device=device) * 10 ** torch.linspace(-6, 6, in_features, device=device)
+        found, expected = decode.product_in_pieces(x, matrix.bfloat16()), x.double() @ matrix.double()
+        assert found.dtype == torch.float32
+        assert found.shape == (*rows, out_features)
+        assert not found.numel() or relative_error(found, expected) < 3e-7
+        assert not found.numel() or relative_error(found, expected) < 2 * relative_error(x @ matrix.float(), expected)
+
+    def test_three_pieces_hold_every_float32(self, device):
+        values = torch.randint(2**24, (1000, 1), device=device) * 2.0 ** torch.randint(
+            -40, 40, (1000, 1), device=device
+        )
+        one = torch.ones(1, 4, dtype=torch.bfloat16, device=device)
+        assert torch.equal(decode.product_in_pieces(values, one), values.expand(-1, 4))
+
+    @pytest.mark.parametrize("granularity", ["tensor", "row"])
+    def test_layers_of_float32_and_their_gradients(self, granularity, decoder, device, monkeypatch):
+        packed, scale, bias = new_weight(36, 72, granularity, device)
+        x, grad = torch.randn(5, 72, device=device), torch.randn(5, 36, device=device)
+        asked = []
+        monkeypatch.setattr(decode, "takes_pieces", lambda *given: asked.append(given) or True)
+        output = decode.linear(decoder, x, packed, scale, bias)
+        assert relative_error(output, reference.ternary_linear(x.double(), packed, scale.double(), bias)) < 1e-6
+        found = decode.linear_backward(decoder, grad, x, packed, scale, True)
+        ternary = reference.unpack_ternary(packed, torch.float64)
+        expected = reference.linear_backward(grad.double(), x.double(), ternary, scale.double(), True)
+        assert all(relative_error(a, b.double()) < 1e-5 for a, b in zip(found, expected, strict=True))
+        assert asked[0] == (x.device, torch.float32, False)
+
+
 class TestIntegerLinear:
     @pytest.mark.parametrize("bits", [16, 8])
     @pytest.mark.parametrize("rows", [1, 16, 17, 40])

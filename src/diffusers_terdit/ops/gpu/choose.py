@@ -96,7 +96,10 @@ def choose(device: torch.device, case: Case) -> Choice:
     if reason is None and not _multiplies_bytes(device):
         reason = f"integers need 8-bit tensor cores, compute capability {'.'.join(map(str, OLDEST))}"
     if reason is not None:
-        return Choice(f"exact, matmul in {name_of(case.dtype)}", None, reason)
+        scaled = case.scale_granularity not in ("tensor", "row")
+        whole = case.packed or case.out_features % reference.CODES_PER_BYTE == 0  # packed in each forward pass
+        pieces = whole and decode.takes_pieces(device, case.dtype, scaled)
+        return Choice(f"exact, matmul in {'3 x bfloat16' if pieces else name_of(case.dtype)}", None, reason)
     fits = decode.takes_integers(case.out_features, case.in_features)
     return Choice(f"integers, matmul in {'int8' if fits else 'float64'}", bits, case.why_rounded())
 

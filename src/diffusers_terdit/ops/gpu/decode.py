@@ -8,7 +8,7 @@ decodes: `unpack` below, in plain PyTorch, or the kernel of `triton_kernels`, wi
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from .. import reference
 
 Decoder = Callable[..., Tensor]  # (weight_packed, dtype, weight_scale=None) -> T or `scale * T`, (N, K)
 _RETURNS_FLOAT32 = torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()  # sums of half precision
+FIRST_WITH_BFLOAT16 = (8, 0)  # compute capability
 FEWEST_ROWS = 17  # that `torch._int_mm` takes on CUDA; inputs and outputs in multiples of 8
 INTEGER_MULTIPLE = 8
 
@@ -32,14 +33,53 @@ def unpack(weight_packed: Tensor, dtype: torch.dtype, weight_scale: Tensor | Non
 
 def product(decode: Decoder, input: Tensor, weight_packed: Tensor, factor: Tensor | None) -> Tensor:
     """Compute `reference.product`."""
+    if takes_pieces(input.device, input.dtype, factor is not None):
+        return product_in_pieces(input, decode(weight_packed, torch.bfloat16).T)
     return F.linear(input, decode(weight_packed, input.dtype, factor))
+
+
+@cache
+def takes_pieces(device: torch.device, dtype: torch.dtype, scaled: bool) -> bool:
+    """Whether matmuls of this dtype are `product_in_pieces`: of float32, without a scale inside the matrix."""
+    if dtype != torch.float32 or scaled or device.type != "cuda" or not _RETURNS_FLOAT32:
+        return False
+    return torch.cuda.get_device_capability(device) >= FIRST_WITH_BFLOAT16
+
+
+def product_in_pieces(input: Tensor, matrix: Tensor) -> Tensor:
+    """`input @ matrix` in float32, on the tensor cores of bfloat16: several times as fast as those of float32.
+
+    Three numbers of bfloat16 hold a float32, and bfloat16 holds T: the only rounding is that of the sums.
+
+    Args:
+        input (`torch.Tensor`): (..., K), float32.
+        matrix (`torch.Tensor`): (K, N), bfloat16.
+
+    Returns:
+        `torch.Tensor`: (..., N), float32.
+    """
+    rest = input.reshape(-1, input.shape[-1])
+    first = rest.to(matrix.dtype)
+    rest = rest - first
+    second = rest.to(matrix.dtype)
+    output = product_in_float32((rest - second).to(matrix.dtype), matrix)  # the smallest first
+    output += product_in_float32(second, matrix)
+    output += product_in_float32(first, matrix)
+    return output.reshape(*input.shape[:-1], matrix.shape[1])
 
 
 def product_in_float32(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` of two matrices, summed in float32 at least and returned in float32."""
     if a.is_cuda and a.dtype.itemsize == 2 and _RETURNS_FLOAT32:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).float()
+    return (a @ b).float() if a.is_cuda else a.float() @ b.float()
+
+
+def times_ternary(decode: Decoder, grad: Tensor, weight_packed: Tensor, factor: Tensor | None = None) -> Tensor:
+    """`grad @ (factor * T)`: (..., N) -> (..., K)."""
+    if takes_pieces(grad.device, grad.dtype, factor is not None):
+        return product_in_pieces(grad, decode(weight_packed, torch.bfloat16))
+    return grad @ decode(weight_packed, grad.dtype, factor)
 
 
 def product_backward(
@@ -51,7 +91,7 @@ def product_backward(
     need_input_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Compute `reference.product_backward`."""
-    input_grad = grad @ decode(weight_packed, grad.dtype, factor) if need_input_grad else grad.new_empty(0)
+    input_grad = times_ternary(decode, grad, weight_packed, factor) if need_input_grad else grad.new_empty(0)
     if input is None:
         return input_grad, grad.new_empty(0, dtype=torch.float32)
     weight_grad = product_in_float32(grad.reshape(-1, grad.shape[-1]).T, input.reshape(-1, input.shape[-1]))
@@ -83,12 +123,11 @@ def linear_backward(
         granularity = reference.granularity_of(weight_scale, weight.shape[1])
         ternary = reference.round_to_ternary(weight, granularity).to(grad.dtype)
         return reference.linear_backward(grad, input, ternary, weight_scale, need_input_grad)
-    ternary = decode(weight, grad.dtype)
     one_scale = weight_scale.dim() == 1 and grad.dtype != torch.float16  # where products overflow before the scale
     if input is None or not need_input_grad or not one_scale:
-        return reference.linear_backward(grad, input, ternary, weight_scale, need_input_grad)
+        return reference.linear_backward(grad, input, decode(weight, grad.dtype), weight_scale, need_input_grad)
     # Of one scale s the gradient is the sum of `input * (grad @ T)`: no pass over a matrix of the weight's size.
-    unscaled = grad @ ternary
+    unscaled = times_ternary(decode, grad, weight)
     wide = torch.promote_types(grad.dtype, torch.float32)
     scale_grad = (unscaled * input).sum(dtype=wide).float().reshape(1)
     scaled = torch.mul(grad, weight_scale, out=torch.empty_like(grad))
