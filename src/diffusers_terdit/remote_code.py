@@ -85,6 +85,11 @@ def check_config(where, config, cls):
     """The package checks values and names the file."""
 
 
+def size_in_bytes(budget):
+    """The package also reads strings such as "4GB"."""
+    return budget or 0
+
+
 def warn_half_precision_codes(dtype):
     """The package warns that half precision moves codes of float weights."""
 '''

@@ -513,10 +513,15 @@ def _exact(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | N
     inner_is_trained = torch.is_grad_enabled() and weight_scale.requires_grad and reference.is_grouped(weight_scale)
     if _is_fused(input) and weight.dtype == torch.uint8 and not inner_is_trained:
         inner, outer = reference.split_scale(weight_scale, input.dtype)
-        output = reference.at_least_float32(_product(input, weight, inner, float_weight))
-        output = output if outer is None else output * outer.reshape(-1)  # (..., N) * (1,) or (N,)
-        return (output if bias is None else output + bias).to(input.dtype)
+        return _finish(_product(input, weight, inner, float_weight), outer, bias)
     return _linear(input, weight, weight_scale, bias, float_weight)
+
+
+def _finish(product: Tensor, outer: Tensor | None, bias: Tensor | None) -> Tensor:
+    """`reference.scale_and_shift` for autograd and the compiler, in the dtype of `product` (..., N)."""
+    output = reference.at_least_float32(product)
+    output = output if outer is None else output * outer.reshape(-1)  # (..., N) * (1,) or (N,)
+    return (output if bias is None else output + bias).to(product.dtype)
 
 
 def _in_integers(input: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
@@ -571,6 +576,32 @@ def linear(
         codes = codes * power.to(codes.dtype)
     output = _exact(codes.to(cast.dtype), weight, weight_scale, None) * step  # float32
     return (output if bias is None else output + bias).to(input.dtype)
+
+
+def decode_weight(weight_packed: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what [`decoded_linear`] multiplies with: T, with what part of the scale goes inside, (N, K) `dtype`."""
+    inner, _ = reference.split_scale(weight_scale, dtype)
+    return reference.times(reference.unpack_ternary(weight_packed, dtype), inner)
+
+
+def decoded_linear(input: Tensor, decoded: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[`ternary_linear`] of a weight that [`decode_weight`] decoded before.
+
+    Args:
+        input (`torch.Tensor`): (..., K), float. Cast to the autocast dtype inside autocast, and then `decoded`'s.
+        decoded (`torch.Tensor`): (N, K).
+        weight_scale (`torch.Tensor`): (1,), (N, 1) or (N, K/g), float32. One of groups gets no gradient.
+        bias (`torch.Tensor`, *optional*): (N,), float.
+
+    Returns:
+        `torch.Tensor`: (..., N), `decoded`'s dtype.
+
+    Raises:
+        ValueError: A shape or dtype does not fit.
+    """
+    cast = _checked_input(input, decoded, weight_scale, bias)
+    _, outer = reference.split_scale(weight_scale, cast.dtype)
+    return _finish(torch.nn.functional.linear(cast, decoded), outer, bias)
 
 
 def linears(
