@@ -150,7 +150,7 @@ class TernaryLinear(TernaryModelMixin):
 
         It acts where there is a kernel: a CPU with AVX2, and numba; a GPU with 8-bit tensor cores, for layers with one
         scale per matrix or row. Elsewhere the layer computes exactly. Each row of the input has a step of its own;
-        with scales of groups, each group of a row has.
+        with scales of groups, each group of a row has. On a GPU it saves time under `torch.compile` alone.
 
         Args:
             bits (`int`, `str` or `None`): 16: relative error around 1e-4, far below that of bfloat16. 8: around 1 %,
