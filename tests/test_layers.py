@@ -9,12 +9,14 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.hooks import HookRegistry
 from diffusers.hooks import ModelHook as DiffusersHook
+from peft import LoraConfig
 from torch import nn
 
 from diffusers_terdit import TernaryLinear, layers, ternarize
 from diffusers_terdit.layers import call_all
 from diffusers_terdit.modeling import warn_half_precision_codes
 from diffusers_terdit.ops import choose_kernel, has_integer_kernel, linears, reference, ternary_linear
+from tiny import randomize
 
 
 GRANULARITIES = ["tensor", "row", 8]
@@ -383,6 +385,87 @@ class TestCallAll:
         handle.remove()
         assert len(seen) == 3
         assert together == []
+
+
+class TestSetDecodedBudget:
+    """`set_decoded_budget`: layers that are decoded once compute the same, and nothing is saved of them."""
+
+    @pytest.mark.parametrize("granularity", ["tensor", "row", 8])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_a_layer_computes_what_it_did(self, dtype, granularity):
+        layer = randomize(TernaryLinear(64, 32, scale_granularity=granularity)).pack().to(dtype)
+        layer.requires_grad_(False).set_activation_bits(None)
+        x = torch.randn(3, 5, 64).to(dtype).requires_grad_()
+        expected = layer(x)
+        (gradient,) = torch.autograd.grad(expected.float().square().sum(), x)
+        state = {name: value.clone() for name, value in layer.state_dict().items()}
+        layer.hold_decoded(dtype)
+        assert layer.decoded.shape == (32, 64)
+        assert layer.decoded.dtype == dtype
+        layer.weight_packed.data.fill_(reference.ZERO_BYTE)  # is not read
+        output = layer(x)
+        tolerance = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+        torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
+        (found,) = torch.autograd.grad(output.float().square().sum(), x)
+        torch.testing.assert_close(found, gradient, rtol=20 * tolerance, atol=20 * tolerance)
+        assert layer.state_dict().keys() == state.keys()
+        layer.load_state_dict(state)
+        assert layer.decoded is None
+        assert torch.equal(layer(x), expected)
+
+    def test_it_follows_casts_and_leaves_what_is_not_exact_or_in_another_dtype(self):
+        layer = randomize(TernaryLinear(64, 32)).pack().half().requires_grad_(False)
+        layer.hold_decoded(torch.float16)
+        inside = layer.decoded.abs().max()
+        assert inside < 1  # a power of two of the scale
+        layer.to(torch.float32)
+        assert layer.decoded.dtype == torch.float32
+        assert layer.decoded.abs().max() == 1
+        x, plain = torch.randn(5, 64), copy.deepcopy(layer)
+        plain.hold_decoded(None)
+        torch.testing.assert_close(layer(x), plain(x), rtol=1e-6, atol=1e-6)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(layer(x), plain(x))  # not the float32 matrix
+        for either in (layer, plain):
+            either._requested_bits = 8
+        assert torch.equal(layer(x), plain(x))
+        layer.unpack()
+        assert layer.decoded is None
+
+    def test_as_many_layers_as_fit(self, tiny_model, tiny_inputs, tmp_path):
+        model = tiny_model("packed")
+        layers = model.ternary_layers()
+        with torch.no_grad():
+            expected = model(**tiny_inputs()).sample
+        sizes = {name: 4 * layer.out_features * layer.in_features for name, layer in layers.items()}
+        assert model.set_decoded_budget(sum(sizes.values()) // 2) < len(layers)
+        held = [name for name, layer in layers.items() if layer.decoded is not None]
+        assert sum(sizes[name] for name in held) <= sum(sizes.values()) // 2
+        assert "transformer_blocks.0.attn.to_q" in held
+        assert not any("adaln" in name for name in held)
+        assert model.set_decoded_budget("1GB") == len(layers)
+        with torch.no_grad():
+            torch.testing.assert_close(model(**tiny_inputs()).sample, expected, rtol=1e-4, atol=1e-5)
+        model.save_pretrained(tmp_path)
+        again = type(model).from_pretrained(tmp_path)
+        assert again.state_dict().keys() == model.state_dict().keys()
+        for none in (None, 0):
+            model.set_decoded_budget("1GB")
+            assert model.set_decoded_budget(none) == 0
+            assert all(layer.decoded is None for layer in layers.values())
+        with torch.no_grad():
+            assert torch.equal(model(**tiny_inputs()).sample, expected)
+        model.set_decoded_budget("1GB")
+        model.unpack().pack()
+        assert all(layer.decoded is None for layer in layers.values())
+
+    def test_an_adapter_adds_to_layers_that_are_held(self, tiny_model, tiny_inputs):
+        model = tiny_model("packed")
+        model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+        with torch.no_grad():
+            expected = model(**tiny_inputs()).sample
+            assert model.set_decoded_budget("1GB") == len(model.ternary_layers())
+            torch.testing.assert_close(model(**tiny_inputs()).sample, expected, rtol=1e-4, atol=1e-5)
 
 
 class TestSetActivationBits:

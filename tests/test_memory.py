@@ -1,13 +1,16 @@
-"""The 4.2-billion-parameter model on a small machine. Minutes and gigabytes: `make slow`."""
+"""The 4.2-billion-parameter model on a small machine. Most take minutes and gigabytes: `make slow`."""
 
 import re
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_terdit import TerDiTTransformer2DModel
 
@@ -100,3 +103,61 @@ def widened(state_dict, dim, num_layers):
             shape = block.get(name, (1,) if name.endswith("alphas") else (dim,))
             sizes[f"layers.{layer}.{name}"] = shape
     return {name: torch.randn(shape) for name, shape in sizes.items()}
+
+
+class _Storages(TorchDispatchMode):
+    """Counts the bytes of all tensors on the meta device that are alive, and what a ternary layer decodes."""
+
+    def __init__(self, *modules):
+        super().__init__()
+        self.alive, self.peak = {}, 0
+        for module in modules:
+            for parameter in module.parameters():
+                self.add(parameter)
+
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        if tensor.is_meta and storage._cdata not in self.alive:
+            self.alive[storage._cdata] = storage.nbytes()
+            weakref.finalize(storage, self.alive.pop, storage._cdata, None)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor)
+        decoded = 4 * 2 * args[1].numel() if func.namespace == "diffusers_terdit" else 0  # (N/4, K) to 16 bits
+        self.peak = max(self.peak, sum(self.alive.values()) + decoded)
+        return output
+
+    def take_peak(self):
+        peak, self.peak = self.peak, 0
+        return peak / 1e6
+
+
+@torch.no_grad()
+def test_tensors_of_4_2b_and_its_vae_take_less_than_1_3_gb_on_a_gpu():
+    """Batch 1 with guidance in bfloat16, as docs/gpu.md says for small cards; counted without data, in MB."""
+    with torch.device("meta"):
+        model = TerDiTTransformer2DModel.from_preset("terdit-4.2b-256", weight_format="packed").to(torch.bfloat16)
+        vae = AutoencoderKL(  # of Stable Diffusion
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            sample_size=256,
+        )
+        torch.nn.Module.to(vae, torch.bfloat16)
+        vae.encoder = None
+        latents, labels = torch.empty(2, 4, 32, 32, dtype=torch.bfloat16), torch.empty(2, dtype=torch.int64)
+        with _Storages(model, vae) as storages:
+            ahead = model.adaln_ahead(torch.empty(250), [207, 1000])
+            rows = torch.empty(ahead.steps_at_once * 2)
+            vectors = model.modulations(rows, rows.long())
+            assert 30 < vectors.nbytes / 1e6 < 34
+            assert 1200 < storages.take_peak() < 1260
+            model(latents, torch.empty(2), labels, modulation=vectors[:, :2])
+            assert 1250 < storages.take_peak() < 1300
+            del vectors
+            vae.decode(latents[:1])
+            assert 1240 < storages.take_peak() < 1300

@@ -337,11 +337,12 @@ def designs(space: Workspace, hidden: int, all_configs: bool) -> Iterator[Design
         return F.linear(space.input(weight).plain, weight.dense)
 
     def package(weight: Weight) -> Tensor:
-        return torch.ops.diffusers_terdit.product(space.input(weight).plain, weight.packed, weight.scale)
+        inner, _ = reference.split_scale(weight.scale, dtype)
+        return torch.ops.diffusers_terdit.product(space.input(weight).plain, weight.packed, inner, None)
 
     def decoded_by_package(weight: Weight) -> Tensor:
         packed = weight.packed
-        return (choose.decoder(packed.device) if packed.is_cuda else decode.unpack)(packed, dtype)
+        return (choose.kernels(packed.device).unpack if packed.is_cuda else decode.unpack)(packed, dtype)
 
     def words(weight: Weight) -> Tensor:
         return F.linear(space.input(weight).plain, space.decoded(weight, dtype))

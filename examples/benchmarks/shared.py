@@ -26,7 +26,7 @@ from diffusers_terdit import TerDiTTransformer2DModel, pack_ternary
 from diffusers_terdit.evaluation.measured import measured, stamp
 from diffusers_terdit.models.transformer_terdit import SIZES
 from diffusers_terdit.ops import dequantize, unpack_ternary
-from diffusers_terdit.ops.gpu import choose, decode
+from diffusers_terdit.ops.gpu import choose
 from diffusers_terdit.storage.saving import new_file
 
 
@@ -93,7 +93,7 @@ def place(device: str) -> str:
     if not torch.cuda.is_available():
         raise SystemExit("This torch sees no GPU. Most gpu-* scenarios can try their code with --device cpu.")
     properties = torch.cuda.get_device_properties(0)
-    decoder = "PyTorch" if choose.decoder(torch.device("cuda", 0)) is decode.unpack else "Triton"
+    decoder = "PyTorch" if choose.kernels(torch.device("cuda", 0)) is choose.IN_PYTORCH else "Triton"
     card = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}"
     return f"{card}; {machine()}; weights decoded by {decoder}"
 

@@ -9,7 +9,19 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from .modeling import TernaryModelMixin, warn_half_precision_codes
-from .ops import check_integers, dequantize, linear, linears, pack_ternary, reference, ternarize, unpack_ternary
+from .ops import (
+    check_integers,
+    choose_kernel,
+    decode_weight,
+    decoded_linear,
+    dequantize,
+    linear,
+    linears,
+    pack_ternary,
+    reference,
+    ternarize,
+    unpack_ternary,
+)
 
 
 class TernaryLinear(TernaryModelMixin):
@@ -81,6 +93,8 @@ class TernaryLinear(TernaryModelMixin):
         shape = reference.scale_shape(out_features, in_features, scale_granularity)
         self.weight_scale = nn.Parameter(torch.empty(shape, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.decoded: Tensor | None
+        self.register_buffer("decoded", None, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -108,6 +122,12 @@ class TernaryLinear(TernaryModelMixin):
         """(..., in_features) -> (..., out_features), in the dtype of `hidden_states` (or of autocast)."""
         weight = self.weight_packed if self.weight_format == "packed" else self.weight
         trained_bits = self.config["activation_bits"]
+        if self.decoded is not None and self._requested_bits in (None, "auto"):
+            device_type = hidden_states.device.type
+            autocast = torch.is_autocast_enabled(device_type)
+            dtype = torch.get_autocast_dtype(device_type) if autocast else hidden_states.dtype
+            if dtype == self.decoded.dtype:
+                return decoded_linear(hidden_states, self.decoded, self.weight_scale, self.bias)
         return linear(hidden_states, weight, self.weight_scale, self.bias, self._requested_bits, trained_bits)
 
     def _is_plain(self) -> bool:
@@ -115,6 +135,7 @@ class TernaryLinear(TernaryModelMixin):
         return (
             type(self) is TernaryLinear
             and self.weight_format == "packed"
+            and self.decoded is None
             and type(self.weight_packed) is type(self.weight_scale) is nn.Parameter
             and "forward" not in vars(self)  # accelerate and diffusers put their hooks there
             and self._compiled_call_impl is None
@@ -129,7 +150,7 @@ class TernaryLinear(TernaryModelMixin):
 
         It acts where there is a kernel: a CPU with AVX2, and numba; a GPU with 8-bit tensor cores, for layers with one
         scale per matrix or row. Elsewhere the layer computes exactly. Each row of the input has a step of its own;
-        with scales of groups, each group of a row has.
+        with scales of groups, each group of a row has. On a GPU it saves time under `torch.compile` alone.
 
         Args:
             bits (`int`, `str` or `None`): 16: relative error around 1e-4, far below that of bfloat16. 8: around 1 %,
@@ -152,6 +173,27 @@ class TernaryLinear(TernaryModelMixin):
         if bits in (8, 16):
             check_integers(self.weight_scale.device.type, bits)
         self._requested_bits = bits
+
+    def computes_exactly(self, dtype: torch.dtype) -> bool:
+        """Whether a call in this dtype rounds no input to integers."""
+        shape = self.out_features, self.in_features, self.scale_granularity, self.weight_format == "packed"
+        trained_bits = self.config["activation_bits"]
+        device = self.weight_scale.device
+        return not (trained_bits or choose_kernel(device, dtype, *shape, self._requested_bits).bits)
+
+    @torch.no_grad()
+    def hold_decoded(self, dtype: torch.dtype | None) -> None:
+        """Hold the matrix of a packed layer decoded in a dtype, for exact calls in it; `None`: no longer.
+
+        It is never saved. Two bits per weight stay beside it, and what loads or unpacks the weight takes it away.
+        """
+        self.decoded = None
+        if dtype is not None and self.weight_format == "packed":
+            self.decoded = decode_weight(self.weight_packed, self.weight_scale, dtype)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.decoded = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     @torch.no_grad()
     def ternary_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -182,6 +224,7 @@ class TernaryLinear(TernaryModelMixin):
     def unpack(self) -> "TernaryLinear":
         """Go to float format, in place, to train on: c * T in float32, c the deviation of a fresh weight."""
         if self.weight_format == "packed":
+            self.decoded = None
             deviation = math.sqrt(2 / (self.in_features + self.out_features))
             weight = self.ternary_weight(torch.float32).mul_(deviation)
             self._replace("weight_packed", "weight", nn.Parameter(weight))
@@ -212,6 +255,7 @@ class TernaryLinear(TernaryModelMixin):
         kept = {n: p for n, p in self._parameters.items() if n in ("weight_scale", "weight_packed") and p is not None}
         # The host casts a gradient in place, through `.data`: keep the storage, not the object.
         before = {n: (p.data, None if p.grad is None else p.grad.data) for n, p in kept.items()}
+        decoded = None if self.decoded is None else self.decoded.dtype
         super()._apply(fn, recurse)
         for name, (data, grad) in before.items():
             parameter = self._parameters[name]
@@ -219,6 +263,8 @@ class TernaryLinear(TernaryModelMixin):
                 parameter.grad = None
                 parameter.data = data.to(parameter.device)
                 parameter.grad = None if grad is None else grad.to(parameter.device)
+        if self.decoded is not None and self.decoded.dtype != decoded:
+            self.hold_decoded(self.decoded.dtype)  # not a cast: what is inside the matrix depends on the dtype
         if self.weight_format == "float":
             warn_half_precision_codes(self.weight.dtype)
         return self

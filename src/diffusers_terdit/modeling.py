@@ -136,6 +136,17 @@ def warn_half_precision_codes(dtype: torch.dtype | None) -> None:
         )
 
 
+def size_in_bytes(budget: int | str | None) -> int:
+    """Return a budget of memory in bytes: of an int, a string such as "4GB", or `None` for 0."""
+    try:
+        size = convert_file_size_to_int(0 if budget is None else budget)
+    except (TypeError, ValueError):
+        size = -1
+    if size < 0 or isinstance(budget, bool):
+        raise ValueError(f'`budget` must be a number of bytes, a string such as "4GB" or None, got {budget!r}.')
+    return size
+
+
 class PortableConfigMixin(ConfigMixin):
     """`ConfigMixin` that saves no local paths and no trace of remote code."""
 

@@ -51,9 +51,9 @@ _RUNS = (f"terdit_{hashlib.sha256(__name__.encode()).hexdigest()[:12]}_{number}"
 _NAMESPACE = next(name for name in _RUNS if not hasattr(getattr(torch.ops, name), "linear"))
 
 
-def custom_op(name, **options):
+def Library(name, kind):
     """torch's, in a namespace of this run."""
-    return torch.library.custom_op(name.replace("diffusers_terdit", _NAMESPACE), **options)
+    return torch.library.Library(_NAMESPACE, kind)
 
 
 class TernaryModelMixin(ModelMixin, ConfigMixin):
@@ -83,6 +83,11 @@ def refuse_adapters(model, action):
 
 def check_config(where, config, cls):
     """The package checks values and names the file."""
+
+
+def size_in_bytes(budget):
+    """The package also reads strings such as "4GB"."""
+    return budget or 0
 
 
 def warn_half_precision_codes(dtype):
@@ -255,7 +260,7 @@ def _join(files: tuple[str, ...], imports: tuple[str, ...], preamble: str, end: 
         else:
             body = f"{names}\n\n\n{body}".strip()
         sections.append(f"# ---- {file} ----\n\n\n{body}\n")
-    outside.discard("from torch.library import custom_op")  # the preamble's own
+    outside = {line.replace("from torch.library import Library, ", "from torch.library import ") for line in outside}
     lines = sorted(outside, key=lambda line: (line.startswith("from"), line))
     header = _HEADER.format(version=version("diffusers-terdit"), files=", ".join(files))
     code = "\n".join([header, *lines, "", "", preamble, "", "\n\n".join(sections)]) + end

@@ -8,6 +8,7 @@ from message_table import Fixed, Row
 from diffusers_terdit import TernaryLinear, losses, pack_ternary, ternarize, unpack_ternary
 from diffusers_terdit.ops import float_linear, integer_linear, linear, reference, ternary_linear
 from diffusers_terdit.ops.cpu import choose
+from diffusers_terdit.ops.gpu.choose import kernels
 from diffusers_terdit.pipelines.schedulers import default_scheduler
 
 
@@ -21,6 +22,11 @@ def no_numba(w):
     w.monkeypatch.setattr(choose, "integer_kernels", dict)
     w.monkeypatch.setattr(choose, "has_numba", lambda: False)
     TernaryLinear(8, 8, weight_format="packed").set_activation_bits(16)
+
+
+def first_call_in_a_capture(w):
+    w.monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    kernels(torch.device("cuda", 7))
 
 
 def trained_with_8_bits(w):
@@ -77,6 +83,7 @@ ROWS = [
     Row(lambda w: TernaryLinear(8.0, 8), "in_features=8.0", "needs at least one input and output, as ints"),
     Row(lambda w: TernaryLinear(8, 8).set_activation_bits("8"), "got '8'", '`bits` must be None, 8, 16 or "auto"'),
     Row(trained_with_8_bits, "got 16", "was trained with 8-bit inputs", 'pass 8 or "auto"'),
+    Row(first_call_in_a_capture, "cuda:7", "cannot run inside the capture", "Call the model once", error=RuntimeError),
     Row(no_numba, "16 bits", "need numba", "pip install numba", error=ImportError),
     Row(lambda w: TernaryLinear(8, 6, weight_format="packed"), "got 6", "to be a multiple of 4",
         "Keep this layer in float format, or pad its outputs."),

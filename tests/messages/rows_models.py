@@ -30,6 +30,12 @@ def new(**changes):
     return lambda w: TerDiTTransformer2DModel(**{**TINY, **changes})
 
 
+def decoded_in_float32_on_a_gpu(w):
+    model = w.model("packed")
+    w.monkeypatch.setattr(TerDiTTransformer2DModel, "device", torch.device("cuda"))
+    model.set_decoded_budget(100)
+
+
 def forward(*inputs):
     return lambda w: w.model()(*inputs)
 
@@ -236,6 +242,13 @@ ROWS = [
     Row(lambda w: with_adapter(w, target_modules=["class_embed"]).add_classes(1),
         Fixed("The label table"), "in an adapter's `target_modules`, which fixes its size",
         "or after `unload_lora()`"),
+    Row(lambda w: w.model().set_decoded_budget("much"), "'much'", "must be a number of bytes", '"4GB"'),
+    Row(lambda w: w.model().set_decoded_budget(100), "budget of 100", "needs a packed model", "Call `pack()`"),
+    Row(lambda w: w.model().pack().to("meta").set_decoded_budget(100), "budget of 100", "on the meta device",
+        "Leave one of the two out"),
+    Row(decoded_in_float32_on_a_gpu, "budget of 100", "would be slower on a GPU", "Cast the model to bfloat16"),
+    Row(lambda w: w.model(activation_bits=8).pack().set_decoded_budget(100), "budget of 100",
+        "compute in integers on cpu", "`set_activation_bits(None)`"),
     Row(lambda w: w.model(ternary=False).set_activation_bits(8), "bits=8", "full precision (ternary=False)",
         "Leave the call out."),
     Row(lambda w: w.model(ternary=False).pack(), Fixed("ternary=False"), "no ternary weights to pack",

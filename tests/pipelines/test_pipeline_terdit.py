@@ -264,6 +264,12 @@ class TestSampling:
         assert torch.equal(sample(pipe, latents=latents, generator=generator), sample(pipe))
         assert torch.equal(latents, before)
 
+    def test_the_encoder_may_be_taken_away(self, tiny_pipeline):
+        pipe = tiny_pipeline(vae=True)
+        expected = sample(pipe)
+        pipe.vae.encoder = None
+        assert torch.equal(sample(pipe.to("cpu")), expected)
+
     @pytest.mark.parametrize(("vae", "factor"), [(False, 1), (True, 2)])
     def test_height_and_width_are_pixels(self, tiny_pipeline, vae, factor):
         pipe = tiny_pipeline(vae)

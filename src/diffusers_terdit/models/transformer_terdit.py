@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..layers import TernaryLinear, call_all
 from ..lora import TernaryAdapterMixin, refuse_adapters
-from ..modeling import TernaryModelMixin
+from ..modeling import TernaryModelMixin, size_in_bytes
 from ..ops import reference
 from ..storage.configs import check_config
 
@@ -487,6 +487,56 @@ class TerDiTTransformer2DModel(TernaryModelMixin, TernaryAdapterMixin, CacheMixi
         for name, layer in self.ternary_layers().items():
             gated = "down_proj" in name and not trained  # with an adapter "down_proj.base_layer"
             layer.set_activation_bits(16 if gated and bits == 8 else bits)
+
+    def set_decoded_budget(self, budget: int | str | None) -> int:
+        """Hold as many packed layers decoded as fit into a budget, for speed on a GPU: nothing of it is saved.
+
+        A packed layer is decoded in every call; one that is held decoded costs what a dense layer does, eight times
+        the memory in half precision. Layers that compute in integers are left as they are.
+
+        Args:
+            budget (`int`, `str` or `None`): Bytes, or a string such as `"4GB"`. `None` or 0 takes it back.
+
+        Returns:
+            `int`: How many layers are held decoded.
+
+        Raises:
+            ValueError: Another value; the model is full precision, not packed, or its weights are elsewhere; it is
+                float32 on a GPU, where packed layers are the faster ones; or all of its layers compute in integers.
+        """
+        most = size_in_bytes(budget)
+        layers = self._layers_to_convert()
+        for layer in layers.values():
+            layer.hold_decoded(None)
+        if most == 0:
+            return 0
+        dtype, device = self.dtype, self.device
+        if self.config.weight_format != "packed":
+            raise ValueError(f"A budget of {budget!r} for decoded layers needs a packed model. Call `pack()` first.")
+        if device.type == "meta":
+            raise ValueError(
+                f"A budget of {budget!r} for decoded layers needs the weights, and they are on the meta device, as"
+                " those of an offloaded model. Leave one of the two out."
+            )
+        if dtype == torch.float32 and device.type == "cuda":
+            raise ValueError(
+                "Decoded layers in float32 would be slower on a GPU than packed ones. Cast the model to bfloat16, or"
+                f" leave the budget of {budget!r} out."
+            )
+        exact = [layer for layer in layers.values() if layer.computes_exactly(dtype)]
+        if not exact:
+            raise ValueError(
+                f"All layers compute in integers on {device.type} in {dtype}, so a budget of {budget!r} would hold"
+                " none decoded. Call `set_activation_bits(None)` first."
+            )
+        ahead = {id(block.adaln.linear) for block in self.transformer_blocks}  # type: ignore[union-attr]
+        held = 0
+        for layer in sorted(exact, key=lambda layer: id(layer) in ahead):
+            size = layer.out_features * layer.in_features * dtype.itemsize
+            if size <= most:
+                layer.hold_decoded(dtype)
+                most, held = most - size, held + 1
+        return held
 
     def _layers_to_convert(self) -> dict[str, TernaryLinear]:
         if not self.config.ternary:

@@ -245,8 +245,7 @@ def scaled_linear(input: Tensor, ternary: Tensor, weight_scale: Tensor, bias: Te
         `torch.Tensor`: (..., N), `input`'s dtype.
     """
     inner, outer = split_scale(weight_scale, input.dtype)
-    weight = ternary if inner is None else dequantize(ternary, inner).to(input.dtype)
-    return scale_and_shift(F.linear(input, weight), outer, bias).to(input.dtype)
+    return scale_and_shift(F.linear(input, times(ternary, inner)), outer, bias).to(input.dtype)
 
 
 def split_scale(weight_scale: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
@@ -376,11 +375,37 @@ def add_groups(
     return total
 
 
-def product(input: Tensor, weight_packed: Tensor, weight_scale: Tensor) -> Tensor:
-    """`input @ (f * T)^T` with the factor f of the scale that goes inside the matrix: (..., K) -> (..., N)."""
-    inner, _ = split_scale(weight_scale, input.dtype)
-    ternary = unpack_ternary(weight_packed, input.dtype)
-    return F.linear(input, ternary if inner is None else dequantize(ternary, inner).to(input.dtype))
+def product(input: Tensor, weight_packed: Tensor, factor: Tensor | None) -> Tensor:
+    """`input @ (factor * T)^T`, the factor as `split_scale` gives that for inside the matrix: (..., K) -> (..., N)."""
+    return F.linear(input, times(unpack_ternary(weight_packed, input.dtype), factor))
+
+
+def times(ternary: Tensor, factor: Tensor | None) -> Tensor:
+    """`factor * T`, rounded to the dtype of `ternary` (N, K); `None` for one."""
+    return ternary if factor is None else dequantize(ternary, factor).to(ternary.dtype)
+
+
+def product_backward(
+    grad: Tensor, input: Tensor | None, weight_packed: Tensor, factor: Tensor | None, need_input_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `product` to its input (where needed) and to T (where `input` is given).
+
+    Args:
+        grad (`torch.Tensor`): (..., N).
+        input (`torch.Tensor` or `None`): (..., K), `grad`'s dtype.
+        weight_packed (`torch.Tensor`): (N/4, K), uint8.
+        factor (`torch.Tensor` or `None`): As for `product`.
+        need_input_grad (`bool`): Whether to compute the first result.
+
+    Returns:
+        Two `torch.Tensor`: (..., K) in `grad`'s dtype, (N, K) float32; empty where not asked for.
+    """
+    weight = times(unpack_ternary(weight_packed, grad.dtype), factor)
+    input_grad = grad @ weight if need_input_grad else grad.new_empty(0)
+    if input is None:
+        return input_grad, grad.new_empty(0, dtype=torch.float32)
+    weight_grad = (grad.reshape(-1, grad.shape[-1]).T @ input.reshape(-1, input.shape[-1])).float()
+    return input_grad, times(weight_grad, factor)
 
 
 def integer_product(rows: Tensor, weight_packed: Tensor) -> Tensor:

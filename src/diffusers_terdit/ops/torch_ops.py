@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
+from torch.library import Library, infer_schema, register_autograd, register_fake
 
 from . import reference
 
@@ -99,20 +99,38 @@ def quantize_activations(input: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
 
 # ---- the ops ----
 
+_library = Library("diffusers_terdit", "DEF")
+
 
 def _outside_autocast(kernel):
     """End autocast at the op: inside, it would undo the kernels' own choice of dtype."""
 
     @wraps(kernel)
     def run(tensor, *args):
+        if not torch.is_autocast_enabled(tensor.device.type):  # entering it takes as long as the launch of a kernel
+            return kernel(tensor, *args)
         with torch.autocast(tensor.device.type, enabled=False):
             return kernel(tensor, *args)
 
     return run
 
 
-@custom_op("diffusers_terdit::linear", mutates_args=())
-@_outside_autocast
+def _op(kernel):
+    """Define the op of a function's name, which the function computes on any device; return it.
+
+    torch's `custom_op` takes 10 us longer in each call.
+    """
+    name = kernel.__name__.removeprefix("_")
+    _library.define(name + infer_schema(kernel, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
+    _register(name, "CompositeExplicitAutograd", kernel)
+    return getattr(getattr(torch.ops, _library.ns), name).default
+
+
+def _register(name: str, key: str, kernel: Callable) -> None:
+    _library.impl(name, _outside_autocast(kernel), key)
+
+
+@_op
 def _linear(
     input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, float_weight: Tensor | None
 ) -> Tensor:
@@ -121,13 +139,12 @@ def _linear(
     return function(input, weight, weight_scale, bias)
 
 
-@custom_op("diffusers_terdit::pack", mutates_args=())
+@_op
 def _pack(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
     return reference.pack_float(weight, weight_scale)
 
 
-@custom_op("diffusers_terdit::linear_backward", mutates_args=())
-@_outside_autocast
+@_op
 def _linear_backward(
     grad: Tensor, input: Tensor | None, weight: Tensor, weight_scale: Tensor, need_input_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,24 +156,30 @@ def _linear_backward(
     return reference.linear_backward(grad, input, ternary, weight_scale, need_input_grad)
 
 
-@custom_op("diffusers_terdit::integer_linear", mutates_args=())
-@_outside_autocast
+@_op
 def _integer_linear(
     input: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int
 ) -> Tensor:
     return reference.integer_linear(input, weight_packed, weight_scale, bias, bits)
 
 
-# On a GPU `torch.compile` sees these two and plain operations around them, which it fuses with their neighbors.
+# On a GPU `torch.compile` sees these and plain operations around them, which it fuses with their neighbors.
 
 
-@custom_op("diffusers_terdit::product", mutates_args=())
-@_outside_autocast
-def _product(input: Tensor, weight_packed: Tensor, weight_scale: Tensor) -> Tensor:
-    return reference.product(input, weight_packed, weight_scale)
+@_op
+def _product(input: Tensor, weight_packed: Tensor, factor: Tensor | None, float_weight: Tensor | None) -> Tensor:
+    """`float_weight` only gets a gradient, as for `_linear`."""
+    return reference.product(input, weight_packed, factor)
 
 
-@custom_op("diffusers_terdit::integer_product", mutates_args=())
+@_op
+def _product_backward(
+    grad: Tensor, input: Tensor | None, weight_packed: Tensor, factor: Tensor | None, need_input_grad: bool
+) -> tuple[Tensor, Tensor]:
+    return reference.product_backward(grad, input, weight_packed, factor, need_input_grad)
+
+
+@_op
 def _integer_product(rows: Tensor, weight_packed: Tensor) -> Tensor:
     return reference.integer_product(rows, weight_packed)
 
@@ -170,33 +193,41 @@ def _out_features(weight: Tensor) -> int:
     return weight.shape[0] * (reference.CODES_PER_BYTE if weight.dtype == torch.uint8 else 1)
 
 
-@_pack.register_fake
+@register_fake(_pack.name(), lib=_library)
 def _(weight, weight_scale):
     packed = weight.new_empty(weight.shape[0] // reference.CODES_PER_BYTE, weight.shape[1], dtype=torch.uint8)
     return packed, torch.empty_like(weight_scale, dtype=torch.float32)
 
 
-@_linear.register_fake
+@register_fake(_linear.name(), lib=_library)
 def _(input, weight, weight_scale, bias, float_weight):
     return input.new_empty(*input.shape[:-1], _out_features(weight))
 
 
-@_integer_linear.register_fake
+@register_fake(_integer_linear.name(), lib=_library)
 def _(input, weight_packed, weight_scale, bias, bits):
     return input.new_empty(*input.shape[:-1], _out_features(weight_packed))
 
 
-@_product.register_fake
-def _(input, weight_packed, weight_scale):
+@register_fake(_product.name(), lib=_library)
+def _(input, weight_packed, factor, float_weight):
     return input.new_empty(*input.shape[:-1], _out_features(weight_packed))
 
 
-@_integer_product.register_fake
+@register_fake(_product_backward.name(), lib=_library)
+def _(grad, input, weight_packed, factor, need_input_grad):
+    in_features = weight_packed.shape[1]
+    input_grad = grad.new_empty(*grad.shape[:-1], in_features) if need_input_grad else grad.new_empty(0)
+    shape = (0,) if input is None else (_out_features(weight_packed), in_features)
+    return input_grad, grad.new_empty(shape, dtype=torch.float32)
+
+
+@register_fake(_integer_product.name(), lib=_library)
 def _(rows, weight_packed):
     return rows.new_empty(len(rows), _out_features(weight_packed), dtype=torch.int32)
 
 
-@_linear_backward.register_fake
+@register_fake(_linear_backward.name(), lib=_library)
 def _(grad, input, weight, weight_scale, need_input_grad):
     input_grad = grad.new_empty(*grad.shape[:-1], weight.shape[1]) if need_input_grad else grad.new_empty(0)
     if input is None:
@@ -230,20 +261,22 @@ def _backward(ctx, grad):
 
 
 def _save_for_product_backward(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[1:])
+    input, weight_packed, factor, float_weight = inputs
+    ctx.save_for_backward(input if ctx.needs_input_grad[3] else None, weight_packed, factor)
+    ctx.weight_dtype = None if float_weight is None else float_weight.dtype
 
 
-def _product_backward(ctx, grad):
-    weight_packed, weight_scale = ctx.saved_tensors
-    inner, _ = reference.split_scale(weight_scale, grad.dtype)
-    scale = torch.ones_like(weight_scale[:1]) if inner is None else inner
-    input_grad, _, _ = _linear_backward(grad, None, weight_packed, scale, True)
-    return input_grad, None, None
+def _gradients_of_product(ctx, grad):
+    input, weight_packed, factor = ctx.saved_tensors
+    need_input, _, _, need_float_weight = ctx.needs_input_grad
+    input_grad, ternary_grad = _product_backward(grad, input, weight_packed, factor, need_input)
+    weight_grad = straight_through(ternary_grad).to(ctx.weight_dtype) if need_float_weight else None
+    return input_grad if need_input else None, None, None, weight_grad
 
 
-_linear.register_autograd(_backward, setup_context=_save_for_backward)
-_product.register_autograd(_product_backward, setup_context=_save_for_product_backward)
-_integer_linear.register_autograd(_backward, setup_context=_save_for_backward)
+register_autograd(_linear.name(), _backward, lib=_library, setup_context=_save_for_backward)
+register_autograd(_product.name(), _gradients_of_product, lib=_library, setup_context=_save_for_product_backward)
+register_autograd(_integer_linear.name(), _backward, lib=_library, setup_context=_save_for_backward)
 
 
 # ---- which kernel runs ----
@@ -312,6 +345,7 @@ def register_kernels(
     linear_backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
     integer_linear: Callable[..., Tensor],
     product: Callable[..., Tensor] = reference.product,
+    product_backward: Callable[..., tuple[Tensor, Tensor]] = reference.product_backward,
     integer_product: Callable[..., Tensor] = reference.integer_product,
     pack: Callable[..., tuple[Tensor, Tensor]] = reference.pack_float,
     packs_first: Callable[[torch.dtype], bool] = lambda dtype: False,
@@ -327,6 +361,7 @@ def register_kernels(
         linear_backward (`Callable`): See `reference.linear_backward`.
         integer_linear (`Callable`): See `reference.integer_linear`.
         product (`Callable`): See `reference.product`.
+        product_backward (`Callable`): See `reference.product_backward`.
         integer_product (`Callable`): See `reference.integer_product`.
         pack (`Callable`): See `reference.pack_float`.
         packs_first (`Callable`): (dtype) -> whether a float weight is packed, once for the product and its gradients.
@@ -338,12 +373,20 @@ def register_kernels(
     def linear_of_codes(input, weight, weight_scale, bias, float_weight):
         return linear(input, weight, weight_scale, bias)
 
-    _pack.register_kernel(device_type)(pack)
-    _linear.register_kernel(device_type)(_outside_autocast(linear_of_codes))
-    _linear_backward.register_kernel(device_type)(_outside_autocast(linear_backward))
-    _integer_linear.register_kernel(device_type)(_outside_autocast(integer_linear))
-    _product.register_kernel(device_type)(_outside_autocast(product))
-    _integer_product.register_kernel(device_type)(integer_product)
+    def product_of_codes(input, weight_packed, factor, float_weight):
+        return product(input, weight_packed, factor)
+
+    kernels: dict[str, Callable] = {
+        "linear": linear_of_codes,
+        "linear_backward": linear_backward,
+        "integer_linear": integer_linear,
+        "product": product_of_codes,
+        "product_backward": product_backward,
+        "integer_product": integer_product,
+        "pack": pack,
+    }
+    for name, kernel in kernels.items():
+        _register(name, device_type.upper(), kernel)
 
 
 @cache
@@ -461,16 +504,24 @@ def _checked_input(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
 
 def _exact(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """The op for either format of the weight."""
-    fused = _is_fused(input) and weight.dtype == torch.uint8
-    if fused and not (torch.is_grad_enabled() and weight_scale.requires_grad):
-        _, outer = reference.split_scale(weight_scale, input.dtype)
-        return reference.scale_and_shift(_product(input, weight, weight_scale), outer, bias).to(input.dtype)
+    float_weight = None
     whole = weight.dtype != torch.uint8 and len(weight) % reference.CODES_PER_BYTE == 0
     if whole and _packs_first(input.device.type, input.dtype):
         packed, mean = _pack(weight.detach(), weight_scale.detach())
         # There is no code for NaN: the mean of a weight that is not finite is not, either.
-        return _linear(input, packed, weight_scale + 0 * mean, bias, weight)
-    return _linear(input, weight, weight_scale, bias, None)
+        weight_scale, float_weight, weight = weight_scale + 0 * mean, weight, packed
+    inner_is_trained = torch.is_grad_enabled() and weight_scale.requires_grad and reference.is_grouped(weight_scale)
+    if _is_fused(input) and weight.dtype == torch.uint8 and not inner_is_trained:
+        inner, outer = reference.split_scale(weight_scale, input.dtype)
+        return _finish(_product(input, weight, inner, float_weight), outer, bias)
+    return _linear(input, weight, weight_scale, bias, float_weight)
+
+
+def _finish(product: Tensor, outer: Tensor | None, bias: Tensor | None) -> Tensor:
+    """`reference.scale_and_shift` for autograd and the compiler, in the dtype of `product` (..., N)."""
+    output = reference.at_least_float32(product)
+    output = output if outer is None else output * outer.reshape(-1)  # (..., N) * (1,) or (N,)
+    return (output if bias is None else output + bias).to(product.dtype)
 
 
 def _in_integers(input: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
@@ -525,6 +576,32 @@ def linear(
         codes = codes * power.to(codes.dtype)
     output = _exact(codes.to(cast.dtype), weight, weight_scale, None) * step  # float32
     return (output if bias is None else output + bias).to(input.dtype)
+
+
+def decode_weight(weight_packed: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what [`decoded_linear`] multiplies with: T, with what part of the scale goes inside, (N, K) `dtype`."""
+    inner, _ = reference.split_scale(weight_scale, dtype)
+    return reference.times(reference.unpack_ternary(weight_packed, dtype), inner)
+
+
+def decoded_linear(input: Tensor, decoded: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[`ternary_linear`] of a weight that [`decode_weight`] decoded before.
+
+    Args:
+        input (`torch.Tensor`): (..., K), float. Cast to the autocast dtype inside autocast, and then `decoded`'s.
+        decoded (`torch.Tensor`): (N, K).
+        weight_scale (`torch.Tensor`): (1,), (N, 1) or (N, K/g), float32. One of groups gets no gradient.
+        bias (`torch.Tensor`, *optional*): (N,), float.
+
+    Returns:
+        `torch.Tensor`: (..., N), `decoded`'s dtype.
+
+    Raises:
+        ValueError: A shape or dtype does not fit.
+    """
+    cast = _checked_input(input, decoded, weight_scale, bias)
+    _, outer = reference.split_scale(weight_scale, cast.dtype)
+    return _finish(torch.nn.functional.linear(cast, decoded), outer, bias)
 
 
 def linears(

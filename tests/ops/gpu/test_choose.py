@@ -6,25 +6,26 @@ from weights import new_weight, relative_error
 
 from diffusers_terdit.ops import check_integers, choose_kernel, has_integer_kernel, ternary_linear, torch_ops
 from diffusers_terdit.ops.gpu import choose, decode
+from diffusers_terdit.ops.torch_ops import Case
 
 
 CUDA = torch.device("cuda", 0)
 
 
-class TestDecoder:
+class TestKernels:
     """Where Triton cannot run, one line says so and PyTorch decodes."""
 
     @pytest.fixture(autouse=True)
-    def _forget(self, caplog):
-        caplog.set_level("INFO", logger=choose.logger.name)
-        choose.decoder.cache_clear()
+    def _forget(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        choose.kernels.cache_clear()
         yield
-        choose.decoder.cache_clear()
+        choose.kernels.cache_clear()
 
     def test_no_triton(self, monkeypatch, caplog):
         monkeypatch.setattr(choose, "find_spec", lambda name: None)
         for _ in range(2):
-            assert choose.decoder(torch.device("cuda", 0)) is decode.unpack
+            assert choose.kernels(CUDA) is choose.IN_PYTORCH
         assert [record.message for record in caplog.records if "Triton is not installed" in record.message]
         assert len(caplog.records) == 1
 
@@ -32,7 +33,7 @@ class TestDecoder:
         monkeypatch.setattr(choose, "find_spec", lambda name: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "An old card")
-        assert choose.decoder(torch.device("cuda", 0)) is decode.unpack
+        assert choose.kernels(CUDA) is choose.IN_PYTORCH
         assert "An old card is too old" in caplog.text
 
     def test_triton_is_tried_and_left_where_it_cannot_launch_or_is_wrong(self, monkeypatch, caplog, triton_kernels):
@@ -40,16 +41,26 @@ class TestDecoder:
             raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nMore.")
 
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        assert choose.decoder(torch.device("cpu")) is triton_kernels.unpack
+        assert choose.kernels(torch.device("cpu")) == (triton_kernels.unpack, triton_kernels.pack)
         for unpack, words in (
             (no_compiler, "Failed to find C compiler"),
-            (lambda packed, dtype: torch.zeros(4 * len(packed), 9), "wrong results"),
+            (lambda packed, dtype: torch.zeros(4 * len(packed), 12, dtype=dtype), "wrong results"),
         ):
-            choose.decoder.cache_clear()
+            choose.kernels.cache_clear()
             monkeypatch.setattr(triton_kernels, "unpack", unpack)
-            assert choose.decoder(torch.device("cpu")) is decode.unpack
+            assert choose.kernels(torch.device("cpu")) is choose.IN_PYTORCH
             assert words in caplog.text
         assert "More." not in caplog.text
+
+    def test_the_first_call_is_not_inside_a_capture(self, monkeypatch):
+        monkeypatch.setattr(choose, "find_spec", lambda name: None)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match="Call the model once before capturing"):
+            choose.kernels(CUDA)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        assert choose.kernels(CUDA) is choose.IN_PYTORCH  # the error was not kept
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert choose.kernels(CUDA) is choose.IN_PYTORCH
 
 
 class TestChoose:
@@ -57,7 +68,12 @@ class TestChoose:
     def recent(self, request, monkeypatch):
         """Whether the GPU that there seems to be has 8-bit tensor cores."""
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: request.param)
-        return request.param >= (7, 5)
+        caches = choose._multiplies_bytes, decode.takes_pieces
+        for cached in caches:
+            cached.cache_clear()
+        yield request.param >= (7, 5)
+        for cached in caches:
+            cached.cache_clear()
 
     def test_nothing_is_rounded_unless_asked_for(self, recent):
         for bits in ("auto", None):
@@ -75,6 +91,28 @@ class TestChoose:
             choice = choose_kernel(CUDA, torch.float32, *sizes, requested_bits=bits, trained_bits=trained)
             assert choice[:2] == ((kernel, trained or bits) if recent else ("exact, matmul in float32", None))
             assert recent or "compute capability 7.5" in choice.reason
+
+    @pytest.mark.parametrize("works", [True, False])
+    def test_rocm_has_integers_where_its_library_multiplies_them(self, works, monkeypatch):
+        def multiply(a, b):
+            if not works:
+                raise RuntimeError("_int_mm is not there on this card")
+            return torch.full((32, 32), 32)
+
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+        monkeypatch.setattr(torch, "_int_mm", multiply)
+        choose._multiplies_bytes.cache_clear()
+        assert (
+            choose.choose(torch.device("cpu"), Case(torch.bfloat16, 64, 64, "row", True, 8, None)).bits == 8
+        ) is works
+        choose._multiplies_bytes.cache_clear()
+
+    def test_float32_goes_through_bfloat16_where_its_tensor_cores_are(self, recent):
+        pieces = torch.cuda.get_device_capability() >= (8, 0)
+        for granularity, in_pieces in (("tensor", pieces), ("row", pieces), (32, False)):
+            choice = choose_kernel(CUDA, torch.float32, 64, 64, granularity, requested_bits=None)
+            assert choice.kernel == f"exact, matmul in {'3 x bfloat16' if in_pieces else 'float32'}"
+        assert choose_kernel(CUDA, torch.float32, 63, 64, packed=False).kernel == "exact, matmul in float32"
 
     def test_groups_are_exact(self):
         choice = choose_kernel(CUDA, torch.bfloat16, 64, 64, 32, requested_bits=8)

@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from weights import TOLERANCE, new_weight, relative_error
 
 from diffusers_terdit import TernaryLinear
@@ -24,9 +26,10 @@ class TestLinear:
             assert output.shape == (*shape, 36)
             assert shape == (0,) or relative_error(output, expected) < TOLERANCE[dtype]
             if shift is None:
-                found = decode.product(decoder, x, packed, scale)
+                inner, _ = reference.split_scale(scale, dtype)
+                found = decode.product(decoder, x, packed, inner)
                 assert found.dtype == dtype
-                torch.testing.assert_close(found, reference.product(x, packed, scale), rtol=1e-2, atol=1e-2)
+                torch.testing.assert_close(found, reference.product(x, packed, inner), rtol=1e-2, atol=1e-2)
 
     @torch.no_grad()
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -44,8 +47,10 @@ class TestLinear:
         grad = torch.randn(7, 36, device=device)
         weight = dequantize(reference.unpack_ternary(packed), scale).double()
         expected = grad.double() @ weight
-        found, _, scale_grad = decode.linear_backward(decoder, grad, x.detach().float(), packed, scale, True)
+        found, weight_grad, scale_grad = decode.linear_backward(decoder, grad, x.detach().float(), packed, scale, True)
         assert relative_error(found, expected) < 1e-5
+        expected = reference.linear_backward(grad, x.detach().float(), reference.unpack_ternary(packed), scale, True)
+        assert relative_error(weight_grad, expected[1].double()) < 1e-5
         free = scale.double().requires_grad_()
         wide = free.repeat_interleave(8, 1) if granularity == 8 else free
         (x.detach() @ (reference.unpack_ternary(packed, torch.float64) * wide).T).backward(grad.double())
@@ -79,6 +84,42 @@ class TestLinear:
             expected = reference.ternary_linear(x.float(), packed, scale, None).half()
             output = decode.linear(decoder, x, packed, scale, None)
             torch.testing.assert_close(output, expected, rtol=2e-3, atol=1e-3, equal_nan=True)
+
+
+class TestPieces:
+    """float32 as three numbers of bfloat16."""
+
+    @pytest.mark.parametrize("shape", [(33, 3072, 64), (2, 5, 256, 36), (0, 64, 8)], ids=str)
+    def test_it_is_as_accurate_as_a_matmul_of_float32(self, shape, device):
+        *rows, in_features, out_features = shape
+        matrix = torch.randint(-1, 2, (in_features, out_features), device=device)
+        x = torch.randn(*rows, in_features, device=device) * 10 ** torch.linspace(-6, 6, in_features, device=device)
+        found, expected = decode.product_in_pieces(x, matrix.bfloat16()), x.double() @ matrix.double()
+        assert found.dtype == torch.float32
+        assert found.shape == (*rows, out_features)
+        assert not found.numel() or relative_error(found, expected) < 3e-7
+        assert not found.numel() or relative_error(found, expected) < 2 * relative_error(x @ matrix.float(), expected)
+
+    def test_three_pieces_hold_every_float32(self, device):
+        values = torch.randint(2**24, (1000, 1), device=device) * 2.0 ** torch.randint(
+            -40, 40, (1000, 1), device=device
+        )
+        one = torch.ones(1, 4, dtype=torch.bfloat16, device=device)
+        assert torch.equal(decode.product_in_pieces(values, one), values.expand(-1, 4))
+
+    @pytest.mark.parametrize("granularity", ["tensor", "row"])
+    def test_layers_of_float32_and_their_gradients(self, granularity, decoder, device, monkeypatch):
+        packed, scale, bias = new_weight(36, 72, granularity, device)
+        x, grad = torch.randn(5, 72, device=device), torch.randn(5, 36, device=device)
+        asked = []
+        monkeypatch.setattr(decode, "takes_pieces", lambda *given: asked.append(given) or True)
+        output = decode.linear(decoder, x, packed, scale, bias)
+        assert relative_error(output, reference.ternary_linear(x.double(), packed, scale.double(), bias)) < 1e-6
+        found = decode.linear_backward(decoder, grad, x, packed, scale, True)
+        ternary = reference.unpack_ternary(packed, torch.float64)
+        expected = reference.linear_backward(grad.double(), x.double(), ternary, scale.double(), True)
+        assert all(relative_error(a, b.double()) < 1e-5 for a, b in zip(found, expected, strict=True))
+        assert asked[0] == (x.device, torch.float32, False)
 
 
 class TestIntegerLinear:
@@ -117,3 +158,64 @@ class TestIntegerLinear:
         output = decode.integer_linear(decoder, x, packed, scale, None, bits)
         assert output.isnan().all(1).nonzero().flatten().tolist() == [3, 7]
         assert output[[0, 1, 2, 4]].isfinite().all()
+
+
+class _Traffic(TorchDispatchMode):
+    """Counts the bytes that operations read and write; not those of matmuls, views and what only allocates."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in ("mm", "empty", "empty_like", "new_empty", "device"):
+            tensors = [t for t in torch.utils._pytree.tree_leaves((args, output)) if isinstance(t, torch.Tensor)]
+            self.bytes += sum(t.nbytes for t in tensors)
+        return output
+
+
+class TestTraffic:
+    """What a training step moves, counted on fake tensors of a GPU: kernels by what they read and write."""
+
+    LAYERS = [(3072, 3072), (8192, 3072), (8192, 3072), (3072, 8192)]  # of 4.2B
+
+    def inputs(self, rows, out_features, in_features):
+        with torch.device("cuda"):
+            scale, weight = torch.empty(1), torch.empty(out_features, in_features)
+            packed = torch.empty(out_features // 4, in_features, dtype=torch.uint8)
+            x = torch.empty(rows, in_features, dtype=torch.bfloat16)
+            return x, torch.empty(rows, out_features, dtype=torch.bfloat16), weight, packed, scale
+
+    def step(self, *shape):
+        with FakeTensorMode():
+            x, grad, weight, packed, scale = self.inputs(*shape)
+            with _Traffic() as traffic:
+
+                def unpack(packed, dtype, scale=None):
+                    out = torch.empty(4 * len(packed), packed.shape[1], dtype=dtype, device="cuda")
+                    traffic.bytes += packed.nbytes + out.nbytes
+                    return out
+
+                traffic.bytes += 2 * weight.nbytes + packed.nbytes  # `pack`: two passes
+                decode.linear(unpack, x, packed, scale, None)
+                gradients = decode.linear_backward(unpack, grad, x, packed, scale, True)
+                assert [g.dtype for g in gradients] == [torch.bfloat16, torch.float32, torch.float32]
+        return traffic.bytes
+
+    def plain_step(self, *shape):
+        with FakeTensorMode():
+            x, grad, weight, _, scale = self.inputs(*shape)
+            with _Traffic() as traffic:
+                reference.float_linear(x, weight, scale, None)
+                ternary = reference.round_to_ternary(weight, "tensor").to(grad.dtype)
+                reference.linear_backward(grad, x, ternary, scale, True)
+        return traffic.bytes
+
+    def test_a_tenth_of_what_the_reference_moves(self):
+        weights = sum(n * k for n, k in self.LAYERS)
+        # for each weight 4 bytes for the mean, 4.25 to pack, and twice 2.25 to decode
+        assert sum(self.step(16, *layer) for layer in self.LAYERS) / weights < 13
+        found = [sum(step(2048, *layer) for layer in self.LAYERS) for step in (self.step, self.plain_step)]
+        assert found[0] / found[1] < 0.12

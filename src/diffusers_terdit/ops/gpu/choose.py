@@ -1,15 +1,18 @@
 """Which kernel computes a ternary layer on a GPU, and why: this is the one place that decides it.
 
-The weight is decoded by one Triton kernel where there is Triton, a C compiler for its launcher, and a GPU that it
-supports; elsewhere by plain PyTorch. Both give the same bits. The vendor's library multiplies what was decoded.
+The weight is decoded, and a float weight packed, by Triton kernels where there is Triton, a C compiler for its
+launcher, and a GPU that it supports; elsewhere by plain PyTorch. Both give the same bits. The vendor's library
+multiplies what was decoded.
 """
 
 import logging
 from collections.abc import Callable
 from functools import cache, wraps
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .. import reference
 from ..torch_ops import Case, Choice, name_of, register_kernels, warn_once
@@ -21,29 +24,66 @@ logger = logging.getLogger(__name__)
 OLDEST = (7, 5)  # compute capability that Triton supports, and the first with 8-bit tensor cores
 
 
+class Kernels(NamedTuple):
+    """What decodes and what packs a weight."""
+
+    unpack: decode.Decoder
+    pack: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # as `reference.pack_float`
+
+
+IN_PYTORCH = Kernels(decode.unpack, reference.pack_float)
+
+
 @cache
-def decoder(device: torch.device) -> decode.Decoder:
-    """Return Triton's kernel where it runs on this device (it is tried, once), else PyTorch's decoder."""
+def kernels(device: torch.device) -> Kernels:
+    """Return Triton's kernels where they run on this device (they are tried, once), else PyTorch's.
+
+    Raises:
+        RuntimeError: The first call is inside the capture of a CUDA graph, which trying them would break.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"The first ternary layer on {device} cannot run inside the capture of a CUDA graph: its kernels are"
+            " compiled and tried first. Call the model once before capturing."
+        )
     if find_spec("triton") is None:
-        logger.info("Triton is not installed; ternary weights are decoded by PyTorch (the same results, slower).")
-        return decode.unpack
+        logger.warning(
+            "Triton is not installed; PyTorch decodes ternary weights on the GPU: the same results, slower."
+        )
+        return IN_PYTORCH
     try:
         if not _is_recent(device):
             raise RuntimeError(f"{torch.cuda.get_device_name(device)} is too old for it")
         from . import triton_kernels  # Triton is optional
 
-        packed = torch.arange(81, dtype=torch.uint8, device=device).reshape(9, 9)
-        if not torch.equal(triton_kernels.unpack(packed, torch.float32), reference.unpack_ternary(packed)):
-            raise RuntimeError("its kernel gave wrong results")
+        ternary = (torch.arange(192, device=device) % 3 - 1).float().reshape(16, 12)
+        packed = reference.pack_ternary(ternary)
+        right = torch.equal(triton_kernels.pack(ternary, ternary.new_empty(1))[0], packed)
+        for dtype in (torch.float32, torch.bfloat16):
+            right &= torch.equal(triton_kernels.unpack(packed, dtype), ternary.to(dtype))
+        if not right:
+            raise RuntimeError("its kernels gave wrong results")
     except Exception as error:  # no C compiler, a broken installation, another driver: Triton raises what it likes
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        logger.info(f"Triton does not work on {device} ({reason}); PyTorch decodes ternary weights, slower.")
-        return decode.unpack
-    return triton_kernels.unpack
+        logger.warning(f"Triton does not work on {device} ({reason}); PyTorch decodes ternary weights, slower.")
+        return IN_PYTORCH
+    return Kernels(triton_kernels.unpack, triton_kernels.pack)
 
 
 def _is_recent(device: torch.device | None) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= OLDEST
+
+
+@cache
+def _multiplies_bytes(device: torch.device | None) -> bool:
+    """Whether there is a matmul of bytes: 8-bit tensor cores; on ROCm `torch._int_mm` is tried, once."""
+    if torch.version.hip is None:
+        return _is_recent(device)
+    try:
+        rows = torch.ones(32, 32, dtype=torch.int8, device=device or "cuda")
+        return bool((torch._int_mm(rows, rows) == 32).all())
+    except RuntimeError:
+        return False
 
 
 def choose(device: torch.device, case: Case) -> Choice:
@@ -53,26 +93,33 @@ def choose(device: torch.device, case: Case) -> Choice:
     reason = case.why_exact(bits)
     if reason is None and case.scale_granularity not in ("tensor", "row"):
         reason = "integers on a GPU need one scale per matrix or row"
-    if reason is None and not _is_recent(device):
+    if reason is None and not _multiplies_bytes(device):
         reason = f"integers need 8-bit tensor cores, compute capability {'.'.join(map(str, OLDEST))}"
     if reason is not None:
-        return Choice(f"exact, matmul in {name_of(case.dtype)}", None, reason)
+        scaled = case.scale_granularity not in ("tensor", "row")
+        whole = case.packed or case.out_features % reference.CODES_PER_BYTE == 0  # packed in each forward pass
+        pieces = whole and decode.takes_pieces(device, case.dtype, scaled)
+        return Choice(f"exact, matmul in {'3 x bfloat16' if pieces else name_of(case.dtype)}", None, reason)
     fits = decode.takes_integers(case.out_features, case.in_features)
     return Choice(f"integers, matmul in {'int8' if fits else 'float64'}", bits, case.why_rounded())
 
 
 def check_integers(bits: int) -> None:
     """Warn where a caller asks for integers in vain: see `torch_ops.check_integers`."""
-    if not _is_recent(None):
+    if not _multiplies_bytes(None):
         warn_once("There are no integer kernels for this cuda device; ternary layers compute exactly.")
 
 
 def _with_decoder(function: Callable) -> Callable:
     @wraps(function)
     def run(tensor, *args):
-        return function(decoder(tensor.device), tensor, *args)
+        return function(kernels(tensor.device).unpack, tensor, *args)
 
     return run
+
+
+def _pack(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
+    return kernels(weight.device).pack(weight, weight_scale)
 
 
 register_kernels(
@@ -83,5 +130,8 @@ register_kernels(
     _with_decoder(decode.linear_backward),
     _with_decoder(decode.integer_linear),
     _with_decoder(decode.product),
+    _with_decoder(decode.product_backward),
     _with_decoder(decode.integer_product),
+    pack=_pack,
+    packs_first=lambda dtype: True,
 )

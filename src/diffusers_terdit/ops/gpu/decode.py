@@ -1,11 +1,14 @@
 """The linear ops on a GPU: decode the weight, let the vendor's library multiply.
 
+Each float weight was packed before (`torch_ops.pack`), so that forward and backward read two bits per weight; only one
+with a number of outputs that no byte holds is ternarized in each of them.
+
 The decoded matrix lives for one call; the caching allocator gives the next layer the same memory. `Decoder` is what
 decodes: `unpack` below, in plain PyTorch, or the kernel of `triton_kernels`, with the same results.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,8 @@ from .. import reference
 
 
 Decoder = Callable[..., Tensor]  # (weight_packed, dtype, weight_scale=None) -> T or `scale * T`, (N, K)
+_RETURNS_FLOAT32 = torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()  # sums of half precision
+FIRST_WITH_BFLOAT16 = (8, 0)  # compute capability
 FEWEST_ROWS = 17  # that `torch._int_mm` takes on CUDA; inputs and outputs in multiples of 8
 INTEGER_MULTIPLE = 8
 
@@ -26,18 +31,79 @@ def unpack(weight_packed: Tensor, dtype: torch.dtype, weight_scale: Tensor | Non
     return reference.dequantize(reference.unpack_ternary(weight_packed, torch.int8), weight_scale).to(dtype)
 
 
-def product(decode: Decoder, input: Tensor, weight_packed: Tensor, weight_scale: Tensor) -> Tensor:
+def product(decode: Decoder, input: Tensor, weight_packed: Tensor, factor: Tensor | None) -> Tensor:
     """Compute `reference.product`."""
-    inner, _ = reference.split_scale(weight_scale, input.dtype)
-    return F.linear(input, decode(weight_packed, input.dtype, inner))
+    if takes_pieces(input.device, input.dtype, factor is not None):
+        return product_in_pieces(input, decode(weight_packed, torch.bfloat16).T)
+    return F.linear(input, decode(weight_packed, input.dtype, factor))
+
+
+@cache
+def takes_pieces(device: torch.device, dtype: torch.dtype, scaled: bool) -> bool:
+    """Whether matmuls of this dtype are `product_in_pieces`: of float32, without a scale inside the matrix."""
+    if dtype != torch.float32 or scaled or device.type != "cuda" or not _RETURNS_FLOAT32:
+        return False
+    return torch.cuda.get_device_capability(device) >= FIRST_WITH_BFLOAT16
+
+
+def product_in_pieces(input: Tensor, matrix: Tensor) -> Tensor:
+    """`input @ matrix` in float32, on the tensor cores of bfloat16: several times as fast as those of float32.
+
+    Three numbers of bfloat16 hold a float32, and bfloat16 holds T: the only rounding is that of the sums.
+
+    Args:
+        input (`torch.Tensor`): (..., K), float32.
+        matrix (`torch.Tensor`): (K, N), bfloat16.
+
+    Returns:
+        `torch.Tensor`: (..., N), float32.
+    """
+    rest = input.reshape(-1, input.shape[-1])
+    first = rest.to(matrix.dtype)
+    rest = rest - first
+    second = rest.to(matrix.dtype)
+    output = product_in_float32((rest - second).to(matrix.dtype), matrix)  # the smallest first
+    output += product_in_float32(second, matrix)
+    output += product_in_float32(first, matrix)
+    return output.reshape(*input.shape[:-1], matrix.shape[1])
+
+
+def product_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` of two matrices, summed in float32 at least and returned in float32."""
+    if a.is_cuda and a.dtype.itemsize == 2 and _RETURNS_FLOAT32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float() if a.is_cuda else a.float() @ b.float()
+
+
+def times_ternary(decode: Decoder, grad: Tensor, weight_packed: Tensor, factor: Tensor | None = None) -> Tensor:
+    """`grad @ (factor * T)`: (..., N) -> (..., K)."""
+    if takes_pieces(grad.device, grad.dtype, factor is not None):
+        return product_in_pieces(grad, decode(weight_packed, torch.bfloat16))
+    return grad @ decode(weight_packed, grad.dtype, factor)
+
+
+def product_backward(
+    decode: Decoder,
+    grad: Tensor,
+    input: Tensor | None,
+    weight_packed: Tensor,
+    factor: Tensor | None,
+    need_input_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Compute `reference.product_backward`."""
+    input_grad = times_ternary(decode, grad, weight_packed, factor) if need_input_grad else grad.new_empty(0)
+    if input is None:
+        return input_grad, grad.new_empty(0, dtype=torch.float32)
+    weight_grad = product_in_float32(grad.reshape(-1, grad.shape[-1]).T, input.reshape(-1, input.shape[-1]))
+    return input_grad, reference.times(weight_grad, factor)
 
 
 def linear(decode: Decoder, input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """Compute `reference.ternary_linear` (uint8 `weight`) or `reference.float_linear` (float `weight`)."""
     if weight.dtype != torch.uint8:
         return reference.float_linear(input, weight, weight_scale, bias)
-    output = product(decode, input, weight, weight_scale)
-    _, outer = reference.split_scale(weight_scale, input.dtype)
+    inner, outer = reference.split_scale(weight_scale, input.dtype)
+    output = product(decode, input, weight, inner)
     if bias is not None:
         return reference.scale_and_shift(output, outer, bias).to(input.dtype)
     # one kernel, which reads and writes `input`'s dtype and multiplies in float32, or float64
@@ -53,12 +119,20 @@ def linear_backward(
     need_input_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `reference.linear_backward`."""
-    ternary = (
-        decode(weight, grad.dtype)
-        if weight.dtype == torch.uint8
-        else reference.round_to_ternary(weight, reference.granularity_of(weight_scale, weight.shape[1])).to(grad.dtype)
-    )
-    return reference.linear_backward(grad, input, ternary, weight_scale, need_input_grad)
+    if weight.dtype != torch.uint8:
+        granularity = reference.granularity_of(weight_scale, weight.shape[1])
+        ternary = reference.round_to_ternary(weight, granularity).to(grad.dtype)
+        return reference.linear_backward(grad, input, ternary, weight_scale, need_input_grad)
+    one_scale = weight_scale.dim() == 1 and grad.dtype != torch.float16  # where products overflow before the scale
+    if input is None or not need_input_grad or not one_scale:
+        return reference.linear_backward(grad, input, decode(weight, grad.dtype), weight_scale, need_input_grad)
+    # Of one scale s the gradient is the sum of `input * (grad @ T)`: no pass over a matrix of the weight's size.
+    unscaled = times_ternary(decode, grad, weight)
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    scale_grad = (unscaled * input).sum(dtype=wide).float().reshape(1)
+    scaled = torch.mul(grad, weight_scale, out=torch.empty_like(grad))
+    rows, columns = scaled.reshape(-1, scaled.shape[-1]), input.reshape(-1, input.shape[-1])
+    return unscaled.mul_(weight_scale), product_in_float32(rows.T, columns), scale_grad
 
 
 def takes_integers(out_features: int, in_features: int) -> bool:

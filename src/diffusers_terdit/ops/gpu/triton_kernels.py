@@ -1,4 +1,4 @@
-"""The one GPU kernel of this package, in Triton: two bits per weight to a matrix of any dtype.
+"""The GPU kernels, in Triton: two bits per weight to a matrix of any dtype, and a float weight to two.
 
 The matmuls themselves are the vendor's (`decode.py`). Imported only where Triton is installed.
 """
@@ -8,8 +8,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import reference
+
 
 BLOCK = 1024  # bytes of a row that one program decodes: 8 per thread
+STEPS = 16  # blocks that one program sums
+WORDS = 256  # of four bytes, of a row that one program decodes
+MINUS_ONE = {torch.bfloat16: 0xBF80, torch.float16: 0xBC00, torch.float8_e4m3fn: 0xB8, torch.int8: 0xFF}  # its bits
+
+
+# ---- decoding ----
 
 
 @triton.jit
@@ -33,12 +41,41 @@ def _unpack(
         tl.store(out + out_row * columns + column, value.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _unpack_words(packed, out, rows, words, WIDE: tl.constexpr, MINUS_ONE: tl.constexpr, WORDS: tl.constexpr):
+    # A code T + 1 is 00, 01 or 10. Its lower bit says that T is 0, its upper one that it is +1: where the lower one is
+    # not set the value is that of -1, and the upper one flips its sign. Two weights, or four, in a word at a time.
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    word = tl.load(packed + row * words + column, mask=column < words, other=0)
+    if WIDE:  # two words of 16-bit fields: each byte goes to the upper half of its own
+        low = ((word & 0x000000FF) << 8) | ((word & 0x0000FF00) << 16)
+        high = ((word & 0x00FF0000) >> 8) | (word & 0xFF000000)
+        fields = tl.reshape(tl.join(low, high), (2 * WORDS,))
+        width = 2 * words
+        place = tl.program_id(1) * (2 * WORDS) + tl.arange(0, 2 * WORDS)
+    else:
+        fields = word
+        width = words
+        place = column
+    ONES: tl.constexpr = 0x00010001 if WIDE else 0x01010101  # the lowest bit of each field
+    SIGN: tl.constexpr = 0x80008000 if WIDE else 0x80808080  # and the highest
+    LOWER: tl.constexpr = 14 if WIDE else 6  # where the first quarter's lower bit is in a field
+    for quarter in tl.static_range(4):
+        if MINUS_ONE == 0xFF:  # int8: code - 1 in each byte, without a borrow from its neighbor
+            value = ((((fields >> (6 - 2 * quarter)) & 0x03030303) | SIGN) - ONES) ^ SIGN
+        else:
+            nonzero = ((fields >> (LOWER - 2 * quarter)) & ONES) ^ ONES
+            value = (nonzero * MINUS_ONE) ^ ((fields << (2 * quarter)) & SIGN)
+        tl.store(out + (quarter * rows + row) * width + place, value, mask=place < width)
+
+
 def unpack(weight_packed: Tensor, dtype: torch.dtype, weight_scale: Tensor | None = None) -> Tensor:
     """T, or `scale * T` computed in float32, as a new matrix.
 
     Args:
         weight_packed (`torch.Tensor`): (N/4, K), uint8.
-        dtype (`torch.dtype`): Of the result: a float dtype, or int8 without a scale.
+        dtype (`torch.dtype`): Of the result: a float dtype, or int8 or float8_e4m3fn without a scale.
         weight_scale (`torch.Tensor`, *optional*): (1,), (N, 1) or (N, K/g), float.
 
     Returns:
@@ -47,13 +84,92 @@ def unpack(weight_packed: Tensor, dtype: torch.dtype, weight_scale: Tensor | Non
     packed = weight_packed.contiguous()
     rows, columns = packed.shape
     out = torch.empty(4 * rows, columns, dtype=dtype, device=packed.device)
+    if weight_scale is None and dtype in MINUS_ONE and columns % 4 == 0 and packed.storage_offset() % 4 == 0:
+        words = columns // 4
+        with torch.cuda.device_of(packed):  # Triton launches on the current device
+            _unpack_words[(rows, triton.cdiv(words, WORDS))](
+                packed.view(torch.uint32), out.view(torch.uint32), rows, words,
+                WIDE=dtype.itemsize == 2, MINUS_ONE=MINUS_ONE[dtype], WORDS=WORDS,
+            )  # fmt: skip
+        return out
     scale = packed.new_empty(0, dtype=torch.float32) if weight_scale is None else weight_scale.float().contiguous()
     groups = scale.shape[1] if scale.dim() == 2 else 1
     stride = groups if scale.dim() == 2 else 0
     grid = (rows, triton.cdiv(columns, BLOCK))
-    with torch.cuda.device_of(packed):  # Triton launches on the current device
+    with torch.cuda.device_of(packed):
         _unpack[grid](
             packed, scale, out, rows, columns, stride, columns // groups,
             SCALED=weight_scale is not None, GROUPED=groups > 1, BLOCK=BLOCK,
         )  # fmt: skip
     return out
+
+
+# ---- packing ----
+
+
+@triton.jit
+def _add(a, b):
+    return a + b
+
+
+@triton.jit
+def _absolute_sums(weight, sums, length, parts, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    """Sum the absolute values of a part of a row, in float64; rows of `length`, `parts` programs for each."""
+    row, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    start = row.to(tl.int64) * length
+    total = tl.full((BLOCK,), 0, tl.float64)
+    for step in tl.static_range(STEPS):
+        place = (part.to(tl.int64) * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(weight + start + place, mask=place < length, other=0)
+        total += tl.abs(value.to(tl.float32)).to(tl.float64)
+    tl.store(sums + tl.program_id(0), tl.reduce(total, 0, _add))
+
+
+@triton.jit
+def _pack(
+    weight, mean, packed, rows, columns, mean_stride, group,
+    EPS: tl.constexpr, GROUPED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # of the packed matrix, one of N/4
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    byte = tl.full((BLOCK,), 0, tl.int32)
+    for quarter in tl.static_range(4):
+        weight_row = quarter * rows + row
+        value = tl.load(weight + weight_row * columns + column, mask=inside, other=0).to(tl.float32)
+        mean_row = mean + weight_row * mean_stride
+        limit = (tl.load(mean_row + column // group, mask=inside, other=1) if GROUPED else tl.load(mean_row)) + EPS
+        # `round(value / limit)`, half to even and clamped, without a division: the quotient of two float32 is above
+        # one half exactly where the value is above half of the limit
+        code = 1 + (value > 0.5 * limit).to(tl.int32) - (value < -0.5 * limit).to(tl.int32)
+        byte |= code << (6 - 2 * quarter)
+    tl.store(packed + row * columns + column, byte.to(tl.uint8), mask=inside)
+
+
+def absmean(weight: Tensor, scale_granularity: str | int) -> Tensor:
+    """Compute `reference.absmean`."""
+    shape = reference.scale_shape(weight.shape[0], weight.shape[1], scale_granularity)
+    count = shape[0] * shape[1] if len(shape) == 2 else 1
+    length = weight.numel() // count
+    block = min(BLOCK, triton.next_power_of_2(length))
+    steps = min(STEPS, triton.cdiv(length, block))
+    parts = triton.cdiv(length, block * steps)
+    sums = torch.empty(count, parts, dtype=torch.float64, device=weight.device)
+    with torch.cuda.device_of(weight):
+        _absolute_sums[(count * parts,)](weight.contiguous(), sums, length, parts, BLOCK=block, STEPS=steps)
+    return (sums.sum(1) * (count / weight.numel())).float().reshape(shape)
+
+
+def pack(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute `reference.pack_float`: two passes over the weight."""
+    weight = weight.contiguous()
+    mean = absmean(weight, reference.granularity_of(weight_scale, weight.shape[1]))
+    rows, columns = len(weight) // reference.CODES_PER_BYTE, weight.shape[1]
+    packed = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
+    groups = mean.shape[1] if mean.dim() == 2 else 1
+    with torch.cuda.device_of(weight):
+        _pack[(rows, triton.cdiv(columns, BLOCK))](
+            weight, mean, packed, rows, columns, groups if mean.dim() == 2 else 0, columns // groups,
+            EPS=reference.EPS, GROUPED=groups > 1, BLOCK=BLOCK,
+        )  # fmt: skip
+    return packed, mean
