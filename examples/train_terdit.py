@@ -50,6 +50,7 @@ from diffusers_terdit.arguments import (
     granularity,
     keep_limit,
     not_negative,
+    number,
     positive,
     seed,
     share,
@@ -187,7 +188,7 @@ def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
         help="Flow matching trains on the middle of the way from picture to noise more often than on its ends, or on"
         " all of it alike. If not set: logit_normal.",
     )
-    add("--logit_mean", type=float, default=0.0, help="The logit of the noise's share has this mean; 0 is the middle.")
+    add("--logit_mean", type=number, default=0.0, help="The logit of the noise's share has this mean.")
     add("--logit_std", type=positive, default=1.0, help="It has this standard deviation.")
     add(
         "--learn_sigma",

@@ -94,6 +94,11 @@ def dtype(text: str) -> str:
     return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(text, text)
 
 
+def number(text: str) -> float:
+    """Parse a finite number."""
+    return _number(text, "finite", lambda value: True)
+
+
 def positive(text: str) -> float:
     """Parse a number above 0."""
     return _number(text, "above 0", lambda value: value > 0)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 
 import fashion
 import recipe
@@ -32,6 +33,8 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setitem(recipe.PLANS, "screen", [(arm, 3, 0, {}) for arm in recipe.ARMS])
 
     def run(*arms):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState._reset_state()
         paths = {
             "data_dir": tmp_path,
             "judge": tmp_path / "judge",

@@ -23,13 +23,14 @@ TYPED = r'--(\w+)",\s*type=(at_least|keep_limit|granularity|positive|not_negativ
 # Installed under other names, or with a dependency that is declared.
 MODULES = {"scikit-learn": "sklearn", "pillow": "PIL", "huggingface-hub": "huggingface_hub"}
 WITH_OTHERS = {"tokenizers", "tqdm"}  # transformers, huggingface-hub
+ASKED_FOR = {"bitsandbytes"}  # by a flag, whose error says how to install it
 
 
 def declared() -> set[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     lists = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in ("train", "lora", "app"))]
     names = {re.match(r"[\w-]+", requirement)[0] for requirements in lists for requirement in requirements}
-    return {MODULES.get(name, name) for name in names} | WITH_OTHERS | {"diffusers_terdit"}
+    return {MODULES.get(name, name) for name in names} | WITH_OTHERS | ASKED_FOR | {"diffusers_terdit"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
