@@ -815,6 +815,7 @@ class Trainer:
     def check_finite(self, step: int, loss: float, grad_norm: float) -> None:
         """Raise a `FloatingPointError` where the gradient of a step is not finite."""
         if not math.isfinite(grad_norm):
+            self.writer.wait()  # what is being written counts
             last = self.last_checkpoint
             saved = f"The last checkpoint is of step {last}" if last else "There is no checkpoint yet"
             raise FloatingPointError(
