@@ -37,7 +37,7 @@ SEEDS = (0, 1, 2)
 SCREEN_SEED = 100  # learning rates are compared on a seed that no result uses
 EMA_DECAY = 0.98
 EVAL_SEED = 7  # noise and timesteps of the noise error
-EVAL_DRAWS = 4  # per digit
+EVAL_DRAWS = 4  # per sample
 SAMPLES = "Fréchet distance"
 MEASURES = {"noise_error_held_out": "noise error", "frechet_distance": SAMPLES}  # lower is better
 
@@ -242,17 +242,21 @@ def real_features(train: bool = True) -> Tensor:
     return classifier()((digits(train).images + 1) / 2)["features"]
 
 
-@cache
-def fixed_noise(train: bool, count: int) -> dict[str, Tensor]:
-    """First digits with their labels, each with several draws of noise and timestep, the same for every model."""
-    samples = digits(train)
-    examples = training.data.TrainingExamples(samples, EVAL_SEED, (1, 8, 8), len(samples.id2label))
+def fixed_examples(examples: training.data.TrainingExamples, count: int) -> dict[str, Tensor]:
+    """First samples with their labels, each with `EVAL_DRAWS` draws of noise and time, the same for every model."""
     batch = []
     for index in range(count):
-        sample, label = samples[index]
+        sample, label = examples.samples[index]
         positions = range(EVAL_DRAWS * index, EVAL_DRAWS * (index + 1))
         batch += [{**examples.example(p, sample, label), "class_labels": label} for p in positions]
     return default_collate(batch)
+
+
+@cache
+def fixed_noise(train: bool, count: int) -> dict[str, Tensor]:
+    """`fixed_examples` of the digits."""
+    samples = digits(train)
+    return fixed_examples(training.data.TrainingExamples(samples, EVAL_SEED, (1, 8, 8), len(samples.id2label)), count)
 
 
 @torch.no_grad()

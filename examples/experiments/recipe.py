@@ -18,10 +18,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 import fashion
-from common import Records, cell, made_on, read_arguments, write_page
+from common import EVAL_SEED, Records, cell, fixed_examples, made_on, read_arguments, write_page
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, losses, training
 from diffusers_terdit.pipelines.schedulers import scheduler_by_name
 
@@ -39,7 +38,7 @@ ANSWER = """\
 often as real ones. Muon and a scale per row look best, a start in full precision adds nothing. Nothing is decided:
 most arms are not run, and these have one seed."""
 NUM_IMAGES, GUIDANCE, SAMPLING_STEPS = 2000, 1.5, 25
-HELD_OUT, DRAWS, HELD_OUT_SEED = 1000, 4, 7  # test images, draws of noise and time for each
+HELD_OUT = 1000  # test images
 
 OWN = ("full_share", "patch", "weights", "rounded")  # settings that are no flags
 # What all arms have, besides the defaults of --preset tiny for these data: width 128, six layers, patches of 4.
@@ -183,14 +182,9 @@ class Study:
         """Test images at fixed noise and times, the same for every model."""
         samples = training.data.ImageSamples.from_idx(self.args.data_dir, "t10k", resolution=28, channels=1)
         examples = training.data.TrainingExamples(
-            samples, HELD_OUT_SEED, (1, 28, 28), 10, continuous_time=True, logit_normal=(0.0, 1.0)
+            samples, EVAL_SEED, (1, 28, 28), 10, continuous_time=True, logit_normal=(0.0, 1.0)
         )
-        batch = []
-        for index in range(HELD_OUT):
-            sample, label = samples[index]
-            positions = range(DRAWS * index, DRAWS * (index + 1))
-            batch += [{**examples.example(p, sample, label), "class_labels": label} for p in positions]
-        return default_collate(batch)
+        return fixed_examples(examples, HELD_OUT)
 
     @torch.no_grad()
     def held_out_loss(self, pipe: TerDiTPipeline) -> float | None:
@@ -198,7 +192,7 @@ class Study:
         if pipe.transformer.config.prediction_type != "flow_prediction":
             return None
         batch, errors = self.held_out(), []
-        for rows in torch.arange(HELD_OUT * DRAWS).split(250):
+        for rows in torch.arange(len(batch["time"])).split(250):
             clean, noise, when, labels = (batch[key][rows] for key in ("samples", "noise", "time", "class_labels"))
             noisy, velocity, when = losses.training_target(pipe.scheduler, clean, noise, when)
             output = pipe.transformer(noisy, when, labels, return_dict=False)[0]

@@ -185,7 +185,7 @@ class TernaryLinear(TernaryModelMixin):
     def hold_decoded(self, dtype: torch.dtype | None) -> None:
         """Hold the matrix of a packed layer decoded in a dtype, for exact calls in it; `None`: no longer.
 
-        It is never saved. Two bits per weight stay beside it, and what loads or unpacks the weight takes it away.
+        It is never saved. The packed weight stays; what loads or unpacks it takes the decoded one away.
         """
         self.decoded = None
         if dtype is not None and self.weight_format == "packed":
