@@ -225,6 +225,8 @@ ROWS = [
         "Pass at least one."),
     Row(lambda w: training.data.TrainingExamples([0], 0, (1, 8, 8), 10, class_dropout_prob=5), "got 5",
         "`class_dropout_prob` must be a probability, 0 to 1"),
+    Row(lambda w: training.data.TrainingExamples([0], 0, (1, 8, 8), 10, logit_normal=(0, 0)), "got (0, 0)",
+        "`logit_normal` must be a mean and a positive deviation"),
     Row(empty_stream, "its 3 shards", "holds no samples", "Take another data set or split."),
     Row(lambda w: stream(untyped_stream()), Fixed("This stream"), "does not say its columns' types",
         "Load it without --streaming."),

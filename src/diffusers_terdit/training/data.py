@@ -455,7 +455,7 @@ class TrainingExamples(Dataset):
             distribution is uniform without it (https://arxiv.org/abs/2403.03206, section 3.1).
 
     Raises:
-        ValueError: There are no samples, or `class_dropout_prob` is not in [0, 1].
+        ValueError: There are no samples, `class_dropout_prob` is not in [0, 1], or the deviation is not positive.
     """
 
     def __init__(
@@ -472,6 +472,8 @@ class TrainingExamples(Dataset):
             raise ValueError(f"`samples` holds none, got {samples!r:.80}. Pass at least one.")
         if not 0 <= class_dropout_prob <= 1:
             raise ValueError(f"`class_dropout_prob` must be a probability, 0 to 1, got {class_dropout_prob}.")
+        if logit_normal is not None and not logit_normal[1] > 0:
+            raise ValueError(f"`logit_normal` must be a mean and a positive deviation, got {logit_normal}.")
         self.samples, self.seed, self.latent_shape, self.num_classes = samples, seed, latent_shape, num_classes
         self.class_dropout_prob, self.continuous_time = class_dropout_prob, continuous_time
         self.logit = NormalDist(*logit_normal) if logit_normal else None
