@@ -21,7 +21,7 @@ from diffusers_terdit.ops.cpu import exact
 pytest.importorskip("numba")
 codegen = pytest.importorskip("numba.core.codegen")
 llvm = pytest.importorskip("llvmlite.binding")
-from diffusers_terdit.ops.cpu import integer, lookup, pack  # noqa: E402 - after the skip
+from diffusers_terdit.ops.cpu import instructions, integer, lookup, pack  # noqa: E402 - after the skip
 
 
 ARM, LANES = "aarch64-unknown-linux-gnu", 8
@@ -86,6 +86,7 @@ def compile_for_arm():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(codegen.CPUCodeLibrary, "add_ir_module", capture)
+        patch.setattr(lookup, "processor", lambda: instructions.Processor("neoverse-n1", frozenset({"+neon"})))
         for name, compile_ in FUNCTIONS.items():
             modules.clear()
             with contextlib.suppress(_Captured):
