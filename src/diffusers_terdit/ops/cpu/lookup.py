@@ -45,7 +45,7 @@ CHUNK = INPUTS * TABLES
 SPARE = 48  # vectors after the tables: a code 3, which no packed weight may hold, leads no further
 MOST_OUTPUTS = 8192  # of a unit: their sums stay in the second cache
 ROWS_LAID = 16  # of the packed weight: whole cache lines of indices
-FEW = 4  # rows that are looked up in registers
+FEW = 3  # rows that are looked up in registers
 
 
 class Job(NamedTuple):
@@ -538,9 +538,12 @@ def after_the_sums(
     group_scale: Tensor | None, scale: Tensor | None, bias: Tensor | None, outputs: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`group_scale`, `scale` and `bias` of a `Job`, as long as it reads them; 1 and 0 where there is none."""
-    scales, shifts = torch.ones(outputs + 15, dtype=torch.float32), torch.zeros(outputs + 15, dtype=torch.float32)
-    if scale is not None:
-        scales[: outputs if scale.numel() == 1 else scale.numel()] = scale.reshape(-1)
+    scales, shifts = torch.empty(outputs + 15, dtype=torch.float32), torch.zeros(outputs + 15, dtype=torch.float32)
+    if scale is None or scale.numel() == 1:
+        scales.fill_(1 if scale is None else scale.item())
+    else:
+        scales[: scale.numel()] = scale.reshape(-1)
+        scales[scale.numel() :] = 1
     if bias is not None:
         shifts[: len(bias)] = bias
     if group_scale is None:
@@ -580,9 +583,10 @@ def product(
     if 0 < rows <= FEW and not transposed and "+avx2" in processor().features:
         lanes = 16 if "+avx512f" in processor().features else 8
         tiles, share, indices = 0, 0, scales
-        padded = torch.nn.functional.pad(input.unflatten(1, (groups, size)), (0, chunks * CHUNK // groups - size))
-        nothing = torch.zeros_like(padded)
-        tiled = torch.stack((-padded, nothing, padded, nothing), -1)
+        tiled = torch.zeros(rows, groups, chunks * CHUNK // groups, 4, dtype=torch.float32)
+        inputs = input.view(rows, groups, size)
+        torch.neg(inputs, out=tiled[:, :, :size, 0])
+        tiled[:, :, :size, 2] = inputs
         own = lanes * (2 * TABLES + 4 + 4 * rows)
         calls = [(("few", lanes, rows, grouped, half), -(-quarter // lanes))]
     else:
