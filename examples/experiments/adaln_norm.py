@@ -133,7 +133,9 @@ def draw(records: Records, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (sizes, *errors) = plt.subplots(1, 3, figsize=(12, 4), dpi=80, layout="constrained", width_ratios=(4, 5, 5))
+    figure, (sizes, *errors) = plt.subplots(
+        1, 3, figsize=(12, 4), dpi=80, layout="constrained", width_ratios=(4, 5, 5)
+    )
     for kind, color in zip(KINDS, ("#adb5bd", "#d9480f", "#1971c2"), strict=True):
         if result := records.find(activations_run(kind, False)):
             share = torch.tensor(result["histogram"]) / (SHAPE[2] * DRAWS)

@@ -576,7 +576,9 @@ def draw_variants(axis, variants: dict[str, list[float]], highlight: str = "") -
     axis.set_xlim(low, high + 0.25 * (high - low))  # for the last number
 
 
-def draw_pictures(rows: dict[str, list[Image.Image]], path: Path, titles: Sequence[str] = (), colors: int = 64) -> None:
+def draw_pictures(
+    rows: dict[str, list[Image.Image]], path: Path, titles: Sequence[str] = (), colors: int = 64
+) -> None:
     """Draw a row of pictures per label, with the label at its left, and titles over the first row."""
     import matplotlib
 

@@ -134,7 +134,8 @@ DRAWN: dict[str, list[tuple[str, str | None]]] = {
         ("DPM-Solver++ 10", "DPM-Solver++ 25"), ("Heun 10", None), ("Heun 10", "DPM-Solver++ 25"),
     ],
     "velocity": [
-        ("Euler 250", None), ("Euler 10", None), ("Euler 10", "Euler 250"), ("Heun 10", None), ("Heun 10", "Euler 250"),
+        ("Euler 250", None), ("Euler 10", None), ("Euler 10", "Euler 250"),
+        ("Heun 10", None), ("Heun 10", "Euler 250"),
     ],
 }  # fmt: skip
 AMPLIFIED = 8
