@@ -24,6 +24,7 @@ COLORS = {  # kind: fill, border
     "float": ("#e6e6e6", "#6b6b6b"),
     "norm": ("#ffd9a0", "#d97706"),  # the adaLN RMSNorm
     "operation": ("#ffffff", "#9a9a9a"),
+    "block": ("#fafafa", "#333333"),  # dashed: what the frame on the right shows from the inside
     "tensor": ("none", "none"),
 }
 BLOCK = "transformer_blocks.0."
@@ -48,14 +49,15 @@ class Drawing:
     def box(self, kind: str, x: float, y: float, w: float, h: float, name: str, note: str = "") -> None:
         fill, border = COLORS[kind]
         thick = 2.5 if kind == "norm" else 1.2
+        dashes = ' stroke-dasharray="5 4"' if kind == "block" else ""
         if kind != "tensor":
             self.parts.append(
                 f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="6" fill="{fill}" stroke="{border}"'
-                f' stroke-width="{thick}"/>'
+                f' stroke-width="{thick}"{dashes}/>'
             )
-        self.text(x + w / 2, y + h / 2 + (-3 if note else 4), name, 12, CODE if name in self.names else "")
+        self.text(x + w / 2, y + h / 2 + (-2 if note else 5), name, 14, CODE if name in self.names else "")
         if note:
-            self.text(x + w / 2, y + h / 2 + 13, note, 11, GRAY)
+            self.text(x + w / 2, y + h / 2 + 15, note, 13 if w >= 130 else 12, GRAY)
 
     def module(self, path: str, x: float, y: float, w: float, h: float = 42) -> None:
         module = self.model.get_submodule(path)
@@ -154,9 +156,9 @@ def draw_network(d: Drawing, out: dict[str, tuple[int, ...]]) -> None:
     d.box("operation", x, 112, w, 42, f"patches of {patch} {TIMES} {patch}", tokens)
     d.module("proj_in", x, 180, w)
     for shift in (10, 5, 0):
-        d.box("operation", x + shift, 266 - shift, w - 10, 96, "")
-    d.text(x + (w - 10) / 2, 308, f"{len(blocks)} {TIMES} {type(blocks[0]).__name__}", 13, CODE)
-    d.text(x + (w - 10) / 2, 328, "tokens ({:,}, {:,})".format(*out["proj_in"]), 11, GRAY)
+        d.box("block", x + shift, 266 - shift, w - 10, 96, "")
+    d.text(x + (w - 10) / 2, 308, f"{len(blocks)} {TIMES} {type(blocks[0]).__name__}", 15, CODE)
+    d.text(x + (w - 10) / 2, 330, "tokens ({:,}, {:,})".format(*out["proj_in"]), 13, GRAY)
     d.module("norm_out.norm", x, 450, w)
     d.box("operation", x, 530, w, 30, f"{TIMES} (1 + scale) + shift")
     d.module("proj_out", x, 590, w)
@@ -177,7 +179,7 @@ def draw_condition(d: Drawing, out: dict[str, tuple[int, ...]]) -> None:
     d.plus(mid, 314)
     d.module("class_embed", x, 350, w)
     d.box("tensor", x, 412, w, 24, f"class label, or {d.model.config.num_classes:,} for none")
-    d.text(bus - 6, 304, f"temb ({out['class_embed'][-1]:,})", 11, GRAY, "end")
+    d.text(bus - 6, 304, f"temb ({out['class_embed'][-1]:,})", 13, GRAY, "end")
     d.arrow((mid + 10, 314), (bus, 314), (bus, 493), (x + w, 493))
     d.box("operation", x, 480, w, 26, "SiLU")
     d.module("norm_out.linear", x, 524, w)
@@ -188,12 +190,12 @@ def draw_condition(d: Drawing, out: dict[str, tuple[int, ...]]) -> None:
 def draw_adaln(d: Drawing) -> None:
     """The adaLN of a block, x 494 to 680; its six vectors go along x 702."""
     x, w, mid, bus = 494, 186, 587, 702
-    d.down(mid, (146, 172), (214, 240), (322, 342))
+    d.down(mid, (146, 172), (214, 240), (324, 342))
     d.box("operation", x, 120, w, 26, "SiLU")
     d.module(f"{BLOCK}adaln.linear", x, 172, w)
     d.module(f"{BLOCK}adaln.norm", x, 240, w)
-    d.text(mid, 298, "TerDiT's addition to adaLN: the", 11, 'fill="#a85b00"')
-    d.text(mid, 312, "outputs of a ternary layer are large", 11, 'fill="#a85b00"')
+    d.text(mid, 299, "TerDiT's addition: outputs of", 13, 'fill="#a85b00"')
+    d.text(mid, 316, "ternary layers are large", 13, 'fill="#a85b00"')
     d.box("operation", x, 342, w, 42, "six vectors", "shift, scale, gate; twice")
     d.arrow((x + w, 363), (bus, 363), head=False)
     for y, end in ((177, 762), (786, 812)):
@@ -209,8 +211,8 @@ def draw_block(d: Drawing, out: dict[str, tuple[int, ...]]) -> None:
     d.box("tensor", mid - 90, 78, 180, 20, "tokens ({:,}, {:,})".format(*out["proj_in"]))
     d.module(f"{BLOCK}norm1", mid - 90, 116, 180, 36)
     d.box("operation", 762, 164, 260, 26, f"{TIMES} (1 + scale_msa) + shift_msa")
-    third = 106
-    for column, name, norm in ((left, "to_q", "norm_q"), (left + 117, "to_k", "norm_k"), (left + 234, "to_v", "")):
+    third = 110
+    for column, name, norm in ((left, "to_q", "norm_q"), (left + 115, "to_k", "norm_k"), (left + 230, "to_v", "")):
         x = column + third / 2
         d.arrow((mid, 190), (mid, 200), (x, 200), (x, 212))
         d.module(f"{BLOCK}attn.{name}", column, 212, third, 52)
@@ -219,7 +221,7 @@ def draw_block(d: Drawing, out: dict[str, tuple[int, ...]]) -> None:
             d.module(f"{BLOCK}attn.{norm}", column, 278, third, 42)
         else:
             d.down(x, (264, 368))
-    d.box("operation", left, 332, 223, 24, "rotary positions")
+    d.box("operation", left, 332, 225, 24, "rotary positions")
     heads = f"softmax attention, {config.num_attention_heads} heads of {config.attention_head_dim}"
     d.box("operation", left, 368, right - left, 26, heads)
     d.module(f"{BLOCK}attn.to_out.0", mid - 105, 404, 210, 40)
@@ -256,7 +258,7 @@ def draw_legend(d: Drawing) -> None:
     }
     for i, (kind, words) in enumerate(meanings.items()):
         d.box(kind, 30, 768 + 26 * i, 26, 16, "")
-        d.text(66, 781 + 26 * i, words, 12, anchor="start")
+        d.text(66, 781 + 26 * i, words, 14, anchor="start")
 
 
 def draw(preset: str) -> str:
@@ -264,12 +266,11 @@ def draw(preset: str) -> str:
     with torch.device("meta"):
         model = TerDiTTransformer2DModel.from_preset(preset)
     d, out, block = Drawing(model), shapes(model), type(model.transformer_blocks[0]).__name__
-    d.parts.append('<path d="M220,286 L476,60 M220,352 L476,846" stroke="#bbb" stroke-dasharray="3 4" fill="none"/>')
     d.text(24, 32, f"{preset}: {len(model.transformer_blocks)} blocks", 17, 'font-weight="600"', "start")
     d.parts.append(
-        '<rect x="476" y="46" width="628" height="812" rx="10" fill="#fafafa" stroke="#333" stroke-dasharray="5 4"/>'
+        '<rect x="476" y="46" width="628" height="812" rx="10" fill="#fafafa" stroke="#333333" stroke-dasharray="5 4"/>'
     )
-    d.text(494, 70, f"{block}: transformer_blocks.0", 13, CODE, "start")
+    d.text(494, 70, f"one {block}: transformer_blocks.0", 15, CODE, "start")
     draw_network(d, out)
     draw_condition(d, out)
     draw_adaln(d)

@@ -375,29 +375,35 @@ def build(
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description="A page to sample a model by hand.")
+    parser = Parser(description="Open a page to sample a model by hand.")
     parser.add_argument("--model", default="emoji", help="The model: a bundled name, a pipeline folder or a Hub id.")
-    parser.add_argument("--dtype", type=dtype, choices=DTYPES, default="float32", help="Arithmetic, also as bf16.")
+    parser.add_argument(
+        "--dtype",
+        type=dtype,
+        choices=DTYPES,
+        default="float32",
+        help="Data type of the computation; fp32, bf16 and fp16 work, too.",
+    )
     parser.add_argument(
         "--device",
         default="auto",
-        help="Device as torch names it: cpu, cuda, cuda:1, xpu, mps. auto is the best that is there.",
+        help="Device as torch names it: cpu, cuda, cuda:1, xpu, mps. auto picks the best one available.",
     )
     parser.add_argument(
         "--activation_bits",
         type=int,
         choices=(16, 8),
-        help="Compute with integer activations, for speed on a CPU. Without it, 16 bits in bfloat16, else floats.",
+        help="Round inputs of ternary layers to integers, for speed on a CPU. Without it, only bfloat16 may do so.",
     )
     parser.add_argument(
         "--num_inference_steps",
         type=at_least(1, 250),
-        help="Steps that the page starts with. Without it, those that the model recommends.",
+        help="Steps that the page starts with. Without it, what the model recommends.",
     )
     parser.add_argument(
         "--guidance_scale",
         type=not_negative,
-        help="Guidance that the page starts with. Without it, that which the model recommends.",
+        help="Guidance that the page starts with. Without it, what the model recommends.",
     )
     parser.add_argument(
         "--server_name",

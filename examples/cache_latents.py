@@ -42,10 +42,10 @@ logger = get_logger(__name__, log_level="INFO")
 def parse_args(argv=None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--train_data_dir", help="Encode the images of this folder, in a folder of each class or without classes.")
+    add("--train_data_dir", help="Encode the images of this folder: a folder per class, or images without classes.")
     add(
         "--dataset_name",
-        help="Encode this data set: a name on the Hub, a folder, also of save_to_disk, or a parquet file.",
+        help="Encode this data set: a name on the Hub, a folder (save_to_disk's, too), or a parquet file.",
     )
     add("--dataset_config_name", help="Take this configuration of --dataset_name.")
     add("--dataset_split", default="train", help="Take this split of --dataset_name.")
@@ -79,7 +79,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         choices=["float16", "float32"],
         help="Store the latents in this type; the VAE computes in float32.",
     )
-    add("--dataloader_num_workers", type=at_least(0), default=0, help="Read images in this many more processes.")
+    add("--dataloader_num_workers", type=at_least(0), default=0, help="Read images in this many extra processes.")
     args = parser.parse_args(argv)
     if bool(args.train_data_dir) == bool(args.dataset_name):
         parser.error("pass one of --train_data_dir, --dataset_name")

@@ -53,12 +53,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--train_data_dir", help="Read the pictures from this folder of class folders.")
     add("--background", type=color, default="white", help="Show this color where images are transparent.")
     add("--model", default="digits", help="Teach this model: a folder, a Hub id, or the name of a bundled checkpoint.")
-    add("--rank", type=at_least(1), default=8, help="The adapter's matrices have this rank; more learns more.")
-    add("--learning_rate", type=not_negative, default=2e-3, help="AdamW learns at this rate, which falls to 0.")
+    add("--rank", type=at_least(1), default=8, help="Rank of the adapter's matrices. A higher one can learn more.")
+    add("--learning_rate", type=not_negative, default=2e-3, help="The highest learning rate of AdamW; it falls to 0.")
     add(
         "--max_train_steps",
         type=at_least(1),
-        help="The run has this many optimizer steps; if not set, 400, and 800 in --demo.",
+        help="The run has this many optimizer steps; if not set: 400, or 800 in --demo.",
     )
     add("--train_batch_size", type=at_least(1), default=8, help="A step takes this many pictures.")
     add(
@@ -71,20 +71,24 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--prior_loss_weight",
         type=not_negative,
         default=1.0,
-        help="Weigh the frozen model's answers for the old classes by this; 0 leaves them out, and forgets.",
+        help="Weight of the frozen model's answers for the old classes. With 0 the model forgets them.",
     )
     add(
         "--num_class_images",
         type=at_least(1),
         default=128,
-        help="Draw this many pictures of old classes with the frozen model, to ask it about.",
+        help="Draw this many pictures of old classes with the frozen model, to keep its answers on them.",
     )
-    add("--gradient_checkpointing", action="store_true", help="Compute activations twice, to keep fewer in memory.")
+    add(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="Save memory: keep fewer activations, and compute the others twice.",
+    )
     add("--seed", type=seed, default=0, help="All random numbers of the run follow from this one.")
     add("--output_dir", type=Path, default=Path("terdit-lora"), help="Write everything into this folder.")
     add("--checkpointing_steps", type=at_least(1), default=100, help="Save a checkpoint every this many steps.")
     add("--checkpoints_total_limit", type=keep_limit, default=2, help="Keep this many checkpoints; -1 keeps all.")
-    add("--resume_from_checkpoint", help='Go on from this folder, or from the "latest" checkpoint in --output_dir.')
+    add("--resume_from_checkpoint", help='Resume from this folder, or from the "latest" checkpoint in --output_dir.')
     add("--validation_steps", type=at_least(1), default=200, help="Draw a grid of samples every this many steps.")
     add("--logging_steps", type=at_least(1), default=10, help="Write to log.jsonl every this many steps.")
     add("--guidance_scale", type=not_negative, help="Draw with this guidance; if not set, what the model recommends.")

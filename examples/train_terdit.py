@@ -78,19 +78,24 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--demo", action="store_true", help="Train a model of 267 thousand weights on scikit-learn's 8x8 digits.")
     add(
         "--train_data_dir",
-        help="Train on the images of this folder, in a folder of each class, without classes, or in IDX files as"
-        " MNIST's, which tiny trains in gray and in their own size.",
+        help="Train on the images of this folder: a folder per class, images without classes, or IDX files like"
+        " MNIST's. The preset tiny trains on IDX files in gray, at their own size.",
     )
     add(
         "--dataset_name",
-        help="Train on this data set: a name on the Hub, a folder, also of save_to_disk, or a parquet file.",
+        help="Train on this data set: a name on the Hub, a folder (save_to_disk's, too), or a parquet file.",
     )
-    add("--train_latents_dir", help="Train on this folder, which cache_latents.py wrote.")
+    add("--train_latents_dir", help="Train on the latents that cache_latents.py wrote to this folder.")
     add("--dataset_config_name", help="Take this configuration of --dataset_name.")
     add("--dataset_split", default="train", help="Take this split of --dataset_name.")
     add("--streaming", action="store_true", help="Read --dataset_name shard by shard; every process reads all of it.")
     add("--image_column", default="image", help="Take the images from this column of --dataset_name.")
-    add("--label_column", type=column, default="label", help="Take the classes from this column; none trains without.")
+    add(
+        "--label_column",
+        type=column,
+        default="label",
+        help="Take the classes from this column; none trains without classes.",
+    )
     add(
         "--label_order",
         default="value",
@@ -100,7 +105,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resolution", type=at_least(1), help="Scale images to squares of this many pixels.")
     add("--background", type=color, default="white", help="Show this color where images are transparent.")
     add("--random_flip", action="store_true", help="Mirror half of the images, left to right, at random.")
-    add("--dataloader_num_workers", type=at_least(0), default=0, help="Read images in this many more processes.")
+    add("--dataloader_num_workers", type=at_least(0), default=0, help="Read images in this many extra processes.")
     add("--pretrained_vae_model_name_or_path", help="Train on latents of this AutoencoderKL, not on pixels.")
 
 
@@ -110,17 +115,18 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--preset",
         choices=presets,
-        help="Take sizes and recipe for 32 pixels (tiny), 64 (small) or latents (medium), on a laptop, or those of the"
-        " paper; other flags replace single values. If not set: tiny, or medium where latents are trained.",
+        help="Take sizes and recipe from this preset. On a laptop: tiny for 32 pixels, small for 64, medium for"
+        " latents. The others are for the paper's sizes. Other flags replace single values. If not set: tiny, or"
+        " medium for latents.",
     )
     add(
         "--in_channels",
         type=int,
         default=3,
         choices=[1, 3],
-        help="Train on gray (1) or color (3) pixels, where no VAE is used.",
+        help="Train on gray (1) or color (3) pixels, if no VAE is used.",
     )
-    add("--patch_size", type=at_least(1), help="A token is a square of this many pixels or latents a side.")
+    add("--patch_size", type=at_least(1), help="A token is a square with this many pixels or latents on a side.")
     add("--num_layers", type=at_least(1), help="The transformer has this many blocks.")
     add("--num_attention_heads", type=at_least(1), help="Each block has this many attention heads.")
     add(
@@ -131,12 +137,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--ffn_dim",
         type=at_least(1),
-        help="The feed-forward layers have this width, about 8/3 of the model's if not set.",
+        help="The feed-forward layers have this width. If not set: about 8/3 of the model's.",
     )
     add(
         "--pos_embed_type",
         choices=["rope", "rope+sincos2d"],
-        help="Tokens know their place by rotation, as in the paper, or by a fixed embedding, too (small models).",
+        help="Encode positions by rotation alone, as in the paper, or with a fixed embedding, too, for small models.",
     )
     add("--adaln_norm", type=boolean, default=True, help="false leaves out the RMSNorm that the paper adds to adaLN.")
     add(
@@ -167,10 +173,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="Blend full precision into ternary over this many steps, with --init_from.",
     )
-    add("--teacher", help="Learn the prediction of this pipeline, model or bundled name, too.")
-    add(
-        "--distillation_weight", type=not_negative, default=1.0, help="The teacher's part of the loss has this weight."
-    )
+    add("--teacher", help="Also learn the predictions of this pipeline, model or bundled name.")
+    add("--distillation_weight", type=not_negative, default=1.0, help="Weight of the teacher's part of the loss.")
 
 
 def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
@@ -185,11 +189,11 @@ def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--weighting_scheme",
         choices=["logit_normal", "none"],
-        help="Flow matching trains on the middle of the way from picture to noise more often than on its ends, or on"
-        " all of it alike. If not set: logit_normal.",
+        help="Where between picture and noise flow matching trains: more often in the middle (logit_normal), or"
+        " everywhere alike (none). If not set: logit_normal.",
     )
-    add("--logit_mean", type=number, default=0.0, help="The logit of the noise's share has this mean.")
-    add("--logit_std", type=positive, default=1.0, help="It has this standard deviation.")
+    add("--logit_mean", type=number, default=0.0, help="Mean of the logit of the noise's share, for logit_normal.")
+    add("--logit_std", type=positive, default=1.0, help="Standard deviation of that logit.")
     add(
         "--learn_sigma",
         type=boolean,
@@ -213,7 +217,7 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--gradient_accumulation_steps",
         type=at_least(1),
-        help="Add up the gradients of this many batches; if not set, 1, or what --total_batch_size asks for.",
+        help="Add up the gradients of this many batches. If not set: 1, or what --total_batch_size needs.",
     )
     add(
         "--total_batch_size",
@@ -224,18 +228,18 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--lr_scheduler",
         choices=["constant", "cosine", "wsd", "piecewise_constant"],
-        help="How the learning rate goes on: wsd is constant, then falls to 0 over --lr_decay_steps.",
+        help="How the learning rate changes. wsd keeps it constant, then lowers it to 0 over --lr_decay_steps.",
     )
     add(
         "--lr_warmup_steps",
         type=at_least(0),
-        help="The learning rate rises from 0 over this many steps, a twentieth of the run if neither this nor the"
-        " preset sets it.",
+        help="The learning rate rises from 0 over this many steps. If neither this nor the preset sets it: a"
+        " twentieth of the run.",
     )
-    add("--lr_decay_steps", type=at_least(0), help="wsd falls over this many steps, a fifth of the run if not set.")
+    add("--lr_decay_steps", type=at_least(0), help="wsd falls over this many steps. If not set: a fifth of the run.")
     add(
         "--lr_step_rules",
-        help='piecewise_constant follows these rules: "1:1550000,0.2" is a fifth from step 1,550,000.',
+        help='piecewise_constant follows these rules: "1:1550000,0.2" means a fifth from step 1,550,000 on.',
     )
     add("--scale_lr_factor", type=not_negative, help="The ternary scales learn at this multiple of the learning rate.")
     add("--adam_beta1", type=share, default=0.9, help="AdamW averages gradients with this decay.")
@@ -250,7 +254,7 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--use_8bit_adam",
         action="store_true",
-        help="Keep what AdamW averages in 8 bits instead of 32, with bitsandbytes; not with --fsdp.",
+        help="Keep AdamW's averages in 8 bits instead of 32. Needs bitsandbytes, and does not work with --fsdp.",
     )
     add(
         "--max_grad_norm", type=positive, default=2.0, help="A gradient with a larger norm is scaled down to this one."
@@ -266,11 +270,15 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["no", "bf16"],
         help="bf16 computes in bfloat16; weights, average and loss stay float32. If not set, accelerate's setting.",
     )
-    add("--gradient_checkpointing", action="store_true", help="Compute activations twice, to keep fewer in memory.")
+    add(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="Save memory: keep fewer activations, and compute the others twice.",
+    )
     add(
         "--torch_compile",
         action="store_true",
-        help="Compile the transformer blocks, which takes a minute or two; the start says what it gains.",
+        help="Compile the transformer blocks, which takes a minute or two. The run then says how much faster it is.",
     )
     add("--fsdp", action="store_true", help="Shard weights, average and optimizer over the processes.")
 
@@ -291,9 +299,12 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--checkpointing_steps", type=at_least(1), help="Save a checkpoint to resume from every this many steps.")
     add("--checkpoints_total_limit", type=keep_limit, default=2, help="Keep this many checkpoints; -1 keeps all.")
-    add("--resume_from_checkpoint", help='Go on from this folder, or from the "latest" checkpoint in --output_dir.')
+    add("--resume_from_checkpoint", help='Resume from this folder, or from the "latest" checkpoint in --output_dir.')
     add("--logging_steps", type=at_least(1), default=100, help="Write log.jsonl and trackers every this many steps.")
-    add("--report_to", help="Log to this tracker, too: tensorboard, wandb, trackio, ...; none is log.jsonl alone.")
+    add(
+        "--report_to",
+        help="Also log to this tracker: tensorboard, wandb, trackio, ... With none, only log.jsonl is written.",
+    )
     add(
         "--validation_steps",
         type=at_least(1),
@@ -303,30 +314,33 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--num_inference_steps",
         type=at_least(1),
-        help="Samples take this many steps; the model recommends them to its users.",
+        help="Draw samples in this many steps, which the saved model then recommends.",
     )
     add(
         "--guidance_scale",
         type=not_negative,
         default=1.5,
-        help="Samples are drawn with this guidance; the model recommends it to its users.",
+        help="Draw samples with this guidance, which the saved model then recommends.",
     )
-    add("--feature_network", help="module:function returns a network, (B, C, H, W) in [0, 1] -> (B, D) features.")
+    add(
+        "--feature_network",
+        help="A network for --frechet_steps, as module:function. It maps (B, C, H, W) in [0, 1] to (B, D) features.",
+    )
     add(
         "--frechet_steps",
         type=at_least(0),
         help="Measure the Frechet distance to the training images every this many steps, with --feature_network.",
     )
-    add("--num_frechet_images", type=at_least(1), default=1000, help="It is measured on this many samples.")
+    add("--num_frechet_images", type=at_least(1), default=1000, help="Measure it on this many samples.")
     add("--push_to_hub", action="store_true", help="Upload the pipeline to the Hub at the end.")
     add(
         "--hub_push_steps",
         type=at_least(1),
-        help="Upload it every this many steps, too, while training goes on, with --push_to_hub.",
+        help="With --push_to_hub, also upload the pipeline every this many steps while training goes on.",
     )
-    add("--hub_model_id", help="Upload to this repository, by default named as --output_dir.")
-    add("--hub_token", help="Upload with this token, by default that of `hf auth login`.")
-    add("--license", help="The card of the model names this license.")
+    add("--hub_model_id", help="Upload to this repository. If not set: named like --output_dir.")
+    add("--hub_token", help="Upload with this token. If not set: that of `hf auth login`.")
+    add("--license", help="Name this license in the model card.")
 
 
 def parse_args(argv=None) -> argparse.Namespace:

@@ -60,6 +60,7 @@ DENSE = {dtype: Mode("dense", dtype) for dtype in DTYPES}  # `F.linear`
 BEST = {dtype: Mode("best dense", dtype) for dtype in (*DTYPES, "int8")}
 BASES = {**DENSE, **{f"best_{dtype}": mode for dtype, mode in BEST.items()}}  # by key of a record: "over_best_int8"
 REFERENCE = Mode("unpack in every call", "float32")
+OTHERS = (REFERENCE.name, *(peer.name for peer in peers.PEERS))  # not ours, and not dense: blue bars
 BITS = {"exact": None, "int16": 16, "int8": 8}
 
 # what the page begins with
@@ -506,7 +507,7 @@ def layers_plot(data: dict, path: Path) -> None:
         found = shared.grouped(in_order(place["records"]), "mode", "dtype")
         over = {mode: medians_over(records, rows, f"{clock_of(place)}over_float32") for mode, records in found.items()}
         panels[heading(place)["title"]] = [(" ".join(mode), *ends) for mode, ends in over.items()]
-    shared.bars(path, panels, line=1)
+    shared.bars(path, panels, line=1, others=OTHERS)
 
 
 def step_plot(data: dict, path: Path) -> None:
@@ -517,4 +518,4 @@ def step_plot(data: dict, path: Path) -> None:
         records = in_order([record for record in place["records"] if record["preset"] == preset])
         bars = [(" ".join(mode_of(record)), 0, record["step"][key][0]) for record in records]
         panels[f"{heading(place)['title']}\n{preset}"] = bars
-    shared.bars(path, panels, line=1)
+    shared.bars(path, panels, line=1, others=OTHERS)

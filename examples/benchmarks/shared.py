@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -408,8 +409,16 @@ def render(name: str, **values) -> str:
     return environment.get_template(f"{name}.md.j2").render(values)
 
 
-def bars(path: Path, panels: dict[str, list[tuple[str, float, float]]], line: float | None = None) -> None:
-    """Draw horizontal bars, {title: [(label, from, to)]}; with a line that says what is compared, on one axis."""
+def bars(
+    path: Path,
+    panels: dict[str, list[tuple[str, float, float]]],
+    line: float | None = None,
+    others: tuple[str, ...] = (),
+) -> None:
+    """Draw horizontal bars, {title: [(label, from, to)]}; with a line that says what is compared, on one axis.
+
+    Labels that begin with "dense" or "best dense" are gray, those that begin with one of `others` blue, ours orange.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -421,12 +430,15 @@ def bars(path: Path, panels: dict[str, list[tuple[str, float, float]]], line: fl
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharex=bool(line))
     for axis, (title, found) in zip(axes.flat, panels.items(), strict=False):
         labels, starts, ends = zip(*found, strict=True)
-        colors = ["#9aa0a6" if label.startswith(("dense", "best dense")) else "#d9480f" for label in labels]
+        colors = [
+            "#9aa0a6" if label.startswith(("dense", "best dense")) else "#3b7dd8" if label.startswith(others) else "#d9480f"
+            for label in labels
+        ]
         lengths = [end - start for start, end in zip(starts, ends, strict=True)]
         drawn = axis.barh(labels, lengths, left=starts, color=colors)
         texts = [f"{start:.2f} to {end:.2f}" if start else f"{end:.3g}" for _, start, end in found]
         axis.bar_label(drawn, texts, padding=3, fontsize=8)
-        axis.set_title(title, fontsize=10)
+        axis.set_title(textwrap.fill(title, 30), fontsize=10)
         axis.tick_params(labelsize=8, labelbottom=True)
         axis.set_xlim(0, 1.7 * max(end for shown in (panels.values() if line else [found]) for *_, end in shown))
         axis.invert_yaxis()

@@ -12,7 +12,7 @@ import math
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -574,6 +574,33 @@ def draw_variants(axis, variants: dict[str, list[float]], highlight: str = "") -
     axis.set_yticks(range(len(names)), names, fontsize=8)
     low, high = axis.get_xlim()
     axis.set_xlim(low, high + 0.25 * (high - low))  # for the last number
+
+
+def draw_pictures(
+    rows: dict[str, list[Image.Image]], path: Path, titles: Sequence[str] = (), colors: int = 64
+) -> None:
+    """Draw a row of pictures per label, with the label at its left, and titles over the first row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = max(map(len, rows.values()))
+    side = 7 / columns  # inches; labels take two more
+    figure, axes = plt.subplots(len(rows), columns, figsize=(9, (side + 0.05) * len(rows) + 0.3), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, (label, pictures) in zip(axes, rows.items(), strict=True):
+        row[0].text(-0.15, 0.5, label, transform=row[0].transAxes, ha="right", va="center", fontsize=10)
+        for axis, picture in zip(row, pictures, strict=False):
+            axis.imshow(picture.convert("RGB"), interpolation="nearest")
+    for axis, title in zip(axes[0], titles, strict=False):
+        axis.set_title(title, fontsize=9)
+    lines = 1 + max((title.count("\n") for title in titles), default=-1)
+    top = 1 - (0.05 + 0.19 * lines) / figure.get_figheight()
+    figure.subplots_adjust(left=0.22, right=0.995, top=top, bottom=0.01, hspace=0.06, wspace=0.06)
+    save_figure(figure, path, colors)
+    plt.close(figure)
 
 
 def save_figure(figure, path: Path, colors: int = 64, **options) -> None:

@@ -41,10 +41,10 @@ from diffusers import (
     TaylorSeerCacheConfig,
     UniPCMultistepScheduler,
 )
-from PIL import Image
+from PIL import Image, ImageChops
 from torch import Tensor
 
-from common import Records, cell, judge, made_on, read_arguments, root_mean_square, save_figure, write_page
+from common import Records, cell, draw_pictures, judge, made_on, read_arguments, root_mean_square, write_page
 from common import sample as sample_digits
 from diffusers_terdit import TerDiTPipeline
 from diffusers_terdit.checkpoints import resolve_model
@@ -126,6 +126,19 @@ FEW = {
 
 # Near the solution of the differential equation that all samplers follow, except those that add noise.
 SOLUTION = {"noise": Row("DPM-Solver++", REFERENCE_STEPS), "velocity": Row("Euler", REFERENCE_STEPS)}
+
+# Rows of the figure: pictures of a sampler, or their difference from another's.
+DRAWN: dict[str, list[tuple[str, str | None]]] = {
+    "noise": [
+        ("DDPM 250", None), ("DPM-Solver++ 25", None), ("DPM-Solver++ 10", None),
+        ("DPM-Solver++ 10", "DPM-Solver++ 25"), ("Heun 10", None), ("Heun 10", "DPM-Solver++ 25"),
+    ],
+    "velocity": [
+        ("Euler 250", None), ("Euler 10", None), ("Euler 10", "Euler 250"),
+        ("Heun 10", None), ("Heun 10", "Euler 250"),
+    ],
+}  # fmt: skip
+AMPLIFIED = 8
 
 # Settings of DPM-Solver++ at 20 steps, one change at a time.
 SETTINGS: dict[str, list[dict[str, Any]]] = {
@@ -443,29 +456,27 @@ def quality_cells(result: dict) -> list[str]:
     return [*cells, difference_cell(result)]
 
 
-def draw(few: list[tuple[Row, dict]], times: dict[str, list[float]], path: Path) -> None:
-    """Plot a strip per sampler, with its name and time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    strips = [Image.open(io.BytesIO(base64.b64decode(result["strip"]))) for _, result in few]
-    colors = {"cmap": "gray", "vmin": 0, "vmax": 255} if strips[0].mode == "L" else {}
-    height = 6.6 * strips[0].height / strips[0].width + 0.06
-    figure, axes = plt.subplots(len(few), 1, figsize=(9, height * len(few)), dpi=100, squeeze=False)
-    for axis, (row, result), picture in zip(axes[:, 0], few, strips, strict=True):
-        axis.imshow(picture.convert("L" if colors else "RGB"), interpolation="nearest", **colors)
-        label = f"{row.name}\n{result['evaluations']} evaluations"
-        if row.name in times:
-            reference = times[few[0][0].name]
-            ratios = [a / b for a, b in zip(times[row.name], reference, strict=True)]
-            label += f"\ntime {statistics.median(ratios):.3g}"
-        axis.text(-0.02, 0.5, label, transform=axis.transAxes, ha="right", va="center")
-        axis.axis("off")
-    figure.subplots_adjust(left=0.25, right=0.995, top=0.995, bottom=0.005, hspace=0.06)
-    save_figure(figure, path, colors=256, kmeans=2)
-    plt.close(figure)
+def draw(few: list[tuple[Row, dict]], kind: str, path: Path) -> None:
+    """Draw pictures of some samplers, and how far those of fewer steps are from those of more."""
+    pictures = {}
+    for row, result in few:
+        strip = Image.open(io.BytesIO(base64.b64decode(result["strip"])))
+        width = strip.height  # pictures are square
+        pictures[row.name] = [strip.crop((x, 0, x + width, width)) for x in range(0, strip.width, width)]
+    rows = {}
+    for name, base in DRAWN[kind]:
+        if not {name, base or name} <= set(pictures):
+            continue  # a study that is not complete yet
+        if base is None:
+            rows[f"{name} steps"] = pictures[name]
+        else:
+            pairs = zip(pictures[name], pictures[base], strict=True)
+            differences = [ImageChops.difference(picture, other) for picture, other in pairs]
+            rows[f"{name.split()[0]}: difference\nfrom {base},\n{AMPLIFIED} times"] = [
+                difference.point(lambda level: min(255, AMPLIFIED * level)) for difference in differences
+            ]
+    if rows:
+        draw_pictures(rows, path, colors=256)
 
 
 def section(records: Records, model: str, runs: list[dict], picture: Path | None) -> dict[str, Any]:
@@ -479,7 +490,7 @@ def section(records: Records, model: str, runs: list[dict], picture: Path | None
         return [(row, results[row.name]) for row in rows if row.name in results]
 
     if picture is not None:
-        draw(found(FEW[kind]), times, picture)
+        draw(found(FEW[kind]), kind, picture)
     reference = FEW[kind][0]
     quality = ["Fréchet distance", "recognized, %"] if "seeds" in results[reference.name] else []
     quality += (

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from common import Records, cell, classifier, judge, made_on, main, save_figure, tie, values, write_page
+from common import Records, cell, classifier, draw_pictures, judge, made_on, main, tie, values, write_page
 from diffusers_terdit import TernaryConfig, losses, training
 from diffusers_terdit.storage.saving import new_folder
 
@@ -282,26 +282,15 @@ def answer(found: dict[str, dict], first: str, second: str, direction: int, key:
 
 def draw(found: dict[str, dict], path: Path) -> None:
     """Plot one row per model and one column per caption, of seed 0."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = [name for name in (DENSE, UNTRAINED, FEW, FEW_DISTILLED, TUNED, SCRATCH) if name in found]
-    figure, axes = plt.subplots(len(names), len(SHOWN), figsize=(12, 1.25 * len(names) + 0.5), dpi=75, squeeze=False)
-    for row, name in zip(axes, names, strict=True):
-        pixels = base64.b64decode(found[name]["seeds"][0]["shown"])
-        images = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).reshape(len(SHOWN), 8, 8).numpy()
-        for axis, image, caption in zip(row, images, SHOWN, strict=True):
-            axis.imshow(Image.fromarray(image), cmap="gray", vmin=0, vmax=255)
-            axis.set(xticks=[], yticks=[])
-            if name == names[0]:
-                axis.set_title(caption.replace("a ", "", 1).replace(" slanted", "\nslanted"), fontsize=9)
-        label = textwrap.fill(name.replace("... a little and distilled", "the same, distilled"), 16)
-        row[0].set_ylabel(label, fontsize=8)
-    figure.tight_layout(pad=0.4)
-    save_figure(figure, path)
-    plt.close(figure)
+    rows = {}
+    for name in (DENSE, UNTRAINED, FEW, FEW_DISTILLED, TUNED, SCRATCH):
+        if name in found:
+            pixels = base64.b64decode(found[name]["seeds"][0]["shown"])
+            images = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).reshape(len(SHOWN), 8, 8).numpy()
+            label = textwrap.fill(name.replace("... a little and distilled", "the same, distilled"), 22)
+            rows[label] = [Image.fromarray(image) for image in images]
+    titles = [caption.replace("a ", "", 1).replace(" ", "\n") for caption in SHOWN]
+    draw_pictures(rows, path, titles)
 
 
 def render(folder: Path, plot: bool = False) -> str:

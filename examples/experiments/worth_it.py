@@ -182,11 +182,12 @@ def draw(records: Records, found: dict, path: Path) -> None:
         errors = [values(found[name], "noise_error_held_out") for name in names]
         draw_seeds(by_bytes, sizes, errors, color=color, label=kind if kind == "ternary" else f"{kind}, bfloat16")
         for name, x, error in zip(names, sizes, errors, strict=True):
-            by_bytes.annotate(f"width {name.split(', ')[1]}", (x, mean(error)), textcoords="offset points",
+            by_bytes.annotate(name.split(', ')[1], (x, mean(error)), textcoords="offset points",
                               xytext=place, color=color, ha="right" if kind == "ternary" else "left")  # fmt: skip
-    by_bytes.set(xscale="log", xlabel="weights file, kB", ylabel="noise error, held-out digits", title="equal steps")
+    by_bytes.set(xscale="log", xlabel="weights file, kB", ylabel="held-out noise error (lower is better)")
+    by_bytes.set_title("equal steps; the numbers are widths")
     by_bytes.minorticks_off()
-    by_bytes.set_xlim(20, 6000)
+    by_bytes.set_xlim(30, 4000)
     by_bytes.set_xticks([50, 100, 200, 500, 1000, 2000], ["50", "100", "200", "500", "1000", "2000"])
     by_bytes.legend(loc="upper right", fontsize=8)
     names = [*dict.fromkeys(name for shown, _ in list(TABLES.values())[1:] for name in shown), "full precision, 64"]

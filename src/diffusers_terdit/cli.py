@@ -53,7 +53,7 @@ from .training.images import formats
 # Commands that are programs with a parser of their own, by the file in `programs`.
 PROGRAMS = {
     "train": ("train_terdit", "Train a model on your images, or on a data set of the Hub."),
-    "train-lora": ("train_lora", "Teach a model new classes with a small adapter, also a packed model."),
+    "train-lora": ("train_lora", "Teach a model, packed or not, new classes with a small adapter."),
     "cache-latents": ("cache_latents", "Encode images once, so that training with a VAE reads latents."),
     "evaluate": ("evaluate", "Sample many images, and measure them as papers do."),
     "app": ("app", "Open a page to sample a model by hand, and to watch it denoise."),
@@ -387,7 +387,7 @@ def export(args: argparse.Namespace) -> None:
 
 
 def env(args: argparse.Namespace) -> None:
-    """Print versions and hardware, for a report of a bug."""
+    """Print versions and hardware, for a bug report."""
     from .ops.cpu.choose import integer_kernels
 
     rows = [("diffusers-terdit", __version__), ("Python", platform.python_version()), ("system", platform.platform())]
@@ -653,14 +653,14 @@ def build_parser() -> argparse.ArgumentParser:
         "model",
         nargs="?",
         default="digits",
-        help="The model: a pipeline folder, a checkpoint of a training run, a Hub id, or the name of a bundled one.",
+        help="The model: a pipeline folder, a checkpoint of a training run, a Hub id, or the name of a bundled model.",
     )
     add(
         "--labels",
         nargs="+",
         default=[],
-        help="Label names or class ids. A number that is a name means that name, an underscore may be a space, and"
-        " commas may join several. Without it, the first ten classes are drawn.",
+        help="Label names or class ids. Underscores count as spaces, and commas may separate labels. A number that is"
+        " also a name means the name. Without labels, the first ten classes are drawn.",
     )
     add("--lora", help="Load this LoRA adapter, a folder or Hub id, with the classes that it was taught.")
     add("--num_images_per_label", type=at_least(1), default=1, help="How many images of each label to draw.")
@@ -690,18 +690,24 @@ def build_parser() -> argparse.ArgumentParser:
         type=at_least(1),
         help="Images drawn at a time. Without it, about 4,096 tokens of the model. The images are the same.",
     )
-    add("--dtype", type=dtype, choices=DTYPES, default="float32", help="Arithmetic; fp32, bf16, fp16 work, too.")
+    add(
+        "--dtype",
+        type=dtype,
+        choices=DTYPES,
+        default="float32",
+        help="Data type of the computation; fp32, bf16 and fp16 work, too.",
+    )
     add(
         "--activation_bits",
         type=int,
         choices=(16, 8),
-        help="Compute with integer activations, for speed on a CPU. Without it, 16 bits in bfloat16, else floats.",
+        help="Round inputs of ternary layers to integers, for speed on a CPU. Without it, only bfloat16 may do so.",
     )
     add(
         "--device",
         default="auto",
-        help="Device as torch names it: cpu, cuda, cuda:1, xpu, mps. auto is the first of cuda, xpu and mps that is"
-        " there, else cpu.",
+        help="Device as torch names it: cpu, cuda, cuda:1, xpu, mps. auto picks the first of cuda, xpu and mps"
+        " that is available, else cpu.",
     )
     add(
         "--scale",
@@ -709,7 +715,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="Enlarge each image by this whole factor, without smoothing; 1 keeps its size. Without it, small images"
         " are enlarged to 128 pixels, or to 64 if there are more than 64 images.",
     )
-    add("--output", help="Picture to write, in a format of Pillow. Without it, terdit-1.png or the next free number.")
+    add(
+        "--output",
+        help="Picture to write; its extension sets the format. Without it, terdit-1.png or the next free number.",
+    )
     add("--overwrite", action="store_true", help="Replace the picture if it exists.")
 
     add = command(
@@ -718,30 +727,35 @@ def build_parser() -> argparse.ArgumentParser:
         " gemlite, to a folder.",
     )
     add("path", help="Folder or Hub id with consolidated*.pth and model_args.pth, or with a diffusers model.")
-    add("output", help="Folder to write; it must be new or empty, or --overwrite given.")
+    add("output", help="Folder to write. It must be new or empty, unless --overwrite is given.")
     add("--overwrite", action="store_true", help="Replace the model in a folder that is not empty.")
-    add("--size", help="Of several checkpoints of the authors, the one of this size: 600m or 4.2b.")
-    add("--resolution", type=at_least(1), help="And of this one: 256 or 512 pixels.")
-    add("--subfolder", help="Folder inside `path` that holds the checkpoint, instead of both.")
-    add("--weights_name", help="File to read. Without it, the packed average of the weights where there is one.")
+    add("--size", help="Which of the authors' checkpoints to take: 600m or 4.2b.")
+    add("--resolution", type=at_least(1), help="Which of those to take: 256 or 512 pixels.")
+    add("--subfolder", help="Folder inside `path` that holds the checkpoint. It replaces --size and --resolution.")
+    add("--weights_name", help="File to read. Without it, the packed averaged weights, if there are any.")
     add("--weight_format", choices=("float", "packed"), help="Format to write. Without it, that of the file.")
-    add("--num_attention_heads", type=at_least(1), default=32, help="Heads of the model, which the file does not say.")
+    add(
+        "--num_attention_heads",
+        type=at_least(1),
+        default=32,
+        help="Number of attention heads, which the file does not record.",
+    )
     add("--vae", help='The VAE: a folder, a Hub id, or "auto" to download the one that the checkpoint names.')
     add(
         "--scale_granularity",
         type=granularity,
-        help='What one scale of dense weights covers: "tensor", "row" or a number of inputs. Without it, it is found.',
+        help='What a scale of dense weights covers: "tensor", "row" or a number of inputs. Without it, detected.',
     )
-    add("--component", default="transformer", help="The ternary model of a diffusers pipeline, or its folder.")
+    add("--component", default="transformer", help="Component of a diffusers pipeline that is ternary, or its folder.")
     add(
         "--pipeline",
         help="Folder or Hub id of a diffusers pipeline, from which the text encoder and the other components are"
-        " copied. Without it, those of `path` are, where it is a pipeline.",
+        " copied. Without it, they come from `path`, if that is a pipeline.",
     )
 
     add = command(export, "Save a checkpoint of a training run as a pipeline folder, or a model for other software.")
-    add("model", help="A checkpoint, such as out/checkpoint-500; for other software also what `generate` takes.")
-    add("output", help="Folder to write; it must be new or empty, or --overwrite given.")
+    add("model", help="A checkpoint, such as out/checkpoint-500. For other software, also what `generate` takes.")
+    add("output", help="Folder to write. It must be new or empty, unless --overwrite is given.")
     add("--overwrite", action="store_true", help="Replace the model in a folder that is not empty.")
     add(
         "--format",
@@ -755,28 +769,28 @@ def build_parser() -> argparse.ArgumentParser:
         "model",
         nargs="?",
         default="digits",
-        help="Folder of a pipeline, model or layer, a safetensors file, a Hub id, or the name of a bundled one.",
+        help="Folder of a pipeline, model or layer, a safetensors file, a Hub id, or the name of a bundled model.",
     )
     add("--labels", action="store_true", help="Print the class ids and their names instead.")
-    add("--kernels", action="store_true", help="Print which kernels compute it here, and why, instead.")
+    add("--kernels", action="store_true", help="Print which kernels run it on this machine, and why, instead.")
 
     add = command(pack, "Save a pipeline with its ternary weights in two bits each.")
-    add("model", help="The model: a pipeline folder, a Hub id, or the name of a bundled one.")
-    add("output", help="Folder to write; it must be new or empty, or --overwrite given.")
+    add("model", help="The model: a pipeline folder, a Hub id, or the name of a bundled model.")
+    add("output", help="Folder to write. It must be new or empty, unless --overwrite is given.")
     add("--overwrite", action="store_true", help="Replace the model in a folder that is not empty.")
 
-    add = command(push, "Upload a pipeline folder to the Hub. The token is that of `hf auth login`, or HF_TOKEN.")
+    add = command(push, "Upload a pipeline folder to the Hub. It uses the token of `hf auth login`, or HF_TOKEN.")
     add("model", help="Pipeline folder, or the name of a bundled checkpoint.")
-    add("repo_id", help="Repository, such as user/name. It is made if it does not exist.")
+    add("repo_id", help="Repository, such as user/name. It is created if it does not exist.")
     add("--private", action="store_true", help="Make a new repository private.")
-    add("--revision", help="Branch to write to. It is made if it does not exist. Without it, main.")
+    add("--revision", help="Branch to write to. It is created if it does not exist. Without it, main.")
     add("--commit_message", help='Message of the commit. Without it, "Upload" and the class.')
     add("--create_pr", action="store_true", help="Open a pull request instead of committing.")
-    add("--license", help="License for the card, an identifier as on the Hub, such as apache-2.0.")
-    add("--base_model", help="For the card, the Hub id of what this was made from.")
-    add("--images", nargs="+", default=[], help="Pictures for the card. The names of the files are captions.")
+    add("--license", help="License for the card, as the Hub spells it, such as apache-2.0.")
+    add("--base_model", help="Hub id of the model that this one was made from, for the card.")
+    add("--images", nargs="+", default=[], help="Pictures for the card. File names become captions.")
 
-    command(env, "Print versions and hardware, for a report of a bug.")
+    command(env, "Print versions and hardware, for a bug report.")
 
     for name, (_, text) in PROGRAMS.items():  # listed here; `main` hands their arguments on
         commands.add_parser(name, help=text, add_help=False)

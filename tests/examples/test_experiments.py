@@ -274,6 +274,7 @@ def test_sea_cache_without_the_step_runs_in_full_and_says_so(study, caplog):
 def test_few_steps_of_a_folder_give_page_picture_and_records(tmp_path, monkeypatch):
     few = few_steps.rows(("Euler", 8), ("UniPC", 8), ("Heun", 4))
     changes = {"REFERENCE_STEPS": 8, "FEW": {"velocity": few}, "SOLUTION": {"velocity": few[0]}, "SETTING_STEPS": 4}
+    changes |= {"DRAWN": {"velocity": [("Euler 8", None), ("UniPC 8", "Euler 8")]}}
     changes |= {"CACHE_STEPS": (8,), "CACHED_SAMPLER": {"velocity": {8: "Euler"}}}
     for name, value in changes.items():
         monkeypatch.setattr(few_steps, name, value)

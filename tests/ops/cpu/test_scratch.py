@@ -39,8 +39,8 @@ def test_the_buffers_of_the_largest_layer_serve_the_smaller_ones():
 
 
 def test_a_packed_forward_buffers_a_quarter_of_the_dense_weight():
-    decode.linear(*exact_case(2, 64, 48)[:4])
-    dense = 64 * 48 * 4
+    decode.linear(*exact_case(2, 1024, 512)[:4])
+    dense = 1024 * 512 * 4
     assert dense / 4 <= sum(buffer.nbytes for buffer in buffers()) <= dense / 3
 
 

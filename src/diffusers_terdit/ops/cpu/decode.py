@@ -9,6 +9,9 @@ from .. import reference
 from . import scratch
 
 
+WHOLE = 2**18  # values of a matrix that is decoded at once: 1 MB in float32, and the second cache has no less
+
+
 def _decode_quarter(weight_packed: Tensor, quarter: int, out: Tensor) -> Tensor:
     """Rows `quarter * N/4` to `(quarter + 1) * N/4` of T, into `out`: (N/4, K)."""
     codes = scratch.take("codes", weight_packed.numel(), torch.uint8).view(weight_packed.shape)
@@ -16,29 +19,30 @@ def _decode_quarter(weight_packed: Tensor, quarter: int, out: Tensor) -> Tensor:
     return out.copy_(codes.bitwise_and_(3).view(torch.int8).sub_(1))
 
 
-def _round(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """T of a float weight: (N, K)."""
-    ternary = scratch.take("rounded", weight.numel(), torch.float32).view(weight.shape)
-    reference.round_to_ternary(weight, reference.granularity_of(weight_scale, weight.shape[1]), out=ternary)
-    return ternary.to(dtype)
-
-
 def decode_matrix(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """T of a packed or a float weight, (N, K) in {-1, 0, +1}; valid until this thread's next call."""
-    if weight.dtype != torch.uint8:
-        return _round(weight, weight_scale, dtype)
-    ternary = scratch.take("matrix", 4 * weight.numel(), dtype).view(4, *weight.shape)
-    for quarter in range(4):
-        _decode_quarter(weight, quarter, ternary[quarter])
-    return ternary.flatten(0, 1)
+    if weight.dtype == torch.uint8:
+        ternary = scratch.take("matrix", 4 * weight.numel(), dtype).view(4, *weight.shape)
+        for quarter in range(4):
+            _decode_quarter(weight, quarter, ternary[quarter])
+        return ternary.flatten(0, 1)
+    ternary = scratch.take("matrix", weight.numel(), dtype).view(weight.shape)
+    granularity = reference.granularity_of(weight_scale, weight.shape[1])
+    if dtype == torch.float32:
+        return reference.round_to_ternary(weight, granularity, out=ternary)
+    rounded = scratch.take("rounded", weight.numel(), torch.float32).view(weight.shape)
+    return ternary.copy_(reference.round_to_ternary(weight, granularity, out=rounded))
 
 
 def decode_blocks(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """T in quarters, each valid until the next one, so that a weight needs a quarter of the memory.
+    """T in quarters, each valid until the next one, so that a weight needs a quarter of the memory; a small one at once.
 
     A float weight comes in the same quarters and the same scratch: the matmuls, whose last bits may depend on where a
     matrix begins in memory, and so the results, are the packed weight's bit for bit.
     """
+    if weight.numel() * (4 if weight.dtype == torch.uint8 else 1) <= WHOLE:
+        yield slice(None), decode_matrix(weight, weight_scale, dtype)
+        return
     if weight.dtype == torch.uint8:
         rows = len(weight)
         ternary = scratch.take("quarter", weight.numel(), dtype).view(weight.shape)
