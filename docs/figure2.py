@@ -24,7 +24,7 @@ COLORS = {  # kind: fill, border
     "float": ("#e6e6e6", "#6b6b6b"),
     "norm": ("#ffd9a0", "#d97706"),  # the adaLN RMSNorm
     "operation": ("#ffffff", "#9a9a9a"),
-    "block": ("#fafafa", "#333333"),  # dashed: what the frame on the right shows from the inside
+    "block": ("#fafafa", "#333"),  # dashed: what the frame on the right shows from the inside
     "tensor": ("none", "none"),
 }
 BLOCK = "transformer_blocks.0."
@@ -268,7 +268,7 @@ def draw(preset: str) -> str:
     d, out, block = Drawing(model), shapes(model), type(model.transformer_blocks[0]).__name__
     d.text(24, 32, f"{preset}: {len(model.transformer_blocks)} blocks", 17, 'font-weight="600"', "start")
     d.parts.append(
-        '<rect x="476" y="46" width="628" height="812" rx="10" fill="#fafafa" stroke="#333333" stroke-dasharray="5 4"/>'
+        '<rect x="476" y="46" width="628" height="812" rx="10" fill="#fafafa" stroke="#333" stroke-dasharray="5 4"/>'
     )
     d.text(494, 70, f"one {block}: transformer_blocks.0", 15, CODE, "start")
     draw_network(d, out)

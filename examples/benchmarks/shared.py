@@ -430,8 +430,9 @@ def bars(
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharex=bool(line))
     for axis, (title, found) in zip(axes.flat, panels.items(), strict=False):
         labels, starts, ends = zip(*found, strict=True)
+        dense = ("dense", "best dense")
         colors = [
-            "#9aa0a6" if label.startswith(("dense", "best dense")) else "#3b7dd8" if label.startswith(others) else "#d9480f"
+            "#9aa0a6" if label.startswith(dense) else "#3b7dd8" if label.startswith(others) else "#d9480f"
             for label in labels
         ]
         lengths = [end - start for start, end in zip(starts, ends, strict=True)]

@@ -48,7 +48,7 @@ def test_rounding_differs_from_the_reference_by_the_order_of_a_sum_at_most(shape
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize(("rows", "blocks"), [(276, 1), (1108, 4)])
 def test_both_formats_are_multiplied_in_the_same_memory(rows, blocks, granularity, dtype):
-    """A quarter of 277 rows of 442 does not end at a multiple of 64 bytes: where its product's last bits may change."""
+    """A quarter of 277 rows of 442 does not end at a multiple of 64 bytes: where a product's last bits may change."""
     weight, scale = torch.randn(rows, 442), torch.ones(reference.scale_shape(rows, 442, granularity))
     assert len(list(decode.decode_blocks(weight, scale, dtype))) == blocks
     packed = reference.pack_ternary(reference.round_to_ternary(weight, granularity))

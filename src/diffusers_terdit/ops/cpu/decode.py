@@ -35,7 +35,7 @@ def decode_matrix(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> T
 
 
 def decode_blocks(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """T in quarters, each valid until the next one, so that a weight needs a quarter of the memory; a small one at once.
+    """T in quarters, each valid until the next one, so that a weight needs a quarter of the memory; a small T whole.
 
     A float weight comes in the same quarters and the same scratch: the matmuls, whose last bits may depend on where a
     matrix begins in memory, and so the results, are the packed weight's bit for bit.
