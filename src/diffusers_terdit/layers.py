@@ -20,6 +20,7 @@ from .ops import (
     pack_ternary,
     reference,
     ternarize,
+    torch_ops,
     unpack_ternary,
 )
 
@@ -150,7 +151,7 @@ class TernaryLinear(TernaryModelMixin):
 
         It acts where there is a kernel: a CPU with AVX2, and numba; a GPU with 8-bit tensor cores, for layers with one
         scale per matrix or row. Elsewhere the layer computes exactly. Each row of the input has a step of its own;
-        with scales of groups, each group of a row has. On a GPU it saves time under `torch.compile` alone.
+        with scales of groups, each group of a row has.
 
         Args:
             bits (`int`, `str` or `None`): 16: relative error around 1e-4, far below that of bfloat16. 8: around 1 %,
@@ -283,9 +284,9 @@ class TernaryLinear(TernaryModelMixin):
 def call_all(layers: Sequence[nn.Module], hidden_states: Tensor) -> list[Tensor]:
     """Call layers of one input: `[layer(hidden_states) for layer in layers]`, bit for bit.
 
-    Packed ternary layers on a CPU round the input once, unless somebody wants to see the call of one of them.
+    Packed ternary layers round the input once, unless somebody wants to see the call of one of them.
     """
-    if hidden_states.device.type == "cpu" and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() or torch_ops.is_fused(hidden_states):
         plain = [layer for layer in layers if isinstance(layer, TernaryLinear) and layer._is_plain()]
         settings = {(layer._requested_bits, layer.config["activation_bits"]) for layer in plain}
         if len(plain) == len(layers) and len(settings) == 1:

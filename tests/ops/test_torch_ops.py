@@ -113,6 +113,11 @@ class TestTorchsChecks:
         rows = torch.randint(-127, 128, (5, 64), dtype=torch.int8)
         torch.library.opcheck(torch.ops.diffusers_terdit.integer_product.default, (rows, packed))
 
+    @pytest.mark.parametrize("bits", [8, 16])
+    def test_round_to_bytes(self, bits):
+        x = torch.randn(5, 64, dtype=torch.bfloat16)
+        torch.library.opcheck(torch.ops.diffusers_terdit.round_to_bytes.default, (x, bits))
+
 
 def test_a_call_passes_no_layer_of_torch_that_it_can_do_without():
     """torch's `custom_op` checks for aliases, and entering autocast takes as long as the launch of a kernel."""
@@ -378,7 +383,7 @@ class TestWhatTheCompilerSees:
 
     @pytest.fixture(autouse=True)
     def _as_on_a_gpu(self, monkeypatch):
-        monkeypatch.setattr(torch_ops, "_is_fused", lambda input: torch.compiler.is_compiling())
+        monkeypatch.setattr(torch_ops, "is_fused", lambda input: torch.compiler.is_compiling())
         torch._dynamo.reset()
         yield
         torch._dynamo.reset()
@@ -441,9 +446,20 @@ class TestWhatTheCompilerSees:
         packed, scale, bias = new_weight(32, 64)
         x = torch.randn(40, 64)
         output, nodes = self.compiled(lambda x: integer_linear(x, packed, scale, bias, bits), x)
+        assert nodes.count("diffusers_terdit.round_to_bytes.default") == 1
         assert nodes.count("diffusers_terdit.integer_product.default") == 1
-        assert any(node.startswith("aten.round") for node in nodes)
+        assert any(node.startswith("aten.mul") for node in nodes)
         assert torch.equal(output, reference.integer_linear(x, packed, scale, bias, bits))
+
+    @torch.no_grad()
+    @pytest.mark.skipif(not has_integer_kernel("cpu"), reason="needs AVX2 and numba")
+    def test_layers_of_one_input_share_its_rounding(self, tiny_model, tiny_inputs):
+        model, inputs = tiny_model("packed", num_layers=1, activation_bits=8), tiny_inputs()
+        expected = model(**inputs).sample
+        output, nodes = self.compiled(lambda *x: model(*x, return_dict=False)[0], *inputs.values())
+        assert nodes.count("diffusers_terdit.integer_product.default") == 8
+        assert nodes.count("diffusers_terdit.round_to_bytes.default") == 5  # q, k and v; gate and up; three more
+        assert relative_error(output, expected.double()) < 1e-2
 
     def test_the_whole_network_is_one_graph(self, tiny_model, tiny_inputs):
         model, inputs = tiny_model("packed", num_layers=1), tiny_inputs()

@@ -413,33 +413,65 @@ def integer_product(rows: Tensor, weight_packed: Tensor) -> Tensor:
     return F.linear(rows.double(), unpack_ternary(weight_packed, torch.float64)).to(torch.int32)
 
 
-def integer_linear_by_bytes(
-    input: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    multiply: Callable[[Tensor, Tensor], Tensor] = integer_product,
-) -> Tensor:
-    """`integer_linear`, to the bit, from a matmul of bytes: 16 bits are two passes, of high and low bytes, in one.
+def round_to_bytes(input: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Round each row as `round_activations` does, for a matmul of bytes.
 
-    `multiply` computes `integer_product`.
+    Args:
+        input (`torch.Tensor`): (R, K), float. What a row with NaN or infinity has for codes does not matter: its step
+            is NaN, or infinite.
+        bits (`int`): 8 or 16.
+
+    Returns:
+        Two `torch.Tensor`: the codes, int8, (R, K) or, of 16 bits, (2R, K), the high bytes and then the signed low
+            ones; and the step (R, 1), float32.
     """
-    grouped = by_group(input.reshape(-1, input.shape[-1]), weight_scale)
-    codes, step = round_activations(grouped, bits)  # (M, G, K/G), (M, G, 1)
+    codes, step = round_activations(input, bits)
+    if bits == 8:
+        return codes.to(torch.int8), step
+    whole = codes.to(torch.int32)  # 256 * high + low
+    low = ((whole + 128) & 255) - 128
+    return torch.cat([(whole - low) >> 8, low]).to(torch.int8), step
 
-    def sums(codes: Tensor, weight_packed: Tensor) -> Tensor:
-        if bits == 8:
-            return multiply(codes.to(torch.int8), weight_packed).float()
-        whole = codes.to(torch.int32)  # 256 * high + low
-        low = ((whole + 128) & 255) - 128
-        high_sums, low_sums = multiply(torch.cat([(whole - low) >> 8, low]).to(torch.int8), weight_packed).chunk(2)
-        return (256 * high_sums + low_sums).float()
 
-    output = add_groups(sums, codes, weight_packed, weight_scale, step)
-    output = output if bias is None else output + bias.float()
-    # what a row with NaN or infinity has for codes does not matter: its step is NaN, or infinite
-    return output.to(input.dtype).reshape(*input.shape[:-1], output.shape[-1])
+def scale_sums(sums: Tensor, step: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return `sums * scale * step + bias` in float32, rounded to `dtype`: what follows the matmul of bytes.
+
+    Args:
+        sums (`torch.Tensor`): (R, N) or (2R, N), int32, as `integer_product` gives them of `round_to_bytes`.
+        step (`torch.Tensor`): (R, 1), float32.
+        weight_scale (`torch.Tensor`): (1,) or (N, 1), float.
+        bias (`torch.Tensor` or `None`): (N,), float.
+        dtype (`torch.dtype`): Of the result, a float dtype.
+
+    Returns:
+        `torch.Tensor`: (R, N), `dtype`.
+    """
+    if sums.shape[0] != step.shape[0]:
+        high, low = sums.chunk(2)
+        sums = 256 * high + low
+    output = sums.float() * weight_scale.float().reshape(-1) * step
+    return (output if bias is None else output + bias.float()).to(dtype)
+
+
+def integer_linears_by_bytes(
+    input: Tensor,
+    weights: list[tuple[Tensor, Tensor, Tensor | None]],
+    bits: int,
+    round_to_bytes: Callable[..., tuple[Tensor, Tensor]] = round_to_bytes,
+    multiply: Callable[..., Tensor] = integer_product,
+    scale_sums: Callable[..., Tensor] = scale_sums,
+) -> list[Tensor]:
+    """`integer_linear` of one input and several weights, to the bit, from matmuls of bytes: the input is rounded once.
+
+    `weights` are (weight_packed, weight_scale, bias), the scales (1,) or (N, 1); the functions compute what those of
+    this module do.
+    """
+    rows, step = round_to_bytes(input.reshape(-1, input.shape[-1]), bits)
+    outputs = []
+    for weight_packed, weight_scale, bias in weights:
+        output = scale_sums(multiply(rows, weight_packed), step, weight_scale, bias, input.dtype)
+        outputs.append(output.reshape(*input.shape[:-1], output.shape[-1]))
+    return outputs
 
 
 def linear_backward(

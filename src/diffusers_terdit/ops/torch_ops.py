@@ -184,7 +184,12 @@ def _integer_product(rows: Tensor, weight_packed: Tensor) -> Tensor:
     return reference.integer_product(rows, weight_packed)
 
 
-def _is_fused(input: Tensor) -> bool:
+@_op
+def _round_to_bytes(input: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    return reference.round_to_bytes(input, bits)
+
+
+def is_fused(input: Tensor) -> bool:
     """Whether `torch.compile` is to fuse what surrounds a matmul, which on a GPU costs up to a tenth of it."""
     return torch.compiler.is_compiling() and input.device.type == "cuda"
 
@@ -225,6 +230,13 @@ def _(grad, input, weight_packed, factor, need_input_grad):
 @register_fake(_integer_product.name(), lib=_library)
 def _(rows, weight_packed):
     return rows.new_empty(len(rows), _out_features(weight_packed), dtype=torch.int32)
+
+
+@register_fake(_round_to_bytes.name(), lib=_library)
+def _(input, bits):
+    rows, columns = input.shape
+    codes = input.new_empty(rows * bits // 8, columns, dtype=torch.int8)
+    return codes, input.new_empty(rows, 1, dtype=torch.float32)
 
 
 @register_fake(_linear_backward.name(), lib=_library)
@@ -347,6 +359,7 @@ def register_kernels(
     product: Callable[..., Tensor] = reference.product,
     product_backward: Callable[..., tuple[Tensor, Tensor]] = reference.product_backward,
     integer_product: Callable[..., Tensor] = reference.integer_product,
+    round_to_bytes: Callable[..., tuple[Tensor, Tensor]] = reference.round_to_bytes,
     pack: Callable[..., tuple[Tensor, Tensor]] = reference.pack_float,
     packs_first: Callable[[torch.dtype], bool] = lambda dtype: False,
     integer_linears: Callable[..., list[Tensor]] | None = None,
@@ -363,6 +376,7 @@ def register_kernels(
         product (`Callable`): See `reference.product`.
         product_backward (`Callable`): See `reference.product_backward`.
         integer_product (`Callable`): See `reference.integer_product`.
+        round_to_bytes (`Callable`): See `reference.round_to_bytes`.
         pack (`Callable`): See `reference.pack_float`.
         packs_first (`Callable`): (dtype) -> whether a float weight is packed, once for the product and its gradients.
         integer_linears (`Callable`, *optional*): No op, for calls without gradients: (input, weights, bits) ->
@@ -383,6 +397,7 @@ def register_kernels(
         "product": product_of_codes,
         "product_backward": product_backward,
         "integer_product": integer_product,
+        "round_to_bytes": round_to_bytes,
         "pack": pack,
     }
     for name, kernel in kernels.items():
@@ -511,7 +526,7 @@ def _exact(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | N
         # There is no code for NaN: the mean of a weight that is not finite is not, either.
         weight_scale, float_weight, weight = weight_scale + 0 * mean, weight, packed
     inner_is_trained = torch.is_grad_enabled() and weight_scale.requires_grad and reference.is_grouped(weight_scale)
-    if _is_fused(input) and weight.dtype == torch.uint8 and not inner_is_trained:
+    if is_fused(input) and weight.dtype == torch.uint8 and not inner_is_trained:
         inner, outer = reference.split_scale(weight_scale, input.dtype)
         return _finish(_product(input, weight, inner, float_weight), outer, bias)
     return _linear(input, weight, weight_scale, bias, float_weight)
@@ -525,9 +540,47 @@ def _finish(product: Tensor, outer: Tensor | None, bias: Tensor | None) -> Tenso
 
 
 def _in_integers(input: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
-    if _is_fused(input) and not torch.is_grad_enabled():
-        return reference.integer_linear_by_bytes(input, weight_packed, weight_scale, bias, bits, _integer_product)
+    if is_fused(input) and not torch.is_grad_enabled() and not reference.is_grouped(weight_scale):
+        return _in_fused_integers(input, [(weight_packed, weight_scale, bias)], bits)[0]
     return _integer_linear(input, weight_packed, weight_scale, bias, bits)
+
+
+def _in_fused_integers(input: Tensor, weights: list[tuple[Tensor, Tensor, Tensor | None]], bits: int) -> list[Tensor]:
+    return reference.integer_linears_by_bytes(input, weights, bits, _round_to_bytes, _integer_product)
+
+
+def _bits(
+    cast: Tensor, weight: Tensor, weight_scale: Tensor, requested_bits: int | str | None, trained_bits: int | None
+) -> int | None:
+    # `len(range(...))` makes ints of sizes for which `torch.compile` has symbols
+    out_features, in_features = len(range(_out_features(weight))), len(range(weight.shape[1]))
+    granularity = reference.granularity_of(weight_scale, in_features)
+    packed = weight.dtype == torch.uint8
+    return choose_kernel(
+        cast.device, cast.dtype, out_features, in_features, granularity, packed, requested_bits, trained_bits
+    ).bits
+
+
+def _compute(
+    input: Tensor,
+    cast: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    bits: int | None,
+    trained_bits: int | None,
+) -> Tensor:
+    """`linear` of the bits that were chosen; `cast` is `input` as autocast casts it."""
+    if bits is not None:
+        return _in_integers(cast, weight, weight_scale, bias, bits)
+    if trained_bits is None:
+        return _exact(cast, weight, weight_scale, bias)
+    codes, step = quantize_activations(input, trained_bits)  # (..., K), (..., 1)
+    if cast.dtype == torch.float16:
+        power, step = reference.split_power(step, 9)  # a code times it is a normal number of float16, too
+        codes = codes * power.to(codes.dtype)
+    output = _exact(codes.to(cast.dtype), weight, weight_scale, None) * step  # float32
+    return (output if bias is None else output + bias).to(input.dtype)
 
 
 def linear(
@@ -556,26 +609,11 @@ def linear(
     Raises:
         ValueError: A shape or dtype does not fit, or other `requested_bits`.
     """
-    packed = weight.dtype == torch.uint8
-    if not packed:
+    if weight.dtype != torch.uint8:
         _check_float(weight)
     cast = _checked_input(input, weight, weight_scale, bias)
-    # `len(range(...))` makes ints of sizes for which `torch.compile` has symbols
-    out_features, in_features = len(range(_out_features(weight))), len(range(weight.shape[1]))
-    granularity = reference.granularity_of(weight_scale, in_features)
-    bits = choose_kernel(
-        cast.device, cast.dtype, out_features, in_features, granularity, packed, requested_bits, trained_bits
-    ).bits
-    if bits is not None:
-        return _in_integers(cast, weight, weight_scale, bias, bits)
-    if trained_bits is None:
-        return _exact(cast, weight, weight_scale, bias)
-    codes, step = quantize_activations(input, trained_bits)  # (..., K), (..., 1)
-    if cast.dtype == torch.float16:
-        power, step = reference.split_power(step, 9)  # a code times it is a normal number of float16, too
-        codes = codes * power.to(codes.dtype)
-    output = _exact(codes.to(cast.dtype), weight, weight_scale, None) * step  # float32
-    return (output if bias is None else output + bias).to(input.dtype)
+    bits = _bits(cast, weight, weight_scale, requested_bits, trained_bits)
+    return _compute(input, cast, weight, weight_scale, bias, bits, trained_bits)
 
 
 def decode_weight(weight_packed: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -626,19 +664,20 @@ def linears(
     """
     for weight_packed, _, _ in layers:
         _check_packed(weight_packed)
-    many = getattr(_devices.get(input.device.type), "integer_linears", None) if layers else None
+    if not layers:
+        return []
+    (cast, *_) = [_checked_input(input, *layer) for layer in layers]
+    bits = [_bits(cast, weight, scale, requested_bits, trained_bits) for weight, scale, _ in layers]
     tensors = [input, *(tensor for layer in layers for tensor in layer[1:] if tensor is not None)]
-    if many is not None and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
-        (cast, *_) = [_checked_input(input, *layer) for layer in layers]
-        shapes = [
-            (_out_features(w), w.shape[1], reference.granularity_of(scale, w.shape[1])) for w, scale, _ in layers
-        ]
-        ways = (requested_bits, trained_bits)
-        bits = {choose_kernel(cast.device, cast.dtype, *shape, True, *ways).bits for shape in shapes}
-        if len(bits) == 1 and None not in bits:
-            with torch.autocast(input.device.type, enabled=False):
-                return many(cast, layers, bits.pop())
-    return [linear(input, *layer, requested_bits, trained_bits) for layer in layers]
+    wants_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if bits[0] is not None and len(set(bits)) == 1 and not wants_gradients:
+        if is_fused(cast):
+            return _in_fused_integers(cast, layers, bits[0])
+        many = _devices[cast.device.type].integer_linears
+        if many is not None:
+            with torch.autocast(cast.device.type, enabled=False):
+                return many(cast, layers, bits[0])
+    return [_compute(input, cast, *layer, each, trained_bits) for layer, each in zip(layers, bits, strict=True)]
 
 
 def ternary_linear(input: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:

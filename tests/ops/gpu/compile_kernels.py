@@ -25,8 +25,11 @@ TARGETS = {
 }
 SIZES = ("words", "columns", "length")  # multiples of 16, as those of the released models
 WORDS = {"packed": "*u32", "out": "*u32", "rows": "i32", "words": "i32"}
-ROWS = {"rows": "i32", "columns": "i32", "group": "i32"}
+SIZE = {"rows": "i32", "columns": "i32"}
+ROWS = {**SIZE, "group": "i32"}
 BLOCK = {"BLOCK": kernels.BLOCK}
+ROUND = {"input": "*bf16", "codes": "*i8", "step": "*fp32", **SIZE}
+WARPS = {"round to int8": 4096 // kernels.VALUES_PER_WARP, "round to two int8": 8192 // kernels.VALUES_PER_WARP}
 CASES = {  # kernel, types of its arguments, constants
     "decode to 16 bits": (kernels._unpack_words, WORDS, {"WIDE": True, "MINUS_ONE": 0xBF80, "WORDS": kernels.WORDS}),
     "decode to int8": (kernels._unpack_words, WORDS, {"WIDE": False, "MINUS_ONE": 0xFF, "WORDS": kernels.WORDS}),
@@ -35,6 +38,21 @@ CASES = {  # kernel, types of its arguments, constants
         kernels._unpack,
         {"packed": "*u8", "scale": "*fp32", "out": "*bf16", "scale_stride": "i32", **ROWS},
         {"SCALED": True, "GROUPED": False, **BLOCK},
+    ),
+    "round to int8": (
+        kernels._round_to_bytes,
+        ROUND,
+        {"TOP": 127.0, "WIDE": False, "ROUNDING": reference.ROUNDING, "BLOCK": 4096},
+    ),
+    "round to two int8": (
+        kernels._round_to_bytes,
+        ROUND,
+        {"TOP": 32639.0, "WIDE": True, "ROUNDING": reference.ROUNDING, "BLOCK": 8192},
+    ),
+    "scale sums": (
+        kernels._scale_sums,
+        {"sums": "*i32", "step": "*fp32", "scale": "*fp32", "bias": "*fp32", "out": "*bf16", **SIZE},
+        {"WIDE": True, "BY_ROW": True, "BIASED": True, **BLOCK},
     ),
     "mean": (
         kernels._absolute_sums,
@@ -49,7 +67,7 @@ CASES = {  # kernel, types of its arguments, constants
 }
 
 
-def compiled(kernel, types, constants, target):
+def compiled(kernel, types, constants, target, options):
     place = {argument: (index,) for index, argument in enumerate(kernel.arg_names)}
     whole = [argument for argument, kind in types.items() if kind.startswith("*") or argument in SIZES]
     source = ASTSource(
@@ -58,13 +76,14 @@ def compiled(kernel, types, constants, target):
         constexprs={place[argument]: value for argument, value in constants.items()},
         attrs={place[argument]: [["tt.divisibility", 16]] for argument in whole},
     )
-    return triton.compile(source, target=target)
+    return triton.compile(source, target=target, options=options)
 
 
 def main() -> None:
     name = sys.argv[1]
     for case, arguments in CASES.items():
-        kernel = compiled(*arguments, TARGETS[name])
+        options = {"num_warps": WARPS.get(case, 4), "enable_fp_fusion": case != "scale sums"}
+        kernel = compiled(*arguments, TARGETS[name], options)
         record = {"kernel": case, "shared": kernel.metadata.shared}
         if "ptx" in kernel.asm:
             with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:

@@ -43,6 +43,15 @@ def _no_graphs_of_other_tests():
 
 
 @pytest.fixture(params=["triton", "pytorch"])
-def decoder(request):
+def kernels(request):
+    """Both sets of kernels."""
+    if request.param == "pytorch":
+        return decode.IN_PYTORCH
+    triton_kernels = request.getfixturevalue("triton_kernels")
+    return decode.Kernels(*(getattr(triton_kernels, name) for name in decode.Kernels._fields))
+
+
+@pytest.fixture
+def decoder(kernels):
     """Both ways to decode a weight."""
-    return request.getfixturevalue("triton_kernels").unpack if request.param == "triton" else decode.unpack
+    return kernels.unpack

@@ -47,6 +47,52 @@ class TestUnpack:
         )
 
 
+class TestRoundToBytes:
+    @pytest.mark.parametrize("dtype", [*DTYPES[:3], torch.float64], ids=str)
+    @pytest.mark.parametrize("shape", [(1, 1), (5, 72), (3, 1025), (2, 8192), (2, 20000), (0, 64)], ids=str)
+    @pytest.mark.parametrize("bits", [8, 16])
+    def test_it_is_the_references(self, triton_kernels, bits, shape, dtype, device):
+        x = torch.randn(shape, device=device).to(dtype)
+        x[1:2], x[:1] = 0, 1e-14 * x[:1]
+        for rows in (x, x.T.contiguous().T):
+            found, expected = triton_kernels.round_to_bytes(rows, bits), reference.round_to_bytes(x, bits)
+            assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+    @pytest.mark.parametrize("bits", [8, 16])
+    def test_halves_go_to_the_even_neighbor(self, triton_kernels, bits, device):
+        top = reference.LARGEST_CODE[bits]
+        x = torch.tensor([[top, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, top - 0.5]], device=device)
+        codes, step = triton_kernels.round_to_bytes(x, bits)
+        assert step.item() == 1
+        whole = codes.int()[0] if bits == 8 else 256 * codes.int()[0] + codes.int()[1]
+        assert whole.tolist() == [top, 0, 2, 2, 0, -2, -2, top - 1]
+
+    @pytest.mark.filterwarnings("ignore:invalid value encountered in divide")  # Triton's interpreter
+    def test_the_step_of_a_row_that_is_not_finite_is_not(self, triton_kernels, device):
+        x = torch.randn(4, 65, device=device)
+        x[1, 3], x[2, 5], x[3, 5], x[3, 6] = float("nan"), float("-inf"), float("inf"), float("nan")
+        _, step = triton_kernels.round_to_bytes(x, 8)
+        assert torch.equal(step.cpu().isfinite().flatten(), torch.tensor([True, False, False, False]))
+        assert step.cpu().isnan().flatten().tolist() == [False, True, False, True]
+
+
+class TestScaleSums:
+    @pytest.mark.parametrize("dtype", [*DTYPES[:3], torch.float64], ids=str)
+    @pytest.mark.parametrize("biased", [True, False])
+    @pytest.mark.parametrize("granularity", ["tensor", "row"])
+    @pytest.mark.parametrize(("passes", "columns"), [(1, 36), (2, 1028)])
+    def test_it_is_the_references(self, triton_kernels, passes, columns, granularity, biased, dtype, device):
+        _, scale, bias = new_weight(columns, 8, granularity, device)
+        sums = torch.randint(-(2**23), 2**23, (3 * passes, columns), dtype=torch.int32, device=device)
+        given = sums, 1e-4 * torch.rand(3, 1, device=device), scale, bias.to(dtype) if biased else None, dtype
+        found, expected = triton_kernels.scale_sums(*given), reference.scale_sums(*given)
+        assert found.dtype == dtype
+        if dtype == torch.bfloat16 and device == "cpu":  # which Triton's interpreter does not round to
+            torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
+        else:
+            assert torch.equal(found, expected)
+
+
 class TestPack:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize(

@@ -9,29 +9,18 @@ import logging
 from collections.abc import Callable
 from functools import cache, wraps
 from importlib.util import find_spec
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from .. import reference
 from ..torch_ops import Case, Choice, name_of, register_kernels, warn_once
 from . import decode
+from .decode import IN_PYTORCH, Kernels
 
 
 logger = logging.getLogger(__name__)
 
 OLDEST = (7, 5)  # compute capability that Triton supports, and the first with 8-bit tensor cores
-
-
-class Kernels(NamedTuple):
-    """What decodes and what packs a weight."""
-
-    unpack: decode.Decoder
-    pack: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # as `reference.pack_float`
-
-
-IN_PYTORCH = Kernels(decode.unpack, reference.pack_float)
 
 
 @cache
@@ -61,13 +50,19 @@ def kernels(device: torch.device) -> Kernels:
         right = torch.equal(triton_kernels.pack(ternary, ternary.new_empty(1))[0], packed)
         for dtype in (torch.float32, torch.bfloat16):
             right &= torch.equal(triton_kernels.unpack(packed, dtype), ternary.to(dtype))
+        for bits in (8, 16):
+            rows, step = triton_kernels.round_to_bytes(ternary / 3, bits)
+            expected, step_expected = reference.round_to_bytes(ternary / 3, bits)
+            right &= torch.equal(rows, expected) and torch.equal(step, step_expected)
+            scaled = rows.int(), step, step_expected[:1, 0], ternary[0], torch.bfloat16
+            right &= torch.allclose(triton_kernels.scale_sums(*scaled), reference.scale_sums(*scaled), rtol=1e-2)
         if not right:
             raise RuntimeError("its kernels gave wrong results")
     except Exception as error:  # no C compiler, a broken installation, another driver: Triton raises what it likes
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         logger.warning(f"Triton does not work on {device} ({reason}); PyTorch decodes ternary weights, slower.")
         return IN_PYTORCH
-    return Kernels(triton_kernels.unpack, triton_kernels.pack)
+    return Kernels(*(getattr(triton_kernels, name) for name in Kernels._fields))
 
 
 def _is_recent(device: torch.device | None) -> bool:
@@ -110,16 +105,16 @@ def check_integers(bits: int) -> None:
         warn_once("There are no integer kernels for this cuda device; ternary layers compute exactly.")
 
 
-def _with_decoder(function: Callable) -> Callable:
+def _with_kernels(function: Callable) -> Callable:
     @wraps(function)
     def run(tensor, *args):
-        return function(kernels(tensor.device).unpack, tensor, *args)
+        return function(kernels(tensor.device), tensor, *args)
 
     return run
 
 
-def _pack(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
-    return kernels(weight.device).pack(weight, weight_scale)
+def _with_decoder(function: Callable) -> Callable:
+    return _with_kernels(wraps(function)(lambda kernels, *args: function(kernels.unpack, *args)))
 
 
 register_kernels(
@@ -128,10 +123,12 @@ register_kernels(
     check_integers,
     _with_decoder(decode.linear),
     _with_decoder(decode.linear_backward),
-    _with_decoder(decode.integer_linear),
+    _with_kernels(decode.integer_linear),
     _with_decoder(decode.product),
     _with_decoder(decode.product_backward),
     _with_decoder(decode.integer_product),
-    pack=_pack,
+    round_to_bytes=_with_kernels(lambda kernels, *args: kernels.round_to_bytes(*args)),
+    pack=_with_kernels(lambda kernels, *args: kernels.pack(*args)),
     packs_first=lambda dtype: True,
+    integer_linears=_with_kernels(decode.integer_linears),
 )

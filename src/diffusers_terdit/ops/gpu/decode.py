@@ -9,6 +9,7 @@ decodes: `unpack` below, in plain PyTorch, or the kernel of `triton_kernels`, wi
 
 from collections.abc import Callable
 from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,18 @@ def unpack(weight_packed: Tensor, dtype: torch.dtype, weight_scale: Tensor | Non
     if weight_scale is None:
         return reference.unpack_ternary(weight_packed, dtype)
     return reference.dequantize(reference.unpack_ternary(weight_packed, torch.int8), weight_scale).to(dtype)
+
+
+class Kernels(NamedTuple):
+    """What decodes and packs a weight, and what surrounds a matmul of bytes."""
+
+    unpack: Decoder
+    pack: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # as `reference.pack_float`, and so on
+    round_to_bytes: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+    scale_sums: Callable[..., Tensor]
+
+
+IN_PYTORCH = Kernels(unpack, reference.pack_float, reference.round_to_bytes, reference.scale_sums)
 
 
 def product(decode: Decoder, input: Tensor, weight_packed: Tensor, factor: Tensor | None) -> Tensor:
@@ -150,9 +163,20 @@ def integer_product(decode: Decoder, rows: Tensor, weight_packed: Tensor) -> Ten
     return torch._int_mm(rows, decode(weight_packed, torch.int8).T)[:count]
 
 
+def integer_linears(
+    kernels: Kernels, input: Tensor, weights: list[tuple[Tensor, Tensor, Tensor | None]], bits: int
+) -> list[Tensor]:
+    """Compute `reference.integer_linear` of each weight, (weight_packed, weight_scale, bias)."""
+    if any(reference.is_grouped(scale) for _, scale, _ in weights):  # which no layer asks for
+        return [reference.integer_linear(input, *weight, bits) for weight in weights]
+    multiply = partial(integer_product, kernels.unpack)
+    return reference.integer_linears_by_bytes(
+        input, weights, bits, kernels.round_to_bytes, multiply, kernels.scale_sums
+    )
+
+
 def integer_linear(
-    decode: Decoder, input: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int
+    kernels: Kernels, input: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int
 ) -> Tensor:
     """Compute `reference.integer_linear`."""
-    multiply = partial(integer_product, decode)
-    return reference.integer_linear_by_bytes(input, weight_packed, weight_scale, bias, bits, multiply)
+    return integer_linears(kernels, input, [(weight_packed, weight_scale, bias)], bits)[0]

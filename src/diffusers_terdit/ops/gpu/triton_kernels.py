@@ -14,6 +14,9 @@ from .. import reference
 BLOCK = 1024  # bytes of a row that one program decodes: 8 per thread
 STEPS = 16  # blocks that one program sums
 WORDS = 256  # of four bytes, of a row that one program decodes
+MOST_COLUMNS = 16384  # of a row that one program rounds
+VALUES_PER_WARP = 512
+MOST_WARPS = 16  # of 64 threads on ROCm: 1,024
 MINUS_ONE = {torch.bfloat16: 0xBF80, torch.float16: 0xBC00, torch.float8_e4m3fn: 0xB8, torch.int8: 0xFF}  # its bits
 
 
@@ -100,6 +103,88 @@ def unpack(weight_packed: Tensor, dtype: torch.dtype, weight_scale: Tensor | Non
         _unpack[grid](
             packed, scale, out, rows, columns, stride, columns // groups,
             SCALED=weight_scale is not None, GROUPED=groups > 1, BLOCK=BLOCK,
+        )  # fmt: skip
+    return out
+
+
+# ---- around a matmul of bytes ----
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def _round_to_bytes(
+    input, codes, step, rows, columns,
+    TOP: tl.constexpr, WIDE: tl.constexpr, ROUNDING: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    value = tl.load(input + row * columns + column, mask=inside, other=0).to(tl.float32)
+    # The bits of absolute values, as integers, are in the order of the values, and NaN comes last.
+    largest = tl.reduce(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0, _larger).to(tl.float32, bitcast=True)
+    largest = tl.where(largest < 1e-12, 1e-12, largest)
+    size = tl.div_rn(largest, TOP)  # a plain division would not be rounded to nearest
+    tl.store(step + row, size)
+    code = tl.div_rn(value, tl.broadcast_to(size, (BLOCK,)))
+    # see `reference.ROUNDING`: the last bits of the sum are the integer
+    code = (code + ROUNDING).to(tl.int32, bitcast=True) - 0x4B400000
+    if WIDE:
+        low = ((code + 128) & 255) - 128
+        tl.store(codes + (rows + row) * columns + column, low.to(tl.int8), mask=inside)
+        code = (code - low) >> 8
+    tl.store(codes + row * columns + column, code.to(tl.int8), mask=inside)
+
+
+def round_to_bytes(input: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Compute `reference.round_to_bytes`: each row is read once."""
+    rows, columns = input.shape
+    if columns > MOST_COLUMNS:
+        return reference.round_to_bytes(input, bits)
+    codes = torch.empty(rows * bits // 8, columns, dtype=torch.int8, device=input.device)
+    step = torch.empty(rows, 1, dtype=torch.float32, device=input.device)
+    block = triton.next_power_of_2(columns)
+    with torch.cuda.device_of(input):
+        _round_to_bytes[(rows,)](
+            input.contiguous(), codes, step, rows, columns,
+            TOP=float(reference.LARGEST_CODE[bits]), WIDE=bits == 16, ROUNDING=reference.ROUNDING, BLOCK=block,
+            num_warps=min(max(1, block // VALUES_PER_WARP), MOST_WARPS),
+        )  # fmt: skip
+    return codes, step
+
+
+@triton.jit
+def _scale_sums(
+    sums, step, scale, bias, out, rows, columns,
+    WIDE: tl.constexpr, BY_ROW: tl.constexpr, BIASED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    total = tl.load(sums + row * columns + column, mask=inside, other=0)
+    if WIDE:
+        total = 256 * total + tl.load(sums + (rows + row) * columns + column, mask=inside, other=0)
+    value = total.to(tl.float32)
+    value *= tl.load(scale + column, mask=inside, other=0) if BY_ROW else tl.load(scale)
+    value *= tl.load(step + row)
+    if BIASED:
+        value += tl.load(bias + column, mask=inside, other=0).to(tl.float32)
+    tl.store(out + row * columns + column, value.to(out.dtype.element_ty), mask=inside)
+
+
+def scale_sums(sums: Tensor, step: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Compute `reference.scale_sums` in one pass."""
+    rows, columns = len(step), sums.shape[1]
+    out = torch.empty(rows, columns, dtype=dtype, device=sums.device)
+    scale = weight_scale.float().contiguous()
+    with torch.cuda.device_of(sums):
+        _scale_sums[(rows, triton.cdiv(columns, BLOCK))](
+            sums.contiguous(), step, scale, scale if bias is None else bias.contiguous(), out, rows, columns,
+            WIDE=len(sums) != rows, BY_ROW=scale.dim() == 2, BIASED=bias is not None, BLOCK=BLOCK,
+            enable_fp_fusion=False,  # the bias is added to the rounded product
         )  # fmt: skip
     return out
 
