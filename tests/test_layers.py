@@ -15,7 +15,7 @@ from torch import nn
 from diffusers_terdit import TernaryLinear, layers, ternarize
 from diffusers_terdit.layers import call_all
 from diffusers_terdit.modeling import warn_half_precision_codes
-from diffusers_terdit.ops import choose_kernel, has_integer_kernel, linears, reference, ternary_linear
+from diffusers_terdit.ops import choose_kernel, has_integer_kernel, linears, reference, ternary_linear, torch_ops
 from tiny import randomize
 
 
@@ -327,6 +327,23 @@ class TestIntegerActivations:
         assert torch.equal(again(**tiny_inputs()).sample, model(**tiny_inputs()).sample)
         plain = type(model).from_pretrained(tmp_path, activation_bits=None)
         assert not torch.equal(plain(**tiny_inputs()).sample, model(**tiny_inputs()).sample)
+
+
+@torch.no_grad()
+def test_fp8_on_a_cpu_is_exact_and_says_so_once(caplog):
+    torch_ops.warn_once.cache_clear()
+    for dtype in (torch.float32, torch.bfloat16):
+        layer, x = make("packed").to(dtype), torch.randn(5, 24).to(dtype)
+        layer.set_activation_bits(None)
+        exact = layer(x)
+        layer.set_activation_bits("fp8")
+        assert torch.equal(layer(x), exact)
+        assert layer.computes_exactly(dtype)
+        assert "computes in fp8" in repr(layer)
+    (line,) = [record.getMessage() for record in caplog.records if "exactly" in record.getMessage()]
+    assert "Ternary layers compute exactly on this cpu device: fp8 needs a GPU of compute capability 8.9" in line
+    with pytest.raises(ValueError, match="trained with 8-bit inputs"):
+        TernaryLinear(8, 8, activation_bits=8).set_activation_bits("fp8")
 
 
 needs_kernel = pytest.mark.skipif(not has_integer_kernel("cpu"), reason="no AVX2 or no numba")

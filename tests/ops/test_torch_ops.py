@@ -113,6 +113,12 @@ class TestTorchsChecks:
         rows = torch.randint(-127, 128, (5, 64), dtype=torch.int8)
         torch.library.opcheck(torch.ops.diffusers_terdit.integer_product.default, (rows, packed))
 
+    def test_fp8_product(self):
+        packed, scale, _ = new_weight(32, 64, "row")
+        rows = reference.round_to_fp8(torch.randn(5, 64))
+        utils = "test_faketensor"  # the schema's check needs a product of fp8 numbers, which a CPU lacks
+        torch.library.opcheck(torch.ops.diffusers_terdit.fp8_product.default, (*rows, packed, scale), test_utils=utils)
+
     @pytest.mark.parametrize("bits", [8, 16])
     def test_round_to_bytes(self, bits):
         x = torch.randn(5, 64, dtype=torch.bfloat16)
@@ -277,6 +283,22 @@ class TestManyWeightsOfOneInput:
         (gradient,) = torch.autograd.grad(sum(output.sum() for output in outputs), x)
         alone = torch.autograd.grad(sum(torch_ops.linear(x, *weight, 8).sum() for weight in weights), x)
         assert torch.equal(gradient, alone[0])
+
+    def test_fp8_rounds_the_input_once_and_not_where_gradients_are_wanted(self, monkeypatch):
+        monkeypatch.setattr(torch_ops, "choose_kernel", lambda *case: torch_ops.Choice("", "fp8", ""))
+        x, weights, roundings = torch.randn(2, 3, K).bfloat16(), self.weights("tensor", "row"), []
+        rounded = reference.round_to_fp8(x.reshape(6, K))
+        monkeypatch.setattr(reference, "round_to_fp8", lambda given: roundings.append(given.shape) or rounded)
+        found = torch_ops.linears(x, weights, "fp8")
+        assert roundings == [(6, K)]
+        for output, (packed, scale, bias) in zip(found, weights, strict=True):
+            shift = 0 if bias is None else bias
+            expected = (reference.fp8_product(*rounded, packed, scale).float() + shift).bfloat16()
+            assert torch.equal(output, expected.reshape(2, 3, N))
+            assert torch.equal(output, torch_ops.linear(x, packed, scale, bias, "fp8"))
+            exact = torch_ops.linear(x.requires_grad_(), packed, scale, bias, "fp8")
+            assert torch.equal(exact, ternary_linear(x, packed, scale, bias))
+            x = x.detach()
 
     def test_whatever_does_not_fit_is_a_value_error(self):
         with pytest.raises(ValueError, match="features in its last dimension"):

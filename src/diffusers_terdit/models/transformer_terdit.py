@@ -470,7 +470,7 @@ class TerDiTTransformer2DModel(TernaryModelMixin, TernaryAdapterMixin, CacheMixi
         For 8 bits there, too: `block.ff.down_proj.set_activation_bits(8)`.
 
         Args:
-            bits (`int`, `str` or `None`): 16, 8, `None` (exact) or `"auto"`, see
+            bits (`int`, `str` or `None`): 16, 8, `"fp8"`, `None` (exact) or `"auto"`, see
                 [`TernaryLinear.set_activation_bits`].
 
         Raises:

@@ -33,6 +33,7 @@ EPS = 1e-6  # added to the absmean, as the authors do
 ZERO_BYTE = 0b01010101  # four codes of T = 0
 # The largest code of an activation, by bits. Those of 16 bits are 256 * high + low with high and low signed bytes.
 LARGEST_CODE = {8: 127, 16: 127 * 256 + 127}
+LARGEST_FP8 = 448.0  # of float8_e4m3fn
 MOST_INPUTS = {8: 2**23, 16: 2**16}  # for which int32 holds the sum of their products, whatever the codes
 
 
@@ -472,6 +473,22 @@ def integer_linears_by_bytes(
         output = scale_sums(multiply(rows, weight_packed), step, weight_scale, bias, input.dtype)
         outputs.append(output.reshape(*input.shape[:-1], output.shape[-1]))
     return outputs
+
+
+def round_to_fp8(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row to float8_e4m3fn: `input ~ codes * step`, codes (R, K) up to 448 and step (R, 1), float32."""
+    wide = input.float()
+    step = wide.abs().amax(-1, keepdim=True).clamp_min(1e-12) / LARGEST_FP8
+    return (wide / step).to(torch.float8_e4m3fn), step
+
+
+def fp8_product(rows: Tensor, step: Tensor, weight_packed: Tensor, weight_scale: Tensor) -> Tensor:
+    """Compute `rows @ T^T * scale * step` from `round_to_fp8`: (R, K), (R, 1) -> (R, N) bfloat16.
+
+    The scale is (1,) or (N, 1).
+    """
+    sums = F.linear(rows.float(), unpack_ternary(weight_packed))
+    return (sums * weight_scale.float().reshape(-1) * step).bfloat16()
 
 
 def linear_backward(

@@ -189,6 +189,11 @@ def _round_to_bytes(input: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return reference.round_to_bytes(input, bits)
 
 
+@_op
+def _fp8_product(rows: Tensor, step: Tensor, weight_packed: Tensor, weight_scale: Tensor) -> Tensor:
+    return reference.fp8_product(rows, step, weight_packed, weight_scale)
+
+
 def is_fused(input: Tensor) -> bool:
     """Whether `torch.compile` is to fuse what surrounds a matmul, which on a GPU costs up to a tenth of it."""
     return torch.compiler.is_compiling() and input.device.type == "cuda"
@@ -237,6 +242,11 @@ def _(input, bits):
     rows, columns = input.shape
     codes = input.new_empty(rows * bits // 8, columns, dtype=torch.int8)
     return codes, input.new_empty(rows, 1, dtype=torch.float32)
+
+
+@register_fake(_fp8_product.name(), lib=_library)
+def _(rows, step, weight_packed, weight_scale):
+    return rows.new_empty(len(rows), _out_features(weight_packed), dtype=torch.bfloat16)
 
 
 @register_fake(_linear_backward.name(), lib=_library)
@@ -303,7 +313,7 @@ class Choice(NamedTuple):
     """The kernel that computes a layer on a device, and why it is this one."""
 
     kernel: str
-    bits: int | None  # of the integers that it rounds each row of the input to; `None`: it does not
+    bits: int | str | None  # of the integers that it rounds each row of the input to, or "fp8"; `None`: it does not
     reason: str
 
 
@@ -315,11 +325,16 @@ class Case(NamedTuple):
     in_features: int  # K
     scale_granularity: str | int
     packed: bool
-    requested_bits: int | str | None  # the caller's choice of speed: 8, 16, None or "auto"
+    requested_bits: int | str | None  # the caller's choice of speed: 8, 16, "fp8", None or "auto"
     trained_bits: int | None  # what the layer was trained with: 8 or None
 
     def why_exact(self, bits: int | None) -> str | None:
         """Return why no device computes this layer in integers of these bits, or `None` where one may."""
+        if bits is None and self.requested_bits == "fp8":
+            return (
+                "fp8 needs a GPU of compute capability 8.9, and packed layers with sizes in multiples of 16 and one"
+                " scale per matrix or row"
+            )
         if bits is None:
             return f"{name_of(self.dtype)} is not rounded unless asked for"
         if not self.packed:
@@ -360,6 +375,7 @@ def register_kernels(
     product_backward: Callable[..., tuple[Tensor, Tensor]] = reference.product_backward,
     integer_product: Callable[..., Tensor] = reference.integer_product,
     round_to_bytes: Callable[..., tuple[Tensor, Tensor]] = reference.round_to_bytes,
+    fp8_product: Callable[..., Tensor] = reference.fp8_product,
     pack: Callable[..., tuple[Tensor, Tensor]] = reference.pack_float,
     packs_first: Callable[[torch.dtype], bool] = lambda dtype: False,
     integer_linears: Callable[..., list[Tensor]] | None = None,
@@ -377,6 +393,7 @@ def register_kernels(
         product_backward (`Callable`): See `reference.product_backward`.
         integer_product (`Callable`): See `reference.integer_product`.
         round_to_bytes (`Callable`): See `reference.round_to_bytes`.
+        fp8_product (`Callable`): See `reference.fp8_product`.
         pack (`Callable`): See `reference.pack_float`.
         packs_first (`Callable`): (dtype) -> whether a float weight is packed, once for the product and its gradients.
         integer_linears (`Callable`, *optional*): No op, for calls without gradients: (input, weights, bits) ->
@@ -398,6 +415,7 @@ def register_kernels(
         "product_backward": product_backward,
         "integer_product": integer_product,
         "round_to_bytes": round_to_bytes,
+        "fp8_product": fp8_product,
         "pack": pack,
     }
     for name, kernel in kernels.items():
@@ -414,8 +432,8 @@ def warn_once(message: str) -> None:
 def decide(device: torch.device, *case: Any) -> Choice:
     """Return the choice for a [`Case`] and log it at level DEBUG; `choose_kernel` names the arguments."""
     given = Case(*case)
-    if given.requested_bits not in (None, 8, 16, "auto"):
-        raise ValueError(f'`requested_bits` must be None, 8, 16 or "auto", got {given.requested_bits!r}.')
+    if given.requested_bits not in (None, 8, 16, "fp8", "auto"):
+        raise ValueError(f'`requested_bits` must be None, 8, 16, "fp8" or "auto", got {given.requested_bits!r}.')
     if device.type in _devices:
         choice = _devices[device.type].choose(device, given)
     else:
@@ -466,13 +484,17 @@ def has_integer_kernel(device_type: str) -> bool:
     return choose_kernel(torch.device(device_type), torch.float32, 8, 8, requested_bits=8).bits is not None
 
 
-def check_integers(device_type: str, bits: int) -> None:
-    """Warn, once, where a caller asks for integers and no kernel of the device computes in them.
+def check_integers(device_type: str, bits: int | str) -> None:
+    """Warn, once, where a caller asks for integers, or "fp8", and no kernel of the device computes in them.
 
     Raises:
         ImportError: A package is missing that such a kernel needs.
     """
-    if device_type in _devices:
+    if isinstance(bits, str):
+        choice = choose_kernel(torch.device(device_type), torch.bfloat16, 16, 16, requested_bits=bits)
+        if choice.bits is None:
+            warn_once(f"Ternary layers compute exactly on this {device_type} device: {choice.reason}.")
+    elif device_type in _devices:
         _devices[device_type].check_integers(bits)
     else:
         warn_once(f"There are no integer kernels for this {device_type} device; ternary layers compute exactly.")
@@ -549,9 +571,24 @@ def _in_fused_integers(input: Tensor, weights: list[tuple[Tensor, Tensor, Tensor
     return reference.integer_linears_by_bytes(input, weights, bits, _round_to_bytes, _integer_product)
 
 
+def _in_fp8(input: Tensor, weights: list[tuple[Tensor, Tensor, Tensor | None]]) -> list[Tensor]:
+    rows, step = reference.round_to_fp8(input.reshape(-1, input.shape[-1]))
+    outputs = []
+    for weight_packed, weight_scale, bias in weights:
+        output = _fp8_product(rows, step, weight_packed, weight_scale)
+        output = (output if bias is None else output.float() + bias).to(input.dtype)
+        outputs.append(output.reshape(*input.shape[:-1], output.shape[-1]))
+    return outputs
+
+
+def _wants_gradients(input: Tensor, layers: list[tuple[Tensor, Tensor, Tensor | None]]) -> bool:
+    tensors = [input, *(tensor for layer in layers for tensor in layer[1:] if tensor is not None)]
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def _bits(
     cast: Tensor, weight: Tensor, weight_scale: Tensor, requested_bits: int | str | None, trained_bits: int | None
-) -> int | None:
+) -> int | str | None:
     # `len(range(...))` makes ints of sizes for which `torch.compile` has symbols
     out_features, in_features = len(range(_out_features(weight))), len(range(weight.shape[1]))
     granularity = reference.granularity_of(weight_scale, in_features)
@@ -567,10 +604,13 @@ def _compute(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    bits: int | None,
+    bits: int | str | None,
     trained_bits: int | None,
 ) -> Tensor:
     """`linear` of the bits that were chosen; `cast` is `input` as autocast casts it."""
+    layer = (weight, weight_scale, bias)
+    if isinstance(bits, str):
+        return _exact(cast, *layer) if _wants_gradients(cast, [layer]) else _in_fp8(cast, [layer])[0]
     if bits is not None:
         return _in_integers(cast, weight, weight_scale, bias, bits)
     if trained_bits is None:
@@ -599,7 +639,8 @@ def linear(
         weight_scale (`torch.Tensor`): (1,), (N, 1) or (N, K/g), float32. Applied in float32.
         bias (`torch.Tensor`, *optional*): (N,), float.
         requested_bits (`int`, `str` or `None`): 8 or 16 lets a kernel round each row of the input to integers, for
-            speed; `None` does not; "auto" does where that is at least as accurate as arithmetic in the dtype.
+            speed, and "fp8" to float8_e4m3fn, where no gradient is wanted; `None` does not; "auto" does where that is
+            at least as accurate as arithmetic in the dtype.
         trained_bits (`int`, *optional*): 8 rounds each row of the input to integers on every device: the layer's
             meaning. The gradient passes straight through.
 
@@ -668,15 +709,16 @@ def linears(
         return []
     (cast, *_) = [_checked_input(input, *layer) for layer in layers]
     bits = [_bits(cast, weight, scale, requested_bits, trained_bits) for weight, scale, _ in layers]
-    tensors = [input, *(tensor for layer in layers for tensor in layer[1:] if tensor is not None)]
-    wants_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if bits[0] is not None and len(set(bits)) == 1 and not wants_gradients:
+    first = bits[0]
+    if first is not None and len(set(bits)) == 1 and not _wants_gradients(input, layers):
+        if isinstance(first, str):
+            return _in_fp8(cast, layers)
         if is_fused(cast):
-            return _in_fused_integers(cast, layers, bits[0])
+            return _in_fused_integers(cast, layers, first)
         many = _devices[cast.device.type].integer_linears
         if many is not None:
             with torch.autocast(cast.device.type, enabled=False):
-                return many(cast, layers, bits[0])
+                return many(cast, layers, first)
     return [_compute(input, cast, *layer, each, trained_bits) for layer, each in zip(layers, bits, strict=True)]
 
 

@@ -93,6 +93,24 @@ class TestChoose:
             assert choice[:2] == ((kernel, trained or bits) if recent else ("exact, matmul in float32", None))
             assert recent or "compute capability 7.5" in choice.reason
 
+    @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0)], ids=str)
+    def test_fp8_needs_a_card_that_has_it(self, capability, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        recent = capability >= (8, 9)
+        for sizes, granularity, packed, fits in (
+            ((64, 32), "row", True, True),
+            ((64, 24), "row", True, False),
+            ((56, 32), "tensor", True, False),
+            ((64, 32), 16, True, False),
+            ((64, 32), "tensor", False, False),
+        ):
+            case = Case(torch.bfloat16, *sizes, granularity, packed, "fp8", None)
+            choice = choose.choose(torch.device("cuda", 0), case)
+            assert choice.bits == ("fp8" if fits and recent else None)
+            assert ("capability 8.9" in choice.reason) is (choice.bits is None)
+        trained = Case(torch.bfloat16, 64, 32, "row", True, "fp8", 8)  # rounds as it was trained to
+        assert choose.choose(torch.device("cuda", 0), trained).bits == 8
+
     @pytest.mark.parametrize("works", [True, False])
     def test_rocm_has_integers_where_its_library_multiplies_them(self, works, monkeypatch):
         def multiply(a, b):

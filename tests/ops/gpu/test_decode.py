@@ -10,7 +10,7 @@ from weights import TOLERANCE, new_weight, relative_error
 
 from diffusers_terdit import TernaryLinear
 from diffusers_terdit.ops import dequantize, reference
-from diffusers_terdit.ops.gpu import decode
+from diffusers_terdit.ops.gpu import choose, decode
 
 
 class TestLinear:
@@ -176,6 +176,36 @@ class TestIntegerLinear:
         output = decode.integer_linear(kernels, x, packed, scale, None, bits)
         assert output.isnan().all(1).nonzero().flatten().tolist() == [3, 7]
         assert output[[0, 1, 2, 4]].isfinite().all()
+
+
+class TestFp8:
+    """float8_e4m3fn: `torch._scaled_mm` runs on a CPU, too."""
+
+    @pytest.mark.parametrize("granularity", ["tensor", "row"])
+    @pytest.mark.parametrize("rows", [0, 1, 40])
+    def test_it_is_the_product_of_what_was_rounded(self, rows, granularity, decoder, device):
+        if device == "cuda" and torch.cuda.get_device_capability() < choose.FIRST_WITH_FP8:
+            pytest.skip("needs a card with fp8")
+        packed, scale, _ = new_weight(64, 256, granularity, device)
+        x = torch.randn(rows, 256, device=device, dtype=torch.bfloat16) * 1000
+        codes, step = reference.round_to_fp8(x)
+        found = decode.fp8_product(decoder, codes, step, packed, scale)
+        assert found.dtype == torch.bfloat16
+        assert found.shape == (rows, 64)
+        rounded = codes.double() * step.double()
+        expected = reference.ternary_linear(rounded, packed, scale.double(), None)
+        assert not rows or relative_error(found, expected) < 4e-3  # bfloat16
+        assert not rows or relative_error(reference.fp8_product(codes, step, packed, scale), expected) < 4e-3
+        exact = reference.ternary_linear(x.double(), packed, scale.double(), None)
+        assert not rows or 5e-3 < relative_error(found, exact) < 4e-2
+
+    def test_a_row_that_is_not_finite(self, decoder):
+        packed, scale, _ = new_weight(32, 64)
+        x = torch.randn(20, 64)
+        x[3, 5], x[7, 0], x[9] = float("nan"), float("inf"), 0
+        output = decode.fp8_product(decoder, *reference.round_to_fp8(x), packed, scale)
+        assert output.isnan().any(1).nonzero().flatten().tolist() == [3, 7]
+        assert not output[9].any()
 
 
 class _Traffic(TorchDispatchMode):

@@ -55,9 +55,8 @@ def integer_kernels() -> dict[str, Callable[..., list[Tensor]]]:
 def choose(device: torch.device, case: Case) -> Choice:
     """Return the kernel for a case: see `torch_ops.choose_kernel`."""
     bits = case.trained_bits or case.requested_bits
-    if bits == "auto":
-        bits = 16 if case.dtype == torch.bfloat16 else None
-    assert not isinstance(bits, str)
+    if isinstance(bits, str):  # "auto", or "fp8"
+        bits = 16 if bits == "auto" and case.dtype == torch.bfloat16 else None
     reason, name = case.why_exact(bits), next(iter(integer_kernels()), None)
     if reason is None and name is None:
         reason = "the integer kernels need " + ("AVX2" if has_numba() else f"numba: {INSTALL_NUMBA}")

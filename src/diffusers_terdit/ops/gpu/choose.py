@@ -20,6 +20,7 @@ from .decode import IN_PYTORCH, Kernels
 
 logger = logging.getLogger(__name__)
 
+FIRST_WITH_FP8 = (8, 9)
 OLDEST = (7, 5)  # compute capability that Triton supports, and the first with 8-bit tensor cores
 
 
@@ -81,9 +82,15 @@ def _multiplies_bytes(device: torch.device | None) -> bool:
         return False
 
 
+def _multiplies_fp8(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= FIRST_WITH_FP8
+
+
 def choose(device: torch.device, case: Case) -> Choice:
     """Return the kernel for a case: see `torch_ops.choose_kernel`."""
     bits = case.trained_bits or case.requested_bits
+    if bits == "fp8" and _multiplies_fp8(device) and case.packed and decode.takes_fp8(*case[1:4]):
+        return Choice("fp8, matmul in float8_e4m3fn", "fp8", "fp8 inputs were asked for")
     bits = bits if isinstance(bits, int) else None  # "auto": the exact kernels are as fast as those of integers
     reason = case.why_exact(bits)
     if reason is None and case.scale_granularity not in ("tensor", "row"):
@@ -128,6 +135,7 @@ register_kernels(
     _with_decoder(decode.product_backward),
     _with_decoder(decode.integer_product),
     round_to_bytes=_with_kernels(lambda kernels, *args: kernels.round_to_bytes(*args)),
+    fp8_product=_with_decoder(decode.fp8_product),
     pack=_with_kernels(lambda kernels, *args: kernels.pack(*args)),
     packs_first=lambda dtype: True,
     integer_linears=_with_kernels(decode.integer_linears),

@@ -23,6 +23,7 @@ _RETURNS_FLOAT32 = torch.version.hip is None and "dtype" in torch.ops.aten.mm.ov
 FIRST_WITH_BFLOAT16 = (8, 0)  # compute capability
 FEWEST_ROWS = 17  # that `torch._int_mm` takes on CUDA; inputs and outputs in multiples of 8
 INTEGER_MULTIPLE = 8
+FP8_MULTIPLE = 16  # of inputs and outputs of `torch._scaled_mm`
 
 
 def unpack(weight_packed: Tensor, dtype: torch.dtype, weight_scale: Tensor | None = None) -> Tensor:
@@ -180,3 +181,18 @@ def integer_linear(
 ) -> Tensor:
     """Compute `reference.integer_linear`."""
     return integer_linears(kernels, input, [(weight_packed, weight_scale, bias)], bits)[0]
+
+
+def takes_fp8(out_features: int, in_features: int, scale_granularity: str | int) -> bool:
+    """Whether the vendor's matmul of fp8 takes a matrix of this size, and its scale."""
+    fits = out_features % FP8_MULTIPLE == 0 and in_features % FP8_MULTIPLE == 0
+    return fits and scale_granularity in ("tensor", "row")
+
+
+def fp8_product(decode: Decoder, rows: Tensor, step: Tensor, weight_packed: Tensor, weight_scale: Tensor) -> Tensor:
+    """Compute `reference.fp8_product`."""
+    matrix = decode(weight_packed, torch.float8_e4m3fn).T
+    if len(rows) == 0:
+        return step.new_empty(0, matrix.shape[1], dtype=torch.bfloat16)
+    scale = weight_scale.float().reshape(1, -1).expand(1, matrix.shape[1]).contiguous()
+    return torch._scaled_mm(rows.contiguous(), matrix, step, scale, out_dtype=torch.bfloat16)
