@@ -80,7 +80,7 @@ DIT_Q = "transformer_blocks.0.attn1.to_q"
 
 
 def in_own_memory(model):
-    """The model, its tensors no longer where a file is mapped: a dense matmul's last bits may depend on the address."""
+    """The model with tensors that are no part of a mapped file: a dense product's last bits depend on the address."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     return model
