@@ -28,9 +28,9 @@ HERE = instructions.processor()
 PROCESSORS = {  # for which products differ, of those whose instructions this one has
     name: features
     for name, features in {
-        "amx": exact_amx.FEATURES | {"+avx2", "+avx512f"},
-        "avx512": {"+avx2", "+avx512f"},
-        "avx2": {"+avx2"},
+        "amx": exact_amx.FEATURES | {"+bmi", "+avx2", "+avx512f"},
+        "avx512": {"+bmi", "+avx2", "+avx512f"},
+        "avx2": {"+bmi", "+avx2"},
         "any": set(),
     }.items()
     if features <= HERE.features

@@ -9,7 +9,7 @@ from .. import reference
 from . import scratch
 
 
-WHOLE = 2**18  # values of a matrix that is decoded at once: 1 MB in float32, and the second cache has no less
+WHOLE = 2**18  # values of a matrix that is decoded at once: 1 MB in float32
 
 
 def _decode_quarter(weight_packed: Tensor, quarter: int, out: Tensor) -> Tensor:

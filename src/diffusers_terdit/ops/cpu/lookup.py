@@ -538,12 +538,11 @@ def after_the_sums(
     group_scale: Tensor | None, scale: Tensor | None, bias: Tensor | None, outputs: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`group_scale`, `scale` and `bias` of a `Job`, as long as it reads them; 1 and 0 where there is none."""
-    scales, shifts = torch.empty(outputs + 15, dtype=torch.float32), torch.zeros(outputs + 15, dtype=torch.float32)
-    if scale is None or scale.numel() == 1:
-        scales.fill_(1 if scale is None else scale.item())
-    else:
+    same = scale.item() if scale is not None and scale.numel() == 1 else 1.0
+    scales = torch.full((outputs + 15,), same, dtype=torch.float32)
+    shifts = torch.zeros(outputs + 15, dtype=torch.float32)
+    if scale is not None and scale.numel() > 1:
         scales[: scale.numel()] = scale.reshape(-1)
-        scales[scale.numel() :] = 1
     if bias is not None:
         shifts[: len(bias)] = bias
     if group_scale is None:

@@ -89,7 +89,8 @@ def _multiplies_fp8(device: torch.device) -> bool:
 def choose(device: torch.device, case: Case) -> Choice:
     """Return the kernel for a case: see `torch_ops.choose_kernel`."""
     bits = case.trained_bits or case.requested_bits
-    if bits == "fp8" and _multiplies_fp8(device) and case.packed and decode.takes_fp8(*case[1:4]):
+    fits = decode.takes_fp8(case.out_features, case.in_features, case.scale_granularity)
+    if bits == "fp8" and case.packed and fits and _multiplies_fp8(device):
         return Choice("fp8, matmul in float8_e4m3fn", "fp8", "fp8 inputs were asked for")
     bits = bits if isinstance(bits, int) else None  # "auto": the exact kernels are as fast as those of integers
     reason = case.why_exact(bits)
