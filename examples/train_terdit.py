@@ -224,7 +224,14 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
         type=at_least(1),
         help="Take this many samples per optimizer step; this sets the accumulation.",
     )
-    add("--learning_rate", type=not_negative, help="The highest learning rate of AdamW.")
+    add(
+        "--optimizer",
+        choices=["adamw", "muon"],
+        default="adamw",
+        help="muon makes the singular values of a step's matrices about equal; it trains the blocks' matrices, and"
+        " AdamW the rest.",
+    )
+    add("--learning_rate", type=not_negative, help="The highest learning rate.")
     add(
         "--lr_scheduler",
         choices=["constant", "cosine", "wsd", "piecewise_constant"],
@@ -377,6 +384,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error("--frechet_steps needs --feature_network, and data that is not streamed (0 switches it off)")
     if args.use_8bit_adam and args.fsdp:
         parser.error("--use_8bit_adam cannot be sharded: leave out --fsdp, or take the AdamW of 32 bits")
+    if args.use_8bit_adam and args.optimizer == "muon":
+        parser.error("--use_8bit_adam is for AdamW alone: leave it out, or pass --optimizer adamw")
     if args.activation_bits and not args.ternary:
         parser.error("--activation_bits is for ternary models, not --ternary false")
     if args.flow_matching and args.snr_gamma:
@@ -583,8 +592,9 @@ class Trainer:
                 self.transformer.compile_repeated_blocks()
             training.sharding.shard_model(self.transformer, device.type)
             training.sharding.shard_model(self.ema_model, device.type)
-        self.optimizer = self.adamw()(
-            training.recipes.parameter_groups(self.transformer, args.adam_weight_decay, args.scale_lr_factor),
+        muon = args.optimizer == "muon"
+        self.optimizer = self.optimizer_class()(
+            training.recipes.parameter_groups(self.transformer, args.adam_weight_decay, args.scale_lr_factor, muon),
             lr=args.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
@@ -596,10 +606,11 @@ class Trainer:
         if args.feature_network:
             self.network = pkgutil.resolve_name(args.feature_network)().eval().to(device)
 
-    def adamw(self) -> Callable[..., torch.optim.Optimizer]:
+    def optimizer_class(self) -> Callable[..., torch.optim.Optimizer]:
         """Return the class of the optimizer."""
         if not self.args.use_8bit_adam:
-            return partial(torch.optim.AdamW, fused=self.device.type in ("cpu", "cuda"))
+            kind = training.muon.Muon if self.args.optimizer == "muon" else torch.optim.AdamW
+            return partial(kind, fused=self.device.type in ("cpu", "cuda"))
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
@@ -615,7 +626,7 @@ class Trainer:
             args.mixed_precision == "bf16",
             args.gradient_checkpointing,
             processes if args.fsdp else 1,
-            args.use_8bit_adam,
+            2 if args.use_8bit_adam else 4 if args.optimizer == "muon" else 8,
         )
         if self.vae is not None and not self.codec.cache:
             needed += training.memory.encoder_bytes(self.vae, args.train_batch_size, args.resolution)
@@ -1099,6 +1110,7 @@ class Trainer:
         loss = "flow matching" if args.flow_matching else "MSE + variational bound" if args.learn_sigma else "MSE"
         images_seen = self.step * self.batch_size
         adam = "AdamW of 8 bits" if args.use_8bit_adam else "AdamW"
+        adam = f"Muon for the matrices of the blocks, {adam}" if args.optimizer == "muon" else adam
         return {
             "data": without_place(data) + size,
             "steps": f"{self.step:,} of {self.batch_size} samples, {images_seen:,} images seen",

@@ -20,8 +20,9 @@ def fresh_model(seed=0, **overrides):
     return TerDiTTransformer2DModel(**{**config, **overrides})
 
 
-def optimizer_of(model, **kwargs):
-    return torch.optim.AdamW(training.recipes.parameter_groups(model, **kwargs), lr=1e-2)
+def optimizer_of(model, kind=torch.optim.AdamW):
+    muon = kind is training.muon.Muon
+    return kind(training.recipes.parameter_groups(model, muon=muon), lr=1e-2)
 
 
 def take_steps(model, optimizer, steps, start=0):

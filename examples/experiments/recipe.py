@@ -67,12 +67,12 @@ ARMS: dict[str, dict] = {
     "no RMSNorm after adaLN": {"adaln_norm": "false"},
     "the authors' initialization": {"initialization": "reference"},
     "distillation": {"teacher": "full precision"},
-    "Muon": {"patch": "muon"},
-    "Muon, a scale per row": {"patch": "muon", "scale_granularity": "row"},
+    "Muon": {"optimizer": "muon"},
+    "Muon, a scale per row": {"optimizer": "muon", "scale_granularity": "row"},
     "a Hadamard basis": {"patch": "hadamard"},
     "raw weights": {"weights": "raw"},
     "full precision": {"ternary": "false"},
-    "full precision, Muon": {"ternary": "false", "patch": "muon"},
+    "full precision, Muon": {"ternary": "false", "optimizer": "muon"},
     **{
         f"full precision, int{bits} in groups of {group}": {"ternary": "false", "rounded": [bits, group]}
         for bits, group in ((8, 64), (4, 64), (4, 32), (3, 64), (3, 32), (2, 32))
@@ -81,41 +81,6 @@ ARMS: dict[str, dict] = {
 
 
 # --- what the program does not have ---
-
-
-class Both:
-    """Muon for the matrices of the blocks, AdamW for the rest, with the attributes that the program uses."""
-
-    def __init__(self, adamw: torch.optim.AdamW, model: TerDiTTransformer2DModel):
-        matrices = {id(layer.weight) for layer in model.transformer_blocks.modules() if isinstance(layer, nn.Linear)}
-        matrices |= {id(layer.weight) for layer in model.ternary_layers().values()}
-        taken = []
-        for group in adamw.param_groups:
-            taken += [p for p in group["params"] if id(p) in matrices]
-            group["params"] = [p for p in group["params"] if id(p) not in matrices]
-        muon = torch.optim.Muon(taken, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-        muon.param_groups[0]["lr_factor"] = 1.0
-        self.parts = (adamw, muon)
-        self.param_groups = [*adamw.param_groups, *muon.param_groups]
-
-    def step(self) -> None:
-        for part in self.parts:
-            part.step()
-
-    def zero_grad(self) -> None:
-        for part in self.parts:
-            part.zero_grad()
-
-
-class MuonTrainer(script.Trainer):
-    """The program's trainer with Muon; it saves no checkpoints."""
-
-    def build_models(self) -> None:
-        super().build_models()
-        self.optimizer = Both(self.optimizer, self.transformer)
-
-    def save(self) -> None:
-        pass
 
 
 def hadamard(size: int) -> Tensor:
@@ -243,20 +208,19 @@ class Study:
             if not (start / "model_index.json").is_file():
                 self.program(start, full, first, seed)
             settings |= {"init_from": start / f"checkpoint-{first}"}
-        build, trainer = script.build_transformer, script.Trainer
+        build = script.build_transformer
 
         def build_rotated(*args):
             model = build(*args)
             rotate_inputs(model)
             return model
 
-        patch = run["settings"].get("patch")
-        script.build_transformer = build_rotated if patch == "hadamard" else build
-        script.Trainer = MuonTrainer if patch == "muon" else trainer
+        if run["settings"].get("patch") == "hadamard":
+            script.build_transformer = build_rotated
         try:
             self.program(folder, settings, steps, seed)
         finally:
-            script.build_transformer, script.Trainer = build, trainer
+            script.build_transformer = build
         return folder
 
     def result(self, run: dict) -> dict:

@@ -820,6 +820,7 @@ class TestRefusals:
             (("--demo", "--ternary_warmup_steps", 5), "--init_from"),
             (("--demo", "--activation_bits", 8, "--ternary", "false"), "--activation_bits"),
             (("--demo", "--use_8bit_adam", "--fsdp"), "leave out --fsdp"),
+            (("--demo", "--use_8bit_adam", "--optimizer", "muon"), "--use_8bit_adam is for AdamW alone"),
             (("--demo", "--total_batch_size", 12), "no multiple of 1 process"),
             (("--demo", "--lr_scheduler", "linear"), "invalid choice"),
             (("--demo", "--checkpoints_total_limit", "0"), "expected an integer, 1 or more, got '0'"),
@@ -926,10 +927,14 @@ def launch(folder, *args, processes=1, steps=6):
 
 
 class TestProcesses:
-    @pytest.mark.parametrize("sharding", [(), ("--fsdp",)], ids=["DDP", "FSDP2"])
-    def test_two_processes_train_as_one_and_resume_in_the_same_bits(self, run, tmp_path, sharding):
+    @pytest.mark.parametrize(
+        ("sharding", "optimizer"),
+        [((), ()), (("--fsdp",), ()), (("--fsdp",), ("--optimizer", "muon"))],
+        ids=["DDP", "FSDP2", "FSDP2-muon"],
+    )
+    def test_two_processes_train_as_one_and_resume_in_the_same_bits(self, run, tmp_path, sharding, optimizer):
         """As float32 sums allow: two processes add gradients in another order."""
-        flags, steps = ("--checkpointing_steps", 3, "--checkpoints_total_limit", 9), 9
+        flags, steps = ("--checkpointing_steps", 3, "--checkpoints_total_limit", 9, *optimizer), 9
         one = run("--demo", "--train_batch_size", 16, *flags, output_dir="one", steps=steps)
         two = launch(tmp_path / "two", *flags, *sharding, processes=2, steps=steps)
         assert records(two, "grad_norm")[0] == pytest.approx(records(one, "grad_norm")[0], rel=1e-6)

@@ -44,15 +44,16 @@ class TestLog:
 
 
 class TestCheckpoints:
-    def test_training_goes_on_in_the_same_bits(self, tmp_path):
+    @pytest.mark.parametrize("kind", [torch.optim.AdamW, training.muon.Muon])
+    def test_training_goes_on_in_the_same_bits(self, tmp_path, kind):
         model, average = fresh_model(), fresh_model()
-        optimizer = optimizer_of(model)
+        optimizer = optimizer_of(model, kind)
         take_steps(model, optimizer, 2)
         training.checkpointing.save(tmp_path / "checkpoint-2", model, average, optimizer, {"step": 2})
         take_steps(model, optimizer, 2, start=2)
 
         resumed, resumed_average = fresh_model(1), fresh_model(2)
-        resumed_optimizer = optimizer_of(resumed)
+        resumed_optimizer = optimizer_of(resumed, kind)
         state = training.checkpointing.load(tmp_path / "checkpoint-2", resumed, resumed_average, resumed_optimizer)
         assert state == {"step": 2}
         take_steps(resumed, resumed_optimizer, 2, start=2)

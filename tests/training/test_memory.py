@@ -18,23 +18,25 @@ import torch
 from diffusers_terdit import TerDiTTransformer2DModel, training
 
 options = json.loads(sys.argv[1])
-names = ("batch_size", "bfloat16", "checkpointing", "use_8bit_adam")
-batch_size, bfloat16, checkpointing, use_8bit_adam = (options.pop(name) for name in names)
+names = ("batch_size", "bfloat16", "checkpointing", "optimizer")
+batch_size, bfloat16, checkpointing, kind = (options.pop(name) for name in names)
 def peak():  # of getrusage, the peak is also that of the process that started this one
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 before = peak()
 config = {"sample_size": 32, "patch_size": 4, "in_channels": 3, "num_attention_heads": 8, "attention_head_dim": 32}
 with torch.device("meta"):
     planned = TerDiTTransformer2DModel(**config, **options)
-estimate = training.memory.training_bytes(planned, batch_size, bfloat16, checkpointing, 1, use_8bit_adam)
+moment_bytes = {"adamw": 8, "8bit": 2, "muon": 4}[kind]
+estimate = training.memory.training_bytes(planned, batch_size, bfloat16, checkpointing, 1, moment_bytes)
 model = TerDiTTransformer2DModel(**config, **options).train()
 if checkpointing:
     model.enable_gradient_checkpointing()
 average = copy.deepcopy(model).requires_grad_(False)
-adamw = torch.optim.AdamW
-if use_8bit_adam:
-    from bitsandbytes.optim import AdamW8bit as adamw
-optimizer = adamw(training.recipes.parameter_groups(model), lr=1e-3)
+optimizers = {"adamw": torch.optim.AdamW, "muon": training.muon.Muon}
+if kind == "8bit":
+    from bitsandbytes.optim import AdamW8bit
+    optimizers[kind] = AdamW8bit
+optimizer = optimizers[kind](training.recipes.parameter_groups(model, muon=kind == "muon"), lr=1e-3)
 for _ in range(2):
     labels = torch.zeros(batch_size, dtype=torch.int64)
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
@@ -56,14 +58,15 @@ print(estimate, peak() - before)
         {"num_layers": 6, "batch_size": 32, "bfloat16": True},
         {"num_layers": 10, "batch_size": 32, "checkpointing": True},
         {"num_layers": 8, "batch_size": 2, "ffn_dim": 8192},
-        {"num_layers": 8, "batch_size": 2, "ffn_dim": 8192, "use_8bit_adam": True},
+        {"num_layers": 8, "batch_size": 2, "ffn_dim": 8192, "optimizer": "8bit"},
+        {"num_layers": 8, "batch_size": 2, "ffn_dim": 8192, "optimizer": "muon"},
     ],
     ids=str,
 )
 def test_the_estimate_is_within_30_percent_of_the_peak(options):
-    if "use_8bit_adam" in options:
+    if options.get("optimizer") == "8bit":
         pytest.importorskip("bitsandbytes")
-    options = {"bfloat16": False, "checkpointing": False, "use_8bit_adam": False, **options}
+    options = {"bfloat16": False, "checkpointing": False, "optimizer": "adamw", **options}
     command = [sys.executable, "-c", STEPS, json.dumps(options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout

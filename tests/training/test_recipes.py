@@ -63,6 +63,19 @@ class TestParameterGroups:
         assert "class_embed.weight" in groups["vectors"]["names"]
         assert all(dict(model.named_parameters())[name].ndim == 2 for name in groups["matrices"]["names"])
 
+    def test_muon_takes_the_matrices_of_the_blocks(self):
+        model = fresh_model()
+        groups = training.recipes.parameter_groups(model, weight_decay=0.1, muon=True)
+        assert [(g["name"], g["muon"], g["weight_decay"]) for g in groups][:2] == [
+            ("block matrices", True, 0.1),
+            ("matrices", False, 0.1),
+        ]
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        layers = [f"{name}.weight" for name in model.ternary_layers()]
+        assert [names[id(p)] for p in groups[0]["params"]] == [n for n in layers if n.startswith("transformer_blocks")]
+        grouped = [id(p) for group in groups for p in group["params"]]
+        assert sorted(grouped) == sorted(names)
+
     @pytest.mark.parametrize("granularity", ["row", 8])
     def test_scales_with_two_dimensions_do_not_decay(self, granularity):
         model = fresh_model(scale_granularity=granularity)

@@ -170,7 +170,7 @@ def learning_rate_factor(
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float = 0.0, scale_lr_factor: float = 1.0
+    model: nn.Module, weight_decay: float = 0.0, scale_lr_factor: float = 1.0, muon: bool = False
 ) -> list[dict[str, Any]]:
     """Return parameter groups: matrices; norms, biases and embeddings, without decay; ternary scales.
 
@@ -178,13 +178,16 @@ def parameter_groups(
         model (`torch.nn.Module`): Its parameters that take a gradient are grouped.
         weight_decay (`float`): Decay of the matrices; that of the other groups is 0.
         scale_lr_factor (`float`): `lr_factor` of the scales; that of the other groups is 1.
+        muon (`bool`): Whether the matrices of `model.transformer_blocks` are a group of their own, for
+            [`~training.muon.Muon`]; it says `"muon": True`.
 
     Returns:
         `list[dict]`: Groups with `name`, `params`, `weight_decay` and `lr_factor`; the trainer sets each group's `lr`
         to the learning rate times `lr_factor`.
     """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    groups: dict[str, list[Tensor]] = {"matrices": [], "vectors": [], "scales": []}
+    blocks = {id(p) for p in model.get_submodule("transformer_blocks").parameters()} if muon else set()
+    groups: dict[str, list[Tensor]] = {"block matrices": [], "matrices": [], "vectors": [], "scales": []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -193,13 +196,14 @@ def parameter_groups(
         elif parameter.ndim < 2 or id(parameter) in embeddings:
             groups["vectors"].append(parameter)
         else:
-            groups["matrices"].append(parameter)
+            groups["block matrices" if id(parameter) in blocks else "matrices"].append(parameter)
     return [
         {
             "name": name,
             "params": params,
-            "weight_decay": weight_decay if name == "matrices" else 0.0,
+            "weight_decay": weight_decay if "matrices" in name else 0.0,
             "lr_factor": scale_lr_factor if name == "scales" else 1.0,
+            "muon": name == "block matrices",
         }
         for name, params in groups.items()
         if params
