@@ -73,6 +73,7 @@ ARMS: dict[str, dict] = {
     "raw weights": {"weights": "raw"},
     "full precision": {"ternary": "false"},
     "full precision, Muon": {"ternary": "false", "optimizer": "muon"},
+    "full precision, width 48": {"ternary": "false", "attention_head_dim": 12, "ffn_dim": 200},  # as many bytes
     **{
         f"full precision, int{bits} in groups of {group}": {"ternary": "false", "rounded": [bits, group]}
         for bits, group in ((8, 64), (4, 64), (4, 32), (3, 64), (3, 32), (2, 32))

@@ -64,7 +64,8 @@ class Job(NamedTuple):
     tiles: int  # M / lanes, rounded up
     share: int  # outputs of a unit, a multiple of 4
     input: int  # (M, groups * size * parts) float32
-    tiled: int  # (tiles, chunks, 32, lanes) float32: the rows of a tile side by side; zero beyond a group and M
+    tiled: int  # (tiles, chunks, 32, lanes) float32: the rows of a tile side by side; zero beyond a group and M.
+    # For a few rows (M, chunks, 32, 4): the products -x, 0, x and 0 of each input
     packed: int  # (N / 4, K) uint8
     indices: int  # (chunks, outputs, 8) uint8
     group_scale: int  # (groups, outputs) float32
@@ -175,6 +176,13 @@ def _add_in_pairs(builder: ir.IRBuilder, values: list[ir.Value]) -> ir.Value:
     return values[0]
 
 
+def _add_to_pairs(builder: ir.IRBuilder, sums: list[ir.Value], value: ir.Value, number: int) -> None:
+    """Add to the sums of `_add_in_pairs` its value of that number, as soon as it is there."""
+    while number % 2:
+        value, number = builder.fadd(sums.pop(), value), number // 2
+    sums.append(value)
+
+
 def _offsets(builder: ir.IRBuilder, word: ir.Value, entry: int) -> list[ir.Value]:
     """Each of eight bytes times `entry`, as int64.
 
@@ -251,28 +259,31 @@ def _add_few(typing_context, lanes, rows, grouped, words, x, between_rows, scale
         floats = ir.VectorType(ir.FloatType(), count)
         four = ir.VectorType(ir.FloatType(), 4)
         repeat = ir.Constant(ints, [lane % 4 for lane in range(count)])
-        loaded = [builder.load(at(builder, words, 4 * count * n, ints), align=4) for n in range(TABLES)]
-        for quarter in range(4):
-            found: list[list[ir.Value]] = [[] for _ in range(many)]
+        together = max(1, 4 // many)  # quarters that share what is loaded of `x`, as the registers allow
+        for quarters in (range(first, first + together) for first in range(0, 4, together)):
+            found: dict[tuple[int, int], list[ir.Value]] = {(q, row): [] for q in quarters for row in range(many)}
             for table in range(TABLES):
-                totals: list[ir.Value | None] = [None] * many
+                word = builder.load(at(builder, words, 4 * count * table, ints), align=4)
+                totals: dict[tuple[int, int], ir.Value] = {}
                 for place in range(INPUTS):
-                    index = builder.lshr(loaded[table], ir.Constant(ints, [8 * place + 6 - 2 * quarter] * count))
+                    indices = [
+                        builder.lshr(word, ir.Constant(ints, [8 * place + 6 - 2 * q] * count)) for q in quarters
+                    ]
                     for row in range(many):
                         own = builder.add(x, builder.mul(between_rows, i64(row)))
                         products = builder.load(at(builder, own, 16 * (INPUTS * table + place), four), align=4)
                         products = builder.shuffle_vector(products, products, repeat)
-                        product = _one_of_four(builder, count, products, index)
-                        before = totals[row]
-                        totals[row] = product if before is None else builder.fadd(before, product)
-                for row in range(many):
-                    found[row].append(totals[row])
-            for row in range(many):
-                total = _add_in_pairs(builder, found[row])
+                        for q, index in zip(quarters, indices, strict=True):
+                            product = _one_of_four(builder, count, products, index)
+                            totals[q, row] = builder.fadd(totals[q, row], product) if place else product
+                for cell, total in totals.items():
+                    _add_to_pairs(builder, found[cell], total, table)
+            for q, row in found:
+                (total,) = found[q, row]
                 if has_scales:
-                    scale = builder.load(at(builder, scales, 4 * count * quarter, floats), align=4)
+                    scale = builder.load(at(builder, scales, 4 * count * q, floats), align=4)
                     total = builder.fmul(total, scale)
-                cell = at(builder, sums, 4 * count * (many * quarter + row), floats)
+                cell = at(builder, sums, 4 * count * (many * q + row), floats)
                 builder.store(builder.fadd(builder.load(cell, align=4), total), cell, align=4)
         return context.get_dummy_value()
 
@@ -458,6 +469,33 @@ def _compile_multiply(lanes: int, grouped: int, half: int, cached: bool) -> Any:
     return multiply
 
 
+def _compile_spread(cached: bool) -> Any:
+    field, fields = JOB, len(JOB)
+
+    @c_function(cached, "spread")
+    def spread(address):
+        """The products -x, 0, x of the inputs with a code, zeros after a group. A unit is a row."""
+        job = numba.carray(pointer(address, "int64"), fields)
+        rows, groups, size = job[field.rows], job[field.groups], job[field.size]
+        padded = job[field.chunks] // groups * CHUNK
+        input = numba.carray(pointer(job[field.input], "float32"), (rows, groups, size))
+        products = numba.carray(pointer(job[field.tiled], "float32"), (rows, groups, padded, 4))
+        while True:
+            row = take(address + 8 * field.unit)
+            if row >= job[field.units]:
+                return
+            for group in range(groups):
+                for k in range(size):
+                    value = input[row, group, k]
+                    products[row, group, k, 0] = -value
+                    products[row, group, k, 1] = 0
+                    products[row, group, k, 2] = value
+                    products[row, group, k, 3] = 0
+                products[row, group, size:] = 0
+
+    return spread
+
+
 def _compile_few(lanes: int, rows: int, grouped: int, half: int, cached: bool) -> Any:
     field, fields = JOB, len(JOB)
     size_of_number, two = (2 if half else 4), 2 * TABLES
@@ -525,6 +563,7 @@ def compiled(name: str, *variant: Any) -> Any:
         "lay transposed": _compile_lay_transposed,
         "tile": _compile_tile,
         "multiply": _compile_multiply,
+        "spread": _compile_spread,
         "few": _compile_few,
     }
     return from_cache(compile_[name], *variant)
@@ -582,11 +621,9 @@ def product(
     if 0 < rows <= FEW and not transposed and "+avx2" in processor().features:
         lanes = 16 if "+avx512f" in processor().features else 8
         tiles, share, indices = 0, 0, scales
-        tiled = torch.zeros(rows, groups, chunks * CHUNK // groups, 4, dtype=torch.float32)
-        either = torch.tensor([-1.0, 1.0])  # not times 0: an infinity would become NaN
-        torch.mul(input.view(rows, groups, size, 1), either, out=tiled[:, :, :size, ::2])
+        tiled = scratch.take("tiled", rows * chunks * CHUNK * 4, torch.float32)
         own = lanes * (2 * TABLES + 4 + 4 * rows)
-        calls = [(("few", lanes, rows, grouped, half), -(-quarter // lanes))]
+        calls = [(("spread",), rows), (("few", lanes, rows, grouped, half), -(-quarter // lanes))]
     else:
         tiles = -(-rows // lanes)
         pieces = max(-(-outputs // MOST_OUTPUTS), -(-2 * threads // max(tiles, 1)) if threads > 1 else 1)
