@@ -11,6 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -191,10 +192,10 @@ def inputs(preset: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     }
 
 
-def block_models(config: dict) -> dict[str, Flux2Transformer2DModel]:
+def block_models(config: dict, dtypes: Sequence[str]) -> dict[str, Flux2Transformer2DModel]:
     """Return one double and one single block of the model with the same weights in every mode."""
     models = {}
-    for dtype in DTYPES:
+    for dtype in dtypes:
         dense = meta_model({**config, "num_layers": 1, "num_single_layers": 1})
         weights = {name: tensor.to(getattr(torch, dtype)) for name, tensor in random_weights(dense)}
         dense.load_state_dict(weights, assign=True)
@@ -216,10 +217,10 @@ def ternary_layers(model: nn.Module) -> list[TernaryLinear]:
 
 
 @torch.inference_mode()
-def time_blocks(preset: str, turns: int) -> dict:
+def time_blocks(preset: str, turns: int, dtypes: Sequence[str] = DTYPES) -> dict:
     """Return processor seconds of both kinds of blocks, the modes in turns, and the error of each mode's output."""
     config, side, text_tokens, _ = PRESETS[preset]
-    models, outputs, busy = block_models(config), {}, {}
+    models, outputs, busy = block_models(config, dtypes), {}, {}
     for model in models.values():
         for kind, (block,) in {"double": model.transformer_blocks, "single": model.single_transformer_blocks}.items():
             block.register_forward_pre_hook(lambda *_, kind=kind: busy.update({kind: -time.process_time()}))
@@ -243,9 +244,8 @@ def time_blocks(preset: str, turns: int) -> dict:
 # Page
 
 
-def page(data: dict) -> str:
-    sizes, blocks = data["sizes"], data["blocks"]
-    config = PRESETS[data.get("preset", "klein-4b")][0]
+def rows_of(config: dict, blocks: dict) -> tuple[list[list[str]], list[list[str]]]:
+    """Return the rows of the table of blocks and of that of steps."""
     medians = {
         mode: {kind: statistics.median(times[mode]) for kind, times in blocks["cpu_seconds"].items()}
         for mode in BLOCK_MODES
@@ -263,6 +263,14 @@ def page(data: dict) -> str:
         block_rows.append([name, *cells, f"{blocks['relative_error'][mode]:.1g}"])
         over = [f"{steps[mode] / steps[base]:.2f}" if base in steps else "-" for base in bases]
         step_rows.append([name, f"{steps[mode]:.0f}", *over])
+    return block_rows, step_rows
+
+
+def page(data: dict) -> str:
+    sizes, blocks = data["sizes"], data["blocks"]
+    config = PRESETS[data.get("preset", "klein-4b")][0]
+    places = [{"machine": data["machine"], "blocks": blocks}, *data.get("others", [])]
+    rows = [(place["machine"], place.get("remark", ""), *rows_of(config, place["blocks"])) for place in places]
     forward_rows = []
     for mode, found in data["forward"].items():
         peaks = [f"{found[key]:.2f}" for key in ("imports_gib", "loaded_gib", "peak_gib")]
@@ -271,7 +279,7 @@ def page(data: dict) -> str:
         "flux2", config=config, sizes=sizes, bound=bound(sizes), blocks=blocks, group=GROUP, imported=data["import"],
         **{key: data[key] for key in ("machine", "command")},
         turns=len(blocks["cpu_seconds"]["double"]["dense, float32"]),
-        block_rows=block_rows, step_rows=step_rows, forward_rows=forward_rows,
+        rows=rows, forward_rows=forward_rows,
     )  # fmt: skip
 
 
