@@ -38,7 +38,7 @@ import torch
 from PIL import Image
 
 from diffusers_terdit import TerDiTPipeline
-from diffusers_terdit.arguments import DTYPES, Parser, at_least, dtype, not_negative
+from diffusers_terdit.arguments import ACTIVATION_BITS, DTYPES, Parser, activation_bits, at_least, dtype, not_negative
 from diffusers_terdit.cli import load_pipeline, run_program, usable_device
 from diffusers_terdit.hub.model_card import human_bytes
 from diffusers_terdit.pipelines.schedulers import scheduler_by_name
@@ -391,9 +391,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--activation_bits",
-        type=int,
-        choices=(16, 8),
-        help="Round inputs of ternary layers to integers, for speed on a CPU. Without it, only bfloat16 may do so.",
+        type=activation_bits,
+        choices=ACTIVATION_BITS,
+        help="Round inputs of ternary layers, for speed: to integers, or to fp8 on a GPU that has it. Without"
+        " it, only bfloat16 on a CPU may do so.",
     )
     parser.add_argument(
         "--num_inference_steps",

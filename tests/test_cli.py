@@ -291,14 +291,15 @@ def test_the_package_is_the_command():
 @pytest.mark.skipif(not has_integer_kernel("cpu"), reason="no AVX2 or no numba")
 def test_generate_with_integer_activations(tmp_path, capsys):
     pictures = {}
-    for bits in (None, 16, 8):
+    for bits, kind in ((None, "None"), (16, "16-bit"), (8, "8-bit"), ("fp8", "fp8")):
         arguments = ["--labels", "5", "--num_inference_steps", "3", "--output", str(tmp_path / f"{bits}.png")]
         assert main(["generate", *arguments, *(["--activation_bits", str(bits)] if bits else [])]) == 0
-        assert (f"{bits}-bit activations" in capsys.readouterr().out) == (bits is not None)
+        assert (f"{kind} activations" in capsys.readouterr().out) == (bits is not None)
         with PIL.Image.open(tmp_path / f"{bits}.png") as picture:
             pictures[bits] = torch.from_numpy(np.asarray(picture.convert("L")).astype("float32"))
     assert (pictures[16] - pictures[None]).abs().max() <= 1
     assert 0 < (pictures[8] - pictures[None]).abs().max() <= 40
+    assert torch.equal(pictures["fp8"], pictures[None])  # on a CPU it computes exactly, with a warning
 
 
 @pytest.mark.parametrize(

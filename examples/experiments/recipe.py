@@ -32,6 +32,7 @@ import train_terdit as script  # the program that this experiment runs
 NAME = "recipe"
 SEEDS, RATE_SEED = (0, 1, 2), 100
 STEPS, LONG_STEPS = 2000, 6000
+EQUAL_COMPUTE = 11_600  # steps of width 48 that take as many multiplications as STEPS of width 128
 CEILING = 0.9231  # what the judge recognizes of the test images
 ANSWER = """\
 **So far:** after 2,000 steps, ten minutes of one core, a ternary model draws clothes that a judge recognizes nearly
@@ -261,6 +262,24 @@ def cells(results: list[dict]) -> list[str]:
     return [cell(loss, 4) if None not in loss else "-", cell(distance, 2), cell(share, 3)]
 
 
+def weight_bytes(settings: dict) -> int:
+    """Bytes of the weights as a run's settings save them: two bits, or `rounded` ones, or else two bytes each."""
+    config = {key: settings[key] for key in ("attention_head_dim", "ffn_dim", "num_layers") if key in settings}
+    tiny = training.recipes.PRESETS["tiny"]
+    names = ("patch_size", "num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "pos_embed_type")
+    fixed = {"sample_size": 28, "in_channels": 1, "num_classes": 10, "learn_sigma": False}
+    with torch.device("meta"):
+        model = TerDiTTransformer2DModel(**fixed, **{name: tiny[name] for name in names} | config)
+    blocks = model.ternary_layers().items()
+    matrices = sum(layer.weight.numel() for name, layer in blocks if name.startswith("transformer_blocks"))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    bits, scales = 2.0, 0.0
+    if settings.get("ternary") == "false":
+        bits, group = settings.get("rounded", (16, math.inf))
+        scales = 2 * matrices / group
+    return round(matrices * bits / 8 + scales + 2 * (total - matrices))
+
+
 def render(folder: Path) -> str:
     """Page of the records in a folder."""
     records = Records(folder / f"{NAME}.jsonl")
@@ -278,7 +297,14 @@ def render(folder: Path) -> str:
     longer = [
         [run["arm"], f"{run['steps']:,}", *cells([record["result"]])]
         for record in records.records
-        if (run := record["run"])["steps"] > STEPS and run["seed"] == 0
+        if (run := record["run"])["steps"] > STEPS and run["steps"] != EQUAL_COMPUTE and run["seed"] == 0
+    ]
+    sizes = [
+        (weight_bytes(ARMS[arm]), arm, steps, found[0])
+        for arm in ARMS
+        if arm in (BASE, "Muon") or ARMS[arm].get("ternary") == "false"
+        for steps in (STEPS, EQUAL_COMPUTE)
+        if (found := find([(arm, steps, 0, {})]))
     ]
     rates = [(arm, changes["learning_rate"], find([(arm, s, d, changes)])) for arm, s, d, changes in PLANS["rates"]]
     return write_page(
@@ -289,6 +315,7 @@ def render(folder: Path) -> str:
         screen=[[f"**{arm}**" if arm == BASE else arm, *cells([result])] for arm, result in screen],
         missing="; ".join(arm for arm in ARMS if arm not in dict(screen)),
         longer=longer,
+        sizes=[[arm, f"{size / 1e3:,.0f}", f"{n:,}", *cells([found])] for size, arm, n, found in sorted(sizes)],
         seeds=[[arm, f"{n:,}", *cells(found)] for (arm, n), found in seeds.items() if len(found) == len(SEEDS)],
         rates=[[arm, f"{rate:g}", *cells(found)] for arm, rate, found in rates if found],
     )

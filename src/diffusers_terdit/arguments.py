@@ -11,6 +11,7 @@ from PIL import ImageColor
 
 
 DTYPES = ("float32", "bfloat16", "float16")
+ACTIVATION_BITS = (16, 8, "fp8")
 _MAX_INT = 2**63 - 1  # of torch's integers and seeds
 
 
@@ -42,6 +43,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 and one line, not a page of usage."""
         self.exit(2, f"{self.prog}: {message} (`{self.prog} --help` explains the options)\n")
+
+
+def activation_bits(text: str) -> int | str:
+    """Type of an option that goes to `set_activation_bits`; its choices are `ACTIVATION_BITS`."""
+    return int(text) if text in ("8", "16") else text
 
 
 def at_least(least: int, most: int = _MAX_INT) -> Callable[[str], int]:

@@ -27,7 +27,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from . import __version__
-from .arguments import DTYPES, Parser, at_least, dtype, granularity, not_negative
+from .arguments import ACTIVATION_BITS, DTYPES, Parser, activation_bits, at_least, dtype, granularity, not_negative
 from .checkpoints import BUNDLED, resolve_model
 from .conversion import convert_original_checkpoint, convert_ternary_checkpoint, is_published_model
 from .export import FORMATS, export_pipeline
@@ -296,7 +296,8 @@ def generate(args: argparse.Namespace) -> None:
     with new_file(output) as partial:
         grid.save(partial, **options)
     weights = sum(p.numel() * p.element_size() for p in pipe.transformer.parameters())
-    bits = f", {args.activation_bits}-bit activations" if args.activation_bits else ""
+    kind = args.activation_bits if args.activation_bits == "fp8" else f"{args.activation_bits}-bit"
+    bits = f", {kind} activations" if args.activation_bits else ""
     adapter = f" with {args.lora}" if args.lora else ""
     first, last = seeds[0][0], seeds[-1][-1]
     several = len(args.seed) > 1 or first < last
@@ -622,7 +623,7 @@ def push(args: argparse.Namespace) -> None:
     pipe = load_pipeline(args.model)  # what does not load is not pushed
     source = Path(resolve_model(args.model))
     if not source.is_dir():
-        raise NotADirectoryError(f"{args.model} is no folder here; what is on the Hub needs no push.")
+        raise NotADirectoryError(f"There is no folder {args.model} here to push. A model on the Hub is already there.")
     images = {path.stem: Image.open(path, formats=formats()) for path in map(Path, args.images)}
     commit = push_saved(
         pipe,
@@ -699,9 +700,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--activation_bits",
-        type=int,
-        choices=(16, 8),
-        help="Round inputs of ternary layers to integers, for speed on a CPU. Without it, only bfloat16 may do so.",
+        type=activation_bits,
+        choices=ACTIVATION_BITS,
+        help="Round inputs of ternary layers, for speed: to integers, or to fp8 on a GPU that has it. Without"
+        " it, only bfloat16 on a CPU may do so.",
     )
     add(
         "--device",

@@ -598,6 +598,6 @@ ROWS = [
     Row(info("pipe", file="model_index.json", text='{"_class_name": "DiTPipeline"}'), "holds a 'DiTPipeline'",
         "without ternary parts", "Pass the folder of a model in it"),
     Row(info("pipe", file="model_index.json", text="{"), "TMP/pipe/model_index.json", "is not JSON", AGAIN),
-    Row(push_from_the_hub, "user/digits", "is no folder here", "what is on the Hub needs no push",
+    Row(push_from_the_hub, "user/digits", "There is no folder", "A model on the Hub is already there.",
         error=NotADirectoryError),
 ]
