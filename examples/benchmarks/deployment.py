@@ -299,9 +299,9 @@ def in_seconds(times: dict[str, float]) -> list[str]:
 
 
 def plot(data: dict, path: Path) -> None:
-    """Draw a bar per model and dtype, of the first place: checkpoint and peak of memory."""
+    """Draw a bar per model and dtype, of the first device: checkpoint and peak of memory."""
     panels: dict[str, list] = {"checkpoint, GB": [], "peak memory of a step, GB": []}
-    _, records, _ = next(by_place(data))
+    records = [record for record in data["models"] if record["device"] == data["models"][0]["device"]]
     for record in sorted(records, key=lambda record: record["parameters"], reverse=True):
         kind = "ternary" if record["ternary_weights"] else "dense"
         for found, key in zip(panels.values(), (record["checkpoint_bytes"], peak(record)), strict=True):
