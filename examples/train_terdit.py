@@ -1110,7 +1110,7 @@ class Trainer:
         loss = "flow matching" if args.flow_matching else "MSE + variational bound" if args.learn_sigma else "MSE"
         images_seen = self.step * self.batch_size
         adam = "AdamW of 8 bits" if args.use_8bit_adam else "AdamW"
-        adam = f"Muon for the matrices of the blocks, {adam}" if args.optimizer == "muon" else adam
+        adam = f"Muon for the matrices of the blocks, for the rest {adam}" if args.optimizer == "muon" else adam
         return {
             "data": without_place(data) + size,
             "steps": f"{self.step:,} of {self.batch_size} samples, {images_seen:,} images seen",

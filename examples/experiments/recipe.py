@@ -262,6 +262,11 @@ def cells(results: list[dict]) -> list[str]:
     return [cell(loss, 4) if None not in loss else "-", cell(distance, 2), cell(share, 3)]
 
 
+def layers(settings: dict) -> str:
+    """How many layers a run has, where it is not as many as the others."""
+    return f", {settings['num_layers']} layers" if "num_layers" in settings else ""
+
+
 def weight_bytes(settings: dict) -> int:
     """Bytes of the weights as a run's settings save them: two bits, or `rounded` ones, or else two bytes each."""
     config = {key: settings[key] for key in ("attention_head_dim", "ffn_dim", "num_layers") if key in settings}
@@ -295,7 +300,7 @@ def render(folder: Path) -> str:
         (arm, steps): find([(arm, steps, seed, {}) for seed in SEEDS]) for arm in ARMS for steps in (STEPS, LONG_STEPS)
     }
     longer = [
-        [run["arm"], f"{run['steps']:,}", *cells([record["result"]])]
+        [run["arm"] + layers(run["settings"]), f"{run['steps']:,}", *cells([record["result"]])]
         for record in records.records
         if (run := record["run"])["steps"] > STEPS and run["steps"] != EQUAL_COMPUTE and run["seed"] == 0
     ]

@@ -542,7 +542,7 @@ ROWS = [
         "Pass the folder of a pipeline, model or layer.", error=OSError),
     Row(changed("layer", inspection.inspect_weights, WEIGHTS, weight_scale=torch.ones(8, 9)), "[8, 9]",
         "which is no ternary layer", "Save it again."),
-    Row(lambda w: bundled("cifar"), "'cifar'", "No bundled checkpoint", "there are 'digits', 'emoji'"),
+    Row(lambda w: bundled("cifar"), "'cifar'", "No bundled checkpoint", "there are 'digits', 'emoji', 'fashion'"),
 
     # the card
     Row(broken_card, "TMP/README.md", "cannot be read as a model card", "Correct it first."),
@@ -557,7 +557,7 @@ ROWS = [
     # the command
     Row(command("info", "TMP/x"), "TMP/x", "is not a folder", "Pass that of a saved pipeline, or a Hub id.",
         error=FileNotFoundError),
-    Row(command("info", "cifar"), "'cifar'", "No bundled checkpoint", "there are 'digits', 'emoji'"),
+    Row(command("info", "cifar"), "'cifar'", "No bundled checkpoint", "there are 'digits', 'emoji', 'fashion'"),
     Row(generate("--device", "toaster"), "'toaster'", "cannot be used here", "`cpu` always can."),
     Row(generate("--scheduler", "DDIN"), "'DDIN'", "diffusers has no scheduler", "Close matches: DDIMScheduler"),
     Row(generate("emoji", "--labels", "gost"), "'gost'", "is not a label of emoji",
