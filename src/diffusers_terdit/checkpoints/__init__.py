@@ -15,8 +15,8 @@ def bundled(name: str = "digits") -> Path:
     """Folder of a bundled checkpoint, for [`TerDiTPipeline.from_pretrained`].
 
     Args:
-        name (`str`): `"digits"`: 8x8 handwritten digits; `"emoji"`: 32x32 faces by name; `"fashion"`: 28x28 clothes, gray.
-                See their READMEs.
+        name (`str`): `"digits"`: 8x8 handwritten digits; `"emoji"`: 32x32 faces by name; `"fashion"`: 28x28 pieces of
+            clothing by name. See their READMEs.
 
     Raises:
         ValueError: No such checkpoint.
