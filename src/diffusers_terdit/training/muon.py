@@ -18,8 +18,8 @@ class Muon(torch.optim.AdamW):
     """Muon for the parameter groups that say `"muon": True`, and AdamW for the others.
 
     The learning rate is that of AdamW for both: a Muon step has the root mean square of AdamW's, about .2. Unlike
-    `torch.optim.Muon`, it takes matrices of one shape together, in float32 on a CPU, where bfloat16 can be ten times
-    as slow, and shards: each process then computes the whole step, and applies its part.
+    `torch.optim.Muon`, it takes matrices of one shape together, in float32 on a CPU, where bfloat16 can be several
+    times as slow, and shards: each process then computes the whole step, and applies its part.
 
     Args:
         params (`Iterable[dict]`): Parameter groups, such as `recipes.parameter_groups(model, muon=True)`. What Muon
