@@ -277,7 +277,7 @@ def page(data: dict) -> str:
         forward_rows.append([mode, *peaks, f"{found['cpu_seconds']:.0f}"])
     return shared.render(
         "flux2", config=config, sizes=sizes, bound=bound(sizes), blocks=blocks, group=GROUP, imported=data["import"],
-        machine=data["machine"], commands=[data["command"], *(place["command"] for place in places[1:])],
+        **{key: data[key] for key in ("machine", "command")},
         turns=len(blocks["cpu_seconds"]["double"]["dense, float32"]),
         rows=rows, forward_rows=forward_rows,
     )  # fmt: skip
