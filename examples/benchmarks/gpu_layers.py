@@ -18,6 +18,7 @@ from functools import partial
 import torch
 
 import shared
+from diffusers_terdit.ops.gpu.graphs import capture
 from shared import Results, device_seconds, first_line, relative_error, rounded
 
 
@@ -100,5 +101,5 @@ def measure(design, space, blocks: list[list], turns: int) -> dict:
 
 
 def microseconds(run: Callable[[], None], turns: int, blocks: int) -> dict[str, float]:
-    times = device_seconds({"": shared.capture(run)[0]}, turns, "cuda")[""]
+    times = device_seconds({"": capture(run)[0]}, turns, "cuda")[""]
     return {"microseconds": rounded(1e6 * statistics.median(times) / blocks)}

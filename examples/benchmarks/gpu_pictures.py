@@ -9,11 +9,10 @@ import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import shared
@@ -49,42 +48,12 @@ def run(args: argparse.Namespace) -> None:
     results.finish()
 
 
-def graphed(model: TerDiTTransformer2DModel) -> Callable[..., tuple[Tensor]]:
-    """Return the model's forward pass as CUDA graphs, one for each set of shapes.
-
-    This is what `torch.compile(mode="reduce-overhead")` makes of the whole model, after compiling one block only.
-    """
-    forward, graphs = model.forward, {}
-
-    def call(
-        hidden_states: Tensor,
-        timestep: Tensor,
-        class_labels: Tensor,
-        return_dict: bool = False,
-        modulation: Tensor | None = None,
-    ) -> tuple[Tensor]:
-        inputs = {"hidden_states": hidden_states, "timestep": timestep, "class_labels": class_labels}
-        inputs |= {} if modulation is None else {"modulation": modulation}
-        key = tuple((name, tensor.shape) for name, tensor in inputs.items())
-        if key not in graphs:
-            static = {name: tensor.clone() for name, tensor in inputs.items()}
-            graphs[key] = static, *shared.capture(partial(forward, **static, return_dict=False))
-        static, replay, output = graphs[key]
-        for name, tensor in inputs.items():
-            static[name].copy_(tensor)
-        replay()
-        return output
-
-    return call
-
-
-def compile_model(model: TerDiTTransformer2DModel, device: str) -> None:
-    """Compile the blocks and, on a GPU, capture the forward pass."""
+def compile_model(model: TerDiTTransformer2DModel, device: str) -> AbstractContextManager:
+    """Compile the blocks and, on a GPU, return a context that replays the forward pass as a CUDA graph."""
     torch._dynamo.reset()
     backend = "inductor" if device == "cuda" else "eager"
     model.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=backend)
-    if device == "cuda":
-        model.forward = graphed(model)
+    return model.cuda_graphs() if device == "cuda" else nullcontext()
 
 
 def kernel_seconds(run: Callable[[], None]) -> float:
@@ -139,14 +108,15 @@ def measure_all(args: argparse.Namespace, results: Results) -> Iterator[dict]:
         model.set_activation_bits(args.activation_bits)
         vae = shared.new_vae(args.device).to(args.device, model.dtype)
         compiled = False
-        for case in cases:
-            if case["compiled"] and not compiled:
-                compile_model(model, args.device)
-                compiled = True
-            pipe = TerDiTPipeline(transformer=model, scheduler=SCHEDULERS[case["scheduler"]](), vae=vae)
-            pipe.set_progress_bar_config(disable=True)
-            yield case | measure(pipe, case["batch"], args.steps, args.device)
-        del model, vae, pipe
+        with ExitStack() as graphs:
+            for case in cases:
+                if case["compiled"] and not compiled:
+                    graphs.enter_context(compile_model(model, args.device))
+                    compiled = True
+                pipe = TerDiTPipeline(transformer=model, scheduler=SCHEDULERS[case["scheduler"]](), vae=vae)
+                pipe.set_progress_bar_config(disable=True)
+                yield case | measure(pipe, case["batch"], args.steps, args.device)
+        del model, vae, pipe, graphs
         gc.collect()
         if args.device == "cuda":
             torch.cuda.empty_cache()

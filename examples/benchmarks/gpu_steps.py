@@ -17,6 +17,7 @@ from torch import nn
 
 import shared
 from diffusers_terdit import layers as package_layers
+from diffusers_terdit.ops.gpu.graphs import capture
 from shared import Results, device_seconds, ratios, relative_error, rounded
 
 
@@ -91,7 +92,7 @@ def measure(models: dict[str, nn.Module], case: dict, args: argparse.Namespace, 
             try:
                 outputs[name] = call()[0].float()
                 plain = name == REFERENCE or name.endswith("eager") or args.device == "cpu"
-                functions[name] = call if plain else shared.capture(call)[0]
+                functions[name] = call if plain else capture(call)[0]
             except Exception as error:  # a mode that does not compile here is left out, with its reason
                 reason = f"{name}, {', '.join(map(str, case.values()))}: {shared.first_line(error)}"
                 print(f"left out: {reason}", file=sys.stderr, flush=True)

@@ -176,20 +176,6 @@ def device_seconds(functions: dict, turns: int, device: str) -> dict[object, lis
     return {key: [start.elapsed_time(end) / 1e3 for start, end in events] for key, events in times.items()}
 
 
-def capture(function: Callable[[], object]) -> tuple[Callable[[], None], object]:
-    """Return the function's kernels as a CUDA graph to replay, without launches from the host, and its output."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = function()
-    return graph.replay, output
-
-
 # Numbers
 
 

@@ -36,6 +36,13 @@ def decoded_in_float32_on_a_gpu(w):
     model.set_decoded_budget(100)
 
 
+def graphs_twice(w):
+    model = w.model()
+    w.monkeypatch.setattr(TerDiTTransformer2DModel, "device", torch.device("cuda"))
+    model.forward = model.forward
+    model.cuda_graphs().__enter__()
+
+
 def forward(*inputs):
     return lambda w: w.model()(*inputs)
 
@@ -249,6 +256,9 @@ ROWS = [
     Row(decoded_in_float32_on_a_gpu, "budget of 100", "would be slower on a GPU", "Cast the model to bfloat16"),
     Row(lambda w: w.model(activation_bits=8).pack().set_decoded_budget(100), "budget of 100",
         "compute in integers on cpu", "`set_activation_bits(None)`"),
+    Row(lambda w: w.model().cuda_graphs().__enter__(), "on cpu", "need a model on a GPU", 'Call `.to("cuda")`.'),
+    Row(graphs_twice, Fixed("offloading, or another block of `cuda_graphs()`"), "replaced already",
+        "Leave one of the two out."),
     Row(lambda w: w.model(ternary=False).set_activation_bits(8), "bits=8", "full precision (ternary=False)",
         "Leave the call out."),
     Row(lambda w: w.model(ternary=False).pack(), Fixed("ternary=False"), "no ternary weights to pack",

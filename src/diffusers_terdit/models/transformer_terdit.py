@@ -3,8 +3,10 @@
 Shapes: B images, C channels, h x w latents, p patch size, L = h*w/p^2 tokens, D width, H heads, E conditioning width.
 """
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from ..layers import TernaryLinear, call_all
 from ..lora import TernaryAdapterMixin, refuse_adapters
 from ..modeling import TernaryModelMixin, size_in_bytes
 from ..ops import reference
+from ..ops.gpu.graphs import graphed
 from ..storage.configs import check_config
 
 
@@ -537,6 +540,44 @@ class TerDiTTransformer2DModel(TernaryModelMixin, TernaryAdapterMixin, CacheMixi
                 layer.hold_decoded(dtype)
                 most, held = most - size, held + 1
         return held
+
+    @contextmanager
+    def cuda_graphs(self) -> Iterator[None]:
+        """Inside the `with` block, replay each forward pass as one CUDA graph, so that the host does not slow it down.
+
+        There is a graph for each set of shapes and dtypes. Call `compile_repeated_blocks(fullgraph=True)` before,
+        and one block's compile time is all it takes. Passes with gradients or a step cache run as always.
+
+        The graphs read the weights where they are: do not change, move or pack the model, or its adapters and
+        activation bits, inside the block.
+
+        Raises:
+            ValueError: The model is not on a CUDA device, or its forward pass is already replaced: by offloading,
+                or by another block of this kind.
+        """
+        if self.device.type != "cuda":
+            raise ValueError(f'CUDA graphs need a model on a GPU; this one is on {self.device}. Call `.to("cuda")`.')
+        if "forward" in vars(self):
+            raise ValueError(
+                "CUDA graphs would replace a forward pass that offloading, or another block of `cuda_graphs()`, has"
+                " replaced already. Leave one of the two out."
+            )
+        forward, names = self.forward, inspect.signature(self.forward)
+        replayed = graphed(partial(forward, return_dict=False), self.device)
+
+        def call(*args: Any, **kwargs: Any) -> Transformer2DModelOutput | tuple[Tensor]:
+            if torch.is_grad_enabled() or self.is_cache_enabled:
+                return forward(*args, **kwargs)
+            arguments = names.bind(*args, **kwargs).arguments
+            return_dict = arguments.pop("return_dict", True)
+            outputs = replayed(**arguments)
+            return Transformer2DModelOutput(sample=outputs[0]) if return_dict else outputs
+
+        self.forward = call  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del self.forward
 
     def _layers_to_convert(self) -> dict[str, TernaryLinear]:
         if not self.config.ternary:
