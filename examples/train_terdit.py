@@ -227,7 +227,6 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--optimizer",
         choices=["adamw", "muon"],
-        default="adamw",
         help="muon makes the singular values of a step's matrices about equal; it trains the blocks' matrices, and"
         " AdamW the rest.",
     )
@@ -384,8 +383,10 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error("--frechet_steps needs --feature_network, and data that is not streamed (0 switches it off)")
     if args.use_8bit_adam and args.fsdp:
         parser.error("--use_8bit_adam cannot be sharded: leave out --fsdp, or take the AdamW of 32 bits")
-    if args.use_8bit_adam and args.optimizer == "muon":
+    if args.use_8bit_adam and known.optimizer == "muon":
         parser.error("--use_8bit_adam is for AdamW alone: leave it out, or pass --optimizer adamw")
+    if args.use_8bit_adam:  # instead of a preset's optimizer
+        args.optimizer = "adamw"
     if args.activation_bits and not args.ternary:
         parser.error("--activation_bits is for ternary models, not --ternary false")
     if args.flow_matching and args.snr_gamma:

@@ -29,6 +29,7 @@ _TINY: dict[str, Any] = {
     "flow_matching": True,
     "train_batch_size": 32,
     "max_train_steps": 1500,
+    "optimizer": "muon",
     "learning_rate": 3e-3,
     "lr_scheduler": "wsd",
     "scale_lr_factor": 0.1,
@@ -50,6 +51,7 @@ _SMALL: dict[str, Any] = {
 _LONG: dict[str, Any] = {
     "patch_size": 2,
     "flow_matching": False,
+    "optimizer": "adamw",
     "lr_scheduler": "wsd",
     "lr_warmup_steps": 0,
     "scale_lr_factor": 1.0,
@@ -112,7 +114,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "terdit-600m-tuned": {
         **_TERDIT_600M,
         **{key: _TINY[key] for key in ("pos_embed_type", "flow_matching", "lr_scheduler", "scale_lr_factor")},
-        "adam_beta2": _TINY["adam_beta2"],
+        **{key: _TINY[key] for key in ("optimizer", "adam_beta2")},
         "initialization": "small_gain",
         "lr_step_rules": None,
         "num_inference_steps": _TINY["num_inference_steps"],
