@@ -24,7 +24,7 @@ from .storage.weights import read_json
 
 ARITHMETIC = ("ops/reference.py", "ops/torch_ops.py", "ops/cpu/scratch.py", "ops/cpu/decode.py")
 LAYER = (*ARITHMETIC, "layers.py")
-TRANSFORMER = (*LAYER, "models/transformer_terdit.py")
+TRANSFORMER = (*LAYER, "ops/gpu/graphs.py", "models/transformer_terdit.py")
 # File of `ops` that defines a name.
 OPS = {name: getattr(value, "__module__", "").rpartition(".")[2] for name, value in vars(ops).items()}
 PIPELINE = ("pipelines/schedulers.py", "pipelines/finite.py", "pipelines/pipeline_terdit.py")

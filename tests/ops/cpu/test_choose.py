@@ -92,12 +92,12 @@ def no_amx(monkeypatch):
 def test_where_exact_is_as_fast_as_integers_of_16_bits(monkeypatch, no_amx, name):
     monkeypatch.setattr(choose, "integer_kernels", lambda: {name: by_reference})
     for bits in ("auto", 16):
-        choice = choose_kernel(CPU, torch.bfloat16, 512, 64, requested_bits=bits)
+        choice = choose_kernel(CPU, torch.bfloat16, 128, 64, requested_bits=bits)
         assert choice == ("exact, lookups in float32", None, f"16-bit integers ({name}) would be no faster")
-        assert choose_kernel(CPU, torch.bfloat16, 508, 64, requested_bits=bits)[:2] == (name, 16)  # it is decoded
-    assert choose_kernel(CPU, torch.float32, 512, 64, requested_bits=8)[:2] == (name, 8)
-    assert (choose_kernel(CPU, torch.float32, 512, 64, requested_bits=16).bits == 16) == (name == "amx_int8")
-    assert choose_kernel(CPU, torch.bfloat16, 512, 64, trained_bits=8)[:2] == (name, 8)
+        assert choose_kernel(CPU, torch.bfloat16, 124, 64, requested_bits=bits)[:2] == (name, 16)  # it is decoded
+    assert choose_kernel(CPU, torch.float32, 128, 64, requested_bits=8)[:2] == (name, 8)
+    assert (choose_kernel(CPU, torch.float32, 128, 64, requested_bits=16).bits == 16) == (name == "amx_int8")
+    assert choose_kernel(CPU, torch.bfloat16, 128, 64, trained_bits=8)[:2] == (name, 8)
 
 
 def test_how_an_exact_layer_is_computed(monkeypatch, no_amx):
@@ -106,13 +106,13 @@ def test_how_an_exact_layer_is_computed(monkeypatch, no_amx):
         return choose_kernel(CPU, dtype, outputs, 64, requested_bits=None).kernel
 
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        assert kernel(dtype, 512) == "exact, lookups in float32"
-    assert kernel(torch.float32, 508) == "exact, matmul in float32"
-    assert kernel(torch.float64, 512) == "exact, matmul in float64"
+        assert kernel(dtype, 128) == "exact, lookups in float32"
+    assert kernel(torch.float32, 124) == "exact, matmul in float32"
+    assert kernel(torch.float64, 128) == "exact, matmul in float64"
     monkeypatch.setattr(choose, "has_numba", lambda: False)
     for supported, dtype in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda supported=supported: supported)
-        assert kernel(torch.bfloat16, 512) == f"exact, matmul in {dtype}"
+        assert kernel(torch.bfloat16, 128) == f"exact, matmul in {dtype}"
 
 
 def test_without_integer_kernels(missing, caplog):
