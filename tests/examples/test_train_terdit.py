@@ -894,6 +894,10 @@ def test_without_a_preset_a_laptop_trains_pixels_or_latents(programs):
     assert parse([*pixels, "--resolution", "64"]).max_train_steps == parse(pixels).max_train_steps <= 2000
     paper = parse([*latents, "--preset", "terdit-600m"])
     assert (paper.flow_matching, paper.adam_beta2, paper.scale_lr_factor) == (False, 0.999, 1)
+    assert (parse(pixels).optimizer, paper.optimizer) == ("muon", "adamw")
+    assert (
+        parse([*pixels, "--use_8bit_adam"]).optimizer == parse([*pixels, "--optimizer", "adamw"]).optimizer == "adamw"
+    )
 
 
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
