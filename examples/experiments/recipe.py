@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 import fashion
@@ -195,6 +196,7 @@ class Study:
         words += ["--train_data_dir", str(self.args.data_dir), "--resume_from_checkpoint", "latest"]
         words += ["--torch_compile"] if self.args.compile else []
         torch._dynamo.reset()
+        AcceleratorState._reset_state(reset_partial_state=True)  # the run before may have had another precision
         script.main(words)
 
     def train(self, run: dict) -> Path:

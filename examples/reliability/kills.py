@@ -355,7 +355,7 @@ class Train(Saving):
     def load_checkpoint(self, path: Path) -> None:
         config = TerDiTTransformer2DModel.load_config(path)
         model, average = (TerDiTTransformer2DModel.from_config(config) for _ in range(2))
-        optimizer = torch.optim.AdamW(training.recipes.parameter_groups(model, 0.0, 1.0))
+        optimizer = training.muon.Muon(training.recipes.parameter_groups(model, muon=True))
         state = training.checkpointing.load(path, model, average, optimizer)
         assert f"checkpoint-{state['step']}" == path.name
 
