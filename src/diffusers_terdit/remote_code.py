@@ -8,6 +8,7 @@ Locks, strict checks, the Hub, adapters and the integer kernels stay in the pack
 
 import ast
 import hashlib
+import inspect
 import os
 import re
 from importlib.metadata import version
@@ -15,6 +16,7 @@ from pathlib import Path
 from textwrap import indent
 
 from . import ops
+from ._diffusers import _GROUP_OFFLOADING, is_offloaded
 from .layers import TernaryLinear
 from .models.transformer_terdit import TerDiTTransformer2DModel
 from .pipelines.pipeline_terdit import TerDiTPipeline
@@ -142,18 +144,12 @@ class PipelineAdapterMixin:
     """Adapters need the package."""
 
 
-def is_offloaded(model):
-    """Whether hooks of accelerate or of diffusers' group offloading move the weights of the model or a part of it."""
-    registries = [getattr(module, "_diffusers_hook", None) for module in model.modules()]
-    return any(hasattr(module, "_hf_hook") for module in model.modules()) or any(
-        registry.get_hook("group_offloading") is not None for registry in registries if registry is not None
-    )
-
-
 def reset_step_caches(model):
     """Forget what diffusers' step caches keep between the steps of one run of a sampler."""
     model._reset_stateful_cache()
 '''
+
+_IS_OFFLOADED = f"\n\n{inspect.getsource(is_offloaded).replace('_GROUP_OFFLOADING', repr(_GROUP_OFFLOADING))}"
 
 _MODEL_IMPORTS = (
     "import hashlib",
@@ -205,7 +201,7 @@ def _export_pipeline(folder: Path, index: Path) -> list[Path]:
     if transformer[1] != TerDiTTransformer2DModel.__name__:
         raise ValueError(f"{index} says `transformer` is a {transformer[1]}, expected a TerDiTTransformer2DModel.")
     component = _export_model(folder / "transformer" / "config.json")
-    code = _join(PIPELINE, _PIPELINE_IMPORTS, _PIPELINE_PREAMBLE, "")
+    code = _join(PIPELINE, _PIPELINE_IMPORTS, _PIPELINE_PREAMBLE + _IS_OFFLOADED, "")
     pipeline = _write_code(folder, "pipeline_terdit", code)
     config["_class_name"] = [pipeline.stem, TerDiTPipeline.__name__]
     config["transformer"] = [component.stem, TerDiTTransformer2DModel.__name__]
@@ -219,7 +215,9 @@ def _export_model(path: Path) -> Path:
     config = read_json(path)
     name = config.get("_class_name")
     if name == TerDiTTransformer2DModel.__name__:
-        code = _join(TRANSFORMER, _MODEL_IMPORTS, _MODEL_PREAMBLE, _MODEL_END + _TRANSFORMER_END + _LAST)
+        code = _join(
+            TRANSFORMER, _MODEL_IMPORTS, _MODEL_PREAMBLE + _IS_OFFLOADED, _MODEL_END + _TRANSFORMER_END + _LAST
+        )
         file = "transformer_terdit"
     elif name == TernaryLinear.__name__:
         code, file = _join(LAYER, _MODEL_IMPORTS, _MODEL_PREAMBLE, _MODEL_END + _LAST), "ternary_linear"

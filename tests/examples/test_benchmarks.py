@@ -16,7 +16,7 @@ import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
 
-from diffusers_terdit.ops import has_integer_kernel, integer_linear, ternary_linear
+from diffusers_terdit.ops import choose_kernel, has_integer_kernel, integer_linear, ternary_linear
 from diffusers_terdit.ops.cpu import choose
 
 
@@ -243,6 +243,8 @@ def test_step(run):
     assert max(errors["dense", "float32"], errors["exact", "float32"]) < 2e-6
     assert 1e-3 < errors["exact", "bfloat16"] < 3e-2
     if INTEGERS:
+        rounds = choose_kernel(torch.device("cpu"), torch.float32, 128, 128, requested_bits=16).bits == 16
+        assert (errors["int16", "float32"] > 2e-6) == rounds
         assert errors["int16", "float32"] < 1e-3 < errors["int8", "float32"] < 1e-1
     assert "| toy | exact bfloat16 |" in page
 

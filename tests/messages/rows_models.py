@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+from accelerate import cpu_offload
 from diffusers import DDPMScheduler, FasterCacheConfig, FlowMatchEulerDiscreteScheduler
 from message_table import TINY, WEIGHTS, Fixed, Row, changed, dit, edit
 from safetensors import safe_open
@@ -36,10 +37,10 @@ def decoded_in_float32_on_a_gpu(w):
     model.set_decoded_budget(100)
 
 
-def graphs_twice(w):
+def graphs_of_an_offloaded_model(w):
     model = w.model()
     w.monkeypatch.setattr(TerDiTTransformer2DModel, "device", torch.device("cuda"))
-    model.forward = model.forward
+    cpu_offload(model)
     model.cuda_graphs().__enter__()
 
 
@@ -257,8 +258,8 @@ ROWS = [
     Row(lambda w: w.model(activation_bits=8).pack().set_decoded_budget(100), "budget of 100",
         "compute in integers on cpu", "`set_activation_bits(None)`"),
     Row(lambda w: w.model().cuda_graphs().__enter__(), "on cpu", "need a model on a GPU", 'Call `.to("cuda")`.'),
-    Row(graphs_twice, Fixed("offloading, or another block of `cuda_graphs()`"), "replaced already",
-        "Leave one of the two out."),
+    Row(graphs_of_an_offloaded_model, Fixed("offloading, a step cache, or another block of `cuda_graphs()`"),
+        "runs in Python", "Use one of them alone."),
     Row(lambda w: w.model(ternary=False).set_activation_bits(8), "bits=8", "full precision (ternary=False)",
         "Leave the call out."),
     Row(lambda w: w.model(ternary=False).pack(), Fixed("ternary=False"), "no ternary weights to pack",

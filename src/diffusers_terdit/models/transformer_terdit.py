@@ -19,6 +19,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps, apply_rota
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from .._diffusers import is_offloaded
 from ..layers import TernaryLinear, call_all
 from ..lora import TernaryAdapterMixin, refuse_adapters
 from ..modeling import TernaryModelMixin, size_in_bytes
@@ -546,27 +547,28 @@ class TerDiTTransformer2DModel(TernaryModelMixin, TernaryAdapterMixin, CacheMixi
         """Inside the `with` block, replay each forward pass as one CUDA graph, so that the host does not slow it down.
 
         There is a graph for each set of shapes and dtypes. Call `compile_repeated_blocks(fullgraph=True)` before,
-        and one block's compile time is all it takes. Passes with gradients or a step cache run as always.
+        and one block's compile time is all it takes. Passes with gradients run without a graph.
 
         The graphs read the weights where they are: do not change, move or pack the model, or its adapters and
         activation bits, inside the block.
 
         Raises:
-            ValueError: The model is not on a CUDA device, or its forward pass is already replaced: by offloading,
-                or by another block of this kind.
+            ValueError: The model is not on a CUDA device, or has what a graph would leave out: offloading, a step
+                cache, or another block of this kind.
         """
         if self.device.type != "cuda":
             raise ValueError(f'CUDA graphs need a model on a GPU; this one is on {self.device}. Call `.to("cuda")`.')
-        if "forward" in vars(self):
+        replaced = getattr(self.forward, "__func__", None) is not type(self).forward
+        if replaced or is_offloaded(self) or self.is_cache_enabled:
             raise ValueError(
-                "CUDA graphs would replace a forward pass that offloading, or another block of `cuda_graphs()`, has"
-                " replaced already. Leave one of the two out."
+                "CUDA graphs would leave out what this model runs in Python: offloading, a step cache, or another"
+                " block of `cuda_graphs()`. Use one of them alone."
             )
         forward, names = self.forward, inspect.signature(self.forward)
         replayed = graphed(partial(forward, return_dict=False), self.device)
 
         def call(*args: Any, **kwargs: Any) -> Transformer2DModelOutput | tuple[Tensor]:
-            if torch.is_grad_enabled() or self.is_cache_enabled:
+            if torch.is_grad_enabled():
                 return forward(*args, **kwargs)
             arguments = names.bind(*args, **kwargs).arguments
             return_dict = arguments.pop("return_dict", True)

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from diffusers import PNDMScheduler
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_submodules
+from diffusers import FirstBlockCacheConfig, PNDMScheduler
 
 from diffusers_terdit import TerDiTPipeline
 from diffusers_terdit.ops import reference
@@ -76,7 +78,26 @@ def test_a_graph_for_each_shape_and_outputs_that_stay(captured, tiny_model, tiny
     assert "forward" not in vars(model)
 
 
-def test_a_pass_with_a_gradient_runs_as_always(captured, tiny_model, tiny_inputs):
+def test_what_runs_in_python_is_refused_and_nothing_else(captured, tiny_model, tiny_inputs):
+    refused = "leave out what this model runs in Python"
+    model = tiny_model()
+    with model.cuda_graphs(), pytest.raises(ValueError, match=refused), model.cuda_graphs():
+        pass
+    for start, end in (
+        (lambda: cpu_offload(model.transformer_blocks[1]), lambda: remove_hook_from_submodules(model)),
+        (lambda: cpu_offload(model), lambda: remove_hook_from_submodules(model)),
+        (lambda: model.enable_cache(FirstBlockCacheConfig()), model.disable_cache),
+    ):
+        start()
+        with pytest.raises(ValueError, match=refused), model.cuda_graphs():
+            pass
+        end()
+        with torch.no_grad(), model.cuda_graphs():
+            model(**tiny_inputs())
+    assert len(captured) == 3
+
+
+def test_a_pass_with_a_gradient_runs_without_a_graph(captured, tiny_model, tiny_inputs):
     model = tiny_model()
     with model.cuda_graphs():
         model(**tiny_inputs()).sample.sum().backward()
