@@ -405,27 +405,23 @@ def bars(
 
     Labels that begin with "dense" or "best dense" are gray, those that begin with one of `others` blue, ours orange.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    plt.switch_backend("Agg")
+    plt.style.use(ROOT / "examples" / "figures.mplstyle")
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     size = (11, rows * (0.9 + 0.22 * max(map(len, panels.values()))))
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharex=bool(line))
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharex=bool(line))
     for axis, (title, found) in zip(axes.flat, panels.items(), strict=False):
         labels, starts, ends = zip(*found, strict=True)
         dense = ("dense", "best dense")
-        colors = [
-            "#9aa0a6" if label.startswith(dense) else "#3b7dd8" if label.startswith(others) else "#d9480f"
-            for label in labels
-        ]
+        colors = ["C1" if label.startswith(dense) else "C2" if label.startswith(others) else "C0" for label in labels]
         lengths = [end - start for start, end in zip(starts, ends, strict=True)]
         drawn = axis.barh(labels, lengths, left=starts, color=colors)
         texts = [f"{start:.2f} to {end:.2f}" if start else f"{end:.3g}" for _, start, end in found]
         axis.bar_label(drawn, texts, padding=3, fontsize=8)
-        axis.set_title(textwrap.fill(title, 30), fontsize=10)
+        axis.set_title(textwrap.fill(title, 30))
         axis.tick_params(labelsize=8, labelbottom=True)
         axis.set_xlim(0, 1.7 * max(end for shown in (panels.values() if line else [found]) for *_, end in shown))
         axis.invert_yaxis()
@@ -435,7 +431,7 @@ def bars(
             axis.label_outer()  # the same bars in every panel
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    figure.savefig(path, dpi=100)
+    figure.savefig(path)
     plt.close(figure)
     with Image.open(path) as image:
         few = image.convert("RGB").quantize(32)  # a third of the bytes

@@ -22,6 +22,7 @@ from common import (
     draw_variants,
     made_on,
     main,
+    pyplot,
     rate_cell,
     run_variant,
     save_figure,
@@ -128,22 +129,16 @@ def shown(name: str) -> str:
 
 
 def draw(records: Records, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (sizes, *errors) = plt.subplots(
-        1, 3, figsize=(12, 4), dpi=80, layout="constrained", width_ratios=(4, 5, 5)
-    )
-    for kind, color in zip(KINDS, ("#adb5bd", "#d9480f", "#1971c2"), strict=True):
+    plt = pyplot()
+    figure, (sizes, *errors) = plt.subplots(1, 3, figsize=(12, 4), width_ratios=(4, 5, 5))
+    for kind, color in zip(KINDS, ("C1", "C2", "C0"), strict=True):
         if result := records.find(activations_run(kind, False)):
             share = torch.tensor(result["histogram"]) / (SHAPE[2] * DRAWS)
             sizes.stairs(share, 10**BINS, label=SHOWN.get(kind, kind), color=color, fill=True, alpha=0.45)
     sizes.set(xscale="log", xlabel="magnitude of an output", ylabel="share of outputs per bin")
     sizes.set_title("a random layer, no norm")
     sizes.set_ylim(0, 0.17)
-    sizes.legend(loc="upper right", fontsize=8)
+    sizes.legend(loc="upper right")
     for axis, width in zip(errors, WIDTHS, strict=True):
         found = {shown(name): values(outcome, ERROR) for name, outcome in outcomes(records, width).items()}
         draw_variants(axis, found, SHOWN["small gain"])

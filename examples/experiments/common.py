@@ -556,6 +556,15 @@ def rate_cell(outcome: dict) -> str:
     return f"{outcome['learning_rate']:g} of " + ", ".join(f"{rate:g}" for rate in outcome["screened"])
 
 
+def pyplot():
+    """Return matplotlib's pyplot in the style of all figures."""
+    from matplotlib import pyplot as plt
+
+    plt.switch_backend("Agg")
+    plt.style.use(Path(__file__).parents[1] / "figures.mplstyle")
+    return plt
+
+
 def draw_seeds(axis, x: list[float], seeds: list[list[float]], color: str, **style) -> None:
     """Plot a line through the mean of the seeds at each x, shaded from the lowest to the highest."""
     axis.plot(x, [mean(at) for at in seeds], marker="o", markersize=3, color=color, **style)
@@ -566,7 +575,7 @@ def draw_variants(axis, variants: dict[str, list[float]], highlight: str = "") -
     """Plot the seeds of each variant as dots, their mean as a line and in figures, the lowest on top."""
     names = sorted(variants, key=lambda name: mean(variants[name]), reverse=True)
     for row, name in enumerate(names):
-        color = "#d9480f" if highlight and name.startswith(highlight) else "#495057"
+        color = "C0" if highlight and name.startswith(highlight) else "C1"
         axis.plot(variants[name], [row] * len(variants[name]), ".", color=color, alpha=0.6)
         axis.plot(mean(variants[name]), row, "|", markersize=16, color=color)
         axis.annotate(f"{mean(variants[name]):.4f}", (max(variants[name]), row), textcoords="offset points",
@@ -580,14 +589,12 @@ def draw_pictures(
     rows: dict[str, list[Image.Image]], path: Path, titles: Sequence[str] = (), colors: int = 64
 ) -> None:
     """Draw a row of pictures per label, with the label at its left, and titles over the first row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     columns = max(map(len, rows.values()))
     side = 7 / columns  # inches; labels take two more
-    figure, axes = plt.subplots(len(rows), columns, figsize=(9, (side + 0.05) * len(rows) + 0.3), squeeze=False)
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(9, (side + 0.05) * len(rows) + 0.3), squeeze=False, layout="none"
+    )
     for axis in axes.flat:
         axis.axis("off")
     for row, (label, pictures) in zip(axes, rows.items(), strict=True):

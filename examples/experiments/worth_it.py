@@ -25,6 +25,7 @@ from common import (
     judge,
     made_on,
     main,
+    pyplot,
     rate_cell,
     real_features,
     run_variant,
@@ -170,13 +171,9 @@ def claim_rows(found: dict) -> list[list[str]]:
 
 
 def draw(records: Records, found: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (by_bytes, by_variant) = plt.subplots(1, 2, figsize=(11, 4.4), dpi=80, layout="constrained")
-    for kind, color, place in (("ternary", "#d9480f", (-8, -14)), ("full precision", "#495057", (6, 6))):
+    plt = pyplot()
+    figure, (by_bytes, by_variant) = plt.subplots(1, 2, figsize=(11, 4.4))
+    for kind, color, place in (("ternary", "C0", (-8, -14)), ("full precision", "C1", (6, 6))):
         names = [f"{kind}, {size}" for size in SIZE_NAMES if f"{kind}, {size}" in found]
         sizes = [records.find(cost_run(ALL_VARIANTS[name]))["file_bytes"] / 1000 for name in names]
         errors = [values(found[name], "noise_error_held_out") for name in names]
@@ -189,7 +186,7 @@ def draw(records: Records, found: dict, path: Path) -> None:
     by_bytes.minorticks_off()
     by_bytes.set_xlim(30, 4000)
     by_bytes.set_xticks([50, 100, 200, 500, 1000, 2000], ["50", "100", "200", "500", "1000", "2000"])
-    by_bytes.legend(loc="upper right", fontsize=8)
+    by_bytes.legend(loc="upper right")
     names = [*dict.fromkeys(name for shown, _ in list(TABLES.values())[1:] for name in shown), "full precision, 64"]
     draw_variants(
         by_variant, {n: values(found[n], "noise_error_held_out") for n in names if n in found}, "ternary, 64"
