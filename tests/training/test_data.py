@@ -4,6 +4,7 @@ import math
 from statistics import NormalDist
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -100,6 +101,17 @@ class TestImages:
         first, second = samples[0], samples[1]
         (image_folder / "ant" / "0.png").unlink()
         assert torch.equal(samples[0][0], (first if fits else second)[0])
+
+    def test_images_that_are_kept_take_the_memory_they_are_counted_with(self):
+        arrays = np.random.default_rng(0).integers(0, 256, (40_000, 16, 16), dtype=np.uint8)
+        samples = training.data.ImageSamples.from_pairs([(array, 0) for array in arrays])
+        before = psutil.Process().memory_info().rss
+        for i in range(0, len(samples), 40):
+            torch.stack([samples[j][0] for j in range(i, i + 40)])
+            torch.randn(100_000)  # what a step allocates in between
+        grown = psutil.Process().memory_info().rss - before
+        assert samples.kept_bytes == 40_000 * 4 * 16 * 16
+        assert grown < 1.5 * samples.kept_bytes
 
     def test_a_corrupt_image_is_logged_and_the_next_one_taken(self, image_folder, caplog):
         (image_folder / "ant" / "1.png").write_bytes(b"not an image")

@@ -97,7 +97,8 @@ class ImageSamples(Dataset):
         keep: bool = True,
     ):
         self.sources, self.labels, self.id2label = sources, labels, id2label
-        self._kept: dict[int, Tensor] = {}
+        self._kept: Tensor | None = None  # one tensor: thousands of small ones would scatter the heap
+        self._is_kept = torch.zeros(0, dtype=torch.bool)
         self._keeps = keep
         self.resolution, self.channels, self.flip, self.folders = resolution, channels, flip, folders
         self.background = background
@@ -294,16 +295,25 @@ class ImageSamples(Dataset):
         except OSError as error:
             raise OSError(f"image {index} ({where}) cannot be read: {error}. Repair or remove it.") from error
 
+    def _pixels(self, index: int) -> Tensor:
+        """Return an image, read once if they are kept."""
+        if not self.kept_bytes:
+            return self.read(index)
+        if self._kept is None:
+            self._kept = torch.empty(len(self), self.channels, self.resolution, self.resolution)
+            self._is_kept = torch.zeros(len(self), dtype=torch.bool)
+        if not self._is_kept[index]:
+            self._kept[index] = self.read(index)
+            self._is_kept[index] = True
+        return self._kept[index]
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if not 0 <= index < len(self):  # what ends a `for` over the samples
             raise IndexError(f"There are {len(self)} images, numbered from 0, no number {index}.")
         for offset in range(100):
             other = (index + offset) % len(self)
             try:
-                pixels = self._kept[other] if other in self._kept else self.read(other)
-                if self.kept_bytes:
-                    self._kept[other] = pixels
-                return pixels, self.labels[other]
+                return self._pixels(other), self.labels[other]
             except OSError as error:
                 logger.warning(f"Skipped: {error}")
         raise OSError(f"100 images in a row, from number {index}, cannot be read. The log names each of them.")
