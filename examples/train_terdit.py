@@ -137,7 +137,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--ffn_dim",
         type=at_least(1),
-        help="The feed-forward layers have this width. If not set: about 8/3 of the model's.",
+        help="The feed-forward layers have this width. If neither this nor the preset sets it, or if the"
+        " model is passed: 8/3 of that, rounded up to a multiple of 256.",
     )
     add(
         "--pos_embed_type",
@@ -364,6 +365,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.set_defaults(**training.recipes.PRESETS[preset])
     if preset == "tiny" and known.train_data_dir and training.idx.holds(known.train_data_dir):
         parser.set_defaults(resolution=training.idx.resolution(known.train_data_dir), in_channels=1)
+    if known.num_attention_heads or known.attention_head_dim:  # a preset's feed-forward layers would not fit
+        parser.set_defaults(ffn_dim=None)
     args = parser.parse_args(argv)
     sources = [args.demo, args.train_data_dir, args.dataset_name, args.train_latents_dir]
     if sum(bool(source) for source in sources) != 1:
