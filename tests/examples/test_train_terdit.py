@@ -854,8 +854,12 @@ class TestRefusals:
 
 @pytest.mark.parametrize(
     ("flags", "ffn_dim"),
-    [((), 384), (("--num_layers", "9"), 384), (("--num_attention_heads", "6"), None)]
-    + [(("--attention_head_dim", "64", "--ffn_dim", "100"), 100)],
+    [
+        ((), 384),
+        (("--num_layers", "9"), 384),
+        (("--num_attention_heads", "6"), None),
+        (("--attention_head_dim", "64", "--ffn_dim", "100"), 100),
+    ],
 )
 def test_another_width_does_not_keep_the_presets_feed_forward_layers(programs, flags, ffn_dim):
     assert programs["train"].parse_args(["--train_data_dir", "x", *flags]).ffn_dim == ffn_dim
