@@ -15,8 +15,9 @@ ROWS = 2048  # of an input at a time, so that its copy in the order of the kerne
 
 
 def _in_strips(product: Product, input: Tensor, *arguments: Any) -> Tensor:
-    outputs = [product(rows, *arguments) for rows in input.split(ROWS)]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    if len(input) <= ROWS:
+        return product(input, *arguments)
+    return torch.cat([product(rows, *arguments) for rows in input.split(ROWS)])
 
 
 def linear(
@@ -32,7 +33,9 @@ def linear(
     grouped = reference.is_grouped(weight_scale)
     scale, group_scale = (None, weight_scale) if grouped else (weight_scale, None)
     output = _in_strips(product, flat, weight_packed, False, group_scale, scale, bias, input.dtype)
-    return output[:, :out_features].contiguous().to(input.dtype).reshape(*input.shape[:-1], out_features)
+    if output.shape[1] != out_features:  # the packed weight has more rows
+        output = output[:, :out_features].contiguous()
+    return output.to(input.dtype).reshape(*input.shape[:-1], out_features)
 
 
 def linear_backward(
