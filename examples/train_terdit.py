@@ -64,6 +64,13 @@ from diffusers_terdit.storage.weights import read_json
 
 logger = logging.getLogger(__name__)
 TIMED_STEPS = 10  # after which a run says how long it will take
+# What decides the weights, besides data, model, batch and seed: a resumed run says what is new.
+RECIPE = (
+    "flow_matching", "weighting_scheme", "logit_mean", "logit_std", "learn_sigma", "snr_gamma", "class_dropout_prob",
+    "max_train_steps", "optimizer", "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps",
+    "lr_step_rules", "scale_lr_factor", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
+    "use_8bit_adam", "max_grad_norm", "ema_decay", "mixed_precision",
+)  # fmt: skip
 COPY_ROOM = 4  # times what a checkpoint holds must be free for a copy of it
 
 
@@ -419,6 +426,18 @@ def prediction_type(args: argparse.Namespace) -> str:
     return "flow_prediction" if args.flow_matching else "epsilon"
 
 
+def checkpoint_folder(args: argparse.Namespace, found: list[Path]) -> Path | None:
+    """Return what --resume_from_checkpoint means: the newest of the checkpoints found, a folder, or one of them."""
+    name = args.resume_from_checkpoint
+    if not name or name == "latest":
+        return found[-1] if name and found else None
+    folder = next((path for path in (Path(name), args.output_dir / name) if path.is_dir()), None)
+    if folder is None:
+        held = ", ".join(path.name for path in found) or "no checkpoint"
+        raise SystemExit(f"--resume_from_checkpoint {name}: there is no such folder. {args.output_dir} holds {held}.")
+    return folder
+
+
 def open_samples(args: argparse.Namespace, channels: int):
     """Open the training data: (tensor, label) by index; or, streaming, the `datasets` stream itself."""
     options = {"resolution": args.resolution, "channels": channels, "flip": args.random_flip}
@@ -430,6 +449,12 @@ def open_samples(args: argparse.Namespace, channels: int):
     if args.train_data_dir and training.idx.holds(args.train_data_dir):
         return training.data.ImageSamples.from_idx(args.train_data_dir, **options)
     if args.train_data_dir:
+        for name in ("metadata.jsonl", "metadata.csv"):
+            if (Path(args.train_data_dir) / name).exists():
+                logger.warning(
+                    f"{Path(args.train_data_dir) / name} is not read. To train on a column of it, pass --dataset_name"
+                    f" {args.train_data_dir} --label_column NAME instead of --train_data_dir."
+                )
         return training.data.ImageSamples.from_folder(args.train_data_dir, args.label_order, **options)
     dataset = training.data.open_dataset(
         args.dataset_name, args.dataset_config_name, args.dataset_split, args.streaming
@@ -514,10 +539,8 @@ class Trainer:
             )
         self.open_data()
         self.build_models()
-        if args.resume_from_checkpoint == "latest":
-            self.resumed_from = found[-1] if found else None
-        else:
-            self.resumed_from = args.resume_from_checkpoint and Path(args.resume_from_checkpoint)
+        self.changes: list[str] = []  # of the recipe, since the run began
+        self.resumed_from = checkpoint_folder(args, found)
         if self.resumed_from:
             self.resume(self.resumed_from)
         self.last_checkpoint = self.step
@@ -686,6 +709,12 @@ class Trainer:
             raise SystemExit(
                 f"{folder} was trained with other classes: {shown}. Pass {advice}, or another --output_dir."
             )
+        options = read_json(folder / training.checkpointing.STATE_NAME).get("options", {})
+        if options.get("optimizer", self.args.optimizer) != self.args.optimizer:
+            raise SystemExit(
+                f"{folder} was trained with --optimizer {options['optimizer']}, this run has {self.args.optimizer}."
+                f" Pass --optimizer {options['optimizer']}, or another --output_dir."
+            )
         state = training.checkpointing.load(folder, self.transformer, self.ema_model, self.optimizer)
         if (state["batch_size"], state["seed"]) != (self.batch_size, self.args.seed):
             raise SystemExit(
@@ -697,6 +726,11 @@ class Trainer:
         if self.args.streaming:
             self.samples.shard_sizes.update({int(key): size for key, size in state["shard_sizes"].items()})
         logger.info(f"resumed {folder} at step {self.step}")
+        changed = [name for name in RECIPE if name in options and options[name] != getattr(self.args, name)]
+        new = [f"--{name} {options[name]}, from step {self.step} on {getattr(self.args, name)}" for name in changed]
+        self.changes = [*state.get("changes", []), *new]
+        if new:
+            logger.warning(f"Another recipe than {folder} was trained with: {'; '.join(new)}")
 
     def train(self) -> bool:
         """Train to the last step; return False where SIGTERM or Ctrl-C ended the run earlier, after saving."""
@@ -704,6 +738,9 @@ class Trainer:
         self.stop_request = training.stopping.StopRequest()
         if self.resumed_from:
             self.make_up_validation()
+        if self.step >= args.max_train_steps:
+            logger.info(f"{self.resumed_from} has reached --max_train_steps {args.max_train_steps}: nothing to train")
+            return True
         self.log_start()
         batches, first, began = self.show_first(self.batches()), self.step, 0.0
         if args.torch_compile and not args.fsdp:
@@ -738,6 +775,7 @@ class Trainer:
                 window += self.read_reports()[0]
                 self.save()
             if stop and not done:
+                self.writer.wait()
                 logger.info("stopped by a signal; go on with --resume_from_checkpoint latest")
                 return False
             if self.validation_due or self.frechet_due:
@@ -924,6 +962,8 @@ class Trainer:
         state = {"step": step, "images_seen": step * self.batch_size, "batch_size": self.batch_size, "seed": args.seed}
         state["id2label"] = self.samples.id2label
         state["sampling_defaults"] = self.sampling_defaults
+        state["options"] = {name: getattr(args, name) for name in RECIPE}
+        state["changes"] = self.changes
         vae = args.pretrained_vae_model_name_or_path
         state["vae"] = os.path.abspath(vae) if vae and os.path.isdir(vae) else vae
         state["shard_sizes"] = getattr(self.samples, "shard_sizes", {})
@@ -1125,6 +1165,7 @@ class Trainer:
             "exported weights": f"average with decay {args.ema_decay}",
             "precision while training": "bfloat16, float32 weights" if args.mixed_precision == "bf16" else "float32",
             "seed": args.seed,
+            **({"changed while training": "; ".join(self.changes)} if self.changes else {}),
         }
 
 

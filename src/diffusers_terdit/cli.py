@@ -195,7 +195,7 @@ def _in_flags(args: argparse.Namespace) -> Iterator[None]:
         for word, flag in words.items():
             message = message.replace(word, flag)
         last = args.labels[-1] if args.labels else ""
-        if "is not a label" in message and (last in BUNDLED or Path(last).is_dir()):
+        if "is not a label" in message and last and (last in BUNDLED or Path(last).is_dir()):
             message += f" Put the model first: `terdit generate {last} --labels ...`."
         raise ValueError(message) from error
 
@@ -246,6 +246,8 @@ def generate(args: argparse.Namespace) -> None:
     for name in ("num_inference_steps", "guidance_scale"):
         if getattr(args, name) is not None:
             chosen[name] = getattr(args, name)
+    if args.labels and config.num_classes == 1 and not pipe.config.id2label:
+        raise ValueError(f"{args.model} has no classes, so it draws without a label. Leave out --labels.")
     with _in_flags(args):
         labels = _read_labels(args.labels, pipe) or list(range(min(config.num_classes, 10)))
     side = config.sample_size * pipe.vae_scale_factor
@@ -304,7 +306,7 @@ def generate(args: argparse.Namespace) -> None:
     shown = ", ".join(map(str, args.seed)) if len(args.seed) > 1 else f"{first} to {last}" if several else first
     print(
         f"{_count(count)} of {images[0].width} x {images[0].height} pixels from {args.model}{adapter} "
-        f"({human_bytes(weights)} of weights, {args.dtype}{bits}, {pipe.device}):"
+        f"({human_bytes(weights)} of weights in memory, {args.dtype}{bits}, {pipe.device}):"
         f" {chosen['num_inference_steps']} steps of {type(pipe.scheduler).__name__},"
         f" guidance {chosen['guidance_scale']:g}, seed{'s' if several else ''} {shown}, {seconds:.1f} s.\n"
         f"Written to {output}"
@@ -322,6 +324,11 @@ def _check_folder(output: str, overwrite: bool) -> None:
 def convert(args: argparse.Namespace) -> None:
     """Save a checkpoint of TerDiT's authors, or a ternary model published in another form, as a packed folder."""
     _check_folder(args.output, args.overwrite)
+    index = Path(args.path) / "model_index.json"
+    if index.is_file() and read_json(index).get("_class_name") == "TerDiTPipeline":
+        raise ValueError(
+            f"{args.path} is a pipeline of this package, which needs no conversion. `terdit pack` packs float weights."
+        )
     of_authors = ("subfolder", "size", "resolution", "weights_name", "weight_format", "vae")
     if is_published_model(args.path, args.component):
         if unused := [name for name in of_authors if getattr(args, name)]:

@@ -653,6 +653,42 @@ class TestData:
         with Image.open(decoded / "first-batch.png") as picture:
             assert picture.size == (3 * 136 + 8, 3 * 150 + 8)
 
+    def test_what_is_new_since_a_checkpoint_is_told_and_is_on_the_card(self, run, caplog):
+        flags = ("--lr_scheduler", "constant", "--learning_rate", 0.001)
+        folder = run("--demo", *flags, steps=2)
+        assert "Another recipe" not in caplog.text
+        run("--demo", *flags[:3], 0.002, "--resume_from_checkpoint", "checkpoint-2", steps=4)  # a name in --output_dir
+        change = "--learning_rate 0.001, from step 2 on 0.002"
+        assert f"Another recipe than {folder / 'checkpoint-2'} was trained with" in caplog.text
+        assert change in caplog.text
+        run("--demo", *flags[:3], 0.002, "--resume_from_checkpoint", "latest", steps=6)
+        card = (folder / "README.md").read_text("utf-8")
+        assert change in card
+        assert "--max_train_steps 4, from step 4 on 6" in card
+
+    def test_a_run_that_is_complete_trains_nothing(self, run, caplog):
+        caplog.set_level("INFO")
+        folder = run("--demo", steps=2)
+        caplog.clear()
+        run("--demo", "--resume_from_checkpoint", "latest", steps=2)
+        assert f"{folder / 'checkpoint-2'} has reached --max_train_steps 2: nothing to train" in caplog.text
+        assert "Running training" not in caplog.text
+
+    def test_a_checkpoint_that_is_not_there_and_another_optimizer_are_refused(self, run):
+        folder = run("--demo", steps=2)
+        with pytest.raises(SystemExit, match=f"no such folder. {folder} holds checkpoint-2."):
+            run("--demo", "--resume_from_checkpoint", "checkpoint-9", steps=4)
+        with pytest.raises(SystemExit, match="was trained with --optimizer adamw, this run has muon"):
+            run("--demo", "--resume_from_checkpoint", "latest", "--optimizer", "muon", steps=4)
+
+    def test_metadata_that_is_not_read_is_told(self, run, image_folder, caplog):
+        (image_folder / "metadata.jsonl").write_text('{"file_name": "ant/0.png", "text": "an ant"}')
+        run("--train_data_dir", image_folder, "--resolution", 16, steps=1)
+        assert (
+            f"metadata.jsonl is not read. To train on a column of it, pass --dataset_name {image_folder}"
+            in caplog.text
+        )
+
     def test_a_run_is_resumed_with_the_classes_it_was_trained_with(self, run, image_folder):
         flags = ("--train_data_dir", image_folder, "--resolution", 16)
         folder = run(*flags)

@@ -11,7 +11,7 @@ from functools import partial
 
 import diffusers
 import torch
-from diffusers import ModelMixin
+from diffusers import DDPMScheduler, ModelMixin
 from filelock import FileLock
 from message_table import PTH, WEIGHTS, Fixed, Row, changed, dit, edit, terdit
 from safetensors.torch import load_file, save_file
@@ -259,6 +259,12 @@ def command(*arguments):
 
 def generate(*arguments):
     return command("generate", *arguments, "--num_inference_steps", 1, "--output", "TMP/x.png")
+
+
+def labels_without_classes(w):
+    pipe = TerDiTPipeline(w.model(num_classes=1), DDPMScheduler())
+    pipe.save_pretrained(w.tmp / "alone")
+    terdit("generate", w.tmp / "alone", "--labels", 0)
 
 
 def picture_in_a_file(w):
@@ -557,7 +563,7 @@ ROWS = [
     # the command
     Row(command("info", "TMP/x"), "TMP/x", "is not a folder", "Pass that of a saved pipeline, or a Hub id.",
         error=FileNotFoundError),
-    Row(command("info", "cifar"), "'cifar'", "No bundled checkpoint", "there are 'digits', 'emoji', 'fashion'"),
+    Row(command("info", "cifar"), "'cifar'", "no bundled checkpoint (digits, emoji", "no Hub id (owner/name)"),
     Row(generate("--device", "toaster"), "'toaster'", "cannot be used here", "`cpu` always can."),
     Row(generate("--scheduler", "DDIN"), "'DDIN'", "diffusers has no scheduler", "Close matches: DDIMScheduler"),
     Row(generate("emoji", "--labels", "gost"), "'gost'", "is not a label of emoji",
@@ -576,6 +582,9 @@ ROWS = [
         "Pass the newest checkpoint", error=FileNotFoundError),
     Row(changed("pipe", lambda folder: terdit("export", folder, folder.parent / "out")), "TMP/pipe",
         "is a pipeline already", "Use it as it is"),
+    Row(changed("pipe", lambda folder: terdit("convert", folder, folder.parent / "out")), "TMP/pipe",
+        "is a pipeline of this package", "`terdit pack` packs float weights."),
+    Row(labels_without_classes, "TMP/alone", "has no classes", "Leave out --labels."),
     Row(lambda w: terdit("generate", "digits", "--labels", ","), "','", "names no label", "Pass names or class ids"),
     Row(info_of_a_checkpoint, "TMP/checkpoint-4", "is a checkpoint of a training run", "by `terdit export TMP/"),
     Row(picture_in_a_file, "TMP/file/x.png", "TMP/file is a file", "Choose another --output.",

@@ -227,7 +227,7 @@ class TestSampling:
         sample(pipe)
         assert not caplog.records
         assert sample(pipe, height=16, width=8).shape[-2:] == (16, 8)
-        assert "trained on images of 8 x 8 pixels. At 16 x 8 they may be distorted" in caplog.text
+        assert "trained on images of 8 x 8 pixels. At 8 x 16 they may be distorted" in caplog.text
 
     def test_same_seed_gives_the_same_image_packed_or_not_and_another_seed_another(self, tiny_pipeline):
         pipe = tiny_pipeline(weight_format="packed")

@@ -218,6 +218,14 @@ def test_the_page_is_what_the_script_writes(monkeypatch, capsys):
     assert capsys.readouterr().out == schedulers.page() + "\n"
 
 
+def test_a_scheduler_by_name_keeps_the_shift_and_takes_nothing_it_does_not_know(caplog):
+    current = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    found = scheduler_by_name("dpm", current, "flow_prediction")
+    assert found.config.flow_shift == 3.0
+    assert "base_shift" not in found.config
+    assert "not expected" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("short", "prediction", "name"),
     [

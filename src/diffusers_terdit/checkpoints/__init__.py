@@ -47,4 +47,7 @@ def resolve_model(model: str) -> str:
         raise FileNotFoundError(f"No file {model} is here. Check its path; a model is a folder or a Hub id.")
     if model.startswith(("/", ".", "~")) or model.count("/") > 1:
         raise FileNotFoundError(f"{model} is not a folder. Pass that of a saved pipeline, or a Hub id.")
+    if "/" not in model and model not in BUNDLED:
+        known = ", ".join(BUNDLED)
+        raise ValueError(f"{model!r} is no folder here, no Hub id (owner/name), and no bundled checkpoint ({known}).")
     return model if "/" in model else str(bundled(model))

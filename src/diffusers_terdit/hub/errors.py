@@ -94,10 +94,8 @@ def _hub_message(name: str, revision: str | None, writing: bool, error: BaseExce
         return f"The Hub answered {status} for {name} ({reason}). Try again later."
     broken = found(httpx.TransportError)
     if broken:
-        return (
-            f"The connection to the Hub broke off at {name} ({type(broken).__name__}: {broken}). Try again: complete"
-            " files are not sent twice."
-        )
+        way = "complete files are not sent twice" if writing else "if you meant a folder, check its name"
+        return f"The connection to the Hub broke off at {name} ({type(broken).__name__}: {broken}). Try again; {way}."
     if found(LocalEntryNotFoundError):
         return f"{name} is not in the cache as a whole. Load it once without `local_files_only`."
     return None

@@ -452,7 +452,7 @@ class TerDiTPipeline(StrictPipelineMixin, PipelineAdapterMixin, DiffusionPipelin
         )  # fmt: skip
         if (height, width) != (default_size, default_size):
             logger.warning(
-                f"This model was trained on images of {default_size} x {default_size} pixels. At {height} x {width}"
+                f"This model was trained on images of {default_size} x {default_size} pixels. At {width} x {height}"
                 " they may be distorted."
             )
         with self._running(), unused_variance_lifted(self.scheduler):

@@ -94,9 +94,13 @@ def scheduler_by_name(name: str, current: SchedulerMixin, prediction: str | None
         near = [names[short] for short in difflib.get_close_matches(key, names, n=3)] or inside[:3]
         raise ValueError(
             f"diffusers has no scheduler {name!r}. {'Close matches' if near else 'There are'}: "
-            f"{', '.join(near or ['DDPMScheduler', 'DDIMScheduler', 'DPMSolverMultistepScheduler', '...'])}."
+            f"{', '.join(near or ['dpm', 'unipc', 'euler', 'heun', 'DDPMScheduler', 'DDIMScheduler'])}."
         )
-    return fitting_scheduler(found.from_config(current.config), prediction)  # type: ignore[attr-defined]
+    parameters = inspect.signature(found).parameters  # diffusers warns of each setting that is none of them
+    config = {key: value for key, value in current.config.items() if key in parameters or key.startswith("_")}
+    if "flow_shift" in parameters and "shift" in current.config:
+        config["flow_shift"] = current.config["shift"]
+    return fitting_scheduler(found.from_config(config), prediction)  # type: ignore[attr-defined]
 
 
 def _short(name: str) -> str:
@@ -158,7 +162,7 @@ def fitting_scheduler(scheduler: Any, prediction: str | None) -> Any:
     settings: dict[str, Any] = {"prediction_type": prediction}
     if takes_flow:
         shift = "flow_shift" if config.get("use_flow_sigmas") else "shift"
-        settings |= {"use_flow_sigmas": flow, "flow_shift": config.get(shift, 1.0)}
+        settings |= {"use_flow_sigmas": flow, "flow_shift": config.get(shift, config.get("flow_shift", 1.0))}
     return cls.from_config(scheduler.config, **settings)
 
 

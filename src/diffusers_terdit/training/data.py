@@ -100,6 +100,7 @@ class ImageSamples(Dataset):
         self._kept: Tensor | None = None  # one tensor: thousands of small ones would scatter the heap
         self._is_kept = torch.zeros(0, dtype=torch.bool)
         self._keeps = keep
+        self._skipped: set[int] = set()  # and logged
         self.resolution, self.channels, self.flip, self.folders = resolution, channels, flip, folders
         self.background = background
 
@@ -310,13 +311,17 @@ class ImageSamples(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if not 0 <= index < len(self):  # what ends a `for` over the samples
             raise IndexError(f"There are {len(self)} images, numbered from 0, no number {index}.")
-        for offset in range(100):
+        for offset in range(min(100, len(self))):
             other = (index + offset) % len(self)
             try:
                 return self._pixels(other), self.labels[other]
             except OSError as error:
-                logger.warning(f"Skipped: {error}")
-        raise OSError(f"100 images in a row, from number {index}, cannot be read. The log names each of them.")
+                if other not in self._skipped:
+                    logger.warning(f"Skipped: {error}")
+                self._skipped.add(other)
+        raise OSError(
+            f"{offset + 1} images in a row, from number {index}, cannot be read. The log names each of them."
+        )
 
 
 def _is_hidden(name: str) -> bool:
