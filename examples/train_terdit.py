@@ -378,6 +378,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     sources = [args.demo, args.train_data_dir, args.dataset_name, args.train_latents_dir]
     if sum(bool(source) for source in sources) != 1:
         parser.error("pass one of --demo, --train_data_dir, --dataset_name, --train_latents_dir")
+    if not latents and args.resolution % args.patch_size:
+        parser.error(f"--resolution {args.resolution} must be a multiple of --patch_size {args.patch_size}")
     if args.demo and args.preset:
         parser.error("--demo brings its own model; leave out --preset")
     if args.demo and (args.resolution, args.in_channels) != (8, 1):

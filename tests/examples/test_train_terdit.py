@@ -857,6 +857,7 @@ class TestRefusals:
             (("--demo", "--activation_bits", 8, "--ternary", "false"), "--activation_bits"),
             (("--demo", "--use_8bit_adam", "--fsdp"), "leave out --fsdp"),
             (("--demo", "--use_8bit_adam", "--optimizer", "muon"), "--use_8bit_adam is for AdamW alone"),
+            (("--train_data_dir", "x", "--resolution", 31), "--resolution 31 must be a multiple of --patch_size"),
             (("--demo", "--total_batch_size", 12), "no multiple of 1 process"),
             (("--demo", "--lr_scheduler", "linear"), "invalid choice"),
             (("--demo", "--checkpoints_total_limit", "0"), "expected an integer, 1 or more, got '0'"),

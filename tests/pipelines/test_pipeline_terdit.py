@@ -214,6 +214,14 @@ class TestSampling:
         with pytest.raises(ValueError, match=r"must be a dict|must be a positive int|must be a number|finite"):
             tiny_pipeline(sampling_defaults=wrong)
 
+    def test_guidance_without_label_dropout_is_told(self, tiny_pipeline, caplog):
+        options = {"num_inference_steps": 1, "output_type": "latent"}
+        tiny_pipeline()(3, guidance_scale=2, **options)
+        tiny_pipeline(class_dropout_prob=0.0)(3, guidance_scale=1, **options)
+        assert "label dropout" not in caplog.text
+        tiny_pipeline(class_dropout_prob=0.0)(3, guidance_scale=2, **options)
+        assert "trained without label dropout: guidance_scale=2 compares" in caplog.text
+
     def test_a_model_of_one_class_needs_no_label(self, tiny_pipeline):
         alone, several = tiny_pipeline(num_classes=1, id2label={}), tiny_pipeline()
         options = {"num_inference_steps": 2, "guidance_scale": 1, "output_type": "latent"}

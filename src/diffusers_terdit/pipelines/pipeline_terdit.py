@@ -455,6 +455,11 @@ class TerDiTPipeline(StrictPipelineMixin, PipelineAdapterMixin, DiffusionPipelin
                 f"This model was trained on images of {default_size} x {default_size} pixels. At {width} x {height}"
                 " they may be distorted."
             )
+        if guidance_scale > 1 and not self.transformer.config.class_dropout_prob:
+            logger.warning(
+                f"This model was trained without label dropout: guidance_scale={guidance_scale:g} compares with a label"
+                " that it has not learned. Pass 1."
+            )
         with self._running(), unused_variance_lifted(self.scheduler):
             self._guidance_scale = float(guidance_scale)
             self._interrupt = False
