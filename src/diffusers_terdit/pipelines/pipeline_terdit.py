@@ -457,8 +457,8 @@ class TerDiTPipeline(StrictPipelineMixin, PipelineAdapterMixin, DiffusionPipelin
             )
         if guidance_scale > 1 and not self.transformer.config.class_dropout_prob:
             logger.warning(
-                f"This model was trained without label dropout: guidance_scale={guidance_scale:g} compares with a label"
-                " that it has not learned. Pass 1."
+                f"This model was trained without label dropout: guidance_scale={guidance_scale:g} compares with a"
+                " label that it has not learned. Pass 1."
             )
         with self._running(), unused_variance_lifted(self.scheduler):
             self._guidance_scale = float(guidance_scale)
