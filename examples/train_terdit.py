@@ -711,7 +711,8 @@ class Trainer:
             raise SystemExit(
                 f"{folder} was trained with other classes: {shown}. Pass {advice}, or another --output_dir."
             )
-        options = read_json(folder / training.checkpointing.STATE_NAME).get("options", {})
+        options = read_json(folder / training.checkpointing.STATE_NAME).get("options")
+        options = options if isinstance(options, dict) else {}  # of a checkpoint from before they were kept
         if options.get("optimizer", self.args.optimizer) != self.args.optimizer:
             raise SystemExit(
                 f"{folder} was trained with --optimizer {options['optimizer']}, this run has {self.args.optimizer}."
@@ -729,8 +730,11 @@ class Trainer:
             self.samples.shard_sizes.update({int(key): size for key, size in state["shard_sizes"].items()})
         logger.info(f"resumed {folder} at step {self.step}")
         changed = [name for name in RECIPE if name in options and options[name] != getattr(self.args, name)]
-        new = [f"--{name} {options[name]}, from step {self.step} on {getattr(self.args, name)}" for name in changed]
-        self.changes = [*state.get("changes", []), *new]
+        new = [
+            f"--{name} {options[name]!s:.80}, from step {self.step} on {getattr(self.args, name)}" for name in changed
+        ]
+        before = state.get("changes")
+        self.changes = [*map(str, before if isinstance(before, list) else []), *new]
         if new:
             logger.warning(f"Another recipe than {folder} was trained with: {'; '.join(new)}")
 

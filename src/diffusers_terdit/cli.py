@@ -61,7 +61,10 @@ PROGRAMS = {
 LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 TOKENS_AT_ONCE = 4096  # more at once take more memory, and on a CPU no less time each
 # Distributions whose versions a report of a bug needs.
-REPORTED = ("torch", "diffusers", "transformers", "accelerate", "huggingface-hub", "peft", "numba", "triton")
+REPORTED = (
+    *("torch", "diffusers", "transformers", "accelerate", "safetensors", "huggingface-hub", "datasets"),
+    *("matplotlib", "peft", "gradio", "numba", "triton"),
+)
 
 
 def load_pipeline(model: str, dtype: str = "float32") -> TerDiTPipeline:

@@ -74,6 +74,8 @@ def draw(path: str | os.PathLike, picture: str | os.PathLike) -> None:
         positive: list[float] = []
         for key, name in curves.items():
             points = [(record["step"], record[key]) for record in records if key in record]
+            if not points:
+                continue
             values = [100 * value if title.endswith("%") else value for _, value in points]
             style: dict[str, Any] = {"linewidth": 1.2, "markersize": 5, "marker": "." if len(points) < 30 else ""}
             axis.plot([step for step, _ in points], values, label=name, **style)
