@@ -325,7 +325,7 @@ def render(folder: Path) -> str:
         missing="; ".join(arm for arm in ARMS if arm not in dict(screen)),
         longer=longer,
         sizes=[[arm, f"{size / 1e3:,.0f}", f"{n:,}", *cells([found])] for size, arm, n, found in sorted(sizes)],
-        seeds=[[arm, f"{n:,}", *cells(found)] for (arm, n), found in seeds.items() if len(found) == len(SEEDS)],
+        seeds=[[arm, f"{n:,}", str(len(found)), *cells(found)] for (arm, n), found in seeds.items() if len(found) > 1],
         rates=[[arm, f"{rate:g}", *cells(found)] for arm, rate, found in rates if found],
     )
 
