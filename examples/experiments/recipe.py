@@ -168,12 +168,13 @@ class Study:
         return torch.cat(errors).mean().item()
 
     def judged(self, pipe: TerDiTPipeline) -> dict:
-        """Held-out loss, in float32; distance and share recognised of what a pipeline draws, in bfloat16."""
+        """Held-out loss, in float32; distance and share recognised of what it draws, in bfloat16 where that is not slow."""
         loss = self.held_out_loss(pipe)
         if pipe.transformer.config.prediction_type == "epsilon":
             pipe.scheduler = scheduler_by_name("dpm", pipe.scheduler, "epsilon")
         network, test = fashion.load_judge(self.args.judge)
-        pipe.transformer.to(torch.bfloat16)
+        if pipe.transformer.config.ternary or torch.cpu._is_avx512_bf16_supported():
+            pipe.transformer.to(torch.bfloat16)
         if self.args.compile:
             torch._dynamo.reset()
             pipe.transformer.compile_repeated_blocks(dynamic=False)
