@@ -168,7 +168,7 @@ class Study:
         return torch.cat(errors).mean().item()
 
     def judged(self, pipe: TerDiTPipeline) -> dict:
-        """Held-out loss, in float32; distance and share recognised of what it draws, in bfloat16 where that is not slow."""
+        """Held-out loss, in float32; distance and share recognised of its pictures, in bfloat16 where that is fast."""
         loss = self.held_out_loss(pipe)
         if pipe.transformer.config.prediction_type == "epsilon":
             pipe.scheduler = scheduler_by_name("dpm", pipe.scheduler, "epsilon")
