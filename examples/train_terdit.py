@@ -56,6 +56,7 @@ from diffusers_terdit.arguments import (
     share,
 )
 from diffusers_terdit.cli import run_program
+from diffusers_terdit.hub.model_card import printable
 from diffusers_terdit.hub.push import push_saved
 from diffusers_terdit.pipelines.schedulers import training_scheduler
 from diffusers_terdit.storage.saving import new_file, output_folder, writing
@@ -145,7 +146,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--ffn_dim",
         type=at_least(1),
         help="The feed-forward layers have this width. If neither this nor the preset sets it, or if the"
-        " model is passed: 8/3 of that, rounded up to a multiple of 256.",
+        " model has another width than the preset's: 8/3 of that, rounded up to a multiple of 256.",
     )
     add(
         "--pos_embed_type",
@@ -372,9 +373,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.set_defaults(**training.recipes.PRESETS[preset])
     if preset == "tiny" and known.train_data_dir and training.idx.holds(known.train_data_dir):
         parser.set_defaults(resolution=training.idx.resolution(known.train_data_dir), in_channels=1)
-    if known.num_attention_heads or known.attention_head_dim:  # a preset's feed-forward layers would not fit
-        parser.set_defaults(ffn_dim=None)
     args = parser.parse_args(argv)
+    of_preset = parser.get_default("num_attention_heads") * parser.get_default("attention_head_dim")
+    if not known.ffn_dim and args.num_attention_heads * args.attention_head_dim != of_preset:
+        args.ffn_dim = None  # the preset's belongs to another width
     sources = [args.demo, args.train_data_dir, args.dataset_name, args.train_latents_dir]
     if sum(bool(source) for source in sources) != 1:
         parser.error("pass one of --demo, --train_data_dir, --dataset_name, --train_latents_dir")
@@ -433,11 +435,11 @@ def checkpoint_folder(args: argparse.Namespace, found: list[Path]) -> Path | Non
     name = args.resume_from_checkpoint
     if not name or name == "latest":
         return found[-1] if name and found else None
-    folder = next((path for path in (Path(name), args.output_dir / name) if path.is_dir()), None)
-    if folder is None:
-        held = ", ".join(path.name for path in found) or "no checkpoint"
-        raise SystemExit(f"--resume_from_checkpoint {name}: there is no such folder. {args.output_dir} holds {held}.")
-    return folder
+    for folder in (args.output_dir / Path(name).name, Path(name)) if Path(name).name == name else (Path(name),):
+        if training.checkpointing.is_checkpoint(folder):
+            return folder
+    held = ", ".join(path.name for path in found) or "none"
+    raise SystemExit(f"--resume_from_checkpoint {name}: that is no checkpoint. {args.output_dir} holds {held}.")
 
 
 def open_samples(args: argparse.Namespace, channels: int):
@@ -713,7 +715,7 @@ class Trainer:
             )
         options = read_json(folder / training.checkpointing.STATE_NAME).get("options")
         options = options if isinstance(options, dict) else {}  # of a checkpoint from before they were kept
-        if options.get("optimizer", self.args.optimizer) != self.args.optimizer:
+        if options.get("optimizer") in ("adamw", "muon") and options["optimizer"] != self.args.optimizer:
             raise SystemExit(
                 f"{folder} was trained with --optimizer {options['optimizer']}, this run has {self.args.optimizer}."
                 f" Pass --optimizer {options['optimizer']}, or another --output_dir."
@@ -729,12 +731,18 @@ class Trainer:
         if self.args.streaming:
             self.samples.shard_sizes.update({int(key): size for key, size in state["shard_sizes"].items()})
         logger.info(f"resumed {folder} at step {self.step}")
-        changed = [name for name in RECIPE if name in options and options[name] != getattr(self.args, name)]
         new = [
-            f"--{name} {options[name]!s:.80}, from step {self.step} on {getattr(self.args, name)}" for name in changed
+            f"--{name} {printable(str(options[name])):.80}, from step {self.step} on {getattr(self.args, name)}"
+            for name in RECIPE
+            if name in options and options[name] != getattr(self.args, name)
         ]
         before = state.get("changes")
         self.changes = [*map(str, before if isinstance(before, list) else []), *new]
+        if new and self.step >= self.args.max_train_steps:
+            raise SystemExit(
+                f"{folder} has reached step {self.step}: nothing is left to train with another recipe"
+                f" ({'; '.join(new)}). Pass a larger --max_train_steps, or the options that it was trained with."
+            )
         if new:
             logger.warning(f"Another recipe than {folder} was trained with: {'; '.join(new)}")
 

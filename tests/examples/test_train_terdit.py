@@ -673,10 +673,14 @@ class TestData:
         run("--demo", "--resume_from_checkpoint", "latest", steps=2)
         assert f"{folder / 'checkpoint-2'} has reached --max_train_steps 2: nothing to train" in caplog.text
         assert "Running training" not in caplog.text
+        with pytest.raises(
+            SystemExit, match=r"nothing is left to train with another recipe .--learning_rate 0.004, from"
+        ):
+            run("--demo", "--resume_from_checkpoint", "latest", "--learning_rate", 0.005, steps=2)
 
     def test_a_checkpoint_that_is_not_there_and_another_optimizer_are_refused(self, run):
         folder = run("--demo", steps=2)
-        with pytest.raises(SystemExit, match=f"no such folder. {folder} holds checkpoint-2."):
+        with pytest.raises(SystemExit, match=f"that is no checkpoint. {folder} holds checkpoint-2."):
             run("--demo", "--resume_from_checkpoint", "checkpoint-9", steps=4)
         with pytest.raises(SystemExit, match="was trained with --optimizer adamw, this run has muon"):
             run("--demo", "--resume_from_checkpoint", "latest", "--optimizer", "muon", steps=4)
@@ -894,6 +898,7 @@ class TestRefusals:
     [
         ((), 384),
         (("--num_layers", "9"), 384),
+        (("--num_attention_heads", "8", "--attention_head_dim", "16"), 384),
         (("--num_attention_heads", "6"), None),
         (("--attention_head_dim", "64", "--ffn_dim", "100"), 100),
     ],

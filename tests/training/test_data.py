@@ -1,6 +1,7 @@
 import json
 import logging
 import math
+from concurrent.futures import ThreadPoolExecutor
 from statistics import NormalDist
 
 import numpy as np
@@ -101,6 +102,17 @@ class TestImages:
         first, second = samples[0], samples[1]
         (image_folder / "ant" / "0.png").unlink()
         assert torch.equal(samples[0][0], (first if fits else second)[0])
+
+    def test_threads_may_read_images_that_are_kept_and_change_what_they_get(self):
+        arrays = np.random.default_rng(0).integers(0, 256, (24, 16, 16), dtype=np.uint8)
+        for _ in range(50):
+            samples = training.data.ImageSamples.from_pairs([(array, 0) for array in arrays])
+            with ThreadPoolExecutor(4) as threads:
+                found = [image for image, _ in threads.map(samples.__getitem__, [*range(24), *range(24)])]
+            for image, array in zip(found, [*arrays, *arrays], strict=True):
+                assert torch.equal(image, torch.from_numpy(array)[None] / 127.5 - 1)
+                image.zero_()
+            assert torch.equal(samples[3][0], torch.from_numpy(arrays[3])[None] / 127.5 - 1)
 
     def test_images_that_are_kept_take_the_memory_they_are_counted_with(self):
         arrays = np.random.default_rng(0).integers(0, 256, (40_000, 16, 16), dtype=np.uint8)

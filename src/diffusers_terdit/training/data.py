@@ -97,8 +97,8 @@ class ImageSamples(Dataset):
         keep: bool = True,
     ):
         self.sources, self.labels, self.id2label = sources, labels, id2label
-        self._kept: Tensor | None = None  # one tensor: thousands of small ones would scatter the heap
-        self._is_kept = torch.zeros(0, dtype=torch.bool)
+        # All images, and which of them were read. One tensor, because thousands of small ones would scatter the heap.
+        self._kept: tuple[Tensor, Tensor] | None = None
         self._keeps = keep
         self._skipped: set[int] = set()  # and logged
         self.resolution, self.channels, self.flip, self.folders = resolution, channels, flip, folders
@@ -300,13 +300,15 @@ class ImageSamples(Dataset):
         """Return an image, read once if they are kept."""
         if not self.kept_bytes:
             return self.read(index)
-        if self._kept is None:
-            self._kept = torch.empty(len(self), self.channels, self.resolution, self.resolution)
-            self._is_kept = torch.zeros(len(self), dtype=torch.bool)
-        if not self._is_kept[index]:
-            self._kept[index] = self.read(index)
-            self._is_kept[index] = True
-        return self._kept[index]
+        kept = self._kept  # threads that meet here may each make one; the last stays
+        if kept is None:
+            images = torch.empty(len(self), self.channels, self.resolution, self.resolution)
+            kept = self._kept = images, torch.zeros(len(self), dtype=torch.bool)
+        images, is_read = kept
+        if not is_read[index]:
+            images[index] = self.read(index)
+            is_read[index] = True
+        return images[index].clone()
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if not 0 <= index < len(self):  # what ends a `for` over the samples
