@@ -36,11 +36,11 @@ STEPS, LONG_STEPS = 2000, 6000
 EQUAL_COMPUTE = 11_600  # steps of width 48 that take as many multiplications as STEPS of width 128
 CEILING = 0.9231  # what the judge recognizes of the test images
 ANSWER = """\
-**So far:** Muon trains a small ternary model better than AdamW: after 2,000 steps, 12 to 32 minutes of one core, the
-distance of its pictures to real ones is 5.1 instead of 6.1, and a judge recognizes them .98 times as often as real
-ones (three seeds of each, spread .2). Full precision, trained by Muon, has 4.8 with six times the bytes; trained by
-AdamW and then rounded, int4 has 5.4 with twice the bytes and int3 7.0 with one and a half times (one seed each). Muon is the
-default of the small presets; nothing else is decided."""
+**So far:** Muon trains a small ternary model better than AdamW: after 2,000 steps, 12 to 32 minutes of one core,
+the distance of its pictures to real ones is 5.1 instead of 6.1, and a judge recognizes them .98 times as often as
+real ones (three seeds of each, spread .2). Full precision, trained by Muon, has 4.8 with six times the bytes;
+trained by AdamW and then rounded, int4 has 5.4 with twice the bytes and int3 7.0 with one and a half times (one
+seed each). Muon is the default of the small presets; nothing else is decided."""
 NUM_IMAGES, GUIDANCE, SAMPLING_STEPS = 2000, 1.5, 25
 HELD_OUT = 1000  # test images
 
