@@ -435,7 +435,8 @@ def checkpoint_folder(args: argparse.Namespace, found: list[Path]) -> Path | Non
     name = args.resume_from_checkpoint
     if not name or name == "latest":
         return found[-1] if name and found else None
-    for folder in (args.output_dir / Path(name).name, Path(name)) if Path(name).name == name else (Path(name),):
+    path = Path(name)
+    for folder in (args.output_dir / path, path) if len(path.parts) == 1 else (path,):
         if training.checkpointing.is_checkpoint(folder):
             return folder
     held = ", ".join(path.name for path in found) or "none"
@@ -744,7 +745,7 @@ class Trainer:
                 f" ({'; '.join(new)}). Pass a larger --max_train_steps, or the options that it was trained with."
             )
         if new:
-            logger.warning(f"Another recipe than {folder} was trained with: {'; '.join(new)}")
+            logger.warning(f"The recipe has changed since {folder}: {'; '.join(new)}")
 
     def train(self) -> bool:
         """Train to the last step; return False where SIGTERM or Ctrl-C ended the run earlier, after saving."""

@@ -656,10 +656,12 @@ class TestData:
     def test_what_is_new_since_a_checkpoint_is_told_and_is_on_the_card(self, run, caplog):
         flags = ("--lr_scheduler", "constant", "--learning_rate", 0.001)
         folder = run("--demo", *flags, steps=2)
-        assert "Another recipe" not in caplog.text
-        run("--demo", *flags[:3], 0.002, "--resume_from_checkpoint", "checkpoint-2", steps=4)  # a name in --output_dir
+        assert "has changed since" not in caplog.text
+        run(
+            "--demo", *flags[:3], 0.002, "--resume_from_checkpoint", "checkpoint-2/", steps=4
+        )  # a name in --output_dir
         change = "--learning_rate 0.001, from step 2 on 0.002"
-        assert f"Another recipe than {folder / 'checkpoint-2'} was trained with" in caplog.text
+        assert f"The recipe has changed since {folder / 'checkpoint-2'}" in caplog.text
         assert change in caplog.text
         run("--demo", *flags[:3], 0.002, "--resume_from_checkpoint", "latest", steps=6)
         card = (folder / "README.md").read_text("utf-8")

@@ -222,6 +222,7 @@ def test_a_scheduler_by_name_keeps_the_shift_and_takes_nothing_it_does_not_know(
     current = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     found = scheduler_by_name("dpm", current, "flow_prediction")
     assert found.config.flow_shift == 3.0
+    assert scheduler_by_name("euler", found, "flow_prediction").config.shift == 3.0
     assert "base_shift" not in found.config
     assert "not expected" not in caplog.text
 

@@ -100,7 +100,7 @@ def scheduler_by_name(name: str, current: SchedulerMixin, prediction: str | None
     config = {key: value for key, value in current.config.items() if key in parameters or key.startswith("_")}
     if "flow_shift" in parameters and "shift" in current.config:
         config["flow_shift"] = current.config["shift"]
-    if "shift" in parameters and current.config.get("use_flow_sigmas"):
+    if "shift" in parameters and current.config.get("use_flow_sigmas") and "flow_shift" in current.config:
         config["shift"] = current.config["flow_shift"]
     return fitting_scheduler(found.from_config(config), prediction)  # type: ignore[attr-defined]
 
