@@ -284,9 +284,10 @@ class TernaryLinear(TernaryModelMixin):
 
 
 def call_all(layers: Sequence[nn.Module], hidden_states: Tensor) -> list[Tensor]:
-    """Call layers of one input: `[layer(hidden_states) for layer in layers]`, bit for bit.
+    """Call layers of one input: `[layer(hidden_states) for layer in layers]`, by [`linears`] where they are packed.
 
-    Packed ternary layers round the input once, unless somebody wants to see the call of one of them.
+    That rounds the input to integers once, and on a GPU multiplies several matrices at once. Each layer is called as a
+    module where somebody wants to see its call.
     """
     if not torch.compiler.is_compiling() or torch_ops.is_fused(hidden_states):
         plain = [layer for layer in layers if isinstance(layer, TernaryLinear) and layer._is_plain()]

@@ -104,6 +104,13 @@ class TestTorchsChecks:
                 test_utils=["test_schema", "test_faketensor"],
             )
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_products(self, dtype):
+        layers = [new_weight(36, 72, "row"), new_weight(8, 72), new_weight(8, 72, 8)]
+        factors = [reference.split_scale(scale, dtype)[0] for _, scale, _ in layers]
+        arguments = torch.randn(2, 5, 72, dtype=dtype), [packed for packed, _, _ in layers], factors
+        torch.library.opcheck(torch.ops.diffusers_terdit.products.default, arguments)
+
     def test_pack(self):
         weight, _, scale, _ = new_layer("row")
         torch.library.opcheck(torch.ops.diffusers_terdit.pack.default, (weight, scale))
@@ -300,6 +307,30 @@ class TestManyWeightsOfOneInput:
             assert torch.equal(exact, ternary_linear(x, packed, scale, bias))
             x = x.detach()
 
+    @pytest.mark.parametrize("granularity", GRANULARITIES)
+    @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+    def test_exact_ones_are_multiplied_together_as_far_as_they_fit(self, dtype, granularity, monkeypatch):
+        """As on a GPU; here the tensors are on the CPU."""
+        x, weights, calls = torch.randn(2, 3, K).to(dtype), self.weights(granularity, "tensor"), []
+        products = torch_ops._products
+        monkeypatch.setattr(torch_ops, "_has_products", lambda device_type: True)
+        monkeypatch.setattr(torch_ops, "_products", lambda *given: calls.append(len(given[1])) or products(*given))
+        for most, groups in ((4 * N * K, [4]), (3 * N * K, [3, 1]), (2 * N * K - 1, [1] * 4), (0, [1] * 4)):
+            monkeypatch.setattr(torch_ops, "MULTIPLIED_TOGETHER", most)
+            calls.clear()
+            with torch.no_grad():
+                found = torch_ops.linears(x, weights, None)
+            assert calls == groups
+            for output, (packed, scale, bias) in zip(found, weights, strict=True):
+                expected = reference.ternary_linear(x.double(), packed, scale.double(), bias)
+                assert output.dtype == dtype
+                assert relative_error(output, expected) < TOLERANCE[dtype]
+        calls.clear()
+        torch_ops.linears(x.requires_grad_(), weights, None)[0].sum().backward()
+        torch_ops.linears(x.detach(), weights, None, trained_bits=8)
+        assert calls == []
+        assert x.grad is not None
+
     def test_whatever_does_not_fit_is_a_value_error(self):
         with pytest.raises(ValueError, match="features in its last dimension"):
             torch_ops.linears(torch.randn(3, K + 1), self.weights("tensor"), 8)
@@ -489,6 +520,16 @@ class TestWhatTheCompilerSees:
             expected = model(**inputs).sample
             output, nodes = self.compiled(lambda *x: model(*x, return_dict=False)[0], *inputs.values())
         assert nodes.count("diffusers_terdit.product.default") == len(model.ternary_layers())
+        assert relative_error(output, expected.double()) < 1e-3
+
+    @torch.no_grad()
+    def test_exact_layers_of_one_input_are_one_product(self, tiny_model, tiny_inputs, monkeypatch):
+        monkeypatch.setattr(torch_ops, "_has_products", lambda device_type: True)
+        model, inputs = tiny_model("packed", num_layers=1), tiny_inputs()
+        expected = model(**inputs).sample
+        output, nodes = self.compiled(lambda *x: model(*x, return_dict=False)[0], *inputs.values())
+        assert nodes.count("diffusers_terdit.products.default") == 2  # q, k and v; gate and up
+        assert nodes.count("diffusers_terdit.product.default") == 3
         assert relative_error(output, expected.double()) < 1e-3
 
     @pytest.mark.parametrize(

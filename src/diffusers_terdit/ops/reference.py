@@ -283,6 +283,13 @@ def scale_and_shift(output: Tensor, weight_scale: Tensor | None, bias: Tensor | 
     return output if bias is None else output.add_(bias)
 
 
+def finish(product: Tensor, outer: Tensor | None, bias: Tensor | None) -> Tensor:
+    """`scale_and_shift` in the dtype of `product` (..., N), which it may change; one kernel where there is no bias."""
+    if bias is not None:
+        return scale_and_shift(product, outer, bias).to(product.dtype)
+    return product if outer is None else product.mul_(outer.float().reshape(-1))
+
+
 def scaled_linear_input_grad(grad: Tensor, ternary: Tensor, weight_scale: Tensor) -> Tensor:
     """Gradient of `scaled_linear` to its input: (..., N) -> (..., K), `grad`'s dtype."""
     if is_grouped(weight_scale):
@@ -379,6 +386,12 @@ def add_groups(
 def product(input: Tensor, weight_packed: Tensor, factor: Tensor | None) -> Tensor:
     """`input @ (factor * T)^T`, the factor as `split_scale` gives that for inside the matrix: (..., K) -> (..., N)."""
     return F.linear(input, times(unpack_ternary(weight_packed, input.dtype), factor))
+
+
+def products(input: Tensor, weights_packed: list[Tensor], factors: list[Tensor | None]) -> Tensor:
+    """`product` of one input and each of several weights, next to each other: (..., K) -> (..., sum of N)."""
+    pairs = zip(weights_packed, factors, strict=True)
+    return torch.cat([product(input, weight_packed, factor) for weight_packed, factor in pairs], dim=-1)
 
 
 def times(ternary: Tensor, factor: Tensor | None) -> Tensor:

@@ -100,6 +100,9 @@ def quantize_activations(input: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
 # ---- the ops ----
 
 _library = Library("diffusers_terdit", "DEF")
+# Weights of one input that one matmul multiplies: 64 MiB in half precision, about what the L2 of a large GPU holds. A
+# wider layer fills the GPU by itself.
+MULTIPLIED_TOGETHER = 2**25
 
 
 def _outside_autocast(kernel):
@@ -173,6 +176,12 @@ def _product(input: Tensor, weight_packed: Tensor, factor: Tensor | None, float_
 
 
 @_op
+def _products(input: Tensor, weights_packed: list[Tensor], factors: list[Tensor | None]) -> Tensor:
+    """`_product` of one input and each of several weights, next to each other: (..., sum of N). No gradients."""
+    return reference.products(input, weights_packed, factors)
+
+
+@_op
 def _product_backward(
     grad: Tensor, input: Tensor | None, weight_packed: Tensor, factor: Tensor | None, need_input_grad: bool
 ) -> tuple[Tensor, Tensor]:
@@ -222,6 +231,11 @@ def _(input, weight_packed, weight_scale, bias, bits):
 @register_fake(_product.name(), lib=_library)
 def _(input, weight_packed, factor, float_weight):
     return input.new_empty(*input.shape[:-1], _out_features(weight_packed))
+
+
+@register_fake(_products.name(), lib=_library)
+def _(input, weights_packed, factors):
+    return input.new_empty(*input.shape[:-1], sum(map(_out_features, weights_packed)))
 
 
 @register_fake(_product_backward.name(), lib=_library)
@@ -358,6 +372,7 @@ class _Device(NamedTuple):
     choose: Callable[[torch.device, Case], Choice]
     check_integers: Callable[[int], None]
     packs_first: Callable[[torch.dtype], bool]
+    has_products: bool
     integer_linears: Callable[..., list[Tensor]] | None
 
 
@@ -376,6 +391,7 @@ def register_kernels(
     integer_product: Callable[..., Tensor] = reference.integer_product,
     round_to_bytes: Callable[..., tuple[Tensor, Tensor]] = reference.round_to_bytes,
     fp8_product: Callable[..., Tensor] = reference.fp8_product,
+    products: Callable[..., Tensor] | None = None,
     pack: Callable[..., tuple[Tensor, Tensor]] = reference.pack_float,
     packs_first: Callable[[torch.dtype], bool] = lambda dtype: False,
     integer_linears: Callable[..., list[Tensor]] | None = None,
@@ -394,12 +410,13 @@ def register_kernels(
         integer_product (`Callable`): See `reference.integer_product`.
         round_to_bytes (`Callable`): See `reference.round_to_bytes`.
         fp8_product (`Callable`): See `reference.fp8_product`.
+        products (`Callable`, *optional*): See `reference.products`. `None`: layers of one input multiply one by one.
         pack (`Callable`): See `reference.pack_float`.
         packs_first (`Callable`): (dtype) -> whether a float weight is packed, once for the product and its gradients.
         integer_linears (`Callable`, *optional*): No op, for calls without gradients: (input, weights, bits) ->
             outputs, as [`linears`] says.
     """
-    _devices[device_type] = _Device(choose, check_integers, packs_first, integer_linears)
+    _devices[device_type] = _Device(choose, check_integers, packs_first, products is not None, integer_linears)
 
     def linear_of_codes(input, weight, weight_scale, bias, float_weight):
         return linear(input, weight, weight_scale, bias)
@@ -418,6 +435,8 @@ def register_kernels(
         "fp8_product": fp8_product,
         "pack": pack,
     }
+    if products is not None:
+        kernels["products"] = products
     for name, kernel in kernels.items():
         _register(name, device_type.upper(), kernel)
 
@@ -477,6 +496,11 @@ def choose_kernel(
 @torch.compiler.assume_constant_result
 def _packs_first(device_type: str, dtype: torch.dtype) -> bool:
     return device_type in _devices and _devices[device_type].packs_first(dtype)
+
+
+@torch.compiler.assume_constant_result
+def _has_products(device_type: str) -> bool:
+    return device_type in _devices and _devices[device_type].has_products
 
 
 def has_integer_kernel(device_type: str) -> bool:
@@ -559,6 +583,35 @@ def _finish(product: Tensor, outer: Tensor | None, bias: Tensor | None) -> Tenso
     output = reference.at_least_float32(product)
     output = output if outer is None else output * outer.reshape(-1)  # (..., N) * (1,) or (N,)
     return (output if bias is None else output + bias).to(product.dtype)
+
+
+def _exact_of_packed(input: Tensor, layers: list[tuple[Tensor, Tensor, Tensor | None]]) -> list[Tensor]:
+    """`_exact` of packed layers without gradients: those that are small are multiplied together."""
+    outputs: list[Tensor] = []
+    for together in _groups(layers):
+        scales = [reference.split_scale(weight_scale, input.dtype) for _, weight_scale, _ in together]
+        weights = [weight_packed for weight_packed, _, _ in together]
+        product = _products(input, weights, [inner for inner, _ in scales])
+        parts = product.split([_out_features(weight) for weight in weights], dim=-1)
+        finish = _finish if is_fused(input) else reference.finish  # which the compiler would not see through
+        outputs += [
+            finish(part, outer, bias) for part, (_, outer), (_, _, bias) in zip(parts, scales, together, strict=True)
+        ]
+    return outputs
+
+
+def _groups(layers: list[tuple[Tensor, Tensor, Tensor | None]]) -> list[list[tuple[Tensor, Tensor, Tensor | None]]]:
+    """Split packed layers, in their order, into groups of `MULTIPLIED_TOGETHER` weights at most, or of one layer."""
+    groups: list[list[tuple[Tensor, Tensor, Tensor | None]]] = []
+    left = 0
+    for layer in layers:
+        size = reference.CODES_PER_BYTE * layer[0].numel()
+        if size > left:
+            groups.append([])
+            left = MULTIPLIED_TOGETHER
+        groups[-1].append(layer)
+        left -= size
+    return groups
 
 
 def _in_integers(input: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
@@ -689,7 +742,10 @@ def linears(
     requested_bits: int | str | None = "auto",
     trained_bits: int | None = None,
 ) -> list[Tensor]:
-    """[`linear`] of one input and each of several packed layers, bit for bit; the input is rounded to integers once.
+    """[`linear`] of one input and each of several packed layers; the input is rounded to integers once.
+
+    The bits are those of [`linear`], but on a GPU where exact layers are multiplied together: there a matmul of
+    another width may sum in another order.
 
     Args:
         input (`torch.Tensor`): (..., K), float. Cast to the autocast dtype inside autocast.
@@ -719,6 +775,9 @@ def linears(
         if many is not None:
             with torch.autocast(cast.device.type, enabled=False):
                 return many(cast, layers, first)
+    exact = trained_bits is None and set(bits) == {None}
+    if exact and _has_products(cast.device.type) and not _wants_gradients(input, layers):
+        return _exact_of_packed(cast, layers)
     return [_compute(input, cast, *layer, each, trained_bits) for layer, each in zip(layers, bits, strict=True)]
 
 

@@ -86,6 +86,40 @@ class TestLinear:
             torch.testing.assert_close(output, expected, rtol=2e-3, atol=1e-3, equal_nan=True)
 
 
+class TestProducts:
+    """Several weights of one input."""
+
+    @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+    def test_it_is_the_product_of_each(self, dtype, decoder, device):
+        layers = [
+            new_weight(36, 72, "tensor", device),
+            new_weight(8, 72, "row", device),
+            new_weight(16, 72, 8, device),
+        ]
+        for shape, kinds in (((33,), layers), ((2, 3), layers[:2]), ((2, 3), layers[:1]), ((0,), layers)):
+            x = torch.randn(*shape, 72, device=device).to(dtype)
+            weights = [packed for packed, _, _ in kinds]
+            factors = [reference.split_scale(scale, dtype)[0] for _, scale, _ in kinds]
+            found = decode.products(decoder, x, weights, factors)
+            assert found.dtype == dtype
+            assert found.shape == (*shape, sum(4 * len(packed) for packed in weights))
+            for part, packed, factor in zip(
+                found.split([4 * len(packed) for packed in weights], -1), weights, factors, strict=True
+            ):
+                wide = None if factor is None else factor.double()
+                expected = reference.product(x.double(), packed, wide)
+                assert not x.numel() or relative_error(part, expected) < TOLERANCE[dtype]
+
+    def test_float32_in_pieces(self, decoder, device, monkeypatch):
+        layers = [new_weight(36, 72, "tensor", device), new_weight(8, 72, "row", device)]
+        x, asked = torch.randn(5, 72, device=device), []
+        monkeypatch.setattr(decode, "takes_pieces", lambda *given: asked.append(given) or True)
+        found = decode.products(decoder, x, [packed for packed, _, _ in layers], [None, None])
+        expected = [reference.product(x.double(), packed, None) for packed, _, _ in layers]
+        assert relative_error(found, torch.cat(expected, -1)) < 1e-6
+        assert asked == [(x.device, torch.float32, False)]
+
+
 class TestPieces:
     """float32 as three numbers of bfloat16."""
 

@@ -40,6 +40,18 @@ class TestUnpack:
         assert torch.equal(triton_kernels.unpack(packed, dtype).view(torch.uint8), expected.view(torch.uint8))
         assert torch.equal(triton_kernels.unpack(packed[1:], dtype).float(), reference.unpack_ternary(packed[1:]))
 
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_it_writes_where_it_is_told(self, triton_kernels, dtype, device):
+        for shape, granularity in (((36, 1028), None), ((36, 65), None), ((36, 65), "row")):
+            packed, scale, _ = new_weight(*shape, granularity or "tensor", device)
+            scale = scale if granularity and dtype != torch.int8 else None
+            whole = torch.full((52, shape[1]), 7, dtype=dtype, device=device)
+            found = triton_kernels.unpack(packed, dtype, scale, whole[4:40])
+            assert found.data_ptr() == whole[4].data_ptr()
+            assert torch.equal(found, triton_kernels.unpack(packed, dtype, scale))
+            assert (whole[:4] == 7).all()
+            assert (whole[40:] == 7).all()
+
     def test_a_weight_that_is_not_contiguous(self, triton_kernels, device):
         packed, _, _ = new_weight(64, 48, device=device)
         assert torch.equal(

@@ -137,6 +137,7 @@ register_kernels(
     _with_decoder(decode.integer_product),
     round_to_bytes=_with_kernels(lambda kernels, *args: kernels.round_to_bytes(*args)),
     fp8_product=_with_decoder(decode.fp8_product),
+    products=_with_decoder(decode.products),
     pack=_with_kernels(lambda kernels, *args: kernels.pack(*args)),
     packs_first=lambda dtype: True,
     integer_linears=_with_kernels(decode.integer_linears),

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import reference
 
 
-Decoder = Callable[..., Tensor]  # (weight_packed, dtype, weight_scale=None) -> T or `scale * T`, (N, K)
+Decoder = Callable[..., Tensor]  # (weight_packed, dtype, weight_scale=None, out=None) -> T or `scale * T`, (N, K)
 _RETURNS_FLOAT32 = torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()  # sums of half precision
 FIRST_WITH_BFLOAT16 = (8, 0)  # compute capability
 FEWEST_ROWS = 17  # that `torch._int_mm` takes on CUDA; inputs and outputs in multiples of 8
@@ -26,11 +26,15 @@ INTEGER_MULTIPLE = 8
 FP8_MULTIPLE = 16  # of inputs and outputs of `torch._scaled_mm`
 
 
-def unpack(weight_packed: Tensor, dtype: torch.dtype, weight_scale: Tensor | None = None) -> Tensor:
-    """Return T, or `scale * T`: (N/4, K) uint8 -> (N, K) `dtype`."""
+def unpack(
+    weight_packed: Tensor, dtype: torch.dtype, weight_scale: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """Return T, or `scale * T`: (N/4, K) uint8 -> (N, K) `dtype`, in `out` where that is given."""
     if weight_scale is None:
-        return reference.unpack_ternary(weight_packed, dtype)
-    return reference.dequantize(reference.unpack_ternary(weight_packed, torch.int8), weight_scale).to(dtype)
+        matrix = reference.unpack_ternary(weight_packed, dtype)
+    else:
+        matrix = reference.dequantize(reference.unpack_ternary(weight_packed, torch.int8), weight_scale).to(dtype)
+    return matrix if out is None else out.copy_(matrix)
 
 
 class Kernels(NamedTuple):
@@ -47,9 +51,21 @@ IN_PYTORCH = Kernels(unpack, reference.pack_float, reference.round_to_bytes, ref
 
 def product(decode: Decoder, input: Tensor, weight_packed: Tensor, factor: Tensor | None) -> Tensor:
     """Compute `reference.product`."""
-    if takes_pieces(input.device, input.dtype, factor is not None):
-        return product_in_pieces(input, decode(weight_packed, torch.bfloat16).T)
-    return F.linear(input, decode(weight_packed, input.dtype, factor))
+    return products(decode, input, [weight_packed], [factor])
+
+
+def products(decode: Decoder, input: Tensor, weights_packed: list[Tensor], factors: list[Tensor | None]) -> Tensor:
+    """Compute `reference.products` by one matmul of one matrix, which fills a GPU better than several."""
+    in_pieces = takes_pieces(input.device, input.dtype, any(factor is not None for factor in factors))
+    dtype = torch.bfloat16 if in_pieces else input.dtype
+    if len(weights_packed) == 1:
+        matrix = decode(weights_packed[0], dtype, factors[0])
+    else:
+        rows = [reference.CODES_PER_BYTE * len(weight) for weight in weights_packed]
+        matrix = input.new_empty(sum(rows), input.shape[-1], dtype=dtype)
+        for weight, factor, part in zip(weights_packed, factors, matrix.split(rows), strict=True):
+            decode(weight, dtype, factor, part)
+    return product_in_pieces(input, matrix.T) if in_pieces else F.linear(input, matrix)
 
 
 @cache
@@ -117,11 +133,7 @@ def linear(decode: Decoder, input: Tensor, weight: Tensor, weight_scale: Tensor,
     if weight.dtype != torch.uint8:
         return reference.float_linear(input, weight, weight_scale, bias)
     inner, outer = reference.split_scale(weight_scale, input.dtype)
-    output = product(decode, input, weight, inner)
-    if bias is not None:
-        return reference.scale_and_shift(output, outer, bias).to(input.dtype)
-    # one kernel, which reads and writes `input`'s dtype and multiplies in float32, or float64
-    return output if outer is None else output.mul_(outer.float().reshape(-1))
+    return reference.finish(product(decode, input, weight, inner), outer, bias)
 
 
 def linear_backward(

@@ -73,20 +73,25 @@ def _unpack_words(packed, out, rows, words, WIDE: tl.constexpr, MINUS_ONE: tl.co
         tl.store(out + (quarter * rows + row) * width + place, value, mask=place < width)
 
 
-def unpack(weight_packed: Tensor, dtype: torch.dtype, weight_scale: Tensor | None = None) -> Tensor:
-    """T, or `scale * T` computed in float32, as a new matrix.
+def unpack(
+    weight_packed: Tensor, dtype: torch.dtype, weight_scale: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """T, or `scale * T` computed in float32.
 
     Args:
         weight_packed (`torch.Tensor`): (N/4, K), uint8.
         dtype (`torch.dtype`): Of the result: a float dtype, or int8 or float8_e4m3fn without a scale.
         weight_scale (`torch.Tensor`, *optional*): (1,), (N, 1) or (N, K/g), float.
+        out (`torch.Tensor`, *optional*): (N, K), `dtype`, contiguous: where to write it; `None` for a new matrix.
 
     Returns:
-        `torch.Tensor`: (N, K), `dtype`. Equal to `reference.unpack_ternary` and `reference.dequantize`.
+        `torch.Tensor`: (N, K), `dtype`: `out`, where given. Equal to `reference.unpack_ternary` and
+        `reference.dequantize`.
     """
     packed = weight_packed.contiguous()
     rows, columns = packed.shape
-    out = torch.empty(4 * rows, columns, dtype=dtype, device=packed.device)
+    if out is None:
+        out = torch.empty(4 * rows, columns, dtype=dtype, device=packed.device)
     if weight_scale is None and dtype in MINUS_ONE and columns % 4 == 0 and packed.storage_offset() % 4 == 0:
         words = columns // 4
         with torch.cuda.device_of(packed):  # Triton launches on the current device
