@@ -82,6 +82,7 @@ audit:
 # One thread, as the committed figures: the models are small, and a run is the same whatever else the machine does.
 results: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python $(BENCHMARK) deployment --output_dir outputs/results
+	OMP_NUM_THREADS=1 $(BIN)/python $(BENCHMARK) memory --output_dir outputs/results
 	OMP_NUM_THREADS=1 $(BIN)/python $(BENCHMARK) kernels --output_dir outputs/results
 	OMP_NUM_THREADS=1 $(BIN)/python $(BENCHMARK) step --output_dir outputs/results
 	OMP_NUM_THREADS=1 $(BIN)/python examples/experiments/few_steps.py --model digits --output_dir outputs/results

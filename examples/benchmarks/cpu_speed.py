@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import peers
 import shared
 from diffusers_terdit import TerDiTTransformer2DModel, pack_ternary
+from diffusers_terdit.evaluation.measured import now, sentence
 from diffusers_terdit.ops import dequantize, integer_linear, reference, ternary_linear
 from diffusers_terdit.ops.cpu import choose, decode
 from shared import DTYPES, INPUTS, Results, by_clock, in_turns, new_input, ratios, relative_error, rounded
@@ -114,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
         "kernels": (layers_page, layers_plot, measure_layers),
         "step": (step_page, step_plot, measure_blocks),
     }[args.command]
-    results = Results(args, args.command, page)
+    results = Results(args, args.command, page, tables_are_dated=True)
     if not args.render:
         sets = tuple(choose.integer_kernels())
         if args.isa and args.isa not in sets:
@@ -181,7 +182,7 @@ def put(data: dict, here: dict, records: list[dict]) -> None:
         places.append(found)
     kept = [record for record in found["records"] if case_of(record) != case_of(records[0])]
     kept += [{**record, "command": shared.command_line()} for record in records]
-    found |= {**here, "commands": list(dict.fromkeys(record["command"] for record in kept)), "records": kept}
+    found |= {**here, **now(), "commands": list(dict.fromkeys(record["command"] for record in kept)), "records": kept}
 
 
 def case_of(record: dict) -> tuple:
@@ -406,6 +407,7 @@ def heading(place: dict) -> dict:
     limited = ", libraries limited" if place["limits"] else ""
     return {
         **{key: place[key] for key in ("machine", "numba", "limits", "commands")},
+        "when": sentence(place),
         "slow": [mode for mode in place["left_out"] if not mode.startswith("int")],
         "title": f"{ISA_NAMES[place['isa']]}, {threads}{limited}",
         "clock": "processor time" if clock_of(place) else "wall time",

@@ -23,6 +23,7 @@ from diffusers import AutoModel, DDPMScheduler, DiTTransformer2DModel
 import diffusers_terdit
 import peers
 import shared
+from diffusers_terdit.evaluation.measured import now, sentence
 from shared import DTYPES, Results, by_clock, in_turns, new_model, ratios
 
 
@@ -64,7 +65,7 @@ def add_arguments(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    results = Results(args, "deployment", page)
+    results = Results(args, "deployment", page, tables_are_dated=True)
     results.data = {"models": [], "turns": []} | results.data
     if not args.render:
         where = {"device": args.device, "machine": shared.place(args.device), "version": diffusers_terdit.__version__}
@@ -89,7 +90,7 @@ def put(data: dict, names: list[str], here: dict, records: list[dict], new_runs:
 
 def measure_together(names: list[str], here: dict, args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """Run each model in a process of its own, one step at a time in turns: a record per model, and the runs' times."""
-    common = {**here, "command": shared.command_line()}
+    common = {**here, **now(), "command": shared.command_line()}
     dtype = here["dtype"]
     records = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder, contextlib.ExitStack() as stack:
@@ -220,7 +221,9 @@ def page(data: dict) -> str:
     for device, records, runs in by_place(data):
         commands = list(dict.fromkeys(item["command"] for item in [*records, *runs]))
         measured = [row for record in records for row in measured_rows(record, runs)]
-        places.append({"device": device, "machine": records[0]["machine"], "commands": commands, "measured": measured})
+        latest = max(records, key=lambda record: record["date"])
+        where = {"device": device, "machine": latest["machine"], "when": sentence(latest)}
+        places.append({**where, "commands": commands, "measured": measured})
         compared += [compared_row(pair) for pair in comparisons(records, runs)]
     weights = []
     for record in {record["model"]: record for record in data["models"]}.values():

@@ -65,7 +65,7 @@ def measure(
     for name, parameter in transformer.named_parameters():
         parameter.data.fill_(0b01011001 if name.endswith("weight_packed") else 0.01)
     torch.manual_seed(0)
-    vae = shared.new_vae(device).to(transformer.dtype)
+    vae = shared.new_vae(small=device != "cuda").to(transformer.dtype)
     pipe = TerDiTPipeline(transformer=transformer, scheduler=default_scheduler(), vae=vae)
     pipe.set_progress_bar_config(disable=True)
     try:

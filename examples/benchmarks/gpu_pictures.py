@@ -106,7 +106,7 @@ def measure_all(args: argparse.Namespace, results: Results) -> Iterator[dict]:
             continue
         model = shared.random_model(preset, args.device).to(getattr(torch, args.dtype))
         model.set_activation_bits(args.activation_bits)
-        vae = shared.new_vae(args.device).to(args.device, model.dtype)
+        vae = shared.new_vae(small=args.device != "cuda").to(args.device, model.dtype)
         compiled = False
         with ExitStack() as graphs:
             for case in cases:

@@ -1,56 +1,81 @@
-"""`memory`: peak resident memory of loading a packed model of random codes and of one guided forward pass."""
+"""`memory`: peak resident memory of loading a packed model of random codes, of a guided forward pass, and of a VAE."""
 
 import argparse
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 
 import shared
 from diffusers_terdit import TerDiTTransformer2DModel
 
 
-BITS: dict[str, int | str | None] = {"none": None, "16": 16, "8": 8, "auto": "auto"}
-
-
 def add_arguments(commands) -> None:
-    parser = commands.add_parser("memory", help="peak resident memory of loading and one guided forward pass")
-    parser.add_argument("--preset", choices=shared.PRESETS, default="terdit-4.2b-256")
+    parser = commands.add_parser("memory", help="peak resident memory of loading, a guided forward pass, and a VAE")
+    parser.add_argument("--presets", choices=shared.PRESETS, nargs="+", default=shared.PAPER_PRESETS)
     parser.add_argument("--sizes", type=shared.positive, nargs="+", default=[32, 64], help="sides of the latents")
-    parser.add_argument("--folder", help="where to write the model for a while; default the system's")
-    parser.add_argument("--dtype", choices=shared.DTYPES, default="float32")
-    parser.add_argument("--activation_bits", choices=BITS, default="auto")
+    parser.add_argument("--dtypes", choices=shared.DTYPES, nargs="+", default=["float32"])
+    parser.add_argument("--folder", help="where to write the models for a while; default the system's")
+    shared.add_output_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Save the model, then print a table; each size is measured in a process of its own."""
-    rows = []
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        shared.random_model(args.preset).save_pretrained(folder)
-        megabytes = sum(path.stat().st_size for path in Path(folder).iterdir()) / 1e6
-        for size in args.sizes:
-            settings = {"folder": folder, "size": size, "dtype": args.dtype, "bits": BITS[args.activation_bits]}
-            found = shared.in_a_process(__file__, **settings)
-            rows.append([f"{size} x {size}", *(f"{value:.2f}" for value in found.values())])
-    mode = f"{args.dtype}, activation bits: {args.activation_bits}"
-    print(f"{args.preset}, packed, random codes, {mode}: {megabytes:,.0f} MB on disk. {shared.machine()}\n")
-    print(shared.table(["latents", "imports, GiB", "loaded, GiB", "peak, GiB", "forward, s"], rows))
+    """Measure what the JSON does not hold for this machine, each case in a process of its own."""
+    results = shared.Results(args, "memory", page)
+    if not args.render:
+        results.resume(args.fresh, machine=shared.machine())
+        for preset in args.presets:
+            cases = [{"preset": preset, "size": size, "dtype": dtype} for dtype in args.dtypes for size in args.sizes]
+            if missing := results.missing(cases):
+                results.collect(measured(missing, args.folder))
+    results.finish()
+
+
+def measured(cases: list[dict], folder: str | None) -> Iterator[dict]:
+    """Yield the records of one model."""
+    with tempfile.TemporaryDirectory(dir=folder) as saved:
+        preset = cases[0]["preset"]
+        transformer = Path(saved, "transformer")
+        shared.random_model(preset).save_pretrained(transformer)
+        shared.new_vae(small=preset == "toy").save_pretrained(Path(saved, "vae"))
+        size = sum(path.stat().st_size for path in transformer.iterdir())
+        for case in cases:
+            settings = {"folder": saved, "size": case["size"], "dtype": case["dtype"]}
+            yield {**case, "bytes": size, **shared.in_a_process(__file__, **settings)}
 
 
 @torch.inference_mode()
-def measure(folder: str, size: int, dtype: str, bits: int | str | None) -> dict:
-    imported = shared.peak_memory()
-    model = TerDiTTransformer2DModel.from_pretrained(folder, dtype=getattr(torch, dtype))
-    model.set_activation_bits(bits)
+def measure(folder: str, size: int, dtype: str) -> dict:
+    """Load and run the transformer, then the VAE; every peak is that of the process so far."""
+    imports = shared.peak_memory()
+    model = TerDiTTransformer2DModel.from_pretrained(folder, subfolder="transformer", dtype=getattr(torch, dtype))
     loaded = shared.peak_memory()
     _, timestep, labels = shared.guided_input(model, model.dtype)
     sample = torch.randn(2, model.config.in_channels, size, size).to(model.dtype)
-    outputs = []
-    seconds = shared.both_clocks(lambda: outputs.append(model(sample, timestep, labels).sample))["seconds"]
-    if not outputs[0].isfinite().all():
-        raise RuntimeError(f"The forward pass in {dtype} gave numbers that are not finite. Try --dtype float32.")
-    return {"imported": imported, "loaded": loaded, "peak": shared.peak_memory(), "seconds": seconds}
+    output = model(sample, timestep, labels).sample
+    if not output.isfinite().all():
+        raise RuntimeError(f"The forward pass in {dtype} gave numbers that are not finite. Try --dtypes float32.")
+    peak = shared.peak_memory()
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=model.dtype)
+    decoding = shared.both_clocks(lambda: vae.decode(sample[:1]))
+    peaks = {"imports_gib": imports, "loaded_gib": loaded, "peak_gib": peak, "decoded_gib": shared.peak_memory()}
+    return {**peaks, "decoding_cpu_seconds": decoding["cpu_seconds"]}
+
+
+def page(data: dict) -> str:
+    rows = [
+        [
+            *(record["preset"].removesuffix("-256"), f"{8 * record['size']} px", record["dtype"]),
+            *(f"{record[key]:.2f}" for key in ("imports_gib", "loaded_gib", "peak_gib", "decoded_gib")),
+            f"{record['decoding_cpu_seconds']:.0f}",
+        ]
+        for record in data["records"]
+    ]
+    sizes = {record["preset"]: f"{record['bytes'] / 1e6:,.0f}" for record in data["records"]}
+    return shared.render("memory", rows=rows, sizes=sizes, machine=data["machine"], commands=data["command"])
 
 
 if __name__ == "__main__":

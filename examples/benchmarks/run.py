@@ -3,7 +3,7 @@
 python examples/benchmarks/run.py kernels        packed layers next to dense ones, on a CPU; your kernel with --kernel
 python examples/benchmarks/run.py step           whole blocks, and what follows for a step and a picture
 python examples/benchmarks/run.py deployment     the paper's deployment table: checkpoint, memory, time of a step
-python examples/benchmarks/run.py memory         peak memory of loading a packed model and of a forward pass
+python examples/benchmarks/run.py memory         peak memory of loading a packed model, a forward pass and a VAE
 python examples/benchmarks/run.py training       an optimizer step of a ternary and of a full-precision model
 python examples/benchmarks/run.py flux2          a transformer of FLUX.2-klein's shape, packed and dense
 python examples/benchmarks/run.py pipeline       a picture of a 4B pipeline, its text encoder included

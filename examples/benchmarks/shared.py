@@ -277,16 +277,15 @@ def unpack_every_call(input: Tensor, weight_packed: Tensor, weight_scale: Tensor
     return nn.functional.linear(input, dequantize(unpack_ternary(weight_packed), weight_scale), bias)
 
 
-def new_vae(device: str) -> AutoencoderKL:
-    """Return a VAE of Stable Diffusion's size with random weights, 84 million; without a GPU a tiny one."""
-    cuda = device == "cuda"
+def new_vae(small: bool) -> AutoencoderKL:
+    """Return a VAE of Stable Diffusion's size with random weights, 84 million; or a tiny one, for trying the code."""
     return AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512) if cuda else (8, 8, 8, 8),
+        block_out_channels=(8, 8, 8, 8) if small else (128, 256, 512, 512),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2,
         latent_channels=4,
-        norm_num_groups=32 if cuda else 4,
+        norm_num_groups=4 if small else 32,
         sample_size=256,
     ).eval()
 
@@ -310,12 +309,15 @@ def to_json(value: object) -> str:
 class Results:
     """A scenario's JSON, and the page that is rendered from it alone. Both are whole on disk after every `save`."""
 
-    def __init__(self, args: argparse.Namespace, name: str, page: Callable[[dict], str]):
+    def __init__(
+        self, args: argparse.Namespace, name: str, page: Callable[[dict], str], tables_are_dated: bool = False
+    ):
         self.path = args.output_dir / f"{name}.json"
         if args.render and not self.path.exists():
             raise SystemExit(f"{self.path} does not exist; measure first, without --render.")
         self.data: dict = json.loads(self.path.read_text("utf-8")) if self.path.exists() else {}
         self.page = page
+        self.tables_are_dated = tables_are_dated
 
     def resume(self, fresh: bool, **where) -> None:
         """Keep what a stopped run left, if that measured the same thing in the same place; else begin with nothing."""
@@ -347,7 +349,7 @@ class Results:
 
     def write_page(self) -> None:
         with new_file(self.path.with_suffix(".md")) as file:
-            when = measured(self.path)
+            when = "" if self.tables_are_dated else measured(self.path)
             file.write_text(self.page(self.data) + (f"\n{when}\n" if when else ""), "utf-8")
 
     def finish(self, plot: Callable[[dict, Path], None] | None = None) -> None:

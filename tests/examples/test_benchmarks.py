@@ -5,7 +5,6 @@ import importlib.util
 import io
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -45,11 +44,10 @@ def run(scenarios, monkeypatch, tmp_path):
     monkeypatch.setattr(scenarios.peers, "PEERS", [])
 
     def command(name, *args):
-        output = [] if name == "memory" else ["--output_dir", tmp_path]
-        monkeypatch.setattr(sys, "argv", ["run.py", name, *map(str, args), *map(str, output)])
+        monkeypatch.setattr(sys, "argv", ["run.py", name, *map(str, args), "--output_dir", str(tmp_path)])
         scenarios.run.main()
         path = tmp_path / f"{name.replace('-', '_')}.json"
-        return (json.loads(path.read_text()), path.with_suffix(".md").read_text("utf-8")) if output else None
+        return json.loads(path.read_text()), path.with_suffix(".md").read_text("utf-8")
 
     return command
 
@@ -74,7 +72,7 @@ def by_mode(records):
 # Pages and refusals
 
 
-@pytest.mark.parametrize("name", ["deployment", "kernels", "step", "flux2", "numerics"])
+@pytest.mark.parametrize("name", ["deployment", "kernels", "step", "flux2", "numerics", "memory"])
 def test_the_committed_page_is_what_the_committed_json_renders_to(run, tmp_path, name):
     for file in (f"{name}.json", "measured.json"):
         shutil.copy(RESULTS / file, tmp_path)
@@ -116,10 +114,10 @@ def test_numbers_that_are_not_finite_are_refused(scenarios, monkeypatch, tmp_pat
     is_flux, folder = scenario == "flux2", str(tmp_path)
     model = Flux2Transformer2DModel(**scenarios.flux2.TOY) if is_flux else scenarios.shared.random_model("toy")
     model.proj_out.weight.data.fill_(3e38)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "transformer" if scenario == "memory" else tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO("step\n"))
     measure = {
-        "memory": lambda: scenarios.memory.measure(folder, 8, "float32", None),
+        "memory": lambda: scenarios.memory.measure(folder, 8, "float32"),
         "deployment": lambda: scenarios.deployment.serve(folder, "float32", "cpu"),
         "flux2": lambda: scenarios.flux2.measure_forward(folder, "float32", "toy"),
     }[scenario]
@@ -365,12 +363,17 @@ def test_a_kernel_that_is_right_passes(scenarios, bits):
 # Models on a CPU
 
 
-def test_memory(run, in_this_process, capsys):
-    run("memory", "--preset", "toy", "--sizes", 8, "--dtype", "bfloat16", "--activation_bits", "none")
-    printed = capsys.readouterr().out
-    assert "toy, packed, random codes, bfloat16, activation bits: none:" in printed
-    (figures,) = re.findall(r"\| 8 x 8 \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", printed)
-    assert 0.1 < float(figures[0]) <= float(figures[1]) <= float(figures[2])
+def test_memory(run, in_this_process):
+    args = "--presets", "toy", "--sizes", 8, 16, "--dtypes", "bfloat16"
+    data, page = run("memory", *args)
+    assert [(asked["size"], asked["dtype"]) for asked in in_this_process] == [(8, "bfloat16"), (16, "bfloat16")]
+    for record in data["records"]:
+        peaks = [record[f"{name}_gib"] for name in ("imports", "loaded", "peak", "decoded")]
+        assert peaks[0] > 0.1
+        assert peaks == sorted(peaks)
+    assert "| toy | 128 px | bfloat16 |" in page
+    assert run("memory", *args)[0]["records"] == data["records"]
+    assert len(in_this_process) == 2
 
 
 def test_training(run, in_this_process):
