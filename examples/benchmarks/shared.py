@@ -14,6 +14,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 import diffusers
@@ -79,8 +80,14 @@ def machine() -> str:
         found = dict((part.strip() for part in line.split(":", 1)) for line in lines if ":" in line)
     flags = found.get("flags", "").split()
     sets = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
+    name = found.get("model name", platform.processor() or platform.machine())
+    if find_spec("llvmlite"):  # numba's, without which there are no kernels for a CPU
+        from llvmlite.binding import get_host_cpu_name
+
+        if (cpu := get_host_cpu_name()).startswith("znver"):  # AMD's names do not tell
+            name += f", Zen {cpu.removeprefix('znver')}"
     return (
-        f"{found.get('model name', platform.processor() or platform.machine())}"
+        f"{name}"
         f" ({', '.join(name for name in sets if name in flags) or 'no AVX2'}),"
         f" {torch.get_num_threads()} threads, torch {torch.__version__}, diffusers {diffusers.__version__},"
         f" Python {platform.python_version()}"
