@@ -83,6 +83,7 @@ audit:
 results: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python $(BENCHMARK) deployment --output_dir outputs/results
 	OMP_NUM_THREADS=1 $(BIN)/python $(BENCHMARK) memory --output_dir outputs/results
+	OMP_NUM_THREADS=1 $(BIN)/python $(BENCHMARK) training --batch_size 4 --repeats 5 --output_dir outputs/results
 	OMP_NUM_THREADS=1 $(BIN)/python $(BENCHMARK) kernels --output_dir outputs/results
 	OMP_NUM_THREADS=1 $(BIN)/python $(BENCHMARK) step --output_dir outputs/results
 	OMP_NUM_THREADS=1 $(BIN)/python examples/experiments/few_steps.py --model digits --output_dir outputs/results

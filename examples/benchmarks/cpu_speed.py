@@ -181,8 +181,8 @@ def put(data: dict, here: dict, records: list[dict]) -> None:
         found = {"records": []}
         places.append(found)
     kept = [record for record in found["records"] if case_of(record) != case_of(records[0])]
-    kept += [{**record, "command": shared.command_line()} for record in records]
-    found |= {**here, **now(), "commands": list(dict.fromkeys(record["command"] for record in kept)), "records": kept}
+    kept += [{**record, **now(), "command": shared.command_line()} for record in records]
+    found |= {**here, "commands": list(dict.fromkeys(record["command"] for record in kept)), "records": kept}
 
 
 def case_of(record: dict) -> tuple:
@@ -407,7 +407,7 @@ def heading(place: dict) -> dict:
     limited = ", libraries limited" if place["limits"] else ""
     return {
         **{key: place[key] for key in ("machine", "numba", "limits", "commands")},
-        "when": sentence(place),
+        "when": " ".join(dict.fromkeys(map(sentence, place["records"]))),
         "slow": [mode for mode in place["left_out"] if not mode.startswith("int")],
         "title": f"{ISA_NAMES[place['isa']]}, {threads}{limited}",
         "clock": "processor time" if clock_of(place) else "wall time",

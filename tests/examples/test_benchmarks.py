@@ -72,7 +72,7 @@ def by_mode(records):
 # Pages and refusals
 
 
-@pytest.mark.parametrize("name", ["deployment", "kernels", "step", "flux2", "numerics", "memory"])
+@pytest.mark.parametrize("name", ["deployment", "kernels", "step", "flux2", "numerics", "memory", "training"])
 def test_the_committed_page_is_what_the_committed_json_renders_to(run, tmp_path, name):
     for file in (f"{name}.json", "measured.json"):
         shutil.copy(RESULTS / file, tmp_path)
