@@ -593,7 +593,7 @@ def _exact_of_packed(input: Tensor, layers: list[tuple[Tensor, Tensor, Tensor | 
         weights = [weight_packed for weight_packed, _, _ in together]
         product = _products(input, weights, [inner for inner, _ in scales])
         parts = product.split([_out_features(weight) for weight in weights], dim=-1)
-        finish = _finish if is_fused(input) else reference.finish  # which the compiler would not see through
+        finish = _finish if is_fused(input) else reference.finish  # in place, which would keep a compiler from fusing
         outputs += [
             finish(part, outer, bias) for part, (_, outer), (_, _, bias) in zip(parts, scales, together, strict=True)
         ]
