@@ -21,7 +21,7 @@ FLOAT_NAME = "consolidated_ema.00-of-01.pth"
 
 
 @pytest.mark.slow
-def test_packed_4_2b_loads_and_runs_in_less_than_2_gib_at_256_px(tmp_path):
+def test_packed_4_2b_loads_and_runs_in_less_than_2_gib(tmp_path):
     command = [
         sys.executable,
         ROOT / "examples" / "benchmarks" / "run.py",
@@ -38,8 +38,7 @@ def test_packed_4_2b_loads_and_runs_in_less_than_2_gib_at_256_px(tmp_path):
         record["size"]: record["peak_gib"] for record in json.loads((tmp_path / "memory.json").read_text())["records"]
     }
     assert peaks.keys() == {32, 64}
-    assert peaks[32] < 2.0
-    assert peaks[64] < 2.3
+    assert max(peaks.values()) < 2.0, peaks
 
 
 @pytest.mark.slow
@@ -142,7 +141,7 @@ class _Storages(TorchDispatchMode):
 
 
 @torch.no_grad()
-def test_tensors_of_4_2b_and_its_vae_take_1_3_gb_on_a_gpu(monkeypatch):
+def test_tensors_of_4_2b_and_its_vae_take_less_than_1_3_gb_on_a_gpu(monkeypatch):
     """Batch 1 with guidance in bfloat16, as docs/gpu.md says for small cards; counted without data, in MB."""
     monkeypatch.setattr(torch_ops, "_has_products", lambda device_type: True)  # as on a GPU
     with torch.device("meta"):
@@ -164,7 +163,7 @@ def test_tensors_of_4_2b_and_its_vae_take_1_3_gb_on_a_gpu(monkeypatch):
             assert 30 < vectors.nbytes / 1e6 < 34
             assert 1200 < storages.take_peak() < 1260
             model(latents, torch.empty(2), labels, modulation=vectors[:, :2])
-            assert 1250 < storages.take_peak() < 1305
+            assert 1250 < storages.take_peak() < 1300
             del vectors
             vae.decode(latents[:1])
             assert 1240 < storages.take_peak() < 1300
