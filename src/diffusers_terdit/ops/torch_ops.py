@@ -100,8 +100,8 @@ def quantize_activations(input: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
 # ---- the ops ----
 
 _library = Library("diffusers_terdit", "DEF")
-# Weights of one input that one matmul multiplies: 50 MiB in half precision, what the L2 of an H100 holds. A wider layer
-# fills the GPU by itself.
+# Weights of one input that one matmul multiplies: 50 MiB in half precision, what the L2 of an H100 holds. A wider
+# layer fills the GPU by itself.
 MULTIPLIED_TOGETHER = 25 * 2**20
 
 
