@@ -38,10 +38,10 @@ CEILING = 0.9231  # what the judge recognizes of the test images
 ANSWER = """\
 **So far:** Muon trains a small ternary model better than AdamW: after 2,000 steps, 12 to 32 minutes of one core,
 the distance of its pictures to real ones is 5.1 instead of 6.1 (three seeds of each, spread .2). At equal bytes
-ternary wins: a narrower model in full precision has 9.7; one as wide as the ternary one, rounded to int4, has 5.4 with
-twice the bytes (one seed each). At equal steps it loses: after 6,000 steps by Muon its distance is 1.23 times that of full precision,
-and its loss 1.05 times (one seed). Models this small also take 1.5 times as long packed as dense. Muon is the default
-of the small presets; nothing else is decided."""
+ternary wins: a narrower model in full precision has 9.7; one as wide as the ternary one, rounded to int4, has 5.4
+with twice the bytes (one seed each). At equal steps it loses: after 6,000 steps by Muon its distance is 1.23 times
+that of full precision, and its loss 1.05 times (one seed). Models this small also take 1.5 times as long packed as
+dense. Muon is the default of the small presets; nothing else is decided."""
 NUM_IMAGES, GUIDANCE, SAMPLING_STEPS = 2000, 1.5, 25
 HELD_OUT = 1000  # test images
 
