@@ -32,7 +32,9 @@ GPU := PYTHONPATH=src$(if $(PYTHONPATH),:$(PYTHONPATH)) PYTHONUNBUFFERED=1 timeo
 demo: .venv/.ready
 	$(BIN)/terdit generate emoji --labels ghost "clown face" "robot face" "face with cowboy hat" "face screaming in fear" \
 	    "smiling cat face with heart-shaped eyes" "nerd face" "exploding head" --overwrite --output demo.png
-	@echo 'Next: $(BIN)/terdit info emoji --labels, $(BIN)/terdit generate emoji --labels LABEL, docs/tutorial.md'
+	@echo 'Open demo.png. Then draw another face, see all names, or read docs/tutorial.md:'
+	@echo '  $(BIN)/terdit generate emoji --labels "alien monster" --output face.png'
+	@echo '  $(BIN)/terdit info emoji --labels'
 
 # A process per core, at most four, each with one thread: the models of the tests are tiny. A file stays in one process.
 test: .venv/.dev

@@ -437,7 +437,7 @@ def report_lines(report: dict) -> Iterator[str]:
     yield f"# {report['model']}: {report['num_images']:,} images\n"
     measured = [key for key in MEASURES if key in report]
     if measured:
-        yield "| | |\n| --- | --- |"
+        yield "| measure | value |\n| --- | --- |"
         for key in measured:
             name = distance if key == "fid" else MEASURES[key]
             yield f"| {name} | {report[key]:.4g} |"
@@ -447,7 +447,7 @@ def report_lines(report: dict) -> Iterator[str]:
             yield f"\n{report['note']}"
     else:
         yield "Nothing was measured: no --reference and network were given."
-    yield "\n| | |\n| --- | --- |"
+    yield "\n| setting | value |\n| --- | --- |"
     for key, value in report.items():
         if key not in (*MEASURES, "note"):
             yield f"| {key.replace('_', ' ')} | {value} |"

@@ -72,7 +72,7 @@ SAYS = [
 ]
 
 STEP_BASES = [key for key in BASES if key != "best_int8"]
-STEP_SAYS = [Mode("exact", "float32"), Mode("int16", "bfloat16"), Mode("int8", "bfloat16")]
+EXACT_IN_BFLOAT16 = ("amx_int8", "avx2")  # where it is the default, and int16 is computed exactly, too
 
 
 def add_arguments(commands) -> None:
@@ -409,7 +409,7 @@ def heading(place: dict) -> dict:
         **{key: place[key] for key in ("machine", "numba", "limits", "commands")},
         "when": " ".join(dict.fromkeys(map(sentence, place["records"]))),
         "slow": [mode for mode in place["left_out"] if not mode.startswith("int")],
-        "title": f"{ISA_NAMES[place['isa']]}, {threads}{limited}",
+        "title": f"{shared.processor(place['machine'])}, {ISA_NAMES[place['isa']]}, {threads}{limited}",
         "clock": "processor time" if clock_of(place) else "wall time",
         "note": place.get("note"),  # written into the JSON by hand: what has changed since
     }
@@ -481,15 +481,17 @@ def step_page(data: dict) -> str:
     places = []
     for place in data["places"]:
         clock, lines, says = clock_of(place), [], []
+        default = "exact" if place["isa"] in EXACT_IN_BFLOAT16 else "int16"
+        said = [Mode("exact", "float32"), Mode(default, "bfloat16"), Mode("int8", "bfloat16")]
         for (preset,), records in shared.grouped(place["records"], "preset").items():
             for record in in_order(records):
                 step, seconds = record["step"], record["step"][f"{clock}seconds"]
-                pictures = [f"{steps * seconds:,.0f}" for steps in STEPS]
+                pictures = [f"{steps * seconds:,.{0 if seconds > 1 else 1}f}" for steps in STEPS]
                 over = [step.get(f"{clock}over_{key}") for key in STEP_BASES]
                 times = [f"{record[part][f'{clock}seconds']:.3f}" for part in ("block", "rest", "step")]
                 error = f"{record['error']:.1e}"
                 lines.append([preset, label(mode_of(record)), *times, *map(shared.spread, over), *pictures, error])
-                if mode_of(record) in STEP_SAYS:
+                if mode_of(record) in said:
                     found = [shared.number(values[0]) if values else "-" for values in over]
                     says.append([preset, " ".join(mode_of(record)), *found, *pictures])
         places.append(heading(place) | {"lines": lines, "says": says})
@@ -501,15 +503,24 @@ def step_page(data: dict) -> str:
 # Plots: speed over dense float32
 
 
+def title_of(place: dict) -> str:
+    """Return the heading of a place in two lines."""
+    machine, threads = heading(place)["title"].rsplit(", ", 1)
+    return f"{machine}\n{threads}"
+
+
 def layers_plot(data: dict, path: Path) -> None:
-    """Draw a panel per place with a bar per mode: the layers of an image's rows, from the slowest to the fastest."""
+    """Draw a panel per place, with its best instructions, and a bar per mode: the slowest and the fastest layer."""
     panels = {}
+    with_lookups = {place["machine"] for place in data["places"] if place["isa"].endswith("lookup")}
     for place in data["places"]:
+        if place["isa"] == "avx512_vnni" and place["machine"] in with_lookups:
+            continue
         rows = shown_rows(place["records"])
         found = shared.grouped(in_order(place["records"]), "mode", "dtype")
         over = {mode: medians_over(records, rows, f"{clock_of(place)}over_float32") for mode, records in found.items()}
-        panels[heading(place)["title"]] = [(" ".join(mode), *ends) for mode, ends in over.items()]
-    shared.bars(path, panels, line=1, others=OTHERS)
+        panels[title_of(place)] = [(" ".join(mode), *ends) for mode, ends in over.items()]
+    shared.bars(path, panels, speed="times as fast as dense float32", others=OTHERS)
 
 
 def step_plot(data: dict, path: Path) -> None:
@@ -518,6 +529,6 @@ def step_plot(data: dict, path: Path) -> None:
     for place in data["places"]:
         preset, key = place["records"][-1]["preset"], f"{clock_of(place)}over_float32"
         records = in_order([record for record in place["records"] if record["preset"] == preset])
-        bars = [(" ".join(mode_of(record)), 0, record["step"][key][0]) for record in records]
-        panels[f"{heading(place)['title']}\n{preset}"] = bars
-    shared.bars(path, panels, line=1, others=OTHERS)
+        bars = [(" ".join(mode_of(record)), *[record["step"][key][0]] * 2) for record in records]
+        panels[f"{title_of(place)}, {preset}"] = bars
+    shared.bars(path, panels, speed="times as fast as dense float32", others=OTHERS)

@@ -1,6 +1,6 @@
 """`deployment`: bytes of a checkpoint, peak memory and time of a guided step of the models of the paper's table.
 
-The weights are random. Every model has a process of its own; these take one step each in turns. On a CPU the second
+The weights are random. Every model has a separate process; these take one step each in turns. On a CPU the second
 model of a pair, a dense one, is then timed again with linear layers that are computed by what is fastest there.
 """
 
@@ -89,7 +89,7 @@ def put(data: dict, names: list[str], here: dict, records: list[dict], new_runs:
 
 
 def measure_together(names: list[str], here: dict, args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """Run each model in a process of its own, one step at a time in turns: a record per model, and the runs' times."""
+    """Run each model in a separate process, one step at a time in turns: a record per model, and the runs' times."""
     common = {**here, **now(), "command": shared.command_line()}
     dtype = here["dtype"]
     records = []
@@ -223,7 +223,8 @@ def page(data: dict) -> str:
         measured = [row for record in records for row in measured_rows(record, runs)]
         latest = max(records, key=lambda record: record["date"])
         where = {"device": device, "machine": latest["machine"], "when": sentence(latest)}
-        places.append({**where, "commands": commands, "measured": measured})
+        title = f"{shared.processor(latest['machine'])}, {', '.join(dict.fromkeys(item['dtype'] for item in records))}"
+        places.append({**where, "title": title, "commands": commands, "measured": measured})
         compared += [compared_row(pair) for pair in comparisons(records, runs)]
     weights = []
     for record in {record["model"]: record for record in data["models"]}.values():
@@ -302,13 +303,16 @@ def in_seconds(times: dict[str, float]) -> list[str]:
 
 
 def plot(data: dict, path: Path) -> None:
-    """Draw a bar per model and dtype, of the first device: checkpoint and peak of memory."""
+    """Draw a bar per dtype of the largest models, on the first device: checkpoint and peak of memory."""
     panels: dict[str, list] = {"checkpoint, GB": [], "peak memory of a step, GB": []}
     records = [record for record in data["models"] if record["device"] == data["models"][0]["device"]]
-    for record in sorted(records, key=lambda record: record["parameters"], reverse=True):
+    largest = max(record["parameters"] for record in records)
+    for record in sorted(records, key=peak):
+        if record["parameters"] < 0.9 * largest:
+            continue
         kind = "ternary" if record["ternary_weights"] else "dense"
-        for found, key in zip(panels.values(), (record["checkpoint_bytes"], peak(record)), strict=True):
-            found.append((f"{kind} {record['model']}, {record['dtype']}", 0, key / 1e9))
+        for found, value in zip(panels.values(), (record["checkpoint_bytes"], peak(record)), strict=True):
+            found.append((f"{kind} {record['model']}, {record['dtype']}", *[value / 1e9] * 2))
     shared.bars(path, panels)
 
 

@@ -255,13 +255,18 @@ def rows_of(config: dict, blocks: dict) -> tuple[list[list[str]], list[list[str]
         mode: config["num_layers"] * times["double"] + config["num_single_layers"] * times["single"]
         for mode, times in medians.items()
     }
+    fastest = {
+        dtype: min(steps[mode] for mode in steps if "dense" in mode and mode.endswith(dtype))
+        for dtype in {mode.split(", ")[1] for mode in steps}
+    }
     block_rows, step_rows = [], []
     for mode, times in medians.items():
-        bases = [f"{kind}, {mode.split(', ')[1]}" for kind in ("dense", "best dense")]
-        cells = [f"{times[kind]:.2f} ({times[kind] / medians[bases[0]][kind]:.2f})" for kind in times]
-        name = mode.replace("dense", "dense, as torch computes it") if mode == bases[0] else mode
+        dtype = mode.split(", ")[1]
+        base = f"dense, {dtype}"
+        cells = [f"{times[kind]:.2f} ({times[kind] / medians[base][kind]:.2f})" for kind in times]
+        name = mode.replace("dense", "dense, as torch computes it") if mode == base else mode
         block_rows.append([name, *cells, f"{blocks['relative_error'][mode]:.1g}"])
-        over = [f"{steps[mode] / steps[base]:.2f}" if base in steps else "-" for base in bases]
+        over = [f"{steps[mode] / seconds:.2f}" for seconds in (steps[base], fastest[dtype])]
         step_rows.append([name, f"{steps[mode]:.0f}", *over])
     return block_rows, step_rows
 

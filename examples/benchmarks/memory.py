@@ -23,7 +23,7 @@ def add_arguments(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure what the JSON does not hold for this machine, each case in a process of its own."""
+    """Measure what the JSON does not hold for this machine, each case in a separate process."""
     results = shared.Results(args, "memory", page)
     if not args.render:
         results.resume(args.fresh, machine=shared.machine())

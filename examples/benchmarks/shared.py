@@ -11,7 +11,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
@@ -115,7 +114,7 @@ def peak_memory() -> float:
 
 
 def run_tests(skip: bool, *arguments: str) -> None:
-    """Run tests of what is timed next, in a process of its own; where they fail, no speed is measured."""
+    """Run tests of what is timed next, in a separate process; where they fail, no speed is measured."""
     if skip:
         return
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "default", "-p", "no:cacheprovider", *arguments]
@@ -127,7 +126,7 @@ def run_tests(skip: bool, *arguments: str) -> None:
 
 
 def in_a_process(script: str, **settings) -> dict:
-    """Return what `measure` of a scenario's file gives in a process of its own, whose peak of memory is its own."""
+    """Return what `measure` of a scenario's file gives in a separate process, whose peak of memory is its own."""
     command = [sys.executable, script, json.dumps(settings)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
@@ -305,7 +304,7 @@ def first_line(error: Exception) -> str:
 
 
 def to_json(value: object) -> str:
-    """Return JSON with every item of a list of records on a line of its own."""
+    """Return JSON with every item of a list of records on a separate line."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(key)}: {to_json(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
@@ -380,7 +379,7 @@ def spread(values: list[float] | None) -> str:
 
 
 def table(header: list[str], rows: Iterable[list]) -> str:
-    """Return a Markdown table without the last line break, for a line of its own in a template."""
+    """Return a Markdown table without the last line break, for a separate line in a template."""
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in [header, ["---"] * len(header), *rows])
 
 
@@ -404,38 +403,48 @@ def render(name: str, **values) -> str:
     return environment.get_template(f"{name}.md.j2").render(values)
 
 
+def processor(machine: str) -> str:
+    """Return the name of the processor, or of the GPU, in a line about a machine."""
+    names = machine.split(" (")[0].replace("(R)", "").removesuffix(" Processor").split(", ")
+    return next((name for name in names if name.startswith("Zen")), names[0])
+
+
 def bars(
     path: Path,
     panels: dict[str, list[tuple[str, float, float]]],
-    line: float | None = None,
+    speed: str | None = None,
     others: tuple[str, ...] = (),
 ) -> None:
-    """Draw horizontal bars, {title: [(label, from, to)]}; with a line that says what is compared, on one axis.
+    """Draw horizontal bars, {title: [(label, lowest, highest)]}, pale beyond the lowest.
 
     Labels that begin with "dense" or "best dense" are gray, those that begin with one of `others` blue, ours orange.
+    Speeds have the axis label `speed`, one axis, and a line at the fastest dense one that is no integer.
     """
     from matplotlib import pyplot as plt
 
     plt.switch_backend("Agg")
     plt.style.use(ROOT / "examples" / "figures.mplstyle")
-    columns = min(3, len(panels))
+    columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    size = (11, rows * (0.9 + 0.22 * max(map(len, panels.values()))))
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharex=bool(line))
+    size = (11, rows * (1.1 + 0.22 * max(map(len, panels.values()))))
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharex=bool(speed))
     for axis, (title, found) in zip(axes.flat, panels.items(), strict=False):
-        labels, starts, ends = zip(*found, strict=True)
+        labels, lowest, highest = zip(*found, strict=True)
         dense = ("dense", "best dense")
         colors = ["C1" if label.startswith(dense) else "C2" if label.startswith(others) else "C0" for label in labels]
-        lengths = [end - start for start, end in zip(starts, ends, strict=True)]
-        drawn = axis.barh(labels, lengths, left=starts, color=colors)
-        texts = [f"{start:.2f} to {end:.2f}" if start else f"{end:.3g}" for _, start, end in found]
-        axis.bar_label(drawn, texts, padding=3, fontsize=8)
-        axis.set_title(textwrap.fill(title, 30))
+        drawn = axis.barh(labels, highest, color=colors, alpha=0.4)
+        axis.barh(labels, lowest, color=colors)
+        texts = [f"{low:.2f} to {high:.2f}" if low < high else f"{high:.2f}" for _, low, high in found]
+        for text in axis.bar_label(drawn, texts, padding=3, fontsize=8):
+            text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
+        axis.set_title(title)
         axis.tick_params(labelsize=8, labelbottom=True)
-        axis.set_xlim(0, 1.7 * max(end for shown in (panels.values() if line else [found]) for *_, end in shown))
+        axis.set_xlim(0, 1.35 * max(end for shown in (panels.values() if speed else [found]) for *_, end in shown))
         axis.invert_yaxis()
-        if line:
-            axis.axvline(line, color="black", linewidth=0.8)
+        if speed:
+            rivals = [low for label, low, _ in found if label.startswith(dense) and not label.endswith("int8")]
+            axis.axvline(max(rivals), color="black", linewidth=0.8, linestyle="dashed")
+            axis.set_xlabel(f"{speed} (faster \N{RIGHTWARDS ARROW})")
         else:
             axis.label_outer()  # the same bars in every panel
     for axis in axes.flat[len(panels) :]:

@@ -2,7 +2,7 @@
 
 On a CPU full precision runs as torch computes it, and with each product of a linear layer, the output and both
 gradients, by what is fastest there.
-The peak of memory of each is measured in a process of its own.
+The peak of memory of each is measured in a separate process.
 """
 
 import argparse

@@ -536,7 +536,7 @@ def claim(found: dict[str, dict], first: str, second: str) -> str:
     if not {first, second} <= set(found):
         return "not run"
     text = "; ".join(f"{name}: {words}" for name, words in verdicts(found, first, second).items())
-    return text.replace("**better**", "**held**").replace("**worse**", "**did not hold, the opposite**")
+    return text.replace("**better**", "**held**").replace("**worse**", "**refuted**")
 
 
 def comparisons(found: dict[str, dict], pairs: list[tuple[str, str]]) -> str:

@@ -165,7 +165,7 @@ def claim_rows(found: dict) -> list[list[str]]:
     ratios = [gap(found, size, "noise_error_held_out") for size in ("128", "32")]
     answer = "not run"
     if all(ratios):
-        text = verdict(*ratios).replace("**better**", "**held**").replace("**worse**", "**the opposite**")
+        text = verdict(*ratios).replace("**better**", "**held**").replace("**worse**", "**refuted**")
         answer = f"ratio {' against '.join(cell(ratio, 2) for ratio in ratios)}: {text}"
     return [[SHRINKS, answer], *([text, claim(found, first, second)] for text, first, second in CLAIMS)]
 

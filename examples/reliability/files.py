@@ -546,7 +546,7 @@ CLASSES = [
 
 
 def bad_model_index(rng, files, root):
-    """A model_index.json with other classes, other libraries, code of its own, or text that is not JSON."""
+    """A model_index.json with other classes, other libraries, its own code, or text that is not JSON."""
     path = "model_index.json"
     if rng.random() < 0.2:
         files[path] = broken_text(rng, files[path])

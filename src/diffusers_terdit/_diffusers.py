@@ -108,7 +108,7 @@ def fetch_adapter(
 def load_adapter(model: Any, tensors: dict[str, torch.Tensor], prepare: Callable[[Any], None], **options: Any) -> None:
     """Call diffusers' `load_lora_adapter`, and `prepare` with the config that it makes, before PEFT has it.
 
-    There is no hook for that. The method runs with names of its own, so that no other thread meets a changed one.
+    There is no hook for that. The method runs with its own names, so that no other thread meets a changed one.
     """
 
     def create(*args: Any, **kwargs: Any) -> Any:

@@ -50,7 +50,7 @@ from .training.export import checkpoint_pipeline, image_grid
 from .training.images import formats
 
 
-# Commands that are programs with a parser of their own, by the file in `programs`.
+# Commands that are programs with their own parser, by the file in `programs`.
 PROGRAMS = {
     "train": ("train_terdit", "Train a model on your images, or on a data set of the Hub."),
     "train-lora": ("train_lora", "Teach a model, packed or not, new classes with a small adapter."),
@@ -359,7 +359,8 @@ def convert(args: argparse.Namespace) -> None:
             )
         return
     if unused := [name for name in ("scale_granularity", "pipeline") if getattr(args, name)]:
-        raise ValueError(f"--{', --'.join(unused)} is for models of diffusers; {args.path} is none. Leave it out.")
+        names = ", --".join(unused)
+        raise ValueError(f"--{names} applies to models of diffusers. {args.path} is not one, so leave it out.")
     pipe = convert_original_checkpoint(
         args.path,
         vae=args.vae,
@@ -574,7 +575,7 @@ def _print_part(path: Path, index: dict[str, Any], part: Path) -> None:
             )
     if ours and index.get("vae", [None, None])[1]:
         vae = sum(file.stat().st_size for file in (path / "vae").glob("*.safetensors"))
-        rows.append(("vae", f"{human_bytes(vae)} besides" if vae else "not here"))
+        rows.append(("vae", f"{human_bytes(vae)} more" if vae else "not here"))
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {printable(value)}" for name, value in rows))
 
@@ -834,7 +835,7 @@ def report_errors(name: str, run: Callable[[], Any]) -> int:
 
 
 def run_program(name: str, main: Callable[[], Any]) -> int:
-    """`report_errors` for a program that ends at Ctrl-C by a handler of its own while it imports."""
+    """`report_errors` for a program that ends at Ctrl-C by its own handler while it imports."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     return report_errors(name, main)

@@ -150,7 +150,7 @@ class TernaryLinear(TernaryModelMixin):
         """Round the inputs of a packed layer to integers, for speed. Never saved: it is not the layer's meaning.
 
         It acts where there is a kernel: a CPU with AVX2, and numba; a GPU with 8-bit tensor cores, for layers with one
-        scale per matrix or row. Elsewhere the layer computes exactly. Each row of the input has a step of its own;
+        scale per matrix or row. Elsewhere the layer computes exactly. Each row of the input has its own step;
         with scales of groups, each group of a row has.
 
         Args:

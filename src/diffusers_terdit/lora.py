@@ -498,7 +498,7 @@ class PipelineAdapterMixin(LoraBaseMixin):
             if taken:
                 raise ValueError(
                     f"{where}: the adapter has rows {taken} of the label table without names, and another adapter has"
-                    " brought classes of these ids. Load it into a pipeline of its own, or save it by"
+                    " brought classes of these ids. Load it into a separate pipeline, or save it by"
                     " `pipe.save_lora_weights`."
                 )
             if new:

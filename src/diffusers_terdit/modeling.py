@@ -388,7 +388,7 @@ class StrictPipelineMixin(HubMixin, PortableConfigMixin):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save every component into a folder of its own, and `model_index.json`.
+        """Save every component into a separate folder, and `model_index.json`.
 
         Args:
             save_directory (`str` or `os.PathLike`): Made if it does not exist.

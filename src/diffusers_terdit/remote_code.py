@@ -168,7 +168,7 @@ def export_remote_code(folder: str | os.PathLike) -> list[Path]:
     `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`, `AutoModel.from_pretrained(folder,
     trust_remote_code=True)` and, in a pipeline, `AutoModel.from_pretrained(folder, subfolder="transformer",
     trust_remote_code=True)` run it. Once the code is there, `trust_remote_code=True` is needed with the package, too:
-    keep it in a revision of its own.
+    keep it in a separate revision.
 
     Args:
         folder (`str` or `os.PathLike`): As `save_pretrained` wrote it; its `model_index.json` and `config.json` are

@@ -392,4 +392,4 @@ class TestSeveralCheckpoints:
             TerDiTPipeline.from_pretrained(path)
         capsys.readouterr()
         assert main(["convert", path, str(tmp_path / "other"), "--pipeline", "x"]) == 1
-        assert "--pipeline is for models of diffusers" in capsys.readouterr().err
+        assert "--pipeline applies to models of diffusers" in capsys.readouterr().err

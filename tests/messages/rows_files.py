@@ -601,7 +601,7 @@ ROWS = [
     Row(converts("dense", "--vae", "auto"), "TMP/dense", "--vae is for the files of TerDiT's authors",
         "Leave it out."),
     Row(converts("original", "--scale_granularity", "row"), "TMP/original",
-        "--scale_granularity is for models of diffusers", "Leave it out."),
+        "--scale_granularity applies to models of diffusers", "leave it out."),
     Row(info("layer", "--labels"), "TMP/layer", "names no labels", "Leave out --labels."),
     Row(info("dense", "--kernels"), "TMP/dense", "has no ternary layers", "Leave out --kernels."),
     Row(info("pipe", file="model_index.json", text='{"_class_name": "DiTPipeline"}'), "holds a 'DiTPipeline'",

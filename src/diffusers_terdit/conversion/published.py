@@ -99,7 +99,7 @@ def convert_ternary_checkpoint(
     Read are dense tensors whose values are ternary, and the two-bit forms of MLX and gemlite. One tensor is in memory
     at a time, and the packed ones of a shard. Other components of a pipeline are copied, and its card, license and
     index; nothing is copied through a link but from the Hub's cache. The two-bit repositories hold text encoders in
-    forms of their own, which are not read: pass `pipeline` to have a pipeline.
+    their own forms, which are not read: pass `pipeline` to have a pipeline.
 
     Args:
         path (`str` or `os.PathLike`): Pipeline folder with a model_index.json, model folder, or Hub id. Of a packed

@@ -106,7 +106,7 @@ def _rounded(transformer: TerDiTTransformer2DModel):
 
 
 def _with_all_heads(query: Tensor, key: Tensor, value: Tensor, *args: Any, enable_gqa: bool = False, **kwargs: Any):
-    """Attention in which every query head has a key and value of its own: OpenVINO knows no other."""
+    """Attention in which every query head has its own key and value: OpenVINO knows no other."""
     if not enable_gqa:
         return NotImplemented
     repeats = query.shape[1] // key.shape[1]  # (B, H, L, D/H)

@@ -125,7 +125,7 @@ def model_card(model: Any, name: str, options: CardOptions, **load_arguments: An
     sections += ["```python\n" + _snippet(model, f"{json.dumps(name)}{arguments}") + "\n```", _sizes(model)]
     if options.facts:
         rows = [f"| {_one_line(key)} | {_one_line(value)} |" for key, value in options.facts.items()]
-        sections.append("\n".join(["## Training", "", "| | |", "| --- | --- |", *rows]))
+        sections.append("\n".join(["## Training", "", "| setting | value |", "| --- | --- |", *rows]))
     original = config.get(ORIGINAL)
     if original:
         repo_id = original["repo_id"]

@@ -144,7 +144,7 @@ def _merged(ours: RepoCard | None, card: str, theirs: RepoCard | None, repo_id: 
     our_text, their_text, append = own_text(ours), own_text(theirs), bool(options.images)
     if our_text and their_text and our_text != their_text:
         logger.warning(
-            f"{repo_id} has a README.md of its own, which was kept; the one in the folder was not uploaded. To replace"
+            f"{repo_id} has its own README.md, which was kept; the one in the folder was not uploaded. To replace"
             f" it: `hf upload {repo_id} README.md`."
         )
         return merge_cards(card, theirs, options, append)

@@ -431,7 +431,7 @@ class TerDiTTransformer2DModel(TernaryModelMixin, TernaryAdapterMixin, CacheMixi
             count (`int`, defaults to 1): How many.
 
         Raises:
-            ValueError: No positive number, or the label table has a LoRA of its own.
+            ValueError: No positive number, or the label table has its own LoRA.
         """
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ValueError(f"`count` must be a positive int, got {count!r}.")
@@ -445,7 +445,7 @@ class TerDiTTransformer2DModel(TernaryModelMixin, TernaryAdapterMixin, CacheMixi
             count (`int`, defaults to 1): How many.
 
         Raises:
-            ValueError: No label would be left, or the label table has a LoRA of its own.
+            ValueError: No label would be left, or the label table has its own LoRA.
         """
         null = self.config.num_classes
         if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count < null:

@@ -336,7 +336,7 @@ def integer_linear(
     """`ternary_linear` of the input rounded to integers: `(codes @ T^T) * scale * step + bias`, (..., K) -> (..., N).
 
     The integer sums are exact (float64 holds them); what follows is float32, in this order, whatever `input`'s dtype.
-    With groups each has a step of its own in each row, and what they give is added from the first to the last.
+    With groups each has its own step in each row, and what they give is added from the first to the last.
 
     Args:
         input (`torch.Tensor`): (..., K), float. A row with NaN or infinity gives a row of NaN.

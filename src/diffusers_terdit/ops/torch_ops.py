@@ -396,7 +396,7 @@ def register_kernels(
     packs_first: Callable[[torch.dtype], bool] = lambda dtype: False,
     integer_linears: Callable[..., list[Tensor]] | None = None,
 ) -> None:
-    """Let a type of device compute the ops with kernels of its own.
+    """Let a type of device compute the ops with its own kernels.
 
     Args:
         device_type (`str`): "cpu", "cuda", ...
@@ -828,7 +828,7 @@ def integer_linear(
 ) -> Tensor:
     """`ternary_linear` with each row of the input rounded to integers, whose products with T are summed exactly.
 
-    With scales of groups each group of a row is rounded with a step of its own. The gradient is that of
+    With scales of groups each group of a row is rounded with its own step. The gradient is that of
     `ternary_linear`. Where `has_integer_kernel` is false this is slow.
 
     Args:

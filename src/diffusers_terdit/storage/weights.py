@@ -139,7 +139,7 @@ def write_weights(
         tensors (`Iterable[tuple[str, torch.Tensor]]`): Names and tensors. Taken one at a time; those of one shard are
             held until it is written.
         metadata (`dict[str, str]`): Of every file and of the index.
-        max_shard_size (`int`): Bytes of tensors per file; a larger tensor has a file of its own.
+        max_shard_size (`int`): Bytes of tensors per file; a larger tensor has a separate file.
         variant (`str`, *optional*): Written into the files' names.
 
     Raises:

@@ -150,7 +150,7 @@ def _tensors(model: nn.Module, ema_model: nn.Module | None, optimizer: torch.opt
 
 
 class Writer:
-    """Writes checkpoints on a thread of its own, one after the other, while training goes on."""
+    """Writes checkpoints on a separate thread, one after the other, while training goes on."""
 
     def __init__(self) -> None:
         self._thread: Thread | None = None

@@ -180,7 +180,7 @@ def parameter_groups(
         model (`torch.nn.Module`): Its parameters that take a gradient are grouped.
         weight_decay (`float`): Decay of the matrices; that of the other groups is 0.
         scale_lr_factor (`float`): `lr_factor` of the scales; that of the other groups is 1.
-        muon (`bool`): Whether the matrices of `model.transformer_blocks` are a group of their own, for
+        muon (`bool`): Whether the matrices of `model.transformer_blocks` are a separate group, for
             [`~training.muon.Muon`]; it says `"muon": True`.
 
     Returns:

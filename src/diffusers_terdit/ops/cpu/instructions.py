@@ -66,7 +66,7 @@ def c_function(cached: bool, *variant: Any) -> Callable[[Callable], Any]:
     """
 
     def compiled(function: Callable) -> Any:
-        # The name of the cache's files. Every variant has files of its own, since numba numbers the variants of one
+        # The name of the cache's files. Every variant has its own files, since numba numbers the variants of one
         # function without a lock: two processes that compile two of them at once would exchange their code for good.
         # And numba itself looks for changes in the file of the function alone, not in those of what it calls.
         made_from = (numba.__version__, processor().name, sorted(processor().features), _digest_of_sources(), variant)

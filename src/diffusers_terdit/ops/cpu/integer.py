@@ -4,7 +4,7 @@
 signed bytes, x = step * (256 high + low)), the products with the codes 0, 1, 2 are summed exactly in int32, and what
 the codes' offset of one added, the sum of the row's integers, is subtracted. It reads the packed weight as it is
 stored, so there is no second copy. The rows' integers lie in the order in which they are read, of all rows of a tile.
-Each group of inputs with scales of its own has steps and sums of its own, and is padded to whole turns of the loop.
+Each group of inputs with its own scales has its own steps and sums, and is padded to whole turns of the loop.
 
 A panel is as many rows of the packed weight as a vector has lanes: four vectors of outputs, one of each quarter. All
 kernels share one loop, `_compile_multiply`: it transposes 4 bytes (four inputs) of a panel's rows at a time into a
