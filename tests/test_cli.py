@@ -469,7 +469,7 @@ def test_info_of_a_hub_model_downloads_its_weights_alone(fake_hub, tiny_pipeline
     assert re.search(r"^vae +not here$", printed, re.MULTILINE)
     assert not any(path.startswith("vae/") for path, _ in fake_hub.downloads)
     assert main(["info", str(tmp_path / "pipe")]) == 0
-    assert re.search(r"^vae +\d+\.\d kB besides$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^vae +\d+\.\d kB more$", capsys.readouterr().out, re.MULTILINE)
     assert main(["info", "user/model"]) == 0
     assert "where the bytes go" in capsys.readouterr().out
 

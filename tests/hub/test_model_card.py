@@ -286,7 +286,7 @@ class TestAuthor:
         monkeypatch.setattr(push.logger, "warning", said.append)
         tiny_model().save_pretrained("folder", push_to_hub=True, repo_id=REPO, token=fake_hub.token)
         assert len(said) == 1
-        assert said[0].startswith(f"{REPO} has a README.md of its own")
+        assert said[0].startswith(f"{REPO} has its own README.md")
         assert "# The one on the Hub" in readme(fake_hub)
         assert (tmp_path / "folder" / "README.md").read_bytes().decode() == OWN
 
