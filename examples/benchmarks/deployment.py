@@ -1,6 +1,6 @@
 """`deployment`: bytes of a checkpoint, peak memory and time of a guided step of the models of the paper's table.
 
-The weights are random. Every model has a separate process; these take one step each in turns. On a CPU the second
+The weights are random. Every model runs in a separate process; these take one step each in turns. On a CPU the second
 model of a pair, a dense one, is then timed again with linear layers that are computed by what is fastest there.
 """
 

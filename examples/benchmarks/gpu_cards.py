@@ -1,6 +1,6 @@
 """`gpu-cards`: does a picture fit in a few GB of GPU memory, and how long does a step take there?
 
-Every case has a separate process, whose CUDA memory is limited. `--device cpu` tries the code without a limit.
+Every case runs in a separate process, whose CUDA memory is limited. `--device cpu` tries the code without a limit.
 """
 
 import argparse

@@ -42,9 +42,9 @@ ternary wins: a narrower model in full precision has 9.7; one as wide as the ter
 with twice the bytes (one seed each). At equal steps it loses: after 6,000 steps by Muon its distance is 1.23 times
 that of full precision, and its loss 1.05 times (one seed). Models this small also take 1.5 times as long packed as
 dense. Muon is the default of the small presets. With it, twice the learning rate helps in 1,000 steps. In 6,000
-the distance falls to 2.7, but fewer pictures are recognized, the loss is the same, and it jumps for single
-batches. A scale per row, no RMSNorm after adaLN, weight decay and float32 instead of bfloat16 made no difference
-that one seed can show. The rest is not decided."""
+the distance falls to 2.7, but fewer pictures are recognized, the loss is the same, and single batches make the
+gradient jump. A scale per row, no RMSNorm after adaLN, weight decay and float32 instead of bfloat16 made no
+difference that one seed can show. The rest is not decided."""
 NUM_IMAGES, GUIDANCE, SAMPLING_STEPS = 2000, 1.5, 25
 HELD_OUT = 1000  # test images
 
