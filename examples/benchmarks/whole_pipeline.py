@@ -1,7 +1,7 @@
 """`pipeline`: one picture from a pipeline of FLUX.2-klein's shape, text encoder and VAE included: memory and seconds.
 
-The weights are random, of the real sizes. Each mode runs in a separate process, which loads from disk, encodes a prompt
-of 512 tokens, denoises in 4 steps and decodes 512 x 512 pixels.
+The weights are random, of the real sizes. Each mode runs in a separate process, which loads from disk, encodes a
+prompt of 512 tokens, denoises in 4 steps and decodes 512 x 512 pixels.
 """
 
 import argparse
