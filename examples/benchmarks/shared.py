@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import platform
 import re
 import resource
 import shlex
@@ -13,10 +12,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from importlib.util import find_spec
 from pathlib import Path
 
-import diffusers
 import jinja2
 import torch
 from diffusers import AutoencoderKL
@@ -24,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffusers_terdit import TerDiTTransformer2DModel, pack_ternary
-from diffusers_terdit.evaluation.measured import measured, stamp
+from diffusers_terdit.evaluation.measured import machine, measured, stamp
 from diffusers_terdit.models.transformer_terdit import SIZES
 from diffusers_terdit.ops import dequantize, unpack_ternary
 from diffusers_terdit.ops.gpu import choose
@@ -69,28 +66,6 @@ def command_line() -> str:
 
 
 # The place
-
-
-def machine() -> str:
-    """Return one line: processor, its instruction sets that matter here, threads, versions."""
-    found = {}
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        found = dict((part.strip() for part in line.split(":", 1)) for line in lines if ":" in line)
-    flags = found.get("flags", "").split()
-    sets = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
-    name = found.get("model name", platform.processor() or platform.machine())
-    if find_spec("llvmlite"):  # numba's, without which there are no kernels for a CPU
-        from llvmlite.binding import get_host_cpu_name
-
-        if (cpu := get_host_cpu_name()).startswith("znver"):  # AMD's names do not tell
-            name += f", Zen {cpu.removeprefix('znver')}"
-    return (
-        f"{name}"
-        f" ({', '.join(name for name in sets if name in flags) or 'no AVX2'}),"
-        f" {torch.get_num_threads()} threads, torch {torch.__version__}, diffusers {diffusers.__version__},"
-        f" Python {platform.python_version()}"
-    )
 
 
 def place(device: str) -> str:

@@ -9,7 +9,6 @@ import copy
 import io
 import json
 import math
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,6 @@ from functools import cache
 from pathlib import Path
 from statistics import mean, stdev, variance
 
-import diffusers
 import torch
 from diffusers import DDIMScheduler
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -29,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, TernaryLinear, evaluation, losses, training
 from diffusers_terdit.evaluation.digits import digits_classifier
-from diffusers_terdit.evaluation.measured import measured, stamp
+from diffusers_terdit.evaluation.measured import machine, measured, now, stamp
 from diffusers_terdit.pipelines.schedulers import training_scheduler
 
 
@@ -385,17 +383,6 @@ def train(variant: Variant, learning_rate: float, seed: int, curve: bool) -> dic
 # --- records ---
 
 
-def machine() -> str:
-    """Processor by its instruction sets, and versions."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-    sets = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
-    return (
-        f"{platform.machine()} CPU ({', '.join(sets) or 'no AVX2'}), {torch.get_num_threads()} thread(s),"
-        f" torch {torch.__version__}, diffusers {diffusers.__version__}"
-    )
-
-
 class Records:
     """An append-only JSONL file; each line has `run`, all that defines a run, and `result`.
 
@@ -436,7 +423,7 @@ class Records:
             result = make()
             total = round(time.process_time() - started, 1)
             print(f"{total:7.1f} s  {json.dumps(run)}", flush=True)
-            record = {"run": run, "result": result, "total_cpu_seconds": total, "machine": machine()}
+            record = {"run": run, "result": result, "total_cpu_seconds": total, "machine": machine(), **now()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         if text and not text.endswith("\n"):  # torn by a kill

@@ -1,14 +1,39 @@
-"""When, and at which commit of this package, the files of results in a folder were measured: `measured.json`."""
+"""Where, when and at which commit of this package results were measured. `measured.json` has it for each file."""
 
 import json
+import platform
 import subprocess
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
+
+import diffusers
+import torch
 
 from ..storage.saving import new_file
 
 
 NAME = "measured.json"
+
+
+def machine() -> str:
+    """Return one line: processor, its instruction sets that matter here, threads, versions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.exists() else []
+    found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = found.get("flags", "").split()
+    sets = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
+    name = found.get("model name", platform.processor() or platform.machine())
+    if find_spec("llvmlite"):  # numba's, without which there are no kernels for a CPU
+        from llvmlite.binding import get_host_cpu_name
+
+        if (cpu := get_host_cpu_name()).startswith("znver"):  # AMD's names do not tell
+            name += f", Zen {cpu.removeprefix('znver')}"
+    return (
+        f"{name} ({', '.join(name for name in sets if name in flags) or 'no AVX2'}),"
+        f" {torch.get_num_threads()} threads, torch {torch.__version__}, diffusers {diffusers.__version__},"
+        f" Python {platform.python_version()}"
+    )
 
 
 def commit() -> str:
