@@ -31,7 +31,7 @@ GPU := PYTHONPATH=src$(if $(PYTHONPATH),:$(PYTHONPATH)) PYTHONUNBUFFERED=1 timeo
 
 demo: .venv/.ready
 	$(BIN)/terdit generate emoji --labels ghost "clown face" "robot face" "face with cowboy hat" "face screaming in fear" \
-	    "smiling cat face with heart-shaped eyes" "nerd face" "exploding head" --overwrite --output demo.png
+	    "smiling cat face with heart-shaped eyes" "nerd face" "exploding head" imp --overwrite --output demo.png
 	@echo 'Open demo.png. Then draw another face, see all names, or read docs/tutorial.md:'
 	@echo '  $(BIN)/terdit generate emoji --labels "alien monster" --output face.png'
 	@echo '  $(BIN)/terdit info emoji --labels'

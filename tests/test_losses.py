@@ -102,7 +102,7 @@ def test_variational_bound_matches_the_equations(error):
 
 
 def test_table_of_a_scheduler_is_precise_enough():
-    # It is float32: the difference of its neighbours, beta, has 3 to 4 digits at the low end.
+    # It is float32: the difference of its neighbors, beta, has 3 to 4 digits at the low end.
     batch = make_batch(list(range(0, 1000, 9)))
     actual = losses.variational_bound(*batch, DDPMScheduler().alphas_cumprod)
     torch.testing.assert_close(actual, losses.variational_bound(*batch, ALPHAS_CUMPROD), rtol=1e-3, atol=1e-6)

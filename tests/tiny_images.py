@@ -56,12 +56,12 @@ def inception_score_by_numpy(probabilities, split_size):
     return np.mean(scores)
 
 
-def precision_and_recall_by_scikit_learn(samples, reference, neighbours=3):
+def precision_and_recall_by_scikit_learn(samples, reference, neighbors=3):
     sklearn_neighbors = pytest.importorskip("sklearn.neighbors")
 
     def covered(points, centers):
         judge = sklearn_neighbors.NearestNeighbors(algorithm="brute").fit(centers)
-        radii = judge.kneighbors(n_neighbors=neighbours)[0][:, -1]  # of other points
+        radii = judge.kneighbors(n_neighbors=neighbors)[0][:, -1]  # of other points
         distances = np.sqrt(((points[:, None] - centers[None]) ** 2).sum(-1))
         return (distances <= radii * (1 + 1e-9)).any(1).mean()
 

@@ -492,12 +492,16 @@ def step_page(data: dict) -> str:
                 error = f"{record['error']:.1e}"
                 lines.append([preset, label(mode_of(record)), *times, *map(shared.spread, over), *pictures, error])
                 if mode_of(record) in said:
-                    found = [shared.number(values[0]) if values else "-" for values in over]
+                    torch_float, torch_half, *best = [values[0] if values else None for values in over]
+                    faster = [b and min(a, b) for a, b in zip((torch_float, torch_half), best, strict=True)]
+                    found = [shared.number(value) if value else "-" for value in (torch_float, torch_half, *faster)]
                     says.append([preset, " ".join(mode_of(record)), *found, *pictures])
         places.append(heading(place) | {"lines": lines, "says": says})
     header = [f"over {label(BASES[key])}" for key in STEP_BASES]
     pictures = [f"{n} steps, s" for n in STEPS]
-    return shared.render("step", places=places, steps=STEPS, picture_header=pictures, over_header=header)
+    faster = [f"over the faster dense {dtype}" for dtype in DTYPES]
+    headers = {"over_header": header, "says_header": [*header[:2], *faster], "picture_header": pictures}
+    return shared.render("step", places=places, steps=STEPS, **headers)
 
 
 # Plots: speed over dense float32

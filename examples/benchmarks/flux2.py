@@ -278,7 +278,7 @@ def page(data: dict) -> str:
     rows = [(place["machine"], place.get("remark", ""), *rows_of(config, place["blocks"])) for place in places]
     forward_rows = []
     for mode, found in data["forward"].items():
-        peaks = [f"{found[key]:.2f}" for key in ("imports_gib", "loaded_gib", "peak_gib")]
+        peaks = [f"{found[key] * shared.GIB:.2f}" for key in ("imports_gib", "loaded_gib", "peak_gib")]
         forward_rows.append([mode, *peaks, f"{found['cpu_seconds']:.0f}"])
     return shared.render(
         "flux2", config=config, sizes=sizes, bound=bound(sizes), blocks=blocks, group=GROUP, imported=data["import"],

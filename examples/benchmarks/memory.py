@@ -69,7 +69,7 @@ def page(data: dict) -> str:
     rows = [
         [
             *(record["preset"].removesuffix("-256"), f"{8 * record['size']} px", record["dtype"]),
-            *(f"{record[key]:.2f}" for key in ("imports_gib", "loaded_gib", "peak_gib", "decoded_gib")),
+            *(f"{record[key] * shared.GIB:.2f}" for key in ("imports_gib", "loaded_gib", "peak_gib", "decoded_gib")),
             f"{record['decoding_cpu_seconds']:.0f}",
         ]
         for record in data["records"]

@@ -38,6 +38,7 @@ TINY |= {"sample_size": 28, "patch_size": 4, "in_channels": 1, "pos_embed_type":
 PRESETS = {**SIZES, "tiny": TINY, "toy": {**TOY, "sample_size": 8}}  # the toy is for trying the code
 PAPER_PRESETS = ["terdit-600m-256", "terdit-4.2b-256"]
 LIMITS = ("MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")  # of the libraries torch calls
+GIB = 2**30 / 1e9  # in GB: records have GiB, pages GB
 CACHE_BYTES = 2**28  # written between calls, so that no weight stays in a GPU's cache, as in a whole model
 
 
@@ -374,7 +375,7 @@ def render(name: str, **values) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.globals |= {"table": table, "spread": spread, "number": number, "grouped": grouped}
+    environment.globals |= {"table": table, "spread": spread, "number": number, "grouped": grouped, "gib": GIB}
     return environment.get_template(f"{name}.md.j2").render(values)
 
 
@@ -396,6 +397,8 @@ def bars(
     Speeds have the axis label `speed`, one axis, and a line at the fastest dense one that is no integer.
     """
     from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
     plt.switch_backend("Agg")
     plt.style.use(ROOT / "examples" / "figures.mplstyle")
@@ -422,8 +425,15 @@ def bars(
             axis.set_xlabel(f"{speed} (faster \N{RIGHTWARDS ARROW})")
         else:
             axis.label_outer()  # the same bars in every panel
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
+    for axis in axes.flat[len(panels) :]:  # one at most
+        axis.axis("off")
+        names = {"C0": "this package", "C1": "dense", "C2": "others"}
+        keys = [Patch(color=color, label=name) for color, name in names.items()]
+        if speed:
+            keys.append(
+                Line2D([], [], color="black", linewidth=0.8, linestyle="dashed", label="fastest dense one")
+            )
+        axis.legend(handles=keys, loc="center")
     figure.savefig(path)
     plt.close(figure)
     with Image.open(path) as image:

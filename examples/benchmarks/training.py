@@ -154,7 +154,12 @@ def measure(**settings) -> dict[str, float]:
 
 def page(data: dict) -> str:
     lines = [
-        [r["model"], f"{r['milliseconds']:g}", *(shared.spread(r.get(key)) for key in BASES), f"{r['memory_gib']:.2f}"]
+        [
+            r["model"],
+            f"{r['milliseconds']:g}",
+            *(shared.spread(r.get(key)) for key in BASES),
+            f"{r['memory_gib'] * shared.GIB:.2f}",
+        ]
         for r in data["records"]
     ]
     names = [*data["records"][0]["parts"]]

@@ -200,8 +200,8 @@ def page(data: dict) -> str:
         steps = [part for name, part in parts.items() if name.startswith("step")]
         load = [parts[name] for name in ("load the encoder", "load the rest")]
         groups = [[parts["encode"]], steps, [parts["decode"]], load]
-        encoding = max(parts[name]["peak_gib"] for name in ("load the encoder", "encode"))
-        rest = max(part["peak_gib"] for part in (load[1], *steps, parts["decode"]))
+        encoding = max(parts[name]["peak_gib"] for name in ("load the encoder", "encode")) * shared.GIB
+        rest = max(part["peak_gib"] for part in (load[1], *steps, parts["decode"])) * shared.GIB
         busy = [sum(part["cpu_seconds"] for part in group) for group in groups]
         seconds = sum(part["seconds"] for group in groups for part in group)
         figures = [f"{encoding:.1f}", f"{rest:.1f}", *(f"{value:.0f}" for value in (*busy, sum(busy), seconds))]

@@ -141,7 +141,7 @@ def draw(records: Records, path: Path) -> None:
     sizes.legend(loc="upper right")
     for axis, width in zip(errors, WIDTHS, strict=True):
         found = {shown(name): values(outcome, ERROR) for name, outcome in outcomes(records, width).items()}
-        draw_variants(axis, found, SHOWN["small gain"])
+        draw_variants(axis, found, {SHOWN["small gain"]: "C0", SHOWN["reference"]: "C2"})
         steps = SIZES[width].steps
         axis.set(xlabel="noise error (lower is better)", title=f"width {width}, {steps} steps")
     save_figure(figure, path)

@@ -558,11 +558,14 @@ def draw_seeds(axis, x: list[float], seeds: list[list[float]], color: str, **sty
     axis.fill_between(x, [min(at) for at in seeds], [max(at) for at in seeds], color=color, alpha=0.12, linewidth=0)
 
 
-def draw_variants(axis, variants: dict[str, list[float]], highlight: str = "") -> None:
-    """Plot the seeds of each variant as dots, their mean as a line and in figures, the lowest on top."""
+def draw_variants(axis, variants: dict[str, list[float]], colors: dict[str, str]) -> None:
+    """Plot the seeds of each variant as dots, their mean as a line and in figures, the lowest on top.
+
+    `colors` has those of names by their beginnings; all others are gray.
+    """
     names = sorted(variants, key=lambda name: mean(variants[name]), reverse=True)
     for row, name in enumerate(names):
-        color = "C0" if highlight and name.startswith(highlight) else "C1"
+        color = next((color for start, color in colors.items() if name.startswith(start)), "C1")
         axis.plot(variants[name], [row] * len(variants[name]), ".", color=color, alpha=0.6)
         axis.plot(mean(variants[name]), row, "|", markersize=16, color=color)
         axis.annotate(f"{mean(variants[name]):.4f}", (max(variants[name]), row), textcoords="offset points",

@@ -4,10 +4,9 @@
     terdit train --train_data_dir /usr/share/datasets/fashion-mnist --output_dir outputs/clothes
     python examples/experiments/fashion.py --data_dir /usr/share/datasets/fashion-mnist --model outputs/clothes
 
-The first line trains the judge, once, in 2.3 minutes of one core. "recognised" is the share of pictures that it takes
-for what they were to be; the distance is the Frechet distance of its 64 features, in float64, to those of the 10,000
-test images. Floor: the distance of 2,000 training images, here .68. Ceiling: what it recognises of the test images,
-92.3 %.
+The first line trains the judge, once, in 2.3 minutes of one core. A picture is recognized if it takes it for what it
+was to be; the distance is the Frechet distance of its 64 features, in float64, to those of the 10,000 test images.
+Floor: the distance of 2,000 training images, here .68. Ceiling: what it recognizes of the test images, 92.3 %.
 
 Nothing is downloaded. The images (MIT) are in Debian's package dataset-fashion-mnist.
 """
@@ -169,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
         found = judge(*sample(pipe, args.num_images, **settings), network, test)
         share = found["recognised"] / ceiling
         print(
-            f"{args.model}: distance {found['frechet_distance']:.2f}, {found['recognised']:.1%} recognised,"
+            f"{args.model}: distance {found['frechet_distance']:.2f}, {found['recognised']:.1%} recognized,"
             f" {share:.3f} of the ceiling ({args.num_images:,} pictures)"
         )
 

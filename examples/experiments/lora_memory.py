@@ -48,14 +48,14 @@ def main(argv=None) -> None:
     if args.weights:
         if args.weights != IMPORTS:
             train(args.weights, args.preset)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
         return
     rows = []
     for weights in WEIGHTS:
         command = [sys.executable, __file__, "--preset", args.preset, "--weights", weights]
         printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         rows.append([weights, f"{float(printed.split()[-1]):.2f}"])
-    print(table(["frozen weights", "peak, GiB"], rows))
+    print(table(["frozen weights", "peak, GB"], rows))
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ class Study:
         return torch.cat(errors).mean().item()
 
     def judged(self, pipe: TerDiTPipeline, draw: bool) -> dict:
-        """Held-out loss, in float32; distance and share recognised of its pictures, in bfloat16 where that is fast."""
+        """Held-out loss, in float32; distance and share recognized of its pictures, in bfloat16 where that is fast."""
         loss = self.held_out_loss(pipe)
         if not draw:
             return {"held_out_loss": loss}

@@ -21,6 +21,7 @@ from common import root_mean_square, write_page
 from diffusers_terdit import TerDiTPipeline
 from diffusers_terdit.checkpoints import bundled
 from diffusers_terdit.evaluation.digits import digits_classifier
+from diffusers_terdit.evaluation.measured import machine, now, sentence
 
 
 STEPS = (25, 10)
@@ -163,6 +164,7 @@ def page(count: int = NUM_IMAGES, faces: list[int] = FACES) -> str:
         noise=noise_lines(count),
         flow=flow_lines(faces),
         others=OTHERS,
+        made=f"{sentence(now())} Made on {machine()}.",
     )
 
 

@@ -188,9 +188,8 @@ def draw(records: Records, found: dict, path: Path) -> None:
     by_bytes.set_xticks([50, 100, 200, 500, 1000, 2000], ["50", "100", "200", "500", "1000", "2000"])
     by_bytes.legend(loc="upper right")
     names = [*dict.fromkeys(name for shown, _ in list(TABLES.values())[1:] for name in shown), "full precision, 64"]
-    draw_variants(
-        by_variant, {n: values(found[n], "noise_error_held_out") for n in names if n in found}, "ternary, 64"
-    )
+    shown = {name: values(found[name], "noise_error_held_out") for name in names if name in found}
+    draw_variants(by_variant, shown, {"ternary, 64": "C0"})
     by_variant.set(xlabel="held-out noise error (lower is better)", title="width 64 and equals, 3 seeds")
     save_figure(figure, path)
     plt.close(figure)

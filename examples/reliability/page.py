@@ -32,13 +32,12 @@ def total(counted: dict[str, dict[str, int]]) -> dict[str, int]:
 
 
 def outcomes(first: str, counted: dict[str, dict[str, int]], program: ModuleType = files) -> str:
-    """Table of outcomes by fault or kind of folder, and of all together."""
-    columns = [*program.GOOD, *program.BAD]
-    rows = [
-        [name, sum(counts.values()), *(counts.get(column, 0) for column in columns)]
-        for name, counts in [*counted.items(), ("**all**", total(counted))]
-    ]
-    return table([first, "inputs", *columns], rows)
+    """Table of outcomes by fault or kind of folder, and of all together; all kinds of failures are one column."""
+    rows = []
+    for name, counts in [*counted.items(), ("**all**", total(counted))]:
+        good = [counts.get(column, 0) for column in program.GOOD]
+        rows.append([name, sum(counts.values()), *good, sum(counts.get(column, 0) for column in program.BAD)])
+    return table([first, "inputs", *program.GOOD, "failures"], rows)
 
 
 def trials(report: dict, columns: dict[str, str | tuple[str, str]], kinds: tuple[str, ...]) -> str:
@@ -83,13 +82,15 @@ def render(folder: Path) -> str:
     paths = {name: folder / f"reliability_{name}.json" for name in REPORTS}
     reports = {name: json.loads(path.read_text()) | {"measured": measured(path)} for name, path in paths.items()}
     hostile, damaged, raced, killed, loaded = reports.values()
+    total_kills = sum(found["kills"] for found in killed["programs"].values())
     loader = FileSystemLoader(Path(__file__).parent / "pages")
     pages = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     return pages.get_template("reliability.md.j2").render(
         **reports,
+        total_kills=total_kills,
         by_fault=outcomes("fault", {fault: hostile["faults"][fault] for fault in files.FAULTS}),
         by_kind=outcomes("folder", dict(sorted(hostile["kinds"].items()))),
-        memory=[files.MEMORY >> 20, files.MEMORY_OF_OTHERS >> 20],
+        memory=[files.MEMORY / 1e9, files.MEMORY_OF_OTHERS / 1e9],
         seconds=SECONDS,
         faults={name: fault.__doc__ for name, (fault, _) in files.FAULTS.items()},
         by_data=outcomes(

@@ -66,7 +66,7 @@ class TestInceptionScore:
 
 class TestPrecisionAndRecall:
     @staticmethod
-    def by_integers(samples, reference, neighbours):
+    def by_integers(samples, reference, neighbors):
         """Exact, of lists of rows of integers."""
 
         def squared(a, b):
@@ -74,7 +74,7 @@ class TestPrecisionAndRecall:
 
         def covered(points, centers):
             radii = [
-                sorted(squared(center, other) for j, other in enumerate(centers) if j != i)[neighbours - 1]
+                sorted(squared(center, other) for j, other in enumerate(centers) if j != i)[neighbors - 1]
                 for i, center in enumerate(centers)
             ]
             inside = [
@@ -86,14 +86,14 @@ class TestPrecisionAndRecall:
         return covered(samples, reference), covered(reference, samples)
 
     @pytest.mark.parametrize(
-        ("rows", "more", "width", "neighbours"), [(80, 120, 5, 3), (150, 60, 30, 1), (70, 70, 2, 5)]
+        ("rows", "more", "width", "neighbors"), [(80, 120, 5, 3), (150, 60, 30, 1), (70, 70, 2, 5)]
     )
-    def test_scikit_learn_finds_the_same(self, rows, more, width, neighbours):
+    def test_scikit_learn_finds_the_same(self, rows, more, width, neighbors):
         samples, reference = random_features(rows + more, width).split([rows, more])
         samples = samples * 1.3 + 0.3
-        expected = precision_and_recall_by_scikit_learn(samples, reference, neighbours)
+        expected = precision_and_recall_by_scikit_learn(samples, reference, neighbors)
         assert 0 < min(expected) <= max(expected) < 1
-        assert precision_and_recall(samples, reference, neighbours) == pytest.approx(expected, abs=1e-12)
+        assert precision_and_recall(samples, reference, neighbors) == pytest.approx(expected, abs=1e-12)
 
     @pytest.mark.parametrize("chunk", [7, 30, 90])
     def test_chunks_do_not_matter(self, chunk):
@@ -107,12 +107,12 @@ class TestPrecisionAndRecall:
     @given(
         grid, grid, st.integers(1, 4), st.integers(1, 6), st.sampled_from([(1, 0), (0.1, 0), (0.1, 0.1), (0.25, 1e4)])
     )
-    def test_ties_and_duplicates_are_exact(self, samples, reference, neighbours, chunk, place):
-        exact = self.by_integers(samples, reference, neighbours)
+    def test_ties_and_duplicates_are_exact(self, samples, reference, neighbors, chunk, place):
+        exact = self.by_integers(samples, reference, neighbors)
         step, offset = place  # a tenth is no exact float: distances that should be equal differ by rounding
         rows = [torch.tensor(points, dtype=torch.float64) * step + offset for points in (samples, reference)]
-        assert precision_and_recall(*rows, neighbours, chunk) == pytest.approx(exact, abs=1e-12)
-        assert precision_and_recall(*rows[::-1], neighbours, chunk) == pytest.approx(exact[::-1], abs=1e-12)
+        assert precision_and_recall(*rows, neighbors, chunk) == pytest.approx(exact, abs=1e-12)
+        assert precision_and_recall(*rows[::-1], neighbors, chunk) == pytest.approx(exact[::-1], abs=1e-12)
 
     def test_known_sets(self):
         features = random_features(50, 6)

@@ -133,12 +133,12 @@ ROWS = [
         "Pass the softmax of logits."),
     Row(lambda w: evaluation.InceptionScore().value, Fixed("no images"), "There is no Inception Score",
         "call `update` first"),
-    Row(lambda w: evaluation.precision_and_recall(TWO, TWO, neighbours=0), "0 and 2048", "must be at least 1"),
+    Row(lambda w: evaluation.precision_and_recall(TWO, TWO, neighbors=0), "0 and 2048", "must be at least 1"),
     Row(lambda w: evaluation.precision_and_recall(TWO, TWO[:, :1]), "(3, 2) and (3, 1)",
         "take features (N, D) and (M, D)"),
     Row(lambda w: evaluation.precision_and_recall(TWO, None), "(3, 2) and NoneType",
         "take features (N, D) and (M, D)"),
-    Row(lambda w: evaluation.precision_and_recall(TWO, TWO), "got 3", "3 neighbours need at least 4 samples"),
+    Row(lambda w: evaluation.precision_and_recall(TWO, TWO), "got 3", "3 neighbors need at least 4 samples"),
 
     # images and networks
     Row(lambda w: digits_classifier()(torch.ones(2, 3, 8, 8)), "(2, 3, 8, 8)", "takes images (B, 1, 8, 8)"),

@@ -238,7 +238,7 @@ class InceptionV3(nn.Module):
 def resize(images: Tensor, size: int) -> Tensor:
     """Bilinear resize to (B, C, size, size) as in TensorFlow 1: output pixel i is at input position i * in / out.
 
-    PyTorch's own resize has pixel centres half a pixel further or corners aligned.
+    PyTorch's own resize has pixel centers half a pixel further or corners aligned.
     """
     for axis in (3, 2):  # in TensorFlow's order
         length = images.shape[axis]

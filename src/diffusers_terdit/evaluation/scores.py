@@ -78,7 +78,7 @@ def inception_score(probabilities: Tensor, split_size: int = 5000) -> float:
 
 @torch.no_grad()
 def precision_and_recall(
-    samples: Tensor, reference: Tensor, neighbours: int = 3, chunk: int = 2048
+    samples: Tensor, reference: Tensor, neighbors: int = 3, chunk: int = 2048
 ) -> tuple[float, float]:
     """Share of samples within the reference's set, and share of the reference within the samples' set.
 
@@ -89,24 +89,24 @@ def precision_and_recall(
     Args:
         samples (`torch.Tensor`): (N, D), float.
         reference (`torch.Tensor`): (M, D), float.
-        neighbours (`int`, defaults to 3): k, as ADM has it.
+        neighbors (`int`, defaults to 3): k, as ADM has it.
         chunk (`int`, defaults to 2048): Rows of a block; memory is some matrices of `chunk`^2 and `chunk` D doubles.
 
     Returns:
         `tuple[float, float]`: precision and recall, in [0, 1].
 
     Source: https://arxiv.org/abs/1904.06991.
-    Raises: ValueError if a set has fewer than `neighbours` + 1 rows or values that are not finite, or widths differ.
+    Raises: ValueError if a set has fewer than `neighbors` + 1 rows or values that are not finite, or widths differ.
     """
-    if neighbours < 1 or chunk < 1:
-        raise ValueError(f"`neighbours` and `chunk` must be at least 1, got {neighbours} and {chunk}.")
+    if neighbors < 1 or chunk < 1:
+        raise ValueError(f"`neighbors` and `chunk` must be at least 1, got {neighbors} and {chunk}.")
     matrices = all(isinstance(features, Tensor) and features.ndim == 2 for features in (samples, reference))
     if not matrices or samples.shape[1] != reference.shape[1]:
         got = f"{shown(samples)} and {shown(reference)}"
         raise ValueError(f"Precision and recall take features (N, D) and (M, D), got {got}.")
     for name, features in (("samples", samples), ("reference", reference)):
-        if len(features) <= neighbours:
-            raise ValueError(f"{neighbours} neighbours need at least {neighbours + 1} {name}, got {len(features)}.")
+        if len(features) <= neighbors:
+            raise ValueError(f"{neighbors} neighbors need at least {neighbors + 1} {name}, got {len(features)}.")
         for start in range(0, len(features), chunk):
             check_finite(features[start : start + chunk], f"Features of the {name}:", start)
 
@@ -116,7 +116,7 @@ def precision_and_recall(
     sums = [rows.to(samples.device, torch.float64).sum(0) for rows in reference.split(chunk)]
     centre = torch.stack(sums).sum(0) / len(reference)
     blocks = _Blocks(samples, centre, chunk), _Blocks(reference, centre, chunk)
-    sample_radii, reference_radii = (_squared_radii(features, neighbours, margin) for features in blocks)
+    sample_radii, reference_radii = (_squared_radii(features, neighbors, margin) for features in blocks)
 
     precise = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
     recalled = torch.zeros(len(reference), dtype=torch.bool, device=samples.device)
@@ -149,17 +149,17 @@ def _squared_distances(rows: Tensor, columns: Tensor, margin: float) -> Tensor:
     return (lengths * (1 + margin)).addmm_(rows, columns.T, alpha=-2)
 
 
-def _squared_radii(blocks: _Blocks, neighbours: int, margin: float) -> Tensor:
+def _squared_radii(blocks: _Blocks, neighbors: int, margin: float) -> Tensor:
     """Squared distance of each feature to the k-th nearest other one, upper end of rounding: (N,)."""
-    nearest = blocks.centre.new_full((len(blocks.features), neighbours), torch.inf)
+    nearest = blocks.centre.new_full((len(blocks.features), neighbors), torch.inf)
 
     def take(rows: slice, distances: Tensor) -> None:
         candidates = torch.cat([nearest[rows], distances], dim=1)
-        nearest[rows] = candidates.topk(neighbours, dim=1, largest=False).values
+        nearest[rows] = candidates.topk(neighbors, dim=1, largest=False).values
 
     for index, (rows, block) in enumerate(blocks):
         own = _squared_distances(block, block, margin)
-        take(rows, own.fill_diagonal_(torch.inf))  # a feature is no neighbour of itself, a copy of it is
+        take(rows, own.fill_diagonal_(torch.inf))  # a feature is no neighbor of itself, a copy of it is
         for columns, other in blocks.from_block(index + 1):
             distances = _squared_distances(block, other, margin)
             take(rows, distances)

@@ -158,7 +158,7 @@ class TerDiTAdaLN(nn.Module):
 
 
 class TerDiTBlock(nn.Module):
-    """Attention and feed-forward, each normalised, modulated by the condition and gated."""
+    """Attention and feed-forward, each normalized, modulated by the condition and gated."""
 
     def __init__(self, dim, heads, kv_heads, head_dim, ffn_dim, cond_dim, qk_norm, adaln_norm, eps, linear):
         super().__init__()

@@ -32,7 +32,7 @@ logger = logging.get_logger(__name__)
 
 
 LATENTS_NAME = "latents.json"
-KEPT_BYTES = 2**30  # of memory for images that were read: 87,000 of 32 pixels, 1,300 of 256
+KEPT_BYTES = 10**9  # of memory for images that were read: 81,000 of 32 pixels, 1,200 of 256
 
 
 @contextmanager
