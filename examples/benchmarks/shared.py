@@ -430,9 +430,7 @@ def bars(
         names = {"C0": "this package", "C1": "dense", "C2": "others"}
         keys = [Patch(color=color, label=name) for color, name in names.items()]
         if speed:
-            keys.append(
-                Line2D([], [], color="black", linewidth=0.8, linestyle="dashed", label="fastest dense one")
-            )
+            keys.append(Line2D([], [], color="black", linewidth=0.8, linestyle="dashed", label="fastest dense one"))
         axis.legend(handles=keys, loc="center")
     figure.savefig(path)
     plt.close(figure)

@@ -57,6 +57,7 @@ COMMON = {
 }  # fmt: skip
 BASE = "recipe of the pilot"
 FIRST_THIRD = "full precision for the first third"
+TAUGHT = "Muon, full precision as the teacher"
 NOISE = {"flow_matching": "false", "weighting_scheme": "none", "learn_sigma": "false"}
 
 # Arm -> the settings that it changes. `full_share`, `teacher`, `patch`, `weights` and `rounded` are this study's own.
@@ -73,9 +74,12 @@ ARMS: dict[str, dict] = {
     "weight decay .1": {"adam_weight_decay": 0.1},
     "no RMSNorm after adaLN": {"adaln_norm": "false"},
     "the authors' initialization": {"initialization": "reference"},
-    "distillation": {"teacher": "full precision"},
     "Muon": {"optimizer": "muon"},
     "Muon, a scale per row": {"optimizer": "muon", "scale_granularity": "row"},
+    TAUGHT: {
+        "optimizer": "muon", "teacher": "full precision, Muon", "distillation_weight": 4, "max_grad_norm": 10.0,
+        "mixed_precision": "no",
+    },
     "a Hadamard basis": {"patch": "hadamard"},
     "raw weights": {"weights": "raw"},
     "full precision": {"ternary": "false"},
@@ -264,7 +268,9 @@ class Study:
 Plan = list[tuple[str, int, int, dict]]
 RATED = ("Muon", "full precision, Muon")
 RATES = (2e-3, 4e-3, 8e-3, 16e-3)
-TUNED = {"optimizer": "muon", "learning_rate": 8e-3}
+RATE = {"learning_rate": 8e-3}
+TUNED = {"optimizer": "muon", **RATE}
+DECAYED = {steps: {**RATE, "lr_decay_steps": steps} for steps in (600, 950, 3600)}
 AROUND = (
     BASE, "a scale per row", "no RMSNorm after adaLN", "uniform times", "scales at the common rate", "beta2 .999",
     "the authors' initialization", FIRST_THIRD, "a Hadamard basis", "weight decay .1",
@@ -274,6 +280,15 @@ PLANS: dict[str, Plan] = {
     "screen": [(arm, STEPS, 0, {}) for arm in ARMS],
     "rates": [(arm, RATE_STEPS, RATE_SEED, {"learning_rate": rate}) for arm in RATED for rate in RATES],
     "around": [(arm, RATE_STEPS, RATE_SEED, TUNED) for arm in AROUND],
+    "decay": [
+        *((arm, RATE_STEPS, RATE_SEED, DECAYED[600]) for arm in (*RATED, TAUGHT)),
+        ("Muon", RATE_STEPS, RATE_SEED, DECAYED[950]),
+    ],
+    "long": [
+        *((arm, LONG_STEPS, 0, {}) for arm in RATED),
+        ("Muon", LONG_STEPS, 0, RATE),
+        *((arm, LONG_STEPS, 0, DECAYED[3600]) for arm in ("full precision, Muon", TAUGHT)),
+    ],
     "seeds": [(arm, STEPS, seed, {}) for arm in SEEDED for seed in SEEDS],
 }
 
@@ -281,6 +296,8 @@ PLANS: dict[str, Plan] = {
 def cells(results: list[dict]) -> list[str]:
     """Loss, distance and share of the ceiling; with several seeds mean and standard deviation."""
     loss = [result["held_out_loss"] for result in results]
+    if "share" not in results[0]:  # judged by the loss alone
+        return [f"{loss[0]:.4f}", "-", "-"]
     distance = [result["frechet_distance"] for result in results]
     share = [result["share"] for result in results]
     if len(results) == 1:
@@ -288,11 +305,16 @@ def cells(results: list[dict]) -> list[str]:
     return [cell(loss, 4) if None not in loss else "-", cell(distance, 2), cell(share, 3)]
 
 
-def changed(settings: dict) -> str:
-    """The number of layers and the learning rate of a run, where they are not those of the others."""
-    layers = f", {settings['num_layers']} layers" if "num_layers" in settings else ""
-    rate = settings["learning_rate"]
-    return layers + (f", learning rate {rate:g}" if rate != COMMON["learning_rate"] else "")
+def named(run: dict) -> str:
+    """The arm of a run, and what else it changes, but for the learning rate."""
+    words = {
+        "num_layers": "{} layers", "lr_decay_steps": "decay over {} steps", "adam_weight_decay": "weight decay {}",
+        "mixed_precision": "float32",
+    }  # fmt: skip
+    fixed = COMMON | ARMS[run["arm"]]
+    changes = {key: value for key, value in run["settings"].items() if fixed.get(key) != value}
+    arm = "Muon" if run["arm"] == BASE and changes.get("optimizer") == "muon" else run["arm"]
+    return ", ".join([arm, *(word.format(changes[key]) for key, word in words.items() if key in changes)])
 
 
 def weight_bytes(settings: dict) -> int:
@@ -331,10 +353,14 @@ def render(folder: Path) -> str:
         (arm, steps): find([(arm, steps, seed, {}) for seed in SEEDS]) for arm in ARMS for steps in (STEPS, LONG_STEPS)
     }
     longer = [
-        [run["arm"] + changed(run["settings"]), f"{run['steps']:,}", *cells([record["result"]])]
+        [named(run), f"{run['settings']['learning_rate']:g}", f"{run['steps']:,}", *cells([record["result"]])]
         for record in records.records
         if (run := record["run"])["steps"] > STEPS and run["steps"] != EQUAL_COMPUTE and run["seed"] == 0
     ]
+    short = {}  # the record with pictures comes after the one without
+    for record in sorted(records.records, key=lambda record: "share" in record["result"]):
+        if (run := record["run"])["steps"] == RATE_STEPS:
+            short[named(run), run["settings"]["learning_rate"]] = record["result"]
     sizes = [
         (weight_bytes(ARMS[arm]), arm, steps, found[0])
         for arm in ARMS
@@ -342,24 +368,22 @@ def render(folder: Path) -> str:
         for steps in (STEPS, EQUAL_COMPUTE)
         if (found := find([(arm, steps, 0, {})]))
     ]
-    around = {arm: found[0] for arm, *rest in PLANS["around"] if (found := find([(arm, *rest)]))}
-    rates = [(arm, changes["learning_rate"], find([(arm, s, d, changes)])) for arm, s, d, changes in PLANS["rates"]]
+    tried = {record["run"]["arm"] for record in records.records}
     return write_page(
         NAME,
         answer=ANSWER,
         made=made_on(records),
         steps=f"{STEPS:,}",
         screen=[[f"**{arm}**" if arm == BASE else arm, *cells([result])] for arm, result in screen],
-        missing="; ".join(arm for arm in ARMS if arm not in {**dict(screen), **around}),
-        around=[
-            ["**Muon**" if arm == BASE else arm, *cells([result])]
-            for arm, result in sorted(around.items(), key=lambda item: item[1]["held_out_loss"])
+        missing="; ".join(arm for arm in ARMS if arm not in tried),
+        short=[
+            [name, f"{rate:g}", *cells([result])]
+            for (name, rate), result in sorted(short.items(), key=lambda item: item[1]["held_out_loss"])
         ],
         rate_steps=f"{RATE_STEPS:,}",
         longer=longer,
         sizes=[[arm, f"{size / 1e3:,.0f}", f"{n:,}", *cells([found])] for size, arm, n, found in sorted(sizes)],
         seeds=[[arm, f"{n:,}", str(len(found)), *cells(found)] for (arm, n), found in seeds.items() if len(found) > 1],
-        rates=[[arm, f"{rate:g}", f"{found[0]['held_out_loss']:.4f}"] for arm, rate, found in rates if found],
     )
 
 
@@ -381,7 +405,7 @@ def main(argv: list[str] | None = None) -> None:
             for arm, steps, seed, changes in PLANS[part]:
                 if args.arm is None or arm in args.arm:
                     run = run_of(arm, steps, seed, **changes)
-                    records.get(run, lambda run=run, part=part: study.result(run, draw=part != "rates"))
+                    records.get(run, lambda run=run, part=part: study.result(run, draw=part not in ("rates", "decay")))
     (folder / f"{NAME}.md").write_text(render(folder), encoding="utf-8")
 
 
