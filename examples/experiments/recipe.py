@@ -40,7 +40,7 @@ ANSWER = """\
 the distance of its pictures to real ones is 5.1 instead of 6.1 (three seeds of each, spread .2). At equal bytes
 ternary wins: a narrower model in full precision has 9.7; one as wide as the ternary one, rounded to int4, has 5.4
 with twice the bytes (one seed each). At equal steps it loses: after 6,000 steps by Muon its distance is 1.23 times
-that of full precision, and its loss 1.05 times (one seed). Models this small also take 1.5 times as long packed as
+that of full precision, and its loss 1.05 times (one seed). Models this small also take 1.6 times as long packed as
 dense. Muon is the default of the small presets. With it, twice the learning rate helps in 1,000 steps. In 6,000
 the distance falls to 2.7, but fewer pictures are recognized, the loss is the same, and single batches make the
 gradient jump. A scale per row, no RMSNorm after adaLN, weight decay and float32 instead of bfloat16 made no
