@@ -4,10 +4,10 @@ import json
 import platform
 import subprocess
 from datetime import date
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-import diffusers
 import torch
 
 from ..storage.saving import new_file
@@ -31,7 +31,7 @@ def machine() -> str:
             name += f", Zen {cpu.removeprefix('znver')}"
     return (
         f"{name} ({', '.join(name for name in sets if name in flags) or 'no AVX2'}),"
-        f" {torch.get_num_threads()} threads, torch {torch.__version__}, diffusers {diffusers.__version__},"
+        f" {torch.get_num_threads()} threads, torch {torch.__version__}, diffusers {version('diffusers')},"
         f" Python {platform.python_version()}"
     )
 
