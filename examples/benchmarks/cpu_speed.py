@@ -499,8 +499,8 @@ def step_page(data: dict) -> str:
         places.append(heading(place) | {"lines": lines, "says": says})
     header = [f"over {label(BASES[key])}" for key in STEP_BASES]
     pictures = [f"{n} steps, s" for n in STEPS]
-    faster = [f"over the faster dense {dtype}" for dtype in DTYPES]
-    headers = {"over_header": header, "says_header": [*header[:2], *faster], "picture_header": pictures}
+    says = [*header[:2], *(f"over the faster dense {dtype}" for dtype in DTYPES)]
+    headers = {"over_header": header, "says_header": says, "picture_header": pictures}
     return shared.render("step", places=places, steps=STEPS, **headers)
 
 

@@ -154,6 +154,11 @@ def flow_lines(labels: list[int]) -> list[str]:
     return lines
 
 
+def made() -> str:
+    """When and where the page was made, its last line."""
+    return f"{sentence(now())} Made on {machine()}."
+
+
 def page(count: int = NUM_IMAGES, faces: list[int] = FACES) -> str:
     return write_page(
         "schedulers",
@@ -164,7 +169,7 @@ def page(count: int = NUM_IMAGES, faces: list[int] = FACES) -> str:
         noise=noise_lines(count),
         flow=flow_lines(faces),
         others=OTHERS,
-        made=f"{sentence(now())} Made on {machine()}.",
+        made=made(),
     )
 
 

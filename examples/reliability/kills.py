@@ -473,7 +473,7 @@ def fork(work: Callable[[], None], log: Path, before: Callable[[], Callable[[], 
         os.close(write)
         return Child(pid, os.fdopen(read, "rb"))
     os.close(read)
-    torch.set_num_threads(1)  # makes torch's pool again: two threads that do so at once have "Invalid thread pool!"
+    torch.set_num_threads(1)  # makes torch's pool again; two threads doing so at once fail: "Invalid thread pool!"
     result: dict = {}
     try:
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

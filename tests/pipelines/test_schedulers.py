@@ -211,6 +211,9 @@ def test_the_page_is_what_the_script_writes(monkeypatch, capsys):
     lines = {"noise_lines": r"^\| `.*[0-9] \|.*$", "flow_lines": r"^\| `.*\(\d.*$"}
     text = PAGE.read_text(encoding="utf-8")
     noise, flow = text.split("## A model that predicts a velocity")
+    made = text.splitlines()[-1]
+    assert re.fullmatch(r"Measured on [\d-]+ at commit [0-9a-f]+\. Made on .+ torch .+\.", made)
+    monkeypatch.setattr(schedulers, "made", lambda: made)
     monkeypatch.setattr(schedulers, "noise_lines", lambda count: re.findall(lines["noise_lines"], noise, re.MULTILINE))
     monkeypatch.setattr(schedulers, "flow_lines", lambda faces: re.findall(lines["flow_lines"], flow, re.MULTILINE))
     assert schedulers.page().replace(diffusers.__version__, "0.42.1") == text
