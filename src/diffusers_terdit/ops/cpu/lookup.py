@@ -6,12 +6,13 @@ four inputs, the one vector that its four codes index. That is one load and one 
 row. 32 inputs are a chunk, whose eight tables fit the first cache; the eight indices of an output are eight bytes in a
 row, laid out in a scratch in every call: the packed weight is read as it is stored.
 
-For a few rows that would cost more than it saves: there the four products of an input are looked up in a register.
+For a few rows that would cost more than it saves. There a vector holds outputs, and what their codes find is looked up
+in a register: the nine sums of two inputs with AVX-512, else the three products of one.
 
 All is float32, whatever the input's dtype. The order of the sums, and so every bit of the result, is the same for any
 number of rows and threads and on any processor:
 
-    table   ((+-x0 +-x1) +-x2) +-x3, without the inputs whose code is 0
+    table   (+-x0 +-x1) + (+-x2 +-x3), without the inputs whose code is 0
     chunk   ((t0 + t1) + (t2 + t3)) + ((t4 + t5) + (t6 + t7))
     sum     of the chunks one after the other, each times its scale where groups of inputs have one
     output  sum * scale + bias
@@ -21,6 +22,7 @@ The gradient to the input is such a product, too: there a packed byte is four in
 Idea: Vec-LUT (https://arxiv.org/abs/2512.06443), which looks up integers.
 """
 
+import itertools
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -45,7 +47,8 @@ CHUNK = INPUTS * TABLES
 SPARE = 48  # vectors after the tables: a code 3, which no packed weight may hold, leads no further
 MOST_OUTPUTS = 8192  # of a unit: their sums stay in the second cache
 ROWS_LAID = 16  # of the packed weight: whole cache lines of indices
-FEW = 3  # rows that are looked up in registers
+FEW = {8: 3, 16: 8}  # rows that are looked up in registers, by lanes (measured on Zen 3 and an Intel Xeon)
+AHEAD = 512  # bytes of a packed row that are asked for before they are looked up
 
 
 class Job(NamedTuple):
@@ -65,7 +68,7 @@ class Job(NamedTuple):
     share: int  # outputs of a unit, a multiple of 4
     input: int  # (M, groups * size * parts) float32
     tiled: int  # (tiles, chunks, 32, lanes) float32: the rows of a tile side by side; zero beyond a group and M.
-    # For a few rows (M, chunks, 32, 4): the products -x, 0, x and 0 of each input
+    # For a few rows what `spread` makes of them, (M, chunks, 32, 4) or (M, chunks, 16, 16)
     packed: int  # (N / 4, K) uint8
     indices: int  # (chunks, outputs, 8) uint8
     group_scale: int  # (groups, outputs) float32
@@ -157,14 +160,15 @@ def _make_tables(typing_context, lanes, x, tables):
         with for_range(builder, i64(TABLES)) as loop:
             source = builder.add(x, builder.mul(loop.index, i64(4 * count * INPUTS)))
             target = builder.add(tables, builder.mul(loop.index, i64(4 * count * CASES)))
-            sums = [ir.Constant(floats, [0.0] * count)]
-            for number in range(INPUTS):
-                value = builder.load(at(builder, source, 4 * count * number, floats), align=4)
-                sums = [
-                    s for before in sums for s in (builder.fsub(before, value), before, builder.fadd(before, value))
-                ]
-            for case, total in enumerate(sums):
-                builder.store(total, at(builder, target, 4 * count * case, floats), align=4)
+            pairs = []
+            for first in range(0, INPUTS, 2):
+                sums = [ir.Constant(floats, [0.0] * count)]
+                for number in (first, first + 1):
+                    value = builder.load(at(builder, source, 4 * count * number, floats), align=4)
+                    sums = [s for sum_ in sums for s in (builder.fsub(sum_, value), sum_, builder.fadd(sum_, value))]
+                pairs.append(sums)
+            for case, pair in enumerate(itertools.product(*pairs)):
+                builder.store(builder.fadd(*pair), at(builder, target, 4 * count * case, floats), align=4)
         return context.get_dummy_value()
 
     return types.void(lanes, types.uintp, types.uintp), codegen
@@ -187,8 +191,8 @@ def _offsets(builder: ir.IRBuilder, word: ir.Value, entry: int) -> list[ir.Value
     """Each of eight bytes times `entry`, as int64.
 
     How many instructions that takes decides the speed of a product. An address may hold an index times 8; so the bytes
-    become two words of four indices times `entry` / 8, and an index is taken out of them by one instruction, BMI's
-    bit field extract. Written as shifts, LLVM would make three of it.
+    become two words of four indices times `entry` / 8. The first and the last of four take one instruction, those
+    between them BMI's bit field extract, two of Intel's. Written as shifts, LLVM would make three of it.
     """
     i64 = ir.IntType(64)
     if "+bmi" not in processor().features:
@@ -198,8 +202,15 @@ def _offsets(builder: ir.IRBuilder, word: ir.Value, entry: int) -> list[ir.Value
     fields = i64(0x00FF_00FF_00FF_00FF << bits)
     even = builder.and_(builder.shl(word, i64(bits)), fields)
     odd = builder.and_(builder.lshr(word, i64(8 - bits)), fields)
-    indices = [builder.call(extract, [(even, odd)[n % 2], i64(16 << 8 | 16 * (n // 2))]) for n in range(TABLES)]
-    return [builder.shl(index, i64(3)) for index in indices]
+    indices = []
+    for n in range(TABLES):
+        word, place = (even, odd)[n % 2], n // 2
+        if place in (1, 2):
+            index = builder.call(extract, [word, i64(16 << 8 | 16 * place)])
+        else:
+            index = builder.lshr(word, i64(48)) if place else builder.and_(word, i64(0xFFFF))
+        indices.append(builder.shl(index, i64(3)))
+    return indices
 
 
 @intrinsic(prefer_literal=True)
@@ -237,19 +248,33 @@ def _add_chunk(typing_context, lanes, grouped, unrolled, tables, indices, scales
     return types.void(lanes, grouped, unrolled, address, address, address, types.intp, address), codegen
 
 
-def _one_of_four(builder: ir.IRBuilder, count: int, four: ir.Value, index: ir.Value) -> ir.Value:
-    """`vpermilps`: of each four lanes of `four` the one that the two lowest bits of the index say."""
-    name = {8: "llvm.x86.avx.vpermilvar.ps.256", 16: "llvm.x86.avx512.vpermilvar.ps.512"}[count]
-    function = ir.FunctionType(four.type, [four.type, index.type])
-    return builder.call(builder.module.declare_intrinsic(name, (), function), [four, index])
+@intrinsic
+def _prefetch(typing_context, address):
+    """Ask for the bytes at an address, which may lie anywhere."""
+
+    def codegen(context, builder, signature, args):
+        i8, i32 = ir.IntType(8), ir.IntType(32)
+        place, numbers = at(builder, args[0], 0, i8), [i32(0), i32(3), i32(1)]  # to read, into all caches, data
+        type_ = ir.FunctionType(ir.VoidType(), [place.type, i32, i32, i32])
+        builder.call(builder.module.declare_intrinsic("llvm.prefetch", (place.type,), type_), [place, *numbers])
+        return context.get_dummy_value()
+
+    return types.void(types.uintp), codegen
+
+
+def _looked_up(builder: ir.IRBuilder, table: ir.Value, index: ir.Value) -> ir.Value:
+    """Of each index the entry of a table in a vector: two bits and one of the same four lanes, or four bits."""
+    name = {8: "llvm.x86.avx.vpermilvar.ps.256", 16: "llvm.x86.avx512.permvar.sf.512"}[table.type.count]
+    function = ir.FunctionType(table.type, [table.type, index.type])
+    return builder.call(builder.module.declare_intrinsic(name, (), function), [table, index])
 
 
 @intrinsic(prefer_literal=True)
 def _add_few(typing_context, lanes, rows, grouped, words, x, between_rows, scales, sums):
     """`sums` (4, rows, lanes) float32 += a chunk of a panel: `words` (8, lanes) of its packed rows.
 
-    `x` (32, 4) float32 holds the products -x, 0, x of every input with a code, one row `between_rows` bytes after the
-    other; `scales` (4, lanes) float32 multiply the chunk if `grouped`. Addresses.
+    `x` is what `spread` makes of every input, a row `between_rows` bytes after the other; `scales` (4, lanes) float32
+    multiply the chunk if `grouped`. Addresses.
     """
     count, many, has_scales = (literal.literal_value for literal in (lanes, rows, grouped))
 
@@ -257,27 +282,49 @@ def _add_few(typing_context, lanes, rows, grouped, words, x, between_rows, scale
         words, x, between_rows, scales, sums = args[3:]
         i64, ints = ir.IntType(64), ir.VectorType(ir.IntType(32), count)
         floats = ir.VectorType(ir.FloatType(), count)
-        four = ir.VectorType(ir.FloatType(), 4)
-        repeat = ir.Constant(ints, [lane % 4 for lane in range(count)])
+        rows_of_x = [builder.add(x, builder.mul(between_rows, i64(row))) for row in range(many)]
         together = max(1, 4 // many)  # quarters that share what is loaded of `x`, as the registers allow
+
+        def shifted(word, bits):
+            return builder.lshr(word, ir.Constant(ints, [bits] * count)) if bits else word
+
+        def codes_of_two(word):
+            """Four bits, the lowest, by the first input's place and the quarter."""
+            low, high = (ir.Constant(ints, [mask] * count) for mask in (0x33333333, 0xCCCCCCCC))
+            pairs = [
+                builder.or_(builder.and_(shifted(word, bits), low), builder.and_(shifted(word, bits + 6), high))
+                for bits in (0, 2)
+            ]
+            return {
+                (place, 3 - which): shifted(pairs[which % 2], 8 * place + 4 * (which // 2))
+                for place in (0, 2)
+                for which in range(4)
+            }
+
+        def found_of_two(word, table, place, row, quarters):
+            """The sum of two inputs' products of a row, by quarter."""
+            if count == 16:
+                sums_of_two = builder.load(at(builder, rows_of_x[row], 32 * (INPUTS * table + place), floats), align=4)
+                indices = codes_of_two(word)
+                return [_looked_up(builder, sums_of_two, indices[place, q]) for q in quarters]
+            found = []
+            for one in (place, place + 1):
+                four = ir.VectorType(ir.FloatType(), 4)
+                products = builder.load(at(builder, rows_of_x[row], 16 * (INPUTS * table + one), four), align=4)
+                products = builder.shuffle_vector(
+                    products, products, ir.Constant(ints, [lane % 4 for lane in range(count)])
+                )
+                indices = [shifted(word, 8 * one + 6 - 2 * q) for q in quarters]
+                found.append([_looked_up(builder, products, index) for index in indices])
+            return [builder.fadd(*products) for products in zip(*found, strict=True)]
+
         for quarters in (range(first, first + together) for first in range(0, 4, together)):
             found: dict[tuple[int, int], list[ir.Value]] = {(q, row): [] for q in quarters for row in range(many)}
             for table in range(TABLES):
                 word = builder.load(at(builder, words, 4 * count * table, ints), align=4)
-                totals: dict[tuple[int, int], ir.Value] = {}
-                for place in range(INPUTS):
-                    indices = [
-                        builder.lshr(word, ir.Constant(ints, [8 * place + 6 - 2 * q] * count)) for q in quarters
-                    ]
-                    for row in range(many):
-                        own = builder.add(x, builder.mul(between_rows, i64(row)))
-                        products = builder.load(at(builder, own, 16 * (INPUTS * table + place), four), align=4)
-                        products = builder.shuffle_vector(products, products, repeat)
-                        for q, index in zip(quarters, indices, strict=True):
-                            product = _one_of_four(builder, count, products, index)
-                            totals[q, row] = builder.fadd(totals[q, row], product) if place else product
-                for cell, total in totals.items():
-                    _add_to_pairs(builder, found[cell], total, table)
+                for place, row in itertools.product((0, 2), range(many)):
+                    for q, total in zip(quarters, found_of_two(word, table, place, row, quarters), strict=True):
+                        _add_to_pairs(builder, found[q, row], total, (INPUTS * table + place) // 2)
             for q, row in found:
                 (total,) = found[q, row]
                 if has_scales:
@@ -469,29 +516,34 @@ def _compile_multiply(lanes: int, grouped: int, half: int, cached: bool) -> Any:
     return multiply
 
 
-def _compile_spread(cached: bool) -> Any:
+def _compile_spread(lanes: int, cached: bool) -> Any:
     field, fields = JOB, len(JOB)
+    inputs_of_table = lanes // 8
 
-    @c_function(cached, "spread")
+    @c_function(cached, "spread", lanes)
     def spread(address):
-        """The products -x, 0, x of the inputs with a code, zeros after a group. A unit is a row."""
+        """The products -x, 0, x of the inputs with a code, or the sums of two. A unit is a row."""
         job = numba.carray(pointer(address, "int64"), fields)
         rows, groups, size = job[field.rows], job[field.groups], job[field.size]
-        padded = job[field.chunks] // groups * CHUNK
+        padded = job[field.chunks] // groups * CHUNK // inputs_of_table
         input = numba.carray(pointer(job[field.input], "float32"), (rows, groups, size))
-        products = numba.carray(pointer(job[field.tiled], "float32"), (rows, groups, padded, 4))
+        tables = numba.carray(pointer(job[field.tiled], "float32"), (rows, groups, padded, 4**inputs_of_table))
         while True:
             row = take(address + 8 * field.unit)
             if row >= job[field.units]:
                 return
             for group in range(groups):
-                for k in range(size):
-                    value = input[row, group, k]
-                    products[row, group, k, 0] = -value
-                    products[row, group, k, 1] = 0
-                    products[row, group, k, 2] = value
-                    products[row, group, k, 3] = 0
-                products[row, group, size:] = 0
+                for k in range(padded):
+                    for codes in range(4**inputs_of_table):
+                        total = numba.float32(0)
+                        for place in range(inputs_of_table):
+                            number, code = k * inputs_of_table + place, codes >> 2 * place & 3
+                            value = input[row, group, number] if number < size else numba.float32(0)
+                            if code == 0:
+                                total -= value
+                            elif code == 2:
+                                total += value
+                        tables[row, group, k, codes] = total
 
     return spread
 
@@ -525,6 +577,9 @@ def _compile_few(lanes: int, rows: int, grouped: int, half: int, cached: bool) -
                 count = min(CHUNK, size - chunk % per_group * CHUNK)
                 pair = size % CHUNK == 0 and chunk + 1 < chunks and width == lanes
                 if pair:
+                    ahead = start + AHEAD if start + AHEAD < inputs else start + AHEAD + (lanes - 1) * inputs
+                    for row in range(lanes):  # of this panel, or of the next one
+                        _prefetch(job[field.packed] + (first + row) * inputs + ahead)
                     for word in range(0, two, lanes):
                         source = packed.ctypes.data + first * inputs + start + 4 * word
                         transpose(lanes, source, inputs, words + 4 * lanes * word, 4 * lanes)
@@ -540,8 +595,8 @@ def _compile_few(lanes: int, rows: int, grouped: int, half: int, cached: bool) -
                                     number_of_chunk // per_group, quarter_of_scale, first + row
                                 ]
                     own_words = words + 4 * lanes * TABLES * (number_of_chunk - chunk)
-                    x = job[field.tiled] + 16 * CHUNK * number_of_chunk
-                    between = 16 * CHUNK * chunks
+                    x = job[field.tiled] + 2 * lanes * CHUNK * number_of_chunk
+                    between = 2 * lanes * CHUNK * chunks
                     _add_few(lanes, rows, grouped, own_words, x, between, scales.ctypes.data, sums.ctypes.data)
                 chunk += 2 if pair else 1
             for part in range(4):
@@ -618,12 +673,12 @@ def product(
     group_scales, scales, shifts = after_the_sums(group_scale, scale, bias, outputs)
     output = torch.empty(rows, outputs, dtype=torch.bfloat16 if half else torch.float32)
     calls: list[tuple[tuple[Any, ...], int]]  # of functions, and their units
-    if 0 < rows <= FEW and not transposed and "+avx2" in processor().features:
-        lanes = 16 if "+avx512f" in processor().features else 8
-        tiles, share, indices = 0, 0, scales
-        tiled = scratch.take("tiled", rows * chunks * CHUNK * 4, torch.float32)
+    widest = 16 if "+avx512f" in processor().features else 8
+    if 0 < rows <= FEW[widest] and not transposed and "+avx2" in processor().features:
+        tiles, share, indices, lanes = 0, 0, scales, widest
+        tiled = scratch.take("tiled", rows * chunks * CHUNK * lanes // 2, torch.float32)
         own = lanes * (2 * TABLES + 4 + 4 * rows)
-        calls = [(("spread",), rows), (("few", lanes, rows, grouped, half), -(-quarter // lanes))]
+        calls = [(("spread", lanes), rows), (("few", lanes, rows, grouped, half), -(-quarter // lanes))]
     else:
         tiles = -(-rows // lanes)
         pieces = max(-(-outputs // MOST_OUTPUTS), -(-2 * threads // max(tiles, 1)) if threads > 1 else 1)
