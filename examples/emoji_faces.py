@@ -1,13 +1,16 @@
-"""Make class folders of emoji faces for train_terdit.py, one image and one class per emoji.
+"""Make class folders of emoji faces for train_terdit.py, one class per emoji, with an image in each style.
 
-    npm pack emoji-datasource-google@16.0.0
-    tar -xzf emoji-datasource-google-16.0.0.tgz package/emoji.json package/img/google/64
-    python examples/emoji_faces.py package --output_dir faces
-    python examples/train_terdit.py --train_data_dir faces --resolution 32 --output_dir outputs/emoji
+    npm pack emoji-datasource-google@16.0.0 @lobehub/fluent-emoji-3d@1.1.0
+    mkdir noto fluent
+    tar -xzf emoji-datasource-google-16.0.0.tgz -C noto --strip-components 1
+    tar -xzf lobehub-fluent-emoji-3d-1.1.0.tgz -C fluent --strip-components 1
+    python examples/emoji_faces.py noto --fluent fluent --output_dir faces
+    python examples/train_terdit.py --train_data_dir faces --preset small --output_dir outputs/emoji
 
-The pictures are Google's Noto Emoji (https://github.com/googlefonts/noto-emoji), Apache-2.0; the npm package and its
-`emoji.json` are MIT (https://github.com/iamcal/emoji-data). A class is called by the emoji's Unicode name and its
-short one, such as "face with tears of joy, joy": the pipeline knows it by either.
+One style is Google's Noto Emoji (https://github.com/googlefonts/noto-emoji), Apache-2.0; the npm package and its
+`emoji.json` are MIT (https://github.com/iamcal/emoji-data). The other, with `--fluent`, is Microsoft's Fluent Emoji
+in 3D (https://github.com/microsoft/fluentui-emoji), MIT, which lacks three of the 130 faces. A class is called by the
+emoji's Unicode name and its short one, such as "face with tears of joy, joy": the pipeline knows it by either.
 """
 
 import json
@@ -22,6 +25,10 @@ LICENSE = """\
 The pictures in these folders are made from Noto Emoji, https://github.com/googlefonts/noto-emoji, Copyright Google
 LLC, Apache License 2.0, https://www.apache.org/licenses/LICENSE-2.0. They were scaled and set on white.
 Their names are from emoji-data, https://github.com/iamcal/emoji-data, Copyright Cal Henderson, MIT.
+"""
+FLUENT_LICENSE = """\
+Those that end in -fluent are made from Fluent Emoji, https://github.com/microsoft/fluentui-emoji, Copyright Microsoft
+Corporation, MIT, as packaged by LobeHub, https://github.com/lobehub/fluent-emoji, MIT.
 """
 
 
@@ -50,13 +57,22 @@ def on_white(image: Image.Image, resolution: int) -> Image.Image:
     return Image.alpha_composite(white, image).convert("RGB")
 
 
-def write_faces(package: Path, output_dir: Path, resolution: int = 32) -> list[str]:
+def fluent_picture(fluent: Path, emoji: dict) -> Path | None:
+    """The picture of an entry of `emoji.json` in Fluent's package, which spells some code points otherwise."""
+    points = [(emoji[key] or "").lower() for key in ("unified", "non_qualified")]
+    paths = [fluent / "assets" / f"{spelled}.webp" for spelled in (*points, points[0].replace("-fe0f", ""))]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def write_faces(package: Path, output_dir: Path, resolution: int = 64, fluent: Path | None = None) -> list[str]:
     """Write `output_dir/<label>/<code points>.png` for every face, and a license note.
 
     Args:
         package (`Path`): The unpacked npm package: `emoji.json` and `img/google/64`.
         output_dir (`Path`): Must not exist, or be empty: a picture that was left there would be trained on.
         resolution (`int`): Side of the square pictures in pixels, at most the 64 of the package's.
+        fluent (`Path`, *optional*): The unpacked npm package of Fluent Emoji; a face that it has becomes a second
+            picture, `<code points>-fluent.png`.
 
     Returns:
         `list[str]`: The labels in the order of `emoji.json`'s `sort_order`.
@@ -71,6 +87,8 @@ def write_faces(package: Path, output_dir: Path, resolution: int = 32) -> list[s
         raise ValueError(f"{package} holds no emoji.json. Pass the folder `package` that tar made, see --help.")
     if output_dir.is_dir() and any(output_dir.iterdir()):
         raise ValueError(f"{output_dir} is not empty. Remove it or pass another --output_dir.")
+    if fluent is not None and not any((fluent / "assets").glob("*.webp")):
+        raise ValueError(f"{fluent} holds no assets/*.webp. Pass the folder into which tar unpacked it, see --help.")
     faces = sorted(filter(is_face, json.loads(index.read_text("utf-8"))), key=lambda emoji: emoji["sort_order"])
     if not faces:
         raise ValueError(
@@ -89,12 +107,16 @@ def write_faces(package: Path, output_dir: Path, resolution: int = 32) -> list[s
         raise ValueError(f"{index} gives two faces the name {twice[0]!r}; a label must mean one picture. Rename one.")
 
     for emoji, name in zip(faces, labels, strict=True):
-        with Image.open(pictures / emoji["image"], formats=["PNG"]) as image:
-            picture = on_white(image, resolution)
         folder = output_dir / name
         folder.mkdir(parents=True)
-        picture.save(folder / emoji["image"])
-    (output_dir / "LICENSE.txt").write_text(LICENSE, encoding="utf-8")
+        target = folder / emoji["image"]
+        with Image.open(pictures / emoji["image"], formats=["PNG"]) as image:
+            on_white(image, resolution).save(target)
+        second = fluent_picture(fluent, emoji) if fluent else None
+        if second is not None:
+            with Image.open(second, formats=["WEBP"]) as image:
+                on_white(image, resolution).save(target.with_stem(f"{target.stem}-fluent"))
+    (output_dir / "LICENSE.txt").write_text(LICENSE + (FLUENT_LICENSE if fluent else ""), encoding="utf-8")
     return labels
 
 
@@ -102,10 +124,12 @@ def main(argv=None) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("package", type=Path, help="The unpacked npm package emoji-datasource-google.")
     parser.add_argument("--output_dir", type=Path, default=Path("faces"), help="Write a folder of each face here.")
-    parser.add_argument("--resolution", type=int, default=32, help="Scale the faces to this many pixels, at most 64.")
+    parser.add_argument("--resolution", type=int, default=64, help="Scale the faces to this many pixels, at most 64.")
+    parser.add_argument("--fluent", type=Path, help="Add the faces of this unpacked npm package, fluent-emoji-3d.")
     args = parser.parse_args(argv)
-    labels = write_faces(args.package, args.output_dir, args.resolution)
-    print(f"{args.output_dir}: {len(labels)} faces of {args.resolution}x{args.resolution} pixels")
+    labels = write_faces(args.package, args.output_dir, args.resolution, args.fluent)
+    pictures = len(list(args.output_dir.glob("*/*.png")))
+    print(f"{args.output_dir}: {pictures} pictures of {len(labels)} faces, {args.resolution}x{args.resolution} pixels")
 
 
 if __name__ == "__main__":

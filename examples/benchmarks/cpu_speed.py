@@ -72,7 +72,7 @@ SAYS = [
 ]
 
 STEP_BASES = [key for key in BASES if key != "best_int8"]
-EXACT_IN_BFLOAT16 = ("amx_int8", "avx2")  # where it is the default, and int16 is computed exactly, too
+EXACT_IN_BFLOAT16 = ("amx_int8", "avx512_vnni", "avx2")  # where it is the default, and int16 is computed exactly, too
 
 
 def add_arguments(commands) -> None:

@@ -16,7 +16,8 @@ from diffusers_terdit.training.data import ImageSamples
 
 def entry(name, short_name, image, order, category="Smileys & Emotion", subcategory="face-smiling", has_image=True):
     values = {"name": name, "short_name": short_name, "image": image, "sort_order": order}
-    return {**values, "category": category, "subcategory": subcategory, "has_img_google": has_image}
+    points = {"unified": image.removesuffix(".png").upper(), "non_qualified": None}
+    return {**values, **points, "category": category, "subcategory": subcategory, "has_img_google": has_image}
 
 
 FACES = [
@@ -45,9 +46,40 @@ def package(tmp_path):
     return tmp_path / "package"
 
 
+@pytest.fixture
+def fluent(tmp_path):
+    """Green pictures of two faces, one of which spells its code points without the variation selector."""
+    assets = tmp_path / "fluent" / "assets"
+    assets.mkdir(parents=True)
+    for name in ("1f602", "1f921", "1f48b"):
+        Image.new("RGBA", (256, 256), (0, 255, 0, 255)).save(assets / f"{name}.webp", lossless=True)
+    return tmp_path / "fluent"
+
+
+def test_a_second_style_is_a_second_picture_of_the_class(package, fluent, tmp_path, capsys):
+    index = package / "emoji.json"
+    entries = json.loads(index.read_text())
+    next(entry for entry in entries if entry["short_name"] == "clown_face")["unified"] = "1F921-FE0F"
+    index.write_text(json.dumps(entries))
+    emoji_faces.main([str(package), "--fluent", str(fluent), "--output_dir", str(tmp_path / "faces")])
+    assert "6 pictures of 4 faces, 64x64 pixels" in capsys.readouterr().out
+    samples = ImageSamples.from_folder(tmp_path / "faces", resolution=64)
+    assert [len(list((tmp_path / "faces" / name).glob("*.png"))) for name in samples.id2label.values()] == [2, 2, 1, 1]
+    middles = [samples[i][0][:, 32, 32].tolist() for i in range(2)]
+    assert sorted(middles) == [[-1, 1, -1], [1, -1, -1]]  # green and red
+    assert "Fluent" in (tmp_path / "faces" / "LICENSE.txt").read_text()
+
+
+def test_a_folder_without_fluent_pictures_is_refused(package, tmp_path):
+    with pytest.raises(ValueError, match=r"holds no assets/\*\.webp"):
+        emoji_faces.write_faces(package, tmp_path / "faces", fluent=package)
+    assert not (tmp_path / "faces").exists()
+
+
 def test_one_folder_per_face_that_the_trainer_reads(package, tmp_path, capsys):
     emoji_faces.main([str(package), "--output_dir", str(tmp_path / "faces"), "--resolution", "16"])
-    assert "4 faces of 16x16 pixels" in capsys.readouterr().out
+    assert "4 pictures of 4 faces, 16x16 pixels" in capsys.readouterr().out
+    assert "Fluent" not in (tmp_path / "faces" / "LICENSE.txt").read_text()
     samples = ImageSamples.from_folder(tmp_path / "faces", resolution=16)
     assert list(samples.id2label.values()) == [
         "clown face",  # "clown_face" adds nothing

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .decode import matmul_dtype
+from .decode import decode_blocks, matmul_dtype
 
 
 Product = Callable[..., Tensor]  # as `lookup.product`
@@ -60,9 +60,13 @@ def linear_backward(
         return input_grad, grad.new_empty(0, dtype=torch.float32), grad.new_empty(0, dtype=torch.float32)
     wide, dtype = input.reshape(-1, input.shape[-1]), matmul_dtype(grad.dtype)
     weight_grad = (flat.to(dtype).T @ wide.to(dtype)).float()  # (N, K)
-    ternary = reference.unpack_ternary(weight_packed, torch.float32)[: len(weight_grad)]
-    if per_row:
-        scale_grad = (weight_grad * ternary).sum(1, keepdim=True)
-    else:
-        scale_grad = torch.dot(weight_grad.flatten(), ternary.flatten()).reshape(1)
+    scale_grads = []
+    for rows, ternary in decode_blocks(weight_packed, weight_scale, torch.float32):
+        part = weight_grad[rows]
+        ternary = ternary[: len(part)]
+        if per_row:
+            scale_grads.append((part * ternary).sum(1, keepdim=True))
+        else:
+            scale_grads.append(torch.dot(part.flatten(), ternary.flatten()).reshape(1))
+    scale_grad = torch.cat(scale_grads) if per_row else torch.stack(scale_grads).sum(0)
     return input_grad, weight_grad.mul_(weight_scale), scale_grad
