@@ -427,11 +427,12 @@ def bars(
             axis.label_outer()  # the same bars in every panel
     for axis in axes.flat[len(panels) :]:  # one at most
         axis.axis("off")
+    if len(panels) > 2:
         names = {"C0": "this package", "C1": "dense", "C2": "others"}
         keys = [Patch(color=color, label=name) for color, name in names.items()]
         if speed:
             keys.append(Line2D([], [], color="black", linewidth=0.8, linestyle="dashed", label="fastest dense one"))
-        axis.legend(handles=keys, loc="center")
+        axes.flat[-1].legend(handles=keys, loc="center" if len(panels) % 2 else "lower right")
     figure.savefig(path)
     plt.close(figure)
     with Image.open(path) as image:
