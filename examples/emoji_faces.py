@@ -1,16 +1,20 @@
 """Make class folders of emoji faces for train_terdit.py, one class per emoji, with an image in each style.
 
-    npm pack emoji-datasource-google@16.0.0 @lobehub/fluent-emoji-3d@1.1.0
-    mkdir noto fluent
-    tar -xzf emoji-datasource-google-16.0.0.tgz -C noto --strip-components 1
-    tar -xzf lobehub-fluent-emoji-3d-1.1.0.tgz -C fluent --strip-components 1
-    python examples/emoji_faces.py noto --fluent fluent --output_dir faces
-    python examples/train_terdit.py --train_data_dir faces --preset small --output_dir outputs/emoji
+    npm pack emoji-datasource-google@16.0.0
+    tar -xzf emoji-datasource-google-16.0.0.tgz package/emoji.json package/img/google/64
+    python examples/emoji_faces.py package --output_dir faces
+    python examples/train_terdit.py --train_data_dir faces --resolution 32 --output_dir outputs/emoji
 
-One style is Google's Noto Emoji (https://github.com/googlefonts/noto-emoji), Apache-2.0; the npm package and its
-`emoji.json` are MIT (https://github.com/iamcal/emoji-data). The other, with `--fluent`, is Microsoft's Fluent Emoji
-in 3D (https://github.com/microsoft/fluentui-emoji), MIT, which lacks three of the 130 faces. A class is called by the
-emoji's Unicode name and its short one, such as "face with tears of joy, joy": the pipeline knows it by either.
+The pictures are Google's Noto Emoji (https://github.com/googlefonts/noto-emoji), Apache-2.0; the npm package and its
+`emoji.json` are MIT (https://github.com/iamcal/emoji-data). A class is called by the emoji's Unicode name and its
+short one, such as "face with tears of joy, joy": the pipeline knows it by either.
+
+`--fluent` adds a second style, Microsoft's Fluent Emoji in 3D (https://github.com/microsoft/fluentui-emoji), MIT. It
+lacks three of the 130 faces:
+
+    npm pack @lobehub/fluent-emoji-3d@1.1.0
+    mkdir fluent && tar -xzf lobehub-fluent-emoji-3d-1.1.0.tgz -C fluent --strip-components 1
+    python examples/emoji_faces.py package --fluent fluent --resolution 64 --output_dir faces
 """
 
 import json
@@ -64,7 +68,7 @@ def fluent_picture(fluent: Path, emoji: dict) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def write_faces(package: Path, output_dir: Path, resolution: int = 64, fluent: Path | None = None) -> list[str]:
+def write_faces(package: Path, output_dir: Path, resolution: int = 32, fluent: Path | None = None) -> list[str]:
     """Write `output_dir/<label>/<code points>.png` for every face, and a license note.
 
     Args:
@@ -124,8 +128,10 @@ def main(argv=None) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("package", type=Path, help="The unpacked npm package emoji-datasource-google.")
     parser.add_argument("--output_dir", type=Path, default=Path("faces"), help="Write a folder of each face here.")
-    parser.add_argument("--resolution", type=int, default=64, help="Scale the faces to this many pixels, at most 64.")
-    parser.add_argument("--fluent", type=Path, help="Add the faces of this unpacked npm package, fluent-emoji-3d.")
+    parser.add_argument("--resolution", type=int, default=32, help="Scale the faces to this many pixels, at most 64.")
+    parser.add_argument(
+        "--fluent", type=Path, help="Add the faces of this folder, the unpacked npm package fluent-emoji-3d."
+    )
     args = parser.parse_args(argv)
     labels = write_faces(args.package, args.output_dir, args.resolution, args.fluent)
     pictures = len(list(args.output_dir.glob("*/*.png")))

@@ -61,7 +61,9 @@ def test_a_second_style_is_a_second_picture_of_the_class(package, fluent, tmp_pa
     entries = json.loads(index.read_text())
     next(entry for entry in entries if entry["short_name"] == "clown_face")["unified"] = "1F921-FE0F"
     index.write_text(json.dumps(entries))
-    emoji_faces.main([str(package), "--fluent", str(fluent), "--output_dir", str(tmp_path / "faces")])
+    emoji_faces.main(
+        [str(package), "--fluent", str(fluent), "--output_dir", str(tmp_path / "faces"), "--resolution", "64"]
+    )
     assert "6 pictures of 4 faces, 64x64 pixels" in capsys.readouterr().out
     samples = ImageSamples.from_folder(tmp_path / "faces", resolution=64)
     assert [len(list((tmp_path / "faces" / name).glob("*.png"))) for name in samples.id2label.values()] == [2, 2, 1, 1]
