@@ -61,8 +61,8 @@ def linear_backward(
     wide, dtype = input.reshape(-1, input.shape[-1]), matmul_dtype(grad.dtype)
     weight_grad = (flat.to(dtype).T @ wide.to(dtype)).float()  # (N, K)
     scale_grads = []
-    for rows, ternary in decode_blocks(weight_packed, weight_scale, torch.float32):
-        part = weight_grad[rows]
+    for block, ternary in decode_blocks(weight_packed, weight_scale, torch.float32):
+        part = weight_grad[block]
         ternary = ternary[: len(part)]
         if per_row:
             scale_grads.append((part * ternary).sum(1, keepdim=True))
