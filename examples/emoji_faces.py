@@ -13,8 +13,8 @@ short one, such as "face with tears of joy, joy": the pipeline knows it by eithe
 lacks three of the 130 faces:
 
     npm pack @lobehub/fluent-emoji-3d@1.1.0
-    mkdir fluent && tar -xzf lobehub-fluent-emoji-3d-1.1.0.tgz -C fluent --strip-components 1
-    python examples/emoji_faces.py package --fluent fluent --resolution 64 --output_dir faces
+    tar -xzf lobehub-fluent-emoji-3d-1.1.0.tgz package/assets
+    python examples/emoji_faces.py package --fluent package --resolution 64 --output_dir faces
 """
 
 import json
