@@ -195,7 +195,7 @@ def test_the_base_is_what_the_source_imports_and_extras_are_named_where_they_are
     optional = ("train", "cpu", "lora", "triton", "export")
     extras = {canonicalize_name(r.name): extra for extra in optional for r in requirements(extra)}
     extras["llvmlite"] = "cpu"  # numba's own
-    kernels = {"exact_amx.py", "lookup.py", "pack.py", "triton_kernels.py"}
+    kernels = {"exact_amx.py", "lookup.py", "pack.py", "scale_gradient.py", "triton_kernels.py"}
     kernels |= {"instructions.py", "integer.py", "integer_amx.py", "integer_lookup.py"}
     texts = {path: path.read_text("utf-8") for path in (ROOT / "src").rglob("*.py")}
     used = set()

@@ -92,7 +92,12 @@ def absmean(weight: Tensor, scale_granularity: str | int = "tensor") -> Tensor:
     sums = [  # (n, groups) each
         block.float().abs().to(wide).unflatten(1, (groups, -1)).sum(2) for block in row_blocks(weight.detach())
     ]
-    total = torch.cat(sums) if len(shape) == 2 else torch.cat(sums).sum().reshape(1)
+    return mean_of_sums(torch.cat(sums), weight, shape)
+
+
+def mean_of_sums(sums: Tensor, weight: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the `absmean` of that shape from the sums of each row's groups, (N, groups)."""
+    total = sums if len(shape) == 2 else sums.sum().reshape(1)
     return (total * (total.numel() / weight.numel())).float()
 
 

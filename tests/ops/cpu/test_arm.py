@@ -21,7 +21,7 @@ from diffusers_terdit.ops.cpu import exact
 pytest.importorskip("numba")
 codegen = pytest.importorskip("numba.core.codegen")
 llvm = pytest.importorskip("llvmlite.binding")
-from diffusers_terdit.ops.cpu import instructions, integer, lookup, pack  # noqa: E402 - after the skip
+from diffusers_terdit.ops.cpu import instructions, integer, lookup, pack, scale_gradient  # noqa: E402 - after the skip
 
 
 ARM, LANES = "aarch64-unknown-linux-gnu", 8
@@ -32,7 +32,9 @@ FUNCTIONS = {
     "lay_transposed": lambda: lookup._compile_lay_transposed(cached=False),
     "tile": lambda: lookup._compile_tile(LANES, 1, cached=False),
     "multiply": lambda: lookup._compile_multiply(LANES, 1, 0, cached=False),
-    "pack": lambda: pack._compile(cached=False),
+    "absolute_sums": lambda: pack._compile_sums(cached=False),
+    "pack": lambda: pack._compile_pack(cached=False),
+    "scale_gradient": lambda: scale_gradient._compile(cached=False),
     "quantize": lambda: integer._compile_quantize(SDOT.shape, 1, False, cached=False),
     "multiply_integers": lambda: integer._compile_multiply(SDOT, 1, False, cached=False),
 }

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .decode import decode_blocks, matmul_dtype
+from .decode import matmul_dtype
 
 
 Product = Callable[..., Tensor]  # as `lookup.product`
@@ -59,14 +59,8 @@ def linear_backward(
     if input is None:
         return input_grad, grad.new_empty(0, dtype=torch.float32), grad.new_empty(0, dtype=torch.float32)
     wide, dtype = input.reshape(-1, input.shape[-1]), matmul_dtype(grad.dtype)
-    weight_grad = (flat.to(dtype).T @ wide.to(dtype)).float()  # (N, K)
-    scale_grads = []
-    for block, ternary in decode_blocks(weight_packed, weight_scale, torch.float32):
-        part = weight_grad[block]
-        ternary = ternary[: len(part)]
-        if per_row:
-            scale_grads.append((part * ternary).sum(1, keepdim=True))
-        else:
-            scale_grads.append(torch.dot(part.flatten(), ternary.flatten()).reshape(1))
-    scale_grad = torch.cat(scale_grads) if per_row else torch.stack(scale_grads).sum(0)
-    return input_grad, weight_grad.mul_(weight_scale), scale_grad
+    weight_grad = (flat.to(dtype).T @ wide.to(dtype)).float().contiguous()  # (N, K)
+    from .scale_gradient import scale_gradient  # imports numba, as the product does
+
+    scale_grad = scale_gradient(weight_grad, weight_packed, weight_scale)
+    return input_grad, weight_grad, scale_grad

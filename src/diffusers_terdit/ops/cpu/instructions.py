@@ -146,6 +146,18 @@ def everywhere(builder: ir.IRBuilder, value: ir.Value, type_: ir.VectorType) -> 
     return builder.shuffle_vector(filled, undefined, ir.Constant(ir.VectorType(i32, type_.count), [0] * type_.count))
 
 
+def add_lanes(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """Return the sum of a vector's lanes, each added to the one half a vector away, until one is left."""
+    while value.type.count > 1:
+        half, undefined = value.type.count // 2, ir.Constant(value.type, ir.Undefined)
+        low, high = (
+            builder.shuffle_vector(value, undefined, ir.Constant(ir.VectorType(ir.IntType(32), half), list(lanes)))
+            for lanes in (range(half), range(half, 2 * half))
+        )
+        value = builder.fadd(low, high)
+    return builder.extract_element(value, ir.IntType(32)(0))
+
+
 # ---- for compiled functions ----
 
 
