@@ -31,8 +31,8 @@ LLC, Apache License 2.0, https://www.apache.org/licenses/LICENSE-2.0. They were 
 Their names are from emoji-data, https://github.com/iamcal/emoji-data, Copyright Cal Henderson, MIT.
 """
 FLUENT_LICENSE = """\
-Those that end in -fluent are made from Fluent Emoji, https://github.com/microsoft/fluentui-emoji, Copyright Microsoft
-Corporation, MIT, as packaged by LobeHub, https://github.com/lobehub/fluent-emoji, MIT.
+All but those that end in -fluent: these are made from Fluent Emoji, https://github.com/microsoft/fluentui-emoji,
+Copyright Microsoft Corporation, MIT, as packaged by LobeHub, https://github.com/lobehub/fluent-emoji, MIT.
 """
 
 

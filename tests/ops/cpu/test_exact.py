@@ -14,7 +14,7 @@ from diffusers_terdit.ops.cpu import threads as threads_of_kernels
 
 
 numba = pytest.importorskip("numba")
-from diffusers_terdit.ops.cpu import exact_amx, instructions, lookup, pack  # noqa: E402 - after the skip
+from diffusers_terdit.ops.cpu import exact_amx, instructions, lookup, pack, scale_gradient  # noqa: E402 - after the skip
 
 
 SHAPES = [  # (M, N, K)
@@ -195,19 +195,28 @@ def test_what_is_not_finite_stays_in_its_row(processor):
 
 @pytest.mark.parametrize("openmp", [True, False])
 @pytest.mark.parametrize("threads", [2, 3, 7])
-def test_the_number_of_threads_changes_nothing(monkeypatch, set_num_threads, threads, openmp):
+@pytest.mark.parametrize("rows", [1, 8, 60])
+def test_the_number_of_threads_changes_nothing(monkeypatch, set_num_threads, rows, threads, openmp):
     if not openmp:
         monkeypatch.setattr(threads_of_kernels, "openmp", lambda: None)
-    for rows in (1, 8, 60):
-        input, packed, scale, bias, _ = new_case(rows, 1024, 516, "row")
-        grad = torch.randn(rows, 1024)
-        set_num_threads(1)
-        expected = ternary_linear(input, packed, scale, bias)
-        expected_grad = choose.linear_backward(grad, None, packed, scale, True)[0]
-        set_num_threads(threads)
-        for _ in range(3):
-            assert torch.equal(ternary_linear(input, packed, scale, bias), expected)
-            assert torch.equal(choose.linear_backward(grad, None, packed, scale, True)[0], expected_grad)
+    input, packed, scale, bias, _ = new_case(rows, 1024, 516, "row")
+    grad, weight = torch.randn(rows, 1024), torch.randn(1024, 516)
+
+    def compute():
+        of_ternary = weight.clone()
+        return (
+            ternary_linear(input, packed, scale, bias),
+            choose.linear_backward(grad, None, packed, scale, True)[0],
+            *pack.pack(weight, scale),
+            scale_gradient.scale_gradient(of_ternary, packed, scale),
+            of_ternary,
+        )
+
+    set_num_threads(1)
+    expected = compute()
+    set_num_threads(threads)
+    for _ in range(3):
+        assert all(map(torch.equal, compute(), expected))
 
 
 def test_any_memory_layout_and_no_rows():
@@ -240,7 +249,7 @@ def test_nothing_is_read_beyond_the_arrays(processor, set_num_threads):
         for case in cases:
             grad, *layer = map(place, case)
             choose.linear(*layer)
-            choose.linear_backward(grad, None, *layer[1:3], True)
+            choose.linear_backward(grad, *layer[:3], True)
         return True
 
     compute(torch.clone)  # compiled before the fork
@@ -256,12 +265,22 @@ def test_a_code_that_no_file_may_hold_reads_no_memory_beyond_the_tables(processo
         assert output.shape == (rows, 64)
 
 
-def test_the_default_dtype_changes_nothing():
-    input, packed, scale, _, _ = new_case(9, 64, 40)
-    expected = ternary_linear(input, packed, scale)
-    before = torch.get_default_dtype()
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("granularity", ["tensor", "row", "group"])
+def test_the_default_dtype_changes_nothing(default, granularity):
+    input, packed, scale, _, _ = new_case(9, 64, 40, granularity)
+    weight, grad = torch.randn(64, 40), torch.randn(9, 64)
+
+    def compute():
+        return (
+            ternary_linear(input, packed, scale),
+            float_linear(input, weight, scale),
+            *choose.linear_backward(grad, input, packed, scale, True),
+        )
+
+    expected, before = compute(), torch.get_default_dtype()
     try:
-        torch.set_default_dtype(torch.float64)
-        assert torch.equal(ternary_linear(input, packed, scale), expected)
+        torch.set_default_dtype(default)
+        assert all(map(torch.equal, compute(), expected))
     finally:
         torch.set_default_dtype(before)

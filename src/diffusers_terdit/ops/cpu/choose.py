@@ -22,7 +22,7 @@ INSTALL_NUMBA = "pip install numba"
 # Kernels whose 16-bit integers were measured no faster than the exact product of such a processor, and in which dtypes
 NO_FASTER_THAN_EXACT = {
     "amx_int8": (torch.bfloat16,),
-    "avx512_vnni": (torch.float32, torch.bfloat16, torch.float16),  # on Intel; Zen 4 and 5 have their own
+    "avx512_vnni": (torch.float32, torch.bfloat16, torch.float16),  # measured on Intel; Zen 4 and 5 have their own
     "avx_vnni": (torch.float32, torch.bfloat16, torch.float16),
     "avx2": (torch.float32, torch.bfloat16, torch.float16),
     "neon_sdot": (torch.float32, torch.bfloat16, torch.float16),  # by their numbers of instructions

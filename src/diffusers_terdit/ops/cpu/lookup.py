@@ -48,7 +48,7 @@ SPARE = 48  # vectors after the tables: a code 3, which no packed weight may hol
 MOST_OUTPUTS = 8192  # of a unit: their sums stay in the second cache
 ROWS_LAID = 16  # of the packed weight: whole cache lines of indices
 FEW = {8: 3, 16: 8}  # rows that are looked up in registers, by lanes (measured on Zen 3 and an Intel Xeon)
-AHEAD = 512  # bytes of a packed row that are asked for before they are looked up
+AHEAD = 512  # so many bytes before it is looked up, a packed row is asked for
 
 
 class Job(NamedTuple):
@@ -191,8 +191,8 @@ def _offsets(builder: ir.IRBuilder, word: ir.Value, entry: int) -> list[ir.Value
     """Each of eight bytes times `entry`, as int64.
 
     How many instructions that takes decides the speed of a product. An address may hold an index times 8; so the bytes
-    become two words of four indices times `entry` / 8. The first and the last of four take one instruction, those
-    between them BMI's bit field extract, two of Intel's. Written as shifts, LLVM would make three of it.
+    become two words of four indices times `entry` / 8. A mask takes out the lowest of four, a shift the highest, and
+    BMI's bit field extract, which Intel runs as two, those between. Written as shifts, LLVM would make three of it.
     """
     i64 = ir.IntType(64)
     if "+bmi" not in processor().features:
@@ -263,7 +263,7 @@ def _prefetch(typing_context, address):
 
 
 def _looked_up(builder: ir.IRBuilder, table: ir.Value, index: ir.Value) -> ir.Value:
-    """Of each index the entry of a table in a vector: two bits and one of the same four lanes, or four bits."""
+    """The entries of a table at the indices: 16 entries by four bits, or in each half of 8 lanes its four by two."""
     name = {8: "llvm.x86.avx.vpermilvar.ps.256", 16: "llvm.x86.avx512.permvar.sf.512"}[table.type.count]
     function = ir.FunctionType(table.type, [table.type, index.type])
     return builder.call(builder.module.declare_intrinsic(name, (), function), [table, index])
@@ -273,8 +273,8 @@ def _looked_up(builder: ir.IRBuilder, table: ir.Value, index: ir.Value) -> ir.Va
 def _add_few(typing_context, lanes, rows, grouped, words, x, between_rows, scales, sums):
     """`sums` (4, rows, lanes) float32 += a chunk of a panel: `words` (8, lanes) of its packed rows.
 
-    `x` is what `spread` makes of every input, a row `between_rows` bytes after the other; `scales` (4, lanes) float32
-    multiply the chunk if `grouped`. Addresses.
+    `x` is what `spread` makes of the inputs, (32, 4) float32, or (16, 16) with 16 lanes; the next row is
+    `between_rows` bytes on. `scales` (4, lanes) float32 multiply the chunk if `grouped`. Addresses.
     """
     count, many, has_scales = (literal.literal_value for literal in (lanes, rows, grouped))
 

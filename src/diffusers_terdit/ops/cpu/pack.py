@@ -17,12 +17,12 @@ from .threads import new_job, run, threads_for
 
 
 f32, f64, u8 = numba.float32, numba.float64, numba.uint8
-ROWS = 4  # of bytes in a unit
+ROWS = 4  # of the weight, or of bytes, in a unit
 LANES = 16
 
 
 class Job(NamedTuple):
-    """What the function works on, int64 each: sizes, counters and the addresses of arrays."""
+    """What the functions work on, int64 each: sizes, counters and the addresses of arrays."""
 
     unit: int  # counts the units of work that were taken
     thread: int
@@ -43,7 +43,7 @@ JOB = Job(*range(len(Job._fields)))
 
 @intrinsic
 def _absolute_sum(typing_context, address, count):
-    """The sum in float64 of the absolute values of `count` float32 at an address, a multiple of `LANES`."""
+    """The sum in float64 of the absolute values of `count` float32 at an address; `count` is a multiple of `LANES`."""
 
     def codegen(context, builder, signature, args):
         address, count = args
@@ -137,7 +137,8 @@ def pack(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
     quarter = -(-out_features // reference.CODES_PER_BYTE)
     shape = reference.scale_shape(out_features, in_features, reference.granularity_of(weight_scale, in_features))
     limit_rows, groups = (1, 1) if len(shape) == 1 else shape
-    sums, limits = torch.empty(out_features, groups, dtype=torch.float64), torch.empty(shape)
+    sums = torch.empty(out_features, groups, dtype=torch.float64)
+    limits = torch.empty(shape, dtype=torch.float32)
     packed = torch.empty(quarter, in_features, dtype=torch.uint8)
     sizes = (out_features, in_features, quarter, limit_rows, groups)
     job = new_job(*sizes, *[array.data_ptr() for array in (wide, sums, limits, packed)])

@@ -41,9 +41,10 @@ JOB = Job(*range(len(Job._fields)))
 
 @intrinsic
 def _row(typing_context, gradient, codes, shift, scale, count):
-    """The sum of `count` float32 `gradient` times T, a multiple of `LANES`; then `gradient` is multiplied by `scale`.
+    """The sum of `count` float32 `gradient` times T; then `gradient` is multiplied by `scale`.
 
-    The codes of T are `shift` bits up in their bytes. `gradient` and `codes` are addresses.
+    `count` is a multiple of `LANES`. The codes of T are `shift` bits up in their bytes. `gradient` and `codes` are
+    addresses.
     """
 
     def codegen(context, builder, signature, args):
