@@ -31,8 +31,9 @@ LLC, Apache License 2.0, https://www.apache.org/licenses/LICENSE-2.0. They were 
 Their names are from emoji-data, https://github.com/iamcal/emoji-data, Copyright Cal Henderson, MIT.
 """
 FLUENT_LICENSE = """\
-All but those that end in -fluent: these are made from Fluent Emoji, https://github.com/microsoft/fluentui-emoji,
-Copyright Microsoft Corporation, MIT, as packaged by LobeHub, https://github.com/lobehub/fluent-emoji, MIT.
+Pictures whose names end in -fluent are made from Fluent Emoji instead, Copyright Microsoft Corporation, MIT,
+https://github.com/microsoft/fluentui-emoji/blob/main/LICENSE, as packaged by LobeHub,
+https://github.com/lobehub/fluent-emoji, MIT.
 """
 
 
@@ -52,9 +53,13 @@ def label(emoji: dict) -> str:
     return ", ".join(dict.fromkeys(" ".join(name.replace("/", " ").replace(",", " ").split()) for name in names))
 
 
-def on_white(image: Image.Image, resolution: int) -> Image.Image:
-    """Set a picture on white, in RGB; Pillow weights colors by their opacity when it scales."""
-    image = image.convert("RGBA")
+def on_white(path: Path, resolution: int) -> Image.Image:
+    """Read a picture and set it on white, in RGB; Pillow weights colors by their opacity when it scales."""
+    try:
+        with Image.open(path, formats=["PNG", "WEBP"]) as stored:
+            image = stored.convert("RGBA")
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path} is damaged ({error}). Unpack it again.") from error
     if image.size != (resolution, resolution):
         image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
     white = Image.new("RGBA", image.size, "white")
@@ -82,7 +87,8 @@ def write_faces(package: Path, output_dir: Path, resolution: int = 32, fluent: P
         `list[str]`: The labels in the order of `emoji.json`'s `sort_order`.
 
     Raises:
-        ValueError: No such package, no faces, a missing picture, two faces of one name, or a bad resolution or folder.
+        ValueError: No such package, no faces, a missing or damaged picture, two faces of one name, or a bad resolution
+            or folder. Nothing is written then.
     """
     if not 1 <= resolution <= 64:
         raise ValueError(f"`resolution` must be 1 to 64, the package's pictures have 64 pixels; got {resolution}.")
@@ -110,16 +116,16 @@ def write_faces(package: Path, output_dir: Path, resolution: int = 32, fluent: P
     if twice:
         raise ValueError(f"{index} gives two faces the name {twice[0]!r}; a label must mean one picture. Rename one.")
 
+    images = {}
     for emoji, name in zip(faces, labels, strict=True):
-        folder = output_dir / name
-        folder.mkdir(parents=True)
-        target = folder / emoji["image"]
-        with Image.open(pictures / emoji["image"], formats=["PNG"]) as image:
-            on_white(image, resolution).save(target)
+        target = output_dir / name / emoji["image"]
+        images[target] = on_white(pictures / emoji["image"], resolution)
         second = fluent_picture(fluent, emoji) if fluent else None
         if second is not None:
-            with Image.open(second, formats=["WEBP"]) as image:
-                on_white(image, resolution).save(target.with_stem(f"{target.stem}-fluent"))
+            images[target.with_stem(f"{target.stem}-fluent")] = on_white(second, resolution)
+    for target, image in images.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        image.save(target)
     (output_dir / "LICENSE.txt").write_text(LICENSE + (FLUENT_LICENSE if fluent else ""), encoding="utf-8")
     return labels
 

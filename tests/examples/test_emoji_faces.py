@@ -78,6 +78,17 @@ def test_a_folder_without_fluent_pictures_is_refused(package, tmp_path):
     assert not (tmp_path / "faces").exists()
 
 
+@pytest.mark.parametrize("name", ["package/img/google/64/1f921.png", "fluent/assets/1f602.webp"])
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_a_truncated_picture_is_named_and_nothing_is_written(package, fluent, tmp_path, name, share):
+    path = tmp_path / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError, match=rf"{path.name} is damaged"):
+        emoji_faces.write_faces(package, tmp_path / "faces", fluent=fluent)
+    assert not (tmp_path / "faces").exists()
+
+
 def test_one_folder_per_face_that_the_trainer_reads(package, tmp_path, capsys):
     emoji_faces.main([str(package), "--output_dir", str(tmp_path / "faces"), "--resolution", "16"])
     assert "4 pictures of 4 faces, 16x16 pixels" in capsys.readouterr().out

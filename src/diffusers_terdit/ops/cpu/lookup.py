@@ -48,7 +48,7 @@ SPARE = 48  # vectors after the tables: a code 3, which no packed weight may hol
 MOST_OUTPUTS = 8192  # of a unit: their sums stay in the second cache
 ROWS_LAID = 16  # of the packed weight: whole cache lines of indices
 FEW = {8: 3, 16: 8}  # rows that are looked up in registers, by lanes (measured on Zen 3 and an Intel Xeon)
-AHEAD = 512  # so many bytes before it is looked up, a packed row is asked for
+AHEAD = 512  # bytes: how far ahead in its row the packed weight is prefetched
 
 
 class Job(NamedTuple):
@@ -250,7 +250,7 @@ def _add_chunk(typing_context, lanes, grouped, unrolled, tables, indices, scales
 
 @intrinsic
 def _prefetch(typing_context, address):
-    """Ask for the bytes at an address, which may lie anywhere."""
+    """Prefetch the cache line of an address, which may lie outside any array."""
 
     def codegen(context, builder, signature, args):
         i8, i32 = ir.IntType(8), ir.IntType(32)
@@ -263,7 +263,7 @@ def _prefetch(typing_context, address):
 
 
 def _looked_up(builder: ir.IRBuilder, table: ir.Value, index: ir.Value) -> ir.Value:
-    """The entries of a table at the indices: 16 entries by four bits, or in each half of 8 lanes its four by two."""
+    """Look up each lane's index: 16 lanes hold one table, for four bits; each half of 8 lanes holds one, for two."""
     name = {8: "llvm.x86.avx.vpermilvar.ps.256", 16: "llvm.x86.avx512.permvar.sf.512"}[table.type.count]
     function = ir.FunctionType(table.type, [table.type, index.type])
     return builder.call(builder.module.declare_intrinsic(name, (), function), [table, index])
@@ -578,7 +578,7 @@ def _compile_few(lanes: int, rows: int, grouped: int, half: int, cached: bool) -
                 pair = size % CHUNK == 0 and chunk + 1 < chunks and width == lanes
                 if pair:
                     ahead = start + AHEAD if start + AHEAD < inputs else start + AHEAD + (lanes - 1) * inputs
-                    for row in range(lanes):  # of this panel, or of the next one
+                    for row in range(lanes):  # near the end of a row: the beginning of the next panel's
                         _prefetch(job[field.packed] + (first + row) * inputs + ahead)
                     for word in range(0, two, lanes):
                         source = packed.ctypes.data + first * inputs + start + 4 * word
