@@ -50,7 +50,7 @@ rest is not decided."""
 NUM_IMAGES, GUIDANCE, SAMPLING_STEPS = 2000, 1.5, 25
 HELD_OUT = 1000  # test images
 
-OWN = ("full_share", "patch", "weights", "rounded")  # settings that are no flags
+OWN = ("full_share", "patch", "weights", "rounded", "twin")  # settings that are no flags
 # What all arms have, besides the defaults of --preset tiny for these data: width 128, six layers, patches of 4.
 COMMON = {
     "train_batch_size": 64, "learning_rate": 4e-3, "mixed_precision": "bf16", "flow_matching": "true",
@@ -60,9 +60,17 @@ COMMON = {
 BASE = "recipe of the pilot"
 FIRST_THIRD = "full precision for the first third"
 TAUGHT = "Muon, full precision as the teacher"
+FULL_TAUGHT = "full precision, Muon, another as the teacher"
+BY_TWIN = "Muon, its twin in full precision as the teacher"
 NOISE = {"flow_matching": "false", "weighting_scheme": "none", "learn_sigma": "false"}
 
-# Arm -> the settings that it changes. `full_share`, `teacher`, `patch`, `weights` and `rounded` are this study's own.
+TEACHER = {
+    "optimizer": "muon", "teacher": "full precision, Muon", "distillation_weight": 4, "max_grad_norm": 10.0,
+    "mixed_precision": "no",
+}  # fmt: skip
+
+# Arm -> the settings that it changes. `full_share`, `teacher`, `patch`, `weights`, `rounded` and `twin` (the teacher
+# has this run's learning rate and decay) are this study's own.
 ARMS: dict[str, dict] = {
     BASE: {},
     "a scale per row": {"scale_granularity": "row"},
@@ -78,15 +86,17 @@ ARMS: dict[str, dict] = {
     "the authors' initialization": {"initialization": "reference"},
     "Muon": {"optimizer": "muon"},
     "Muon, a scale per row": {"optimizer": "muon", "scale_granularity": "row"},
-    TAUGHT: {
-        "optimizer": "muon", "teacher": "full precision, Muon", "distillation_weight": 4, "max_grad_norm": 10.0,
-        "mixed_precision": "no",
-    },
+    TAUGHT: TEACHER,
+    BY_TWIN: {**TEACHER, "twin": True},
     "a Hadamard basis": {"patch": "hadamard"},
     "raw weights": {"weights": "raw"},
     "full precision": {"ternary": "false"},
     "full precision, Muon": {"ternary": "false", "optimizer": "muon"},
+    FULL_TAUGHT: {**TEACHER, "ternary": "false"},
     "full precision, width 48": {"ternary": "false", "attention_head_dim": 12, "ffn_dim": 200},  # as many bytes
+    "full precision, width 48, Muon": {
+        "ternary": "false", "attention_head_dim": 12, "ffn_dim": 200, "optimizer": "muon",
+    },
     **{
         f"full precision, int{bits} in groups of {group}": {"ternary": "false", "rounded": [bits, group]}
         for bits, group in ((8, 64), (4, 64), (4, 32), (3, 64), (3, 32), (2, 32))
@@ -227,7 +237,8 @@ class Study:
             return folder
         settings = {key: v for key, v in run["settings"].items() if key not in OWN}
         if teacher := settings.pop("teacher", None):
-            settings["teacher"] = self.train(run_of(teacher, steps, seed))
+            same = ("learning_rate", "lr_decay_steps") if run["settings"].get("twin") else ()
+            settings["teacher"] = self.train(run_of(teacher, steps, seed, **{key: settings[key] for key in same}))
         if share := run["settings"].get("full_share"):
             first = round(share * steps)
             start, steps = folder.with_name(folder.name + " first"), steps - first
@@ -283,7 +294,7 @@ PLANS: dict[str, Plan] = {
     "rates": [(arm, RATE_STEPS, RATE_SEED, {"learning_rate": rate}) for arm in RATED for rate in RATES],
     "around": [(arm, RATE_STEPS, RATE_SEED, TUNED) for arm in AROUND],
     "decay": [
-        *((arm, RATE_STEPS, RATE_SEED, DECAYED[600]) for arm in (*RATED, TAUGHT)),
+        *((arm, RATE_STEPS, RATE_SEED, DECAYED[600]) for arm in (*RATED, TAUGHT, FULL_TAUGHT)),
         ("Muon", RATE_STEPS, RATE_SEED, DECAYED[950]),
     ],
     "long": [
@@ -291,6 +302,10 @@ PLANS: dict[str, Plan] = {
         ("Muon", LONG_STEPS, 0, RATE),
         *((arm, LONG_STEPS, 0, DECAYED[3600]) for arm in ("full precision, Muon", TAUGHT)),
     ],
+    "twins": [
+        (arm, LONG_STEPS, seed, DECAYED[3600]) for seed in SEEDS[1:] for arm in ("full precision, Muon", BY_TWIN)
+    ],
+    "compute": [("full precision, width 48, Muon", steps, 0, RATE) for steps in (STEPS, EQUAL_COMPUTE)],
     "seeds": [(arm, STEPS, seed, {}) for arm in SEEDED for seed in SEEDS],
 }
 
@@ -394,6 +409,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--runs_dir", type=Path, default=Path("outputs/recipe"), help="folder of the runs and their checkpoints")
     add("--part", choices=list(PLANS), action="append", help="default: all")
     add("--arm", choices=list(ARMS), action="append", help="of these parts, run these arms alone")
+    add("--seed", type=int, action="append", help="and these seeds alone")
     add("--compile", action="store_true", help="pass --torch_compile")
     args = read_arguments(NAME, parser, argv)
     folder = args.render or args.output_dir
@@ -402,7 +418,7 @@ def main(argv: list[str] | None = None) -> None:
         study = Study(args, records)
         for part in args.part or PLANS:
             for arm, steps, seed, changes in PLANS[part]:
-                if args.arm is None or arm in args.arm:
+                if arm in (args.arm or [arm]) and seed in (args.seed or [seed]):
                     run = run_of(arm, steps, seed, **changes)
                     records.get(run, lambda run=run, part=part: study.result(run, draw=part not in ("rates", "decay")))
     (folder / f"{NAME}.md").write_text(render(folder), encoding="utf-8")
