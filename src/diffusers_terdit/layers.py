@@ -20,7 +20,6 @@ from .ops import (
     pack_ternary,
     reference,
     ternarize,
-    torch_ops,
     unpack_ternary,
 )
 
@@ -286,13 +285,12 @@ class TernaryLinear(TernaryModelMixin):
 def call_all(layers: Sequence[nn.Module], hidden_states: Tensor) -> list[Tensor]:
     """Call layers of one input: `[layer(hidden_states) for layer in layers]`, by [`linears`] where they are packed.
 
-    That rounds the input to integers once, and on a GPU multiplies several matrices at once. Each layer is called as a
-    module where somebody wants to see its call.
+    That rounds the input to integers once, or makes its tables once, and on a GPU multiplies several matrices at once.
+    Each layer is called as a module where somebody wants to see its call.
     """
-    if not torch.compiler.is_compiling() or torch_ops.is_fused(hidden_states):
-        plain = [layer for layer in layers if isinstance(layer, TernaryLinear) and layer._is_plain()]
-        settings = {(layer._requested_bits, layer.config["activation_bits"]) for layer in plain}
-        if len(plain) == len(layers) and len(settings) == 1:
-            weights = [(layer.weight_packed, layer.weight_scale, layer.bias) for layer in plain]
-            return linears(hidden_states, weights, *settings.pop())
+    plain = [layer for layer in layers if isinstance(layer, TernaryLinear) and layer._is_plain()]
+    settings = {(layer._requested_bits, layer.config["activation_bits"]) for layer in plain}
+    if len(plain) == len(layers) and len(settings) == 1:
+        weights = [(layer.weight_packed, layer.weight_scale, layer.bias) for layer in plain]
+        return linears(hidden_states, weights, *settings.pop())
     return [layer(hidden_states) for layer in layers]

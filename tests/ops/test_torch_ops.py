@@ -278,17 +278,16 @@ class TestManyWeightsOfOneInput:
             assert torch.equal(torch_ops.linears(x, weights, bits)[0], torch_ops.linear(x, *weights[0], bits))
 
     @pytest.mark.skipif(not has_integer_kernel("cpu"), reason="needs AVX2 and numba")
-    def test_the_input_is_rounded_once_and_not_where_gradients_are_wanted(self, monkeypatch):
-        x, weights, calls = torch.randn(3, K), self.weights("tensor"), []
-        device = torch_ops._devices["cpu"]
-        many = lambda *given: calls.append(len(given[1])) or device.integer_linears(*given)  # noqa: E731
-        monkeypatch.setitem(torch_ops._devices, "cpu", device._replace(integer_linears=many))
-        torch_ops.linears(x, weights, 8)
+    @pytest.mark.parametrize("bits", [None, 8])
+    def test_they_are_one_op_but_where_gradients_are_wanted(self, monkeypatch, bits):
+        x, weights, calls, op = torch.randn(3, K), self.weights("tensor"), [], torch_ops._linears
+        monkeypatch.setattr(torch_ops, "_linears", lambda *given: calls.append(len(given[1])) or op(*given))
+        torch_ops.linears(x, weights, bits)
         assert calls == [2]
-        outputs = torch_ops.linears(x.requires_grad_(), weights, 8)
+        outputs = torch_ops.linears(x.requires_grad_(), weights, bits)
         assert calls == [2]
         (gradient,) = torch.autograd.grad(sum(output.sum() for output in outputs), x)
-        alone = torch.autograd.grad(sum(torch_ops.linear(x, *weight, 8).sum() for weight in weights), x)
+        alone = torch.autograd.grad(sum(torch_ops.linear(x, *weight, bits).sum() for weight in weights), x)
         assert torch.equal(gradient, alone[0])
 
     def test_fp8_rounds_the_input_once_and_not_where_gradients_are_wanted(self, monkeypatch):

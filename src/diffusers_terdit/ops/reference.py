@@ -472,6 +472,20 @@ def scale_sums(sums: Tensor, step: Tensor, weight_scale: Tensor, bias: Tensor | 
     return (output if bias is None else output + bias.float()).to(dtype)
 
 
+def linears(
+    input: Tensor,
+    weights_packed: list[Tensor],
+    weight_scales: list[Tensor],
+    biases: list[Tensor | None],
+    bits: int | None,
+) -> list[Tensor]:
+    """`ternary_linear` or, with `bits`, `integer_linear` of one input and each of several packed weights."""
+    layers = zip(weights_packed, weight_scales, biases, strict=True)
+    if bits is None:
+        return [ternary_linear(input, *layer) for layer in layers]
+    return [integer_linear(input, *layer, bits) for layer in layers]
+
+
 def integer_linears_by_bytes(
     input: Tensor,
     weights: list[tuple[Tensor, Tensor, Tensor | None]],

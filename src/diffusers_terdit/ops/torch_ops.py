@@ -166,6 +166,18 @@ def _integer_linear(
     return reference.integer_linear(input, weight_packed, weight_scale, bias, bits)
 
 
+@_op
+def _linears(
+    input: Tensor,
+    weights_packed: list[Tensor],
+    weight_scales: list[Tensor],
+    biases: list[Tensor | None],
+    bits: int | None,
+) -> list[Tensor]:
+    """`_linear` or, with `bits`, `_integer_linear` of one input and each of several packed weights. No gradients."""
+    return reference.linears(input, weights_packed, weight_scales, biases, bits)
+
+
 # On a GPU `torch.compile` sees these and plain operations around them, which it fuses with their neighbors.
 
 
@@ -226,6 +238,11 @@ def _(input, weight, weight_scale, bias, float_weight):
 @register_fake(_integer_linear.name(), lib=_library)
 def _(input, weight_packed, weight_scale, bias, bits):
     return input.new_empty(*input.shape[:-1], _out_features(weight_packed))
+
+
+@register_fake(_linears.name(), lib=_library)
+def _(input, weights_packed, weight_scales, biases, bits):
+    return [input.new_empty(*input.shape[:-1], _out_features(weight)) for weight in weights_packed]
 
 
 @register_fake(_product.name(), lib=_library)
@@ -373,7 +390,6 @@ class _Device(NamedTuple):
     check_integers: Callable[[int], None]
     packs_first: Callable[[torch.dtype], bool]
     has_products: bool
-    integer_linears: Callable[..., list[Tensor]] | None
 
 
 _devices: dict[str, _Device] = {}
@@ -394,7 +410,7 @@ def register_kernels(
     products: Callable[..., Tensor] | None = None,
     pack: Callable[..., tuple[Tensor, Tensor]] = reference.pack_float,
     packs_first: Callable[[torch.dtype], bool] = lambda dtype: False,
-    integer_linears: Callable[..., list[Tensor]] | None = None,
+    linears: Callable[..., list[Tensor]] = reference.linears,
 ) -> None:
     """Let a type of device compute the ops with its own kernels.
 
@@ -413,10 +429,9 @@ def register_kernels(
         products (`Callable`, *optional*): See `reference.products`. `None`: layers of one input multiply one by one.
         pack (`Callable`): See `reference.pack_float`.
         packs_first (`Callable`): (dtype) -> whether a float weight is packed, once for the product and its gradients.
-        integer_linears (`Callable`, *optional*): No op, for calls without gradients: (input, weights, bits) ->
-            outputs, as [`linears`] says.
+        linears (`Callable`): See `reference.linears`. Exact ones are asked for where there are no `products`.
     """
-    _devices[device_type] = _Device(choose, check_integers, packs_first, products is not None, integer_linears)
+    _devices[device_type] = _Device(choose, check_integers, packs_first, products is not None)
 
     def linear_of_codes(input, weight, weight_scale, bias, float_weight):
         return linear(input, weight, weight_scale, bias)
@@ -434,6 +449,7 @@ def register_kernels(
         "round_to_bytes": round_to_bytes,
         "fp8_product": fp8_product,
         "pack": pack,
+        "linears": linears,
     }
     if products is not None:
         kernels["products"] = products
@@ -766,18 +782,16 @@ def linears(
     (cast, *_) = [_checked_input(input, *layer) for layer in layers]
     bits = [_bits(cast, weight, scale, requested_bits, trained_bits) for weight, scale, _ in layers]
     first = bits[0]
-    if first is not None and len(set(bits)) == 1 and not _wants_gradients(input, layers):
+    as_they_are = first is not None or trained_bits is None  # `_compute` rounds the inputs of others
+    if as_they_are and len(set(bits)) == 1 and not _wants_gradients(input, layers):
         if isinstance(first, str):
             return _in_fp8(cast, layers)
-        if is_fused(cast):
+        if first is None and _has_products(cast.device.type):
+            return _exact_of_packed(cast, layers)
+        if first is not None and is_fused(cast):
             return _in_fused_integers(cast, layers, first)
-        many = _devices[cast.device.type].integer_linears
-        if many is not None:
-            with torch.autocast(cast.device.type, enabled=False):
-                return many(cast, layers, first)
-    exact = trained_bits is None and set(bits) == {None}
-    if exact and _has_products(cast.device.type) and not _wants_gradients(input, layers):
-        return _exact_of_packed(cast, layers)
+        if not is_fused(cast):
+            return _linears(cast, *map(list, zip(*layers, strict=True)), first)
     return [_compute(input, cast, *layer, each, trained_bits) for layer, each in zip(layers, bits, strict=True)]
 
 

@@ -4,6 +4,7 @@ On Debian: `apt-get install --no-install-recommends qemu-user-static gcc-aarch64
 """
 
 import contextlib
+import itertools
 import multiprocessing
 import re
 import shutil
@@ -54,7 +55,10 @@ int main(int count, char **arguments) {
     char *memory = aligned_alloc(64, head[0]);
     long start = ftell(file);
     fread(memory, 1, head[0], file);
-    for (int i = head[2]; i < head[1] - 1; i++) job[i] += (int64_t)memory;
+    for (int i = head[2]; i < head[1]; i++) job[i] += (int64_t)memory;
+    int64_t *placed = (int64_t *)job[head[2]];
+    placed[2] += (int64_t)memory;
+    placed[3] += (int64_t)memory;
     int (*functions[])(void **, void **, int64_t) = {lay, tile, multiply};
     for (int i = 0; i < 3; i++) {
         void *result = 0, *error = 0;
@@ -123,37 +127,43 @@ def test_all_compile_for_it_and_sums_are_vectors(objects):
     assert len(re.findall(r"sdot\tv\d+\.4s", objects["multiply_integers"][0])) >= SDOT.shape.rows * SDOT.shape.vectors
 
 
+def aligned(array):
+    return -(-array.nbytes // 64) * 64
+
+
 @pytest.mark.skipif(not (shutil.which(COMPILER) and shutil.which(EMULATOR)), reason=f"needs {COMPILER} and {EMULATOR}")
 def test_the_bits_are_those_of_this_processor(objects, tmp_path, monkeypatch):
     rows, out_features, in_features, group = 11, 44, 192, 64
     packed, scale, bias = new_weight(out_features, in_features, group)
     input = torch.randn(rows, in_features)
-    expected = exact.linear(lookup.product, input, packed, scale, bias, out_features)
+    expected = exact.linears(lookup.products, input, [(packed, scale, bias)], [out_features])[0]
 
     groups, chunks, tiles = in_features // group, in_features // lookup.CHUNK, -(-rows // LANES)
     fields = dict.fromkeys(lookup.Job._fields, 0)
-    fields |= {"rows": rows, "groups": groups, "size": group, "quarter": out_features // 4, "width": in_features}
+    fields |= {"layers": 1, "rows": rows, "groups": groups, "size": group, "width": in_features}
     fields |= {"chunks": chunks, "outputs": out_features, "tiles": tiles, "share": out_features}
     fields["own"] = LANES * (lookup.TABLES * lookup.CASES + lookup.SPARE + 2 * LANES + out_features)
     padded = torch.zeros(out_features + 15)
     arrays = {
+        "placed": torch.tensor([0, out_features, 0, 0]),
         "input": input,
         "tiled": torch.full((tiles * in_features * LANES,), float("nan")),
-        "packed": packed,
         "indices": torch.full((chunks * out_features * lookup.TABLES,), 255, dtype=torch.uint8),
         "group_scale": scale.T.contiguous(),
         "scale": padded + 1,
         "bias": padded.clone(),
-        "output": torch.full((rows, out_features), float("nan")),
         "scratch": torch.full((fields["own"],), float("nan")),
+        "packed": packed,
+        "output": torch.full((rows, out_features), float("nan")),
     }
     arrays["bias"][:out_features] = bias
-    memory = b""
-    for name, array in arrays.items():
-        fields[name] = len(memory)
-        memory += array.numpy().tobytes().ljust(-(-array.nbytes // 64) * 64, b"\0")
-    units = -(-fields["quarter"] // lookup.ROWS_LAID), tiles, tiles
-    head = struct.pack("<6q", len(memory), len(fields), lookup.JOB.input, *units)
+    starts = itertools.accumulate(map(aligned, arrays.values()), initial=0)
+    places = dict(zip(arrays, starts, strict=False))
+    arrays["placed"][2:] = torch.tensor([places["packed"], places["output"]])
+    memory = b"".join(array.numpy().tobytes().ljust(aligned(array), b"\0") for array in arrays.values())
+    fields |= {name: place for name, place in places.items() if name in fields}
+    units = -(-out_features // 4 // lookup.ROWS_LAID), tiles, tiles
+    head = struct.pack("<6q", len(memory), len(fields), lookup.JOB.placed, *units)
     file = tmp_path / "memory.bin"
     file.write_bytes(head + struct.pack(f"<{len(fields)}q", *fields.values()) + memory)
 
@@ -166,6 +176,6 @@ def test_the_bits_are_those_of_this_processor(objects, tmp_path, monkeypatch):
     link = [COMPILER, "-static", "-Wl,--allow-multiple-definition", "-o", "run", "main.c", *names, "-lm"]
     subprocess.run(link, cwd=tmp_path, check=True)
     subprocess.run([EMULATOR, "./run", file.name], cwd=tmp_path, check=True)
-    start = len(head) + 8 * len(fields) + fields["output"]
+    start = len(head) + 8 * len(fields) + places["output"]
     output = torch.frombuffer(bytearray(file.read_bytes()[start : start + expected.nbytes]), dtype=torch.float32)
     assert torch.equal(output.view_as(expected), expected)

@@ -102,10 +102,10 @@ def processor(request, monkeypatch):
 def test_the_product_of_a_processor(processor, monkeypatch):
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         amx = processor == "amx" and dtype == torch.bfloat16
-        assert choose.exact_product(dtype, 4)[1] is (exact_amx.product if amx else lookup.product)
+        assert choose.exact_products(dtype, 4)[1] is (exact_amx.products if amx else lookup.products)
         with monkeypatch.context() as patch:
             patch.setattr(choose, "FEWEST_OUTPUTS", 8)
-            assert (choose.exact_product(dtype, 4) is None) == (not amx)
+            assert (choose.exact_products(dtype, 4) is None) == (not amx)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -122,6 +122,24 @@ def test_the_sums_and_their_order(processor, shape, granularity):
         assert (right - exact).norm() <= 3e-7 * exact.norm()
         for rows in (1, 2, 3, 6, 8):  # in any batch
             assert torch.equal(choose.linear(given[:rows], packed, scale, bias), output[:rows])
+
+
+@pytest.mark.parametrize("rows", [0, 2, 21])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layers_of_one_input_share_what_is_made_of_it(processor, monkeypatch, rows, dtype):
+    names, compiled = [], lookup.compiled
+    monkeypatch.setattr(lookup, "compiled", lambda name, *rest: names.append(name) or compiled(name, *rest))
+    monkeypatch.setattr(lookup, "MOST_OUTPUTS", 100)  # of units, whose ends are not those of layers
+    input = torch.randn(rows, 96).to(dtype)
+    sizes = ((260, "tensor"), (4, "row"), (44, "tensor"), (36, 32), (128, 32), (20, 16), (8, "tensor"))
+    layers = [new_case(rows, size, 96, granularity, seed)[1:4] for seed, (size, granularity) in enumerate(sizes)]
+    layers[2] = (*layers[2][:2], None)
+    shared = choose.linears(input, *map(list, zip(*layers, strict=True)), None)
+    made = [name for name in names if name in ("tile", "spread")]
+    assert len(made) == (0 if processor == "amx" and dtype == torch.bfloat16 else 4)
+    for output, layer in zip(shared, layers, strict=True):
+        assert torch.equal(output, choose.linear(input, *layer))
+        assert output.is_contiguous()
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row", "group"])
@@ -206,6 +224,7 @@ def test_the_number_of_threads_changes_nothing(monkeypatch, set_num_threads, row
         of_ternary = weight.clone()
         return (
             ternary_linear(input, packed, scale, bias),
+            *choose.linears(input, [packed, packed], [scale, scale], [bias, None], None),
             choose.linear_backward(grad, None, packed, scale, True)[0],
             *pack.pack(weight, scale),
             scale_gradient.scale_gradient(of_ternary, packed, scale),
@@ -250,6 +269,8 @@ def test_nothing_is_read_beyond_the_arrays(processor, set_num_threads):
             grad, *layer = map(place, case)
             choose.linear(*layer)
             choose.linear_backward(grad, *layer[:3], True)
+            if layer[1].dtype == torch.uint8:
+                choose.linears(layer[0], *([one, one] for one in layer[1:]), None)
         return True
 
     compute(torch.clone)  # compiled before the fork

@@ -9,6 +9,7 @@ the same bits, those of `reference.integer_linear`. Where there is none, layers 
 from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -63,25 +64,32 @@ def choose(device: torch.device, case: Case) -> Choice:
         reason = "the integer kernels need " + ("AVX2" if has_numba() else f"numba: {INSTALL_NUMBA}")
         if case.requested_bits == "auto" and not case.trained_bits and not has_numba():
             warn_once(f"bfloat16 on this CPU would be faster and more accurate with numba: {INSTALL_NUMBA}")
-    product = exact_product(case.dtype, case.out_features)
-    slow = bits == 16 and product is not None and case.dtype in NO_FASTER_THAN_EXACT.get(str(name), ())
+    products = exact_products(case.dtype, case.out_features)
+    slow = bits == 16 and products is not None and case.dtype in NO_FASTER_THAN_EXACT.get(str(name), ())
     if reason is None and slow:
         reason = f"16-bit integers ({name}) would be no faster"
     if reason is None:
         return Choice(str(name), bits, case.why_rounded())
-    how = f"matmul in {name_of(decode.matmul_dtype(case.dtype))}" if product is None else product[0]
+    how = f"matmul in {name_of(decode.matmul_dtype(case.dtype))}" if products is None else products[0]
     return Choice(f"exact, {how}", None, reason)
 
 
-def exact_product(dtype: torch.dtype, outputs: int) -> tuple[str, exact.Product] | None:
+@cache
+def _of_numba() -> tuple[ModuleType, ...]:
+    """The modules of exact products; an import inside a function takes three microseconds, in every call."""
+    from . import exact_amx, instructions, lookup
+
+    return exact_amx, instructions, lookup
+
+
+def exact_products(dtype: torch.dtype, outputs: int) -> tuple[str, exact.Products] | None:
     """Return what multiplies inputs of a dtype exactly, in words and as a function; `None`: `decode`."""
     if dtype == torch.float64 or not has_numba():
         return None
-    from . import exact_amx, instructions, lookup
-
+    exact_amx, instructions, lookup = _of_numba()
     if dtype == torch.bfloat16 and instructions.processor().features >= exact_amx.FEATURES:
-        return "AMX in bfloat16", exact_amx.product
-    return ("lookups in float32", lookup.product) if outputs >= FEWEST_OUTPUTS else None
+        return "AMX in bfloat16", exact_amx.products
+    return ("lookups in float32", lookup.products) if outputs >= FEWEST_OUTPUTS else None
 
 
 def check_integers(bits: int) -> None:
@@ -131,10 +139,29 @@ def pack(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
 def linear(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """Compute `reference.ternary_linear` (uint8 `weight`) or `reference.float_linear` (float `weight`)."""
     out_features = len(weight) * (reference.CODES_PER_BYTE if weight.dtype == torch.uint8 else 1)
-    product = exact_product(input.dtype, out_features)
-    if product is None:
+    products = exact_products(input.dtype, out_features)
+    if products is None:
         return decode.linear(input, weight, weight_scale, bias)
-    return exact.linear(product[1], input, *_packed(weight, weight_scale), bias, out_features)
+    return exact.linears(products[1], input, [(*_packed(weight, weight_scale), bias)], [out_features])[0]
+
+
+def linears(
+    input: Tensor,
+    weights_packed: list[Tensor],
+    weight_scales: list[Tensor],
+    biases: list[Tensor | None],
+    bits: int | None,
+) -> list[Tensor]:
+    """Compute `reference.linears`, sharing what is made of the input."""
+    weights = list(zip(weights_packed, weight_scales, biases, strict=True))
+    if bits is not None:
+        return integer_linears(input, weights, bits)
+    out_features = [reference.CODES_PER_BYTE * len(weight) for weight in weights_packed]
+    found = {exact_products(input.dtype, count) for count in out_features}
+    products = found.pop()
+    if found or products is None:
+        return [linear(input, *weight) for weight in weights]
+    return exact.linears(products[1], input, weights, out_features)
 
 
 def linear_backward(
@@ -143,10 +170,10 @@ def linear_backward(
     """Compute `reference.linear_backward`."""
     scaled_first = weight_scale.dim() == 2  # and in float32
     dtype = torch.promote_types(grad.dtype, torch.float32) if scaled_first else grad.dtype
-    product = exact_product(dtype, weight.shape[1])
-    if product is None or reference.is_grouped(weight_scale):
+    products = exact_products(dtype, weight.shape[1])
+    if products is None or reference.is_grouped(weight_scale):
         return decode.linear_backward(grad, input, weight, weight_scale, need_input_grad)
-    return exact.linear_backward(product[1], grad, input, *_packed(weight, weight_scale), need_input_grad)
+    return exact.linear_backward(products[1], grad, input, *_packed(weight, weight_scale), need_input_grad)
 
 
 register_kernels(
@@ -158,5 +185,5 @@ register_kernels(
     integer_linear,
     pack=pack,
     packs_first=_packs_first,
-    integer_linears=integer_linears,
+    linears=linears,
 )

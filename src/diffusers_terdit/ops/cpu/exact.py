@@ -1,7 +1,8 @@
-"""Exact linear ops of packed weights by a compiled product, that of `lookup` or of `exact_amx`."""
+"""Exact linear ops of packed weights by compiled products, those of `lookup` or of `exact_amx`."""
 
 from collections.abc import Callable
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,36 +11,51 @@ from .. import reference
 from .decode import matmul_dtype
 
 
-Product = Callable[..., Tensor]  # as `lookup.product`
+Products = Callable[..., list[Tensor]]  # as `lookup.products`
 ROWS = 2048  # of an input at a time, so that its copy in the order of the kernels stays small
 
 
-def _in_strips(product: Product, input: Tensor, *arguments: Any) -> Tensor:
-    if len(input) <= ROWS:
-        return product(input, *arguments)
-    return torch.cat([product(rows, *arguments) for rows in input.split(ROWS)])
+class Layer(NamedTuple):
+    """A packed weight, (N / 4, K) uint8, and what its sums are multiplied with and shifted by.
+
+    `scale` is (1,) or (outputs,); `group_scale` (N, K / g). They and `bias` may be shorter than the packed weight.
+    """
+
+    packed: Tensor
+    group_scale: Tensor | None
+    scale: Tensor | None
+    bias: Tensor | None
 
 
-def linear(
-    product: Product,
-    input: Tensor,
-    weight_packed: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-) -> Tensor:
-    """Compute `reference.ternary_linear` of the first `out_features` rows of the weight."""
-    flat = input.reshape(-1, input.shape[-1])
-    grouped = reference.is_grouped(weight_scale)
-    scale, group_scale = (None, weight_scale) if grouped else (weight_scale, None)
-    output = _in_strips(product, flat, weight_packed, False, group_scale, scale, bias, input.dtype)
-    if output.shape[1] != out_features:  # the packed weight has more rows
-        output = output[:, :out_features].contiguous()
-    return output.to(input.dtype).reshape(*input.shape[:-1], out_features)
+def _in_strips(products: Products, input: Tensor, *arguments: Any) -> list[Tensor]:
+    if input.shape[0] <= ROWS:
+        return products(input, *arguments)
+    strips = [products(rows, *arguments) for rows in input.split(ROWS)]
+    return [torch.cat(parts) for parts in zip(*strips, strict=True)]
+
+
+def _groups(weight_scale: Tensor) -> int:
+    return weight_scale.shape[1] if reference.is_grouped(weight_scale) else 1
+
+
+def linears(
+    products: Products, input: Tensor, weights: list[tuple[Tensor, Tensor, Tensor | None]], out_features: list[int]
+) -> list[Tensor]:
+    """Compute `reference.ternary_linear` of each (weight_packed, weight_scale, bias), of so many of its first rows."""
+    flat, outputs = input.reshape(-1, input.shape[-1]), []
+    for groups, together in groupby(weights, lambda weight: _groups(weight[1])):
+        one = groups == 1
+        layers = [Layer(w, None if one else scale, scale if one else None, bias) for w, scale, bias in together]
+        outputs += _in_strips(products, flat, layers, False, input.dtype)
+    for number, (output, count) in enumerate(zip(outputs, out_features, strict=True)):
+        if output.shape[1] != count:  # the packed weight has more rows
+            output = output[:, :count].contiguous()
+        outputs[number] = output.to(input.dtype).reshape(*input.shape[:-1], count)
+    return outputs
 
 
 def linear_backward(
-    product: Product,
+    products: Products,
     grad: Tensor,
     input: Tensor | None,
     weight_packed: Tensor,
@@ -53,14 +69,14 @@ def linear_backward(
         rows = flat.float() * weight_scale.reshape(-1) if per_row else flat
         if 4 * len(weight_packed) > rows.shape[1]:
             rows = torch.nn.functional.pad(rows, (0, 4 * len(weight_packed) - rows.shape[1]))
-        scale = None if per_row else weight_scale
-        input_grad = _in_strips(product, rows, weight_packed, True, None, scale, None, grad.dtype)
+        layer = Layer(weight_packed, None, None if per_row else weight_scale, None)
+        (input_grad,) = _in_strips(products, rows, [layer], True, grad.dtype)
         input_grad = input_grad.to(grad.dtype).reshape(*grad.shape[:-1], weight_packed.shape[1])
     if input is None:
         return input_grad, grad.new_empty(0, dtype=torch.float32), grad.new_empty(0, dtype=torch.float32)
     wide, dtype = input.reshape(-1, input.shape[-1]), matmul_dtype(grad.dtype)
     weight_grad = (flat.to(dtype).T @ wide.to(dtype)).float().contiguous()  # (N, K)
-    from .scale_gradient import scale_gradient  # imports numba, as the product does
+    from .scale_gradient import scale_gradient  # imports numba, as the products do
 
     scale_grad = scale_gradient(weight_grad, weight_packed, weight_scale)
     return input_grad, weight_grad, scale_grad

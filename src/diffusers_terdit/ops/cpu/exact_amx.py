@@ -23,6 +23,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from . import scratch
+from .exact import Layer
 from .instructions import AMX, at, c_function, everywhere, from_cache, pointer, take, transpose
 from .integer_amx import ROW, TILE, configure, instruction, register, release
 from .lookup import after_the_sums, finish
@@ -340,17 +341,13 @@ def _compiled(name: str, *variant: int) -> Any:
     return from_cache(_compile_tile if name == "tile" else _compile_multiply, *variant)
 
 
-def product(
-    input: Tensor,
-    weight_packed: Tensor,
-    transposed: bool,
-    group_scale: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Compute `lookup.product` of a bfloat16 input."""
-    packed = weight_packed.contiguous()
+def products(input: Tensor, layers: list[Layer], transposed: bool, dtype: torch.dtype) -> list[Tensor]:
+    """Compute `lookup.products` of a bfloat16 input."""
+    return [_product(input, layer, transposed, dtype) for layer in layers]
+
+
+def _product(input: Tensor, layer: Layer, transposed: bool, dtype: torch.dtype) -> Tensor:
+    packed, group_scale = layer.packed.contiguous(), layer.group_scale
     quarter, width = packed.shape
     outputs = width if transposed else 4 * quarter
     groups = 4 if transposed else 1 if group_scale is None else group_scale.shape[1]
@@ -363,7 +360,7 @@ def product(
     pieces = max(-(-panels // SHARE), -(-2 * threads // max(strips, 1)) if threads > 1 else 1)
     share = -(-panels // pieces)
 
-    group_scales, scales, shifts = after_the_sums(group_scale, scale, bias, outputs)
+    group_scales, scales, shifts = after_the_sums([layer], [outputs])
     output = torch.empty(rows, outputs, dtype=torch.bfloat16 if half else torch.float32)
     tiled = scratch.take("tiled in halves", tiles * groups * chunks * ROWS * CHUNK, torch.int16)
     own = (CHUNK * PANEL + 4 * PANEL + (BLOCK + 1) * 4 * TILE + 4 * TILE * strip * share * (1 + grouped)) // 4

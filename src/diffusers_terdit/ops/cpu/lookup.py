@@ -22,12 +22,14 @@ The gradient to the input is such a product, too: there a packed byte is four in
 Idea: Vec-LUT (https://arxiv.org/abs/2512.06443), which looks up integers.
 """
 
+import ctypes
 import itertools
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
 import numba
+import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
@@ -36,6 +38,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from . import scratch
+from .exact import Layer
 from .instructions import at, c_function, everywhere, from_cache, pointer, processor, take, to_bfloat16, transpose
 from .threads import new_job, run, threads_for
 
@@ -57,26 +60,27 @@ class Job(NamedTuple):
     unit: int  # counts the units of work that were taken
     thread: int  # counts the threads that came
     units: int
+    layers: int
+    layer: int  # the one to work on, for a function that works on one
     rows: int  # M
     groups: int  # of inputs with a scale of their own, or 1
     size: int  # inputs of a group, or of each part of the input whose parts go side by side
-    quarter: int  # N / 4
     width: int  # K
     chunks: int
-    outputs: int  # of the product: N, or K for the gradient to the input
+    outputs: int  # of all layers: N each, or K for the gradient to the input
     tiles: int  # M / lanes, rounded up
     share: int  # outputs of a unit, a multiple of 4
+    own: int  # numbers of a thread's scratch
+    placed: int  # (layers, 4) int64: a layer's first output and number of outputs; addresses of its packed weight,
+    # (N / 4, K) uint8, and of its output, (M, N) float32 or bfloat16
     input: int  # (M, groups * size * parts) float32
     tiled: int  # (tiles, chunks, 32, lanes) float32: the rows of a tile side by side; zero beyond a group and M.
     # For a few rows what `spread` makes of them, (M, chunks, 32, 4) or (M, chunks, 16, 16)
-    packed: int  # (N / 4, K) uint8
     indices: int  # (chunks, outputs, 8) uint8
     group_scale: int  # (groups, outputs) float32
     scale: int  # (outputs + 15,) float32: a vector may be loaded anywhere
     bias: int  # (outputs + 15,) float32
-    output: int  # (M, outputs) float32 or bfloat16
     scratch: int  # (threads, own) float32
-    own: int
 
 
 JOB = Job(*range(len(Job._fields)))
@@ -374,14 +378,16 @@ def _compile_lay(cached: bool) -> Any:
 
     @c_function(cached, "lay")
     def lay(address):
-        """Indices of the outputs of the layer. A unit is `ROWS_LAID` rows of the packed weight."""
+        """Indices of the outputs of a layer. A unit is `ROWS_LAID` rows of the packed weight."""
         job = numba.carray(pointer(address, "int64"), fields)
-        groups, size, quarter = job[field.groups], job[field.size], job[field.quarter]
+        groups, size = job[field.groups], job[field.size]
         chunks, inputs = -(-size // CHUNK), groups * size
-        packed = numba.carray(pointer(job[field.packed], "uint8"), (quarter, inputs))
+        placed = numba.carray(pointer(job[field.placed], "int64"), (job[field.layers], 4))
+        begin, quarter = placed[job[field.layer], 0], placed[job[field.layer], 1] // 4
+        packed = numba.carray(pointer(placed[job[field.layer], 2], "uint8"), (quarter, inputs))
         own = job[field.scratch] + 4 * job[field.own] * take(address + 8 * field.thread)
         rest = numba.carray(pointer(own, "uint8"), CHUNK)
-        across, down = 4 * quarter * TABLES, quarter * TABLES
+        across, down = job[field.outputs] * TABLES, quarter * TABLES
         while True:
             unit = take(address + 8 * field.unit)
             if unit >= job[field.units]:
@@ -394,7 +400,7 @@ def _compile_lay(cached: bool) -> Any:
                 pair = size % CHUNK == 0 and chunk + 1 < groups * chunks  # the next one follows in the packed weight
                 for row in range(top, bottom):
                     source = packed.ctypes.data + row * inputs + start
-                    target = job[field.indices] + chunk * across + row * TABLES
+                    target = job[field.indices] + chunk * across + (begin + row) * TABLES
                     if pair:
                         _lay_words(two, source, target, across, down)
                     elif count == CHUNK:
@@ -414,10 +420,11 @@ def _compile_lay_transposed(cached: bool) -> Any:
 
     @c_function(cached, "lay transposed")
     def lay(address):
-        """Indices of the inputs of the layer. A unit is a chunk: eight rows of the packed weight."""
+        """Indices of the inputs of the only layer. A unit is a chunk: eight rows of the packed weight."""
         job = numba.carray(pointer(address, "int64"), fields)
-        quarter, width = job[field.quarter], job[field.width]
-        packed = numba.carray(pointer(job[field.packed], "uint8"), (quarter, width))
+        quarter, width = job[field.size], job[field.width]
+        placed = numba.carray(pointer(job[field.placed], "int64"), (job[field.layers], 4))
+        packed = numba.carray(pointer(placed[0, 2], "uint8"), (quarter, width))
         indices = numba.carray(pointer(job[field.indices], "uint8"), (job[field.units], width, TABLES))
         while True:
             unit = take(address + 8 * field.unit)
@@ -485,6 +492,7 @@ def _compile_multiply(lanes: int, grouped: int, half: int, cached: bool) -> Any:
         tables = job[field.scratch] + 4 * job[field.own] * take(address + 8 * field.thread)
         square = numba.carray(pointer(tables + 4 * lanes * (TABLES * CASES + SPARE), "float32"), (lanes, lanes))
         sums = numba.carray(pointer(square.ctypes.data + 4 * lanes * lanes, "float32"), (share + lanes, lanes))
+        placed = numba.carray(pointer(job[field.placed], "int64"), (job[field.layers], 4))
         chunks, per_group = job[field.chunks], job[field.chunks] // job[field.groups]
         while True:
             unit = take(address + 8 * field.unit)
@@ -504,14 +512,17 @@ def _compile_multiply(lanes: int, grouped: int, half: int, cached: bool) -> Any:
                     last = sums.ctypes.data + 4 * lanes * fours
                     _add_chunk(lanes, grouped, 1, tables, indices, scales, count - fours, last)
             top = tile * lanes
-            for n in range(0, count, lanes):
-                transpose(lanes, sums.ctypes.data + 4 * lanes * n, 4 * lanes, square.ctypes.data, 4 * lanes)
-                width, column = min(lanes, count - n), first + n
-                for row in range(min(lanes, job[field.rows] - top)):
-                    source = square.ctypes.data + 4 * lanes * row
-                    target = job[field.output] + size * ((top + row) * outputs + column)
+            for layer in range(job[field.layers]):
+                begin, many = placed[layer, 0], placed[layer, 1]
+                end = min(begin + many, first + count)
+                for column in range(max(begin, first), end, lanes):
+                    source = sums.ctypes.data + 4 * lanes * (column - first)
+                    transpose(lanes, source, 4 * lanes, square.ctypes.data, 4 * lanes)
                     scale, shift = job[field.scale] + 4 * column, job[field.bias] + 4 * column
-                    finish(lanes, half, source, scale, shift, target, width)
+                    for row in range(min(lanes, job[field.rows] - top)):
+                        source = square.ctypes.data + 4 * lanes * row
+                        target = placed[layer, 3] + size * ((top + row) * many + column - begin)
+                        finish(lanes, half, source, scale, shift, target, min(lanes, end - column))
 
     return multiply
 
@@ -554,12 +565,15 @@ def _compile_few(lanes: int, rows: int, grouped: int, half: int, cached: bool) -
 
     @c_function(cached, "few", lanes, rows, grouped, half)
     def few(address):
-        """A unit is a panel: `lanes` rows of the packed weight, all `rows` rows of the input."""
+        """A unit is a panel: `lanes` rows of a layer's packed weight, all `rows` rows of the input."""
         job = numba.carray(pointer(address, "int64"), fields)
-        size, quarter, chunks = job[field.size], job[field.quarter], job[field.chunks]
+        size, chunks = job[field.size], job[field.chunks]
         per_group, inputs = chunks // job[field.groups], job[field.width]
-        packed = numba.carray(pointer(job[field.packed], "uint8"), (quarter, inputs))
-        group_scale = numba.carray(pointer(job[field.group_scale], "float32"), (job[field.groups], 4, quarter))
+        placed = numba.carray(pointer(job[field.placed], "int64"), (job[field.layers], 4))
+        begin, quarter = placed[job[field.layer], 0], placed[job[field.layer], 1] // 4
+        address_of_packed, output = placed[job[field.layer], 2], placed[job[field.layer], 3]
+        packed = numba.carray(pointer(address_of_packed, "uint8"), (quarter, inputs))
+        group_scale = numba.carray(pointer(job[field.group_scale], "float32"), (job[field.groups], job[field.outputs]))
         words = job[field.scratch] + 4 * job[field.own] * take(address + 8 * field.thread)
         bytes_ = numba.carray(pointer(words, "uint8"), (two, lanes, 4))
         scales = numba.carray(pointer(words + 4 * lanes * two, "float32"), (4, lanes))
@@ -579,7 +593,7 @@ def _compile_few(lanes: int, rows: int, grouped: int, half: int, cached: bool) -
                 if pair:
                     ahead = start + AHEAD if start + AHEAD < inputs else start + AHEAD + (lanes - 1) * inputs
                     for row in range(lanes):  # near the end of a row: the beginning of the next panel's
-                        _prefetch(job[field.packed] + (first + row) * inputs + ahead)
+                        _prefetch(address_of_packed + (first + row) * inputs + ahead)
                     for word in range(0, two, lanes):
                         source = packed.ctypes.data + first * inputs + start + 4 * word
                         transpose(lanes, source, inputs, words + 4 * lanes * word, 4 * lanes)
@@ -591,9 +605,8 @@ def _compile_few(lanes: int, rows: int, grouped: int, half: int, cached: bool) -
                     if grouped:
                         for quarter_of_scale in range(4):
                             for row in range(width):
-                                scales[quarter_of_scale, row] = group_scale[
-                                    number_of_chunk // per_group, quarter_of_scale, first + row
-                                ]
+                                column = begin + quarter_of_scale * quarter + first + row
+                                scales[quarter_of_scale, row] = group_scale[number_of_chunk // per_group, column]
                     own_words = words + 4 * lanes * TABLES * (number_of_chunk - chunk)
                     x = job[field.tiled] + 2 * lanes * CHUNK * number_of_chunk
                     between = 2 * lanes * CHUNK * chunks
@@ -603,8 +616,8 @@ def _compile_few(lanes: int, rows: int, grouped: int, half: int, cached: bool) -
                 for row in range(rows):
                     column = part * quarter + first
                     source = sums.ctypes.data + 4 * lanes * (part * rows + row)
-                    target = job[field.output] + size_of_number * (4 * quarter * row + column)
-                    scale, shift = job[field.scale] + 4 * column, job[field.bias] + 4 * column
+                    target = output + size_of_number * (4 * quarter * row + column)
+                    scale, shift = job[field.scale] + 4 * (begin + column), job[field.bias] + 4 * (begin + column)
                     finish(lanes, half, source, scale, shift, target, width)
 
     return few
@@ -628,57 +641,51 @@ def _lanes(rows: int) -> int:
     return 16 if rows > 8 and "+avx512f" in processor().features else 8
 
 
-def after_the_sums(
-    group_scale: Tensor | None, scale: Tensor | None, bias: Tensor | None, outputs: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`group_scale`, `scale` and `bias` of a `Job`, as long as it reads them; 1 and 0 where there is none."""
-    same = scale.item() if scale is not None and scale.numel() == 1 else 1.0
-    scales = torch.full((outputs + 15,), same, dtype=torch.float32)
-    shifts = torch.zeros(outputs + 15, dtype=torch.float32)
-    if scale is not None and scale.numel() > 1:
-        scales[: scale.numel()] = scale.reshape(-1)
-    if bias is not None:
-        shifts[: len(bias)] = bias
-    if group_scale is None:
-        return scales, scales, shifts
-    group_scales = torch.zeros(group_scale.shape[1], outputs, dtype=torch.float32)
-    group_scales[:, : len(group_scale)] = group_scale.T
-    return group_scales, scales, shifts
+def after_the_sums(layers: list[Layer], counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """`group_scale`, `scale` and `bias` of a `Job`, of layers of so many outputs; 1 and 0 where there is none."""
+    outputs, begin = sum(counts), 0  # in numpy, which takes a few microseconds less for each layer
+    scales, shifts = np.ones(outputs + 15, np.float32), np.zeros(outputs + 15, np.float32)
+    group_scales = scales
+    if layers[0].group_scale is not None:
+        group_scales = np.zeros((layers[0].group_scale.shape[1], outputs), np.float32)
+    for (_, group_scale, scale, bias), count in zip(layers, counts, strict=True):
+        if scale is not None and scale.numel() == 1:
+            scales[begin : begin + count] = scale.item()
+        elif scale is not None:
+            scales[begin : begin + scale.numel()] = scale.detach().float().reshape(-1).numpy()
+        if bias is not None:
+            shifts[begin : begin + bias.shape[0]] = bias.detach().float().numpy()
+        if group_scale is not None:
+            group_scales[:, begin : begin + group_scale.shape[0]] = group_scale.detach().float().T.numpy()
+        begin += count
+    return torch.from_numpy(group_scales), torch.from_numpy(scales), torch.from_numpy(shifts)
 
 
-def product(
-    input: Tensor,
-    weight_packed: Tensor,
-    transposed: bool,
-    group_scale: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`(input @ T^T) * scale + bias`, or with T for its transpose, in float32: (M, inputs) -> (M, outputs).
+def products(input: Tensor, layers: list[Layer], transposed: bool, dtype: torch.dtype) -> list[Tensor]:
+    """`(input @ T^T) * scale + bias` of each layer, in float32: (M, K) -> (M, N) each.
 
-    `scale` is (1,) or (outputs,); `group_scale` (N, K / g). They and `bias` may be shorter than the packed weight. The
-    result is bfloat16 if `dtype` is, else float32.
+    The layers have the same number of scales in a row, and share what is made of the input. With `transposed` there is
+    one, and T is its transpose: (M, N) -> (M, K). The results are bfloat16 if `dtype` is, else float32.
     """
     input = input.float().contiguous()
-    packed = weight_packed.contiguous()
-    quarter, width = packed.shape
-    outputs = width if transposed else 4 * quarter
+    weights = [layer.packed.contiguous() for layer in layers]
+    (height, width), rows, group_scale = weights[0].shape, input.shape[0], layers[0].group_scale
+    counts = [width if transposed else 4 * weight.shape[0] for weight in weights]
+    outputs = sum(counts)
     groups, parts = (1 if group_scale is None else group_scale.shape[1]), (4 if transposed else 1)
-    size = quarter if transposed else width // groups
+    size = height if transposed else width // groups
     chunks = groups * -(-size * parts // CHUNK)
-    rows, threads, lanes = len(input), threads_for(len(input) * packed.numel()), _lanes(len(input))
+    threads, lanes = threads_for(rows * outputs * width // 4), _lanes(rows)
     grouped, half = int(group_scale is not None), int(dtype == torch.bfloat16)
 
-    group_scales, scales, shifts = after_the_sums(group_scale, scale, bias, outputs)
-    output = torch.empty(rows, outputs, dtype=torch.bfloat16 if half else torch.float32)
-    calls: list[tuple[tuple[Any, ...], int]]  # of functions, and their units
+    group_scales, scales, shifts = after_the_sums(layers, counts)
+    results = [torch.empty(rows, count, dtype=torch.bfloat16 if half else torch.float32) for count in counts]
     widest = 16 if "+avx512f" in processor().features else 8
-    if 0 < rows <= FEW[widest] and not transposed and "+avx2" in processor().features:
+    few = 0 < rows <= FEW[widest] and not transposed and "+avx2" in processor().features
+    if few:
         tiles, share, indices, lanes = 0, 0, scales, widest
         tiled = scratch.take("tiled", rows * chunks * CHUNK * lanes // 2, torch.float32)
         own = lanes * (2 * TABLES + 4 + 4 * rows)
-        calls = [(("spread", lanes), rows), (("few", lanes, rows, grouped, half), -(-quarter // lanes))]
     else:
         tiles = -(-rows // lanes)
         pieces = max(-(-outputs // MOST_OUTPUTS), -(-2 * threads // max(tiles, 1)) if threads > 1 else 1)
@@ -686,15 +693,29 @@ def product(
         tiled = scratch.take("tiled", tiles * chunks * CHUNK * lanes, torch.float32)
         indices = scratch.take("indices", chunks * outputs * TABLES, torch.uint8)
         own = lanes * (TABLES * CASES + SPARE + 2 * lanes + share)
-        calls = [
-            (("lay transposed",), -(-quarter // TABLES)) if transposed else (("lay",), -(-quarter // ROWS_LAID)),
-            (("tile", lanes, parts), tiles),
-            (("multiply", lanes, grouped, half), tiles * -(-outputs // share)),
-        ]
     buffers = scratch.take("lookups", threads * own, torch.float32)
-    arrays = (input, tiled, packed, indices, group_scales, scales, shifts, output, buffers)
-    sizes = (rows, groups, size, quarter, width, chunks, outputs, tiles, share)
-    job = new_job(*sizes, *[array.data_ptr() for array in arrays], own)
-    for variant, units in calls:
-        run(compiled(*variant), job, units, threads)
-    return output
+    places, begin = [], 0
+    for weight, count, result in zip(weights, counts, results, strict=True):
+        places += [begin, count, weight.data_ptr(), result.data_ptr()]
+        begin += count
+    placed = (ctypes.c_int64 * len(places))(*places)
+    sizes = (len(layers), 0, rows, groups, size, width, chunks, outputs, tiles, share, own)
+    arrays = (input, tiled, indices, group_scales, scales, shifts, buffers)
+    job = new_job(*sizes, ctypes.addressof(placed), *[array.data_ptr() for array in arrays])
+
+    def run_for_each_layer(function: Any, units: Callable[[int], int]) -> None:
+        for number, weight in enumerate(weights):
+            job[JOB.layer] = number
+            run(function, job, units(weight.shape[0]), threads)
+
+    if few:
+        run(compiled("spread", lanes), job, rows, threads)
+        run_for_each_layer(compiled("few", lanes, rows, grouped, half), lambda quarter: -(-quarter // lanes))
+        return results
+    if transposed:
+        run(compiled("lay transposed"), job, -(-height // TABLES), threads)
+    else:
+        run_for_each_layer(compiled("lay"), lambda quarter: -(-quarter // ROWS_LAID))
+    run(compiled("tile", lanes, parts), job, tiles, threads)
+    run(compiled("multiply", lanes, grouped, half), job, tiles * -(-outputs // share), threads)
+    return results

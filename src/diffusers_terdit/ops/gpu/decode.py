@@ -188,6 +188,18 @@ def integer_linears(
     )
 
 
+def linears_in_integers(
+    kernels: Kernels,
+    input: Tensor,
+    weights_packed: list[Tensor],
+    weight_scales: list[Tensor],
+    biases: list[Tensor | None],
+    bits: int,
+) -> list[Tensor]:
+    """Compute `reference.linears`, in integers: exact ones are `products`."""
+    return integer_linears(kernels, input, list(zip(weights_packed, weight_scales, biases, strict=True)), bits)
+
+
 def integer_linear(
     kernels: Kernels, input: Tensor, weight_packed: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int
 ) -> Tensor:
