@@ -34,7 +34,9 @@ from shared import DTYPES, INPUTS, Results, by_clock, in_turns, new_input, ratio
 
 TESTS = ["tests/ops/cpu", "--ignore=tests/ops/cpu/test_instructions.py"]  # that file: caches of compiled code
 SCALE = 2.0**-5  # a power of two, so that bfloat16 holds scale * T, too
-FEW_ROWS, MORE_TURNS = 64, 5  # calls of less than this many rows are quick: so many times the turns
+# Calls of less than FEW_ROWS rows are quick. There the turns are more, and a turn runs through LAYERS layers, each with
+# its own weights: as in a model, the code is warm and the weights are not.
+FEW_ROWS, MORE_TURNS, LAYERS = 64, 5, 4
 ERROR_ROWS = 64
 # (rows, outputs, inputs) at which somebody's kernel is compared with the reference
 CHECKED_SHAPES = [(1, 4, 1), (2, 128, 129), (5, 100, 31), (257, 520, 385), (512, 768, 1152), (2048, 96, 130)]
@@ -253,14 +255,24 @@ def measure_layer(
     out_features: int, in_features: int, rows: int, args: argparse.Namespace, left_out: list[str]
 ) -> list[dict]:
     """Return the records of one layer, one for each mode."""
-    generator = torch.Generator().manual_seed(0)
-    ternary = torch.randint(-1, 2, (out_features, in_features), dtype=torch.int8, generator=generator)
-    packed, scale = pack_ternary(ternary), torch.tensor([SCALE])
-    weight = dequantize(ternary, scale)
-    modes = layer_modes(weight, packed, scale, args, left_out)
+    generator, scale, layers = torch.Generator().manual_seed(0), torch.tensor([SCALE]), []
+    for _ in range(LAYERS if rows < FEW_ROWS else 1):
+        ternary = torch.randint(-1, 2, (out_features, in_features), dtype=torch.int8, generator=generator)
+        weight = dequantize(ternary, scale)
+        layers.append(layer_modes(weight, pack_ternary(ternary), scale, args, left_out))
+    modes = layers[-1]
     x = new_input("gaussian", rows, in_features, generator)
     turns = args.turns * (MORE_TURNS if rows < FEW_ROWS else 1)
-    times = by_clock(in_turns({mode: partial(modes[mode], as_input(x, mode)) for mode in modes}, turns))
+
+    def one_after_the_other(mode: Mode, given: Tensor) -> None:
+        for layer in layers:
+            layer[mode](given)
+
+    times = by_clock(in_turns({mode: partial(one_after_the_other, mode, as_input(x, mode)) for mode in modes}, turns))
+    times = {
+        clock: {mode: [call / len(layers) for call in calls] for mode, calls in by_mode.items()}
+        for clock, by_mode in times.items()
+    }
     chosen = {mode: {"by": modes[mode].names[rows]} for mode in modes if mode in BEST.values()}
     errors: dict[Mode, dict[str, float]] = {mode: {} for mode in modes}
     for kind in INPUTS:
