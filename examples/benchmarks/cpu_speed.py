@@ -34,9 +34,9 @@ from shared import DTYPES, INPUTS, Results, by_clock, in_turns, new_input, ratio
 
 TESTS = ["tests/ops/cpu", "--ignore=tests/ops/cpu/test_instructions.py"]  # that file: caches of compiled code
 SCALE = 2.0**-5  # a power of two, so that bfloat16 holds scale * T, too
-# Calls of less than FEW_ROWS rows are quick. There the turns are more, and a turn runs through LAYERS layers, each with
-# its own weights: as in a model, the code is warm and the weights are not.
-FEW_ROWS, MORE_TURNS, LAYERS = 64, 5, 4
+# With less than FEW_ROWS rows a turn runs through layers whose dense weights are so many bytes in float32: as in a
+# model, the code is warm, and the weights come from memory.
+FEW_ROWS, BYTES = 64, 2**28
 ERROR_ROWS = 64
 # (rows, outputs, inputs) at which somebody's kernel is compared with the reference
 CHECKED_SHAPES = [(1, 4, 1), (2, 128, 129), (5, 100, 31), (257, 520, 385), (512, 768, 1152), (2048, 96, 130)]
@@ -256,22 +256,21 @@ def measure_layer(
 ) -> list[dict]:
     """Return the records of one layer, one for each mode."""
     generator, scale, layers = torch.Generator().manual_seed(0), torch.tensor([SCALE]), []
-    for _ in range(LAYERS if rows < FEW_ROWS else 1):
+    for _ in range(-(-BYTES // (4 * out_features * in_features)) if rows < FEW_ROWS else 1):
         ternary = torch.randint(-1, 2, (out_features, in_features), dtype=torch.int8, generator=generator)
         weight = dequantize(ternary, scale)
         layers.append(layer_modes(weight, pack_ternary(ternary), scale, args, left_out))
     modes = layers[-1]
     x = new_input("gaussian", rows, in_features, generator)
-    turns = args.turns * (MORE_TURNS if rows < FEW_ROWS else 1)
 
     def one_after_the_other(mode: Mode, given: Tensor) -> None:
         for layer in layers:
             layer[mode](given)
 
-    times = by_clock(in_turns({mode: partial(one_after_the_other, mode, as_input(x, mode)) for mode in modes}, turns))
+    functions = {mode: partial(one_after_the_other, mode, as_input(x, mode)) for mode in modes}
     times = {
         clock: {mode: [call / len(layers) for call in calls] for mode, calls in by_mode.items()}
-        for clock, by_mode in times.items()
+        for clock, by_mode in by_clock(in_turns(functions, args.turns)).items()
     }
     chosen = {mode: {"by": modes[mode].names[rows]} for mode in modes if mode in BEST.values()}
     errors: dict[Mode, dict[str, float]] = {mode: {} for mode in modes}
@@ -281,8 +280,9 @@ def measure_layer(
         for mode, function in modes.items():
             if mode.dtype != "int8":
                 errors[mode][kind] = rounded(relative_error(function(as_input(x, mode)), expected))
+    case = {"shape": [out_features, in_features], "rows": rows, "turns": args.turns, "layers": len(layers)}
     return [
-        {"shape": [out_features, in_features], "rows": rows, "mode": mode.name, "dtype": mode.dtype, "turns": turns}
+        {**case, "mode": mode.name, "dtype": mode.dtype}
         | chosen.get(mode, {})
         | medians(times, mode)
         | speeds(times, lambda mode: mode, mode)
