@@ -34,8 +34,8 @@ from shared import DTYPES, INPUTS, Results, by_clock, in_turns, new_input, ratio
 
 TESTS = ["tests/ops/cpu", "--ignore=tests/ops/cpu/test_instructions.py"]  # that file: caches of compiled code
 SCALE = 2.0**-5  # a power of two, so that bfloat16 holds scale * T, too
-# With less than FEW_ROWS rows a turn runs through layers whose dense weights are so many bytes in float32: as in a
-# model, the code is warm, and the weights come from memory.
+# With less than FEW_ROWS rows a turn runs through layers whose dense weights are so many bytes in float32, and with a
+# small model through several blocks: as in a model, the code is warm, and the weights come from memory.
 FEW_ROWS, BYTES = 64, 2**28
 ERROR_ROWS = 64
 # (rows, outputs, inputs) at which somebody's kernel is compared with the reference
@@ -375,29 +375,37 @@ def block_input(model: TerDiTTransformer2DModel) -> tuple[Tensor, Tensor, tuple[
 
 def measure_block(preset: str, turns: int, left_out: list[str]) -> list[dict]:
     """Return the records of one preset, one for each mode."""
-    modes = model_modes(shared.random_model(preset, num_layers=1), left_out)
     layers = shared.PRESETS[preset]["num_layers"]
+    with torch.device("meta"):
+        block = shared.new_model(preset, num_layers=1).transformer_blocks[0]
+    measured = min(layers, max(1, BYTES // sum(weight.nbytes for weight in block.parameters())))
+    modes = model_modes(shared.random_model(preset, num_layers=measured), left_out)
     tokens, condition, rotary = block_input(modes[DENSE["float32"]])
     exact = copy.deepcopy(modes[DENSE["float32"]].transformer_blocks[0]).double()
     expected = exact(tokens.double(), condition.double(), rotary)
     functions, errors = {}, {}
+
+    def one_after_the_other(blocks: nn.ModuleList, *inputs: object) -> None:
+        for block in blocks:
+            block(*inputs)
+
     for mode, model in modes.items():
-        dtype = getattr(torch, mode.dtype)
-        block = model.transformer_blocks[0]
+        dtype, blocks = getattr(torch, mode.dtype), model.transformer_blocks
         inputs = tokens.to(dtype), condition.to(dtype), rotary
-        errors[mode] = rounded(relative_error(block(*inputs), expected))
+        errors[mode] = rounded(relative_error(blocks[0](*inputs), expected))
         model.transformer_blocks = nn.ModuleList()  # what is left is the rest of the model
-        functions["block", mode] = partial(block, *inputs)
+        functions["block", mode] = partial(one_after_the_other, blocks, *inputs)
         functions["rest", mode] = partial(model, *shared.guided_input(model, dtype))
     times = by_clock(in_turns(functions, turns))
     for clock in times.values():
         for mode in modes:
+            clock["block", mode] = [seconds / measured for seconds in clock["block", mode]]
             parts = zip(clock["rest", mode], clock["block", mode], strict=True)
             clock["step", mode] = [rest + layers * block for rest, block in parts]
     records = []
     for mode in modes:
-        record = {"preset": preset, "layers": layers, "tokens": list(tokens.shape[:2]), "turns": turns}
-        record |= {"mode": mode.name, "dtype": mode.dtype}
+        record = {"preset": preset, "layers": layers, "blocks": measured, "tokens": list(tokens.shape[:2])}
+        record |= {"turns": turns, "mode": mode.name, "dtype": mode.dtype}
         for part in ("block", "rest", "step"):
             own = {} if part == "rest" else speeds(times, lambda mode, part=part: (part, mode), mode)
             record[part] = medians(times, (part, mode)) | own
