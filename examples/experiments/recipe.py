@@ -61,6 +61,7 @@ BASE = "recipe of the pilot"
 FIRST_THIRD = "full precision for the first third"
 TAUGHT = "Muon, full precision as the teacher"
 FULL_TAUGHT = "full precision, Muon, another as the teacher"
+NARROW = "full precision, width 48, Muon"
 BY_TWIN = "Muon, its twin in full precision as the teacher"
 NOISE = {"flow_matching": "false", "weighting_scheme": "none", "learn_sigma": "false"}
 
@@ -94,7 +95,7 @@ ARMS: dict[str, dict] = {
     "full precision, Muon": {"ternary": "false", "optimizer": "muon"},
     FULL_TAUGHT: {**TEACHER, "ternary": "false"},
     "full precision, width 48": {"ternary": "false", "attention_head_dim": 12, "ffn_dim": 200},  # as many bytes
-    "full precision, width 48, Muon": {
+    NARROW: {
         "ternary": "false", "attention_head_dim": 12, "ffn_dim": 200, "optimizer": "muon",
     },
     **{
@@ -305,7 +306,7 @@ PLANS: dict[str, Plan] = {
     "twins": [
         (arm, LONG_STEPS, seed, DECAYED[3600]) for seed in SEEDS[1:] for arm in ("full precision, Muon", BY_TWIN)
     ],
-    "compute": [("full precision, width 48, Muon", steps, 0, RATE) for steps in (STEPS, EQUAL_COMPUTE)],
+    "compute": [(NARROW, steps, 0, RATE) for steps in (STEPS, EQUAL_COMPUTE)],
     "seeds": [(arm, STEPS, seed, {}) for arm in SEEDED for seed in SEEDS],
 }
 
@@ -320,6 +321,17 @@ def cells(results: list[dict]) -> list[str]:
     if len(results) == 1:
         return [f"{loss[0]:.4f}" if loss[0] is not None else "-", f"{distance[0]:.2f}", f"{share[0]:.3f}"]
     return [cell(loss, 4) if None not in loss else "-", cell(distance, 2), cell(share, 3)]
+
+
+PAIR_DIGITS = (4, 4, 3, 2, 2, 2, 3, 3)
+
+
+def compared(first: dict, second: dict) -> list[float]:
+    """Loss, distance and share of two results, each with the second's over the first's but for the share."""
+    found = []
+    for key in ("held_out_loss", "frechet_distance", "share"):
+        found += [first[key], second[key], second[key] / first[key]]
+    return found[:-1]
 
 
 def named(run: dict) -> str:
@@ -380,8 +392,21 @@ def render(folder: Path) -> str:
         for arm in ARMS
         if arm in (BASE, "Muon") or ARMS[arm].get("ternary") == "false"
         for steps in (STEPS, EQUAL_COMPUTE)
-        if (found := find([(arm, steps, 0, {})]))
+        if (found := find([(arm, steps, 0, {})]) or find([(arm, steps, 0, RATE)]))
     ]
+    pairs = {}
+    for seed in SEEDS:
+        full = find([("full precision, Muon", LONG_STEPS, seed, DECAYED[3600])])
+        taught = find([(arm, LONG_STEPS, seed, DECAYED[3600]) for arm in (BY_TWIN, TAUGHT)])
+        if full and taught:
+            pairs[seed] = compared(full[0], taught[0])
+    in_pairs = [
+        [str(seed), *(f"{number:.{digits}f}" for number, digits in zip(found, PAIR_DIGITS, strict=True))]
+        for seed, found in pairs.items()
+    ]
+    if len(pairs) > 1:
+        spread = [cell(list(found), digits) for digits, *found in zip(PAIR_DIGITS, *pairs.values(), strict=True)]
+        in_pairs.append(["mean ± standard deviation", *spread])
     tried = {record["run"]["arm"] for record in records.records}
     return write_page(
         NAME,
@@ -396,6 +421,7 @@ def render(folder: Path) -> str:
         ],
         rate_steps=f"{RATE_STEPS:,}",
         longer=longer,
+        pairs=in_pairs,
         sizes=[[arm, f"{size / 1e3:,.0f}", f"{n:,}", *cells([found])] for size, arm, n, found in sorted(sizes)],
         seeds=[[arm, f"{n:,}", str(len(found)), *cells(found)] for (arm, n), found in seeds.items() if len(found) > 1],
     )
