@@ -341,7 +341,12 @@ def build(
                 num_images = gr.Slider(1, 16, 4, step=1, label="Images", info="The next image has the next seed.")
                 steps = gr.Slider(1, 250, num_inference_steps, step=1, label="Steps", elem_id="steps")
                 guidance = gr.Slider(
-                    1, 10, guidance_scale, step=0.1, label="Guidance", info="1 is none; more is truer to the class."
+                    1,
+                    10,
+                    guidance_scale,
+                    step=0.1,
+                    label="Guidance",
+                    info="1 is off; more is truer to the class.",
                 )
                 scheduler = gr.Dropdown(sampler.schedulers, value=sampler.schedulers[0], label="Scheduler")
                 with gr.Row():

@@ -65,6 +65,8 @@ BASES = {**DENSE, **{f"best_{dtype}": mode for dtype, mode in BEST.items()}}  # 
 REFERENCE = Mode("unpack in every call", "float32")
 OTHERS = (REFERENCE.name, *(peer.name for peer in peers.PEERS))  # not ours, and not dense: blue bars
 BITS = {"exact": None, "int16": 16, "int8": 8}
+GROUP = 128  # inputs with a scale of their own, as in Bonsai
+IN_GROUPS = {f"{name}, groups of {GROUP}": bits for name, bits in BITS.items()}
 
 # what the page begins with
 SAYS = [
@@ -145,7 +147,8 @@ def only(isa: str | None) -> Iterator[None]:
 
 def place_of(isa: str | None) -> dict:
     """Return what tells one table from another, and the modes that are left out there."""
-    left_out = [] if isa else [f"{name} {dtype}" for name in ("int16", "int8") for dtype in DTYPES]
+    integers = [name for name, bits in {**BITS, **IN_GROUPS}.items() if bits]
+    left_out = [] if isa else [f"{name} {dtype}" for name in integers for dtype in DTYPES]
     if not has_fast_bfloat16():
         left_out += ["dense bfloat16", "best dense bfloat16"]
         if decode.matmul_dtype(torch.bfloat16) == torch.bfloat16:  # the processor could, the libraries may not
@@ -240,6 +243,11 @@ def layer_modes(
     modes[BEST["int8"]] = peers.BestDense(peers.int8_codes(weight))
     for mode, linear in layers.items():
         modes[mode] = lambda x, linear=linear: linear(x, packed, scale, None)
+    if weight.shape[1] % GROUP == 0:
+        scales = scale.repeat(len(weight), weight.shape[1] // GROUP)
+        for name, bits in IN_GROUPS.items():
+            linear = partial(integer_linear, bits=bits) if bits else ternary_linear
+            modes[Mode(name, "float32")] = lambda x, linear=linear: linear(x, packed, scales, None)
     modes = {mode: function for mode, function in modes.items() if " ".join(mode) not in left_out}
     return modes | {mode: peer.build(weight) for mode, peer in installed_peers(left_out).items()}
 
@@ -441,7 +449,7 @@ def mode_of(record: dict) -> Mode:
 
 def in_order(records: list[dict]) -> list[dict]:
     """Sort by mode: dense, the authors' scheme, ours, then others as they come; float32 first."""
-    ours = ["dense", "best dense", REFERENCE.name, *BITS]
+    ours = ["dense", "best dense", REFERENCE.name, *BITS, *IN_GROUPS]
     names = list(dict.fromkeys([*ours, *(record["mode"] for record in records)]))
     return sorted(records, key=lambda record: (names.index(record["mode"]), record["dtype"] != "float32"))
 
@@ -552,7 +560,8 @@ def step_plot(data: dict, path: Path) -> None:
     panels = {}
     for place in data["places"]:
         preset, key = place["records"][-1]["preset"], f"{clock_of(place)}over_float32"
-        records = in_order([record for record in place["records"] if record["preset"] == preset])
-        bars = [(" ".join(mode_of(record)), *[record["step"][key][0]] * 2) for record in records]
+        again = "int16" if place["isa"] in EXACT_IN_BFLOAT16 else None  # which is exact arithmetic there
+        records = [record for record in place["records"] if record["preset"] == preset and record["mode"] != again]
+        bars = [(" ".join(mode_of(record)), *[record["step"][key][0]] * 2) for record in in_order(records)]
         panels[f"{title_of(place)}, {preset}"] = bars
     shared.bars(path, panels, speed="times as fast as dense float32", others=OTHERS)

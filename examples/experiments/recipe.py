@@ -239,7 +239,8 @@ class Study:
         settings = {key: v for key, v in run["settings"].items() if key not in OWN}
         if teacher := settings.pop("teacher", None):
             same = ("learning_rate", "lr_decay_steps") if run["settings"].get("twin") else ()
-            settings["teacher"] = self.train(run_of(teacher, steps, seed, **{key: settings[key] for key in same}))
+            changes = {key: settings[key] for key in same if key in settings}
+            settings["teacher"] = self.train(run_of(teacher, steps, seed, **changes))
         if share := run["settings"].get("full_share"):
             first = round(share * steps)
             start, steps = folder.with_name(folder.name + " first"), steps - first

@@ -26,6 +26,7 @@ BENCHMARKS = ROOT / "examples" / "benchmarks"
 needs_integers = pytest.mark.skipif(not has_integer_kernel("cpu"), reason="needs AVX2 and numba")
 INTEGERS = ("int16", "int8") if has_integer_kernel("cpu") else ()
 MODES = {(name, dtype) for name in ("dense", "best dense", "exact", *INTEGERS) for dtype in ("float32", "bfloat16")}
+IN_GROUPS = {(f"{name}, groups of 128", "float32") for name in ("exact", *INTEGERS)}
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +176,8 @@ def test_kernels(scenarios, run, monkeypatch, tmp_path):
     data, page = run("kernels", *args, "--rows", 3, 70, "--kernel", "own_kernels:linear")
     (place,) = data["places"]
     bounds = {
-        **{("dense", "float32"): (0, 1e-6), ("exact", "float32"): (0, 1e-6), ("int16", "float32"): (1e-6, 5e-4)},
+        **{(mode, "float32"): (0, 1e-6) for mode in ("dense", "exact", "exact, groups of 128")},
+        **{(mode, "float32"): (1e-6, 5e-4) for mode in ("int16", "int16, groups of 128")},
         **{(mode, "bfloat16"): (1e-3, 4e-3) for mode in ("dense", "exact", "int16")},
     }
     cases = {scenarios.cpu_speed.case_of(record) for record in place["records"]}
@@ -183,7 +185,7 @@ def test_kernels(scenarios, run, monkeypatch, tmp_path):
     for case in cases:
         found = by_mode(record for record in place["records"] if scenarios.cpu_speed.case_of(record) == case)
         others = {("unpack in every call", "float32"), ("own_kernels:linear", "float32"), ("best dense", "int8")}
-        assert found.keys() == MODES | others
+        assert found.keys() == MODES | IN_GROUPS | others
         for mode, record in found.items():
             assert ("by" in record) == (mode[0] == "best dense")
             assert (not record["error"]) == (mode == ("best dense", "int8"))
@@ -202,7 +204,7 @@ def test_kernels(scenarios, run, monkeypatch, tmp_path):
     for _ in range(2):
         data, _ = run("kernels", *args, "--rows", 3)
     assert data["places"][0] == place
-    assert len(data["places"][1]["records"]) == 4 * (len(MODES) + 2)
+    assert len(data["places"][1]["records"]) == 4 * (len(MODES | IN_GROUPS) + 2)
 
 
 @needs_integers

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from itertools import cycle
 
 import numpy as np
@@ -78,6 +79,23 @@ class TestTorchsChecks:
     def test_linear_of_a_float_weight_without_a_bias(self, granularity):
         weight, _, scale, _ = new_layer(granularity, out_features=9)  # 9 outputs could not be packed
         torch.library.opcheck(LINEAR, (torch.randn(5, K, requires_grad=True), leaf(weight), leaf(scale), None, None))
+
+    @pytest.mark.parametrize("bits", [None, 16])
+    def test_linears(self, bits):
+        layers = [new_layer(granularity)[1:] for granularity in GRANULARITIES]
+        lists = [list(parts) for parts in zip(*layers, strict=True)]
+        lists[2][0] = None  # no bias
+        x = torch.randn(2, 5, K)
+        torch.library.opcheck(torch.ops.diffusers_terdit.linears.default, (x, *lists, bits))
+
+        def together(x):
+            return torch_ops.linears(x, [*zip(*lists, strict=True)], bits)
+
+        assert all(map(torch.equal, torch.vmap(together, 1, 1)(x), together(x)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript is deprecated, and sizes become constants
+            traced = torch.jit.trace(together, x)
+        assert all(map(torch.equal, traced(x), together(x)))
 
     @pytest.mark.parametrize(
         ("bits", "granularity", "dtype"), [(8, "tensor", torch.float32), (16, "row", torch.bfloat16)], ids=str

@@ -67,7 +67,7 @@ _BLOCK = {
 def imagenet_labels() -> dict[str, str]:
     """The 1,000 names of ImageNet-1k by standard class id, "0" to "999"; several names of a class separated by commas.
 
-    Source and licence stand in the file, `imagenet1k_labels.json`.
+    The file says its source and license: `imagenet1k_labels.json`.
     """
     return json.loads((files(__package__) / "imagenet1k_labels.json").read_text(encoding="utf-8"))["labels"]
 

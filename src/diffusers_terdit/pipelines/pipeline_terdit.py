@@ -390,7 +390,7 @@ class TerDiTPipeline(StrictPipelineMixin, PipelineAdapterMixin, DiffusionPipelin
             sigmas (`list`, *optional*): Noise levels of the steps instead, where the scheduler takes them.
             guidance_scale (`float`, *optional*): Above 1, pulls images towards their label; at 1 or below the
                 unconditional half of the batch is not computed. Default the model's `sampling_defaults`, else 4.0.
-            num_images_per_prompt (`int`, defaults to 1): Images per label; those of one label stand together.
+            num_images_per_prompt (`int`, defaults to 1): Images per label; those of one label follow each other.
             generator (`torch.Generator` or `list`, *optional*): One for all images, or one per image.
             latents (`torch.Tensor`, *optional*): (B, C, h, w) standard normal noise to start from.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W) in [0, 1], or

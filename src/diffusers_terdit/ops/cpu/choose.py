@@ -158,7 +158,7 @@ def linears(
         return integer_linears(input, weights, bits)
     out_features = [reference.CODES_PER_BYTE * len(weight) for weight in weights_packed]
     found = {exact_products(input.dtype, count) for count in out_features}
-    products = found.pop()
+    products = found.pop() if found else None
     if found or products is None:
         return [linear(input, *weight) for weight in weights]
     return exact.linears(products[1], input, weights, out_features)

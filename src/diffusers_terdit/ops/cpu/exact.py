@@ -28,10 +28,16 @@ class Layer(NamedTuple):
 
 
 def _in_strips(products: Products, input: Tensor, *arguments: Any) -> list[Tensor]:
-    if input.shape[0] <= ROWS:
+    rows = input.shape[0]
+    if rows <= ROWS:
         return products(input, *arguments)
-    strips = [products(rows, *arguments) for rows in input.split(ROWS)]
-    return [torch.cat(parts) for parts in zip(*strips, strict=True)]
+    outputs: list[Tensor] = []
+    for first in range(0, rows, ROWS):
+        for number, strip in enumerate(products(input[first : first + ROWS], *arguments)):
+            if first == 0:
+                outputs.append(torch.empty(rows, strip.shape[1], dtype=arguments[-1]))
+            outputs[number][first : first + ROWS] = strip
+    return outputs
 
 
 def _groups(weight_scale: Tensor) -> int:

@@ -675,7 +675,7 @@ def products(input: Tensor, layers: list[Layer], transposed: bool, dtype: torch.
     groups, parts = (1 if group_scale is None else group_scale.shape[1]), (4 if transposed else 1)
     size = height if transposed else width // groups
     chunks = groups * -(-size * parts // CHUNK)
-    threads, lanes = threads_for(rows * outputs * width // 4), _lanes(rows)
+    threads, lanes = threads_for(rows * sum(map(Tensor.numel, weights))), _lanes(rows)
     grouped, half = int(group_scale is not None), int(dtype == torch.bfloat16)
 
     group_scales, scales, shifts = after_the_sums(layers, counts)

@@ -140,5 +140,5 @@ register_kernels(
     products=_with_decoder(decode.products),
     pack=_with_kernels(lambda kernels, *args: kernels.pack(*args)),
     packs_first=lambda dtype: True,
-    linears=_with_kernels(decode.linears_in_integers),
+    linears=_with_kernels(decode.linears),
 )

@@ -188,16 +188,19 @@ def integer_linears(
     )
 
 
-def linears_in_integers(
+def linears(
     kernels: Kernels,
     input: Tensor,
     weights_packed: list[Tensor],
     weight_scales: list[Tensor],
     biases: list[Tensor | None],
-    bits: int,
+    bits: int | None,
 ) -> list[Tensor]:
-    """Compute `reference.linears`, in integers: exact ones are `products`."""
-    return integer_linears(kernels, input, list(zip(weights_packed, weight_scales, biases, strict=True)), bits)
+    """Compute `reference.linears`. Exact ones are `products`, but in a graph that was made on another device."""
+    weights = list(zip(weights_packed, weight_scales, biases, strict=True))
+    if bits is None:
+        return [linear(kernels.unpack, input, *weight) for weight in weights]
+    return integer_linears(kernels, input, weights, bits)
 
 
 def integer_linear(
