@@ -197,9 +197,12 @@ class TestIntegerLinear:
         counted = kernels._replace(
             round_to_bytes=lambda *given: roundings.append(given) or kernels.round_to_bytes(*given)
         )
-        found = decode.integer_linears(counted, x, weights, bits)
-        assert all(torch.equal(a, reference.integer_linear(x, *w, bits)) for a, w in zip(found, weights, strict=True))
+        lists = [list(parts) for parts in zip(*weights, strict=True)]
+        found = decode.linears(counted, x, *lists, bits)
+        assert all(map(torch.equal, found, reference.linears(x, *lists, bits)))
         assert len(roundings) == 1
+        exact = decode.linears(kernels, x, *lists, None)
+        assert all(torch.equal(a, decode.linear(kernels.unpack, x, *w)) for a, w in zip(exact, weights, strict=True))
 
     @pytest.mark.filterwarnings("ignore:invalid value encountered in")  # Triton's interpreter
     @pytest.mark.parametrize("bits", [16, 8])
