@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,18 +13,6 @@ from .decode import matmul_dtype
 
 Products = Callable[..., list[Tensor]]  # as `lookup.products`
 ROWS = 2048  # of an input at a time, so that its copy in the order of the kernels stays small
-
-
-class Layer(NamedTuple):
-    """A packed weight, (N / 4, K) uint8, and what its sums are multiplied with and shifted by.
-
-    `scale` is (1,) or (outputs,); `group_scale` (N, K / g). They and `bias` may be shorter than the packed weight.
-    """
-
-    packed: Tensor
-    group_scale: Tensor | None
-    scale: Tensor | None
-    bias: Tensor | None
 
 
 def _in_strips(products: Products, input: Tensor, *arguments: Any) -> list[Tensor]:
@@ -51,7 +39,7 @@ def linears(
     flat, outputs = input.reshape(-1, input.shape[-1]), []
     for groups, together in groupby(weights, lambda weight: _groups(weight[1])):
         one = groups == 1
-        layers = [Layer(w, None if one else scale, scale if one else None, bias) for w, scale, bias in together]
+        layers = [(w, None if one else scale, scale if one else None, bias) for w, scale, bias in together]
         outputs += _in_strips(products, flat, layers, False, input.dtype)
     for number, (output, count) in enumerate(zip(outputs, out_features, strict=True)):
         if output.shape[1] != count:  # the packed weight has more rows
@@ -75,7 +63,7 @@ def linear_backward(
         rows = flat.float() * weight_scale.reshape(-1) if per_row else flat
         if 4 * len(weight_packed) > rows.shape[1]:
             rows = torch.nn.functional.pad(rows, (0, 4 * len(weight_packed) - rows.shape[1]))
-        layer = Layer(weight_packed, None, None if per_row else weight_scale, None)
+        layer = (weight_packed, None, None if per_row else weight_scale, None)
         (input_grad,) = _in_strips(products, rows, [layer], True, grad.dtype)
         input_grad = input_grad.to(grad.dtype).reshape(*grad.shape[:-1], weight_packed.shape[1])
     if input is None:

@@ -23,10 +23,9 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from . import scratch
-from .exact import Layer
 from .instructions import AMX, at, c_function, everywhere, from_cache, pointer, take, transpose
 from .integer_amx import ROW, TILE, configure, instruction, register, release
-from .lookup import after_the_sums, finish
+from .lookup import Layer, after_the_sums, finish
 from .threads import new_job, run, threads_for
 
 
@@ -347,7 +346,7 @@ def products(input: Tensor, layers: list[Layer], transposed: bool, dtype: torch.
 
 
 def _product(input: Tensor, layer: Layer, transposed: bool, dtype: torch.dtype) -> Tensor:
-    packed, group_scale = layer.packed.contiguous(), layer.group_scale
+    packed, group_scale = layer[0].contiguous(), layer[1]
     quarter, width = packed.shape
     outputs = width if transposed else 4 * quarter
     groups = 4 if transposed else 1 if group_scale is None else group_scale.shape[1]

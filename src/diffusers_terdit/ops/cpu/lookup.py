@@ -29,7 +29,6 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numba
-import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
@@ -38,7 +37,6 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from . import scratch
-from .exact import Layer
 from .instructions import at, c_function, everywhere, from_cache, pointer, processor, take, to_bfloat16, transpose
 from .threads import new_job, run, threads_for
 
@@ -641,24 +639,28 @@ def _lanes(rows: int) -> int:
     return 16 if rows > 8 and "+avx512f" in processor().features else 8
 
 
+# A packed weight, (N / 4, K) uint8, and what its sums are multiplied with and shifted by: `group_scale` (N, K / g),
+# `scale` (1,) or (outputs,), `bias`. These may be shorter than the packed weight.
+Layer = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
 def after_the_sums(layers: list[Layer], counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """`group_scale`, `scale` and `bias` of a `Job`, of layers of so many outputs; 1 and 0 where there is none."""
-    outputs, begin = sum(counts), 0  # in numpy, which takes a few microseconds less for each layer
-    scales, shifts = np.ones(outputs + 15, np.float32), np.zeros(outputs + 15, np.float32)
+    (_, group_scale, *_), outputs, begin = layers[0], sum(counts), 0
+    scales = torch.ones(outputs + 15, dtype=torch.float32)
+    shifts = torch.zeros(outputs + 15, dtype=torch.float32)
     group_scales = scales
-    if layers[0].group_scale is not None:
-        group_scales = np.zeros((layers[0].group_scale.shape[1], outputs), np.float32)
+    if group_scale is not None:
+        group_scales = torch.zeros(group_scale.shape[1], outputs, dtype=torch.float32)
     for (_, group_scale, scale, bias), count in zip(layers, counts, strict=True):
-        if scale is not None and scale.numel() == 1:
-            scales[begin : begin + count] = scale.item()
-        elif scale is not None:
-            scales[begin : begin + scale.numel()] = scale.detach().float().reshape(-1).numpy()
+        if scale is not None:
+            scales[begin : begin + (count if scale.numel() == 1 else scale.numel())] = scale.reshape(-1)
         if bias is not None:
-            shifts[begin : begin + bias.shape[0]] = bias.detach().float().numpy()
+            shifts[begin : begin + bias.shape[0]] = bias
         if group_scale is not None:
-            group_scales[:, begin : begin + group_scale.shape[0]] = group_scale.detach().float().T.numpy()
+            group_scales[:, begin : begin + group_scale.shape[0]] = group_scale.T
         begin += count
-    return torch.from_numpy(group_scales), torch.from_numpy(scales), torch.from_numpy(shifts)
+    return group_scales, scales, shifts
 
 
 def products(input: Tensor, layers: list[Layer], transposed: bool, dtype: torch.dtype) -> list[Tensor]:
@@ -668,8 +670,8 @@ def products(input: Tensor, layers: list[Layer], transposed: bool, dtype: torch.
     one, and T is its transpose: (M, N) -> (M, K). The results are bfloat16 if `dtype` is, else float32.
     """
     input = input.float().contiguous()
-    weights = [layer.packed.contiguous() for layer in layers]
-    (height, width), rows, group_scale = weights[0].shape, input.shape[0], layers[0].group_scale
+    weights = [packed.contiguous() for packed, *_ in layers]
+    (height, width), rows, group_scale = weights[0].shape, input.shape[0], layers[0][1]
     counts = [width if transposed else 4 * weight.shape[0] for weight in weights]
     outputs = sum(counts)
     groups, parts = (1 if group_scale is None else group_scale.shape[1]), (4 if transposed else 1)
