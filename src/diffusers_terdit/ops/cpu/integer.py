@@ -3,13 +3,13 @@
 `linear` is `reference.integer_linear` to the last bit: activations become integers per row (8 bits, or 16 as two
 signed bytes, x = step * (256 high + low)), the products with the codes 0, 1, 2 are summed exactly in int32, and what
 the codes' offset of one added, the sum of the row's integers, is subtracted. It reads the packed weight as it is
-stored, so there is no second copy. The rows' integers lie in the order in which they are read, of all rows of a tile.
+stored, so there is no second copy. The rows' integers are in the order in which they are read, of all rows of a tile.
 Each group of inputs with its own scales has its own steps and sums, and is padded to whole turns of the loop.
 
 A panel is as many rows of the packed weight as a vector has lanes: four vectors of outputs, one of each quarter. All
 kernels share one loop, `_compile_multiply`: it transposes 4 bytes (four inputs) of a panel's rows at a time into a
 scratch, cuts the four quarters out of a block of it, and lets the rows of the input pass by while it is in the cache.
-A `Kernel` says with what: how the codes lie, and `tile`, the inner loop. `KERNELS` have these:
+A `Kernel` says with what: the order of the codes, and `tile`, the inner loop. `KERNELS` have these:
 
     "avx512_vnni"         vpdpbusd on 16 outputs
     "avx_vnni"            vpdpbusd on 8 outputs
@@ -51,12 +51,12 @@ class Shape(NamedTuple):
 
     rows: int  # of integers in a tile: those of the inner loop
     lanes: int  # outputs per vector, packed rows per panel
-    vectors: int  # of the four of a panel whose codes of a step lie side by side
+    vectors: int  # of the four of a panel whose codes of a step are side by side
     steps: int  # whose codes are cut out at a time: a block
     strip: int  # rows of integers that pass by a block of the weight: they stay in the second cache
     panels: int  # at most, by which the same rows pass in a unit of work
     turn: int = 2  # steps of the inner loop's turn: a group is whole turns
-    run: int = 1  # steps of a row of integers that lie together
+    run: int = 1  # steps of a row of integers that are together
     near: int = 1  # panels by which a tile of rows passes while it is in the first cache
     signed: int = 0  # 1: codes are -1, 0, 1, so that there is nothing to subtract from their sums
 
@@ -500,7 +500,7 @@ def linears(
     rows, tiles = len(flat), -(-len(flat) * parts // shape.rows)
     quantize, multiply = compiled(kernel, parts, half)
     outputs: list[Tensor] = []
-    laid_out = 0  # the groups in which the integers lie
+    laid_out = 0  # the groups that the integers are in
     for weight_packed, weight_scale, bias in weights:
         quarter = len(weight_packed)
         groups = weight_scale.shape[1] if reference.is_grouped(weight_scale) else 1
