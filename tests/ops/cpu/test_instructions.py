@@ -130,6 +130,15 @@ class TestCompiledCode:
             assert compiles().keys() == changed.keys()
             assert sum(path.stat().st_size > 40 for path in changed) == 2
 
+    def test_processors_that_share_a_home_have_their_own(self, compiles, monkeypatch):
+        first, here = compiles(), instructions.processor()
+        with monkeypatch.context() as patch:
+            patch.setattr(instructions, "processor", lambda: here._replace(name="another"))
+            both = compiles()
+        assert len(both) == 4
+        assert first.items() < both.items()
+        assert compiles() == both
+
     def test_two_processes_that_compile_variants_at_once_do_not_exchange_them(self, compiles, monkeypatch):
         """numba reads the index, takes the next number of a file, writes the index, then the file, without a lock."""
         file = numba.core.caching.IndexDataCacheFile
