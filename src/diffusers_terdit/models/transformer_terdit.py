@@ -493,10 +493,10 @@ class TerDiTTransformer2DModel(TernaryModelMixin, TernaryAdapterMixin, CacheMixi
             layer.set_activation_bits(16 if gated and bits == 8 else bits)
 
     def set_decoded_budget(self, budget: int | str | None) -> int:
-        """Hold as many packed layers decoded as fit into a budget, for speed on a GPU: nothing of it is saved.
+        """Hold as many packed layers decoded as fit into a budget, for speed on a GPU, or of a small model on a CPU.
 
-        A packed layer is decoded in every call; one that is held decoded costs what a dense layer does, eight times
-        the memory in half precision. Layers that compute in integers are left as they are.
+        Nothing of it is saved. A layer that is held decoded costs what a dense layer does, eight times the memory in
+        half precision. Layers that compute in integers are left as they are.
 
         Args:
             budget (`int`, `str` or `None`): Bytes, or a string such as `"4GB"`. `None` or 0 takes it back.
