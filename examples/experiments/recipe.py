@@ -36,17 +36,18 @@ STEPS, LONG_STEPS, RATE_STEPS = 2000, 6000, 1000
 EQUAL_COMPUTE = 11_600  # steps of width 48 that take as many multiplications as STEPS of width 128
 CEILINGS = {True: 0.9231, False: 0.9221}  # what the judges recognize of the test images: made with AVX-512, without
 ANSWER = """\
-**So far:** Muon trains a small ternary model better than AdamW: after 2,000 steps the Fréchet
+**In short:** Muon trains a small ternary model better than AdamW: after 2,000 steps the Fréchet
 distance of its pictures to real ones is 5.1 instead of 6.1 (lower is better; three seeds each,
-spread .2). At equal bytes ternary wins, 5.3 against 9.7 (one seed). After 6,000 steps a ternary model
-that learns from a full-precision teacher has the distance of full precision, 3.1, and 1.035 times its
-loss (one seed each). Without a teacher, at the preset's decay, the loss is 1.05 times as high.
+spread .2). After 6,000 steps, a ternary model that learns from its full-precision twin has 1.030
+times the twin's loss (1.026 to 1.035, three seeds) and the same distance, 3.0. At equal bytes
+ternary wins, 5.3 against 9.7 (one seed).
 
-The teacher costs as many steps again, and full precision with a teacher was not tried. Models this
-small take 1.6 times as long packed as dense. Muon is the default of the small presets. A decay over
-60 % of a run helped in 1,000 steps, ternary and in full precision. A scale per row, no RMSNorm after
-adaLN, weight decay and float32 instead of bfloat16 made no difference that one seed can show. The
-rest is not decided."""
+The teacher costs as many steps again, and full precision with a teacher was not tried. Without a
+teacher, at the preset's decay, the loss is 1.05 times as high (one seed). Models this small take
+1.6 times as long packed as dense. Muon is the default of the small presets. A decay over 60 % of a
+run helped in 1,000 steps, ternary and in full precision. A scale per row, no RMSNorm after adaLN,
+weight decay and float32 instead of bfloat16 made no difference that one seed can show. The rest is
+not decided."""
 NUM_IMAGES, GUIDANCE, SAMPLING_STEPS = 2000, 1.5, 25
 HELD_OUT = 1000  # test images
 
