@@ -58,6 +58,7 @@ from diffusers_terdit.arguments import (
 from diffusers_terdit.cli import run_program
 from diffusers_terdit.hub.model_card import printable
 from diffusers_terdit.hub.push import push_saved
+from diffusers_terdit.ops import held_codes
 from diffusers_terdit.pipelines.schedulers import training_scheduler
 from diffusers_terdit.storage.saving import new_file, output_folder, writing
 from diffusers_terdit.storage.weights import read_json
@@ -873,15 +874,17 @@ class Trainer:
             self.set_strength(min(self.step / args.ternary_warmup_steps, 1.0))
 
         step_loss = torch.zeros((), device=self.device)
-        for i, batch in enumerate(itertools.islice(batches, args.gradient_accumulation_steps), start=1):
-            batch = self.codec.encode({key: value.to(self.device, non_blocking=True) for key, value in batch.items()})
-            last = i == args.gradient_accumulation_steps
-            with nullcontext() if last or args.fsdp else accelerator.no_sync(self.model):
-                with accelerator.autocast():
-                    loss = self.loss(**batch)
-                loss = loss / args.gradient_accumulation_steps
-                accelerator.backward(loss)
-            step_loss += loss.detach()
+        with held_codes():
+            for i, batch in enumerate(itertools.islice(batches, args.gradient_accumulation_steps), start=1):
+                batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+                batch = self.codec.encode(batch)
+                last = i == args.gradient_accumulation_steps
+                with nullcontext() if last or args.fsdp else accelerator.no_sync(self.model):
+                    with accelerator.autocast():
+                        loss = self.loss(**batch)
+                    loss = loss / args.gradient_accumulation_steps
+                    accelerator.backward(loss)
+                step_loss += loss.detach()
         grad_norm = training.recipes.clip_grad_norm(self.transformer, args.max_grad_norm)
         if self.device.type != "cuda":
             self.check_finite(self.step, step_loss.item(), grad_norm.item())  # before it changes a weight

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from diffusers_terdit import TerDiTPipeline, TerDiTTransformer2DModel, cli, training
 from diffusers_terdit.checkpoints import bundled
+from diffusers_terdit.ops import torch_ops
 from idx_files import write_idx
 
 
@@ -139,6 +140,19 @@ class TestRun:
         parts = run("--demo", "--train_batch_size", 2, "--total_batch_size", 8)
         for key in ("loss", "grad_norm"):
             assert records(parts, key) == pytest.approx(records(plain, key), rel=1e-5)
+
+    def test_weights_are_packed_once_a_step(self, run, monkeypatch):
+        pytest.importorskip("numba")
+        packed, pack, counts = [], torch_ops._pack, []
+        monkeypatch.setattr(torch_ops, "_pack", lambda *given: packed.append(given) or pack(*given))
+        for number, flags in enumerate(
+            (["8"], ["2", "--gradient_accumulation_steps", "4"], ["8", "--gradient_checkpointing"])
+        ):
+            packed.clear()
+            run("--demo", "--train_batch_size", *flags, output_dir=str(number), steps=2)
+            counts.append(len(packed))
+        assert counts[0] > 0
+        assert len(set(counts)) == 1
 
     @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore")  # Inductor's own

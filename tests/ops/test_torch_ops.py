@@ -1,5 +1,6 @@
 """The registered ops: torch's own checks, compilation, gradients against dense float64, autocast, refusals."""
 
+import contextlib
 import os
 import sys
 import warnings
@@ -16,6 +17,7 @@ from diffusers_terdit.ops import (
     choose_kernel,
     float_linear,
     has_integer_kernel,
+    held_codes,
     integer_linear,
     pack_ternary,
     reference,
@@ -351,6 +353,69 @@ class TestManyWeightsOfOneInput:
     def test_whatever_does_not_fit_is_a_value_error(self):
         with pytest.raises(ValueError, match="features in its last dimension"):
             torch_ops.linears(torch.randn(3, K + 1), self.weights("tensor"), 8)
+
+
+class TestHeldCodes:
+    """Codes of a float weight are made once for several passes, where that changes no bit."""
+
+    @pytest.fixture(autouse=True)
+    def packed(self, monkeypatch):
+        """Count the weights that are packed."""
+        packed, pack = [], torch_ops._pack
+        monkeypatch.setattr(torch_ops, "_packs_first", lambda *given: True)
+        monkeypatch.setattr(torch_ops, "_pack", lambda *given: packed.append(given) or pack(*given))
+        return packed
+
+    @pytest.mark.parametrize("granularity", GRANULARITIES)
+    def test_passes_share_them_and_give_the_same_bits(self, granularity, packed):
+        weight, _, scale, bias = new_layer(granularity)
+        parts, found = torch.randn(3, 5, K), []
+        for context, times in ((contextlib.nullcontext(), 3), (held_codes(), 1)):
+            leaves = leaf(weight), leaf(scale), leaf(bias)
+            packed.clear()
+            with context:
+                outputs = [float_linear(part, *leaves) for part in parts]
+                for output in outputs:
+                    output.square().sum().backward()
+            assert len(packed) == times
+            found.append([*outputs, *(tensor.grad for tensor in leaves)])
+        assert all(map(torch.equal, *found))
+
+    def test_a_weight_that_changes_is_packed_again(self, packed):
+        weight, _, scale, _ = new_layer("tensor")
+        weight = leaf(weight)
+        optimizer = torch.optim.SGD([weight], lr=1e3)
+        with held_codes():
+            before = float_linear(torch.ones(K), weight, scale)
+            before.square().sum().backward()
+            optimizer.step()
+            after = float_linear(torch.ones(K), weight, scale)
+        assert len(packed) == 2
+        assert not torch.equal(before, after)
+        assert torch.equal(after, float_linear(torch.ones(K), weight, scale))
+
+    def test_another_granularity_takes_its_own(self, packed):
+        weight, *_ = new_layer("tensor")
+        weight, rows = leaf(weight), torch.ones(N, 1)
+        with held_codes():
+            float_linear(torch.ones(K), weight, torch.ones(1))
+            by_row = float_linear(torch.ones(K), weight, rows)
+        assert len(packed) == 2
+        assert torch.equal(by_row, float_linear(torch.ones(K), weight, rows))
+
+    def test_they_go_with_the_weight_and_at_the_end(self, packed):
+        weight, _, scale, _ = new_layer("tensor")
+        with held_codes():
+            for _ in range(2):
+                float_linear(torch.ones(K), leaf(weight), scale)
+            assert len(torch_ops._held_codes) == 0  # those weights are gone
+            kept = leaf(weight)
+            float_linear(torch.ones(K), kept, scale)
+            with held_codes():
+                float_linear(torch.ones(K), kept, scale)
+            assert len(torch_ops._held_codes) == 1
+        assert torch_ops._held_codes is None
+        assert len(packed) == 4
 
 
 class TestAutocast:

@@ -10,13 +10,15 @@ calls: it asks `choose_kernel` which of them runs.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.library import Library, infer_schema, register_autograd, register_fake, register_vmap
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import reference
 
@@ -585,12 +587,42 @@ def _checked_input(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
     return input.to(torch.get_autocast_dtype(device_type)) if autocast and input.dtype != torch.float64 else input
 
 
+_held_codes: WeakTensorKeyDictionary | None = None  # weight -> its version, the scale's shape, what `_pack` gave
+
+
+@contextmanager
+def held_codes() -> Iterator[None]:
+    """Ternarize and pack each float weight once inside: for the micro-batches of an optimizer step.
+
+    The codes stay until the end, two bits per weight. A weight that changes inside is packed again, unless it is
+    changed through `.data`, which torch does not see. Compiled code packs in every call.
+    """
+    global _held_codes
+    outer, _held_codes = _held_codes, WeakTensorKeyDictionary()
+    try:
+        yield
+    finally:
+        _held_codes = outer
+
+
+def _codes_of(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """`_pack`, or what it gave inside [`held_codes`]."""
+    if torch.compiler.is_compiling() or _held_codes is None or not weight.requires_grad:
+        return _pack(weight.detach(), weight_scale.detach())
+    state = weight._version, weight_scale.shape
+    before, codes = _held_codes.get(weight, (None, None))
+    if before != state:
+        codes = _pack(weight.detach(), weight_scale.detach())
+        _held_codes[weight] = state, codes
+    return codes
+
+
 def _exact(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """The op for either format of the weight."""
     float_weight = None
     whole = weight.dtype != torch.uint8 and len(weight) % reference.CODES_PER_BYTE == 0
     if whole and _packs_first(input.device.type, input.dtype):
-        packed, mean = _pack(weight.detach(), weight_scale.detach())
+        packed, mean = _codes_of(weight, weight_scale)
         # There is no code for NaN: the mean of a weight that is not finite is not, either.
         weight_scale, float_weight, weight = weight_scale + 0 * mean, weight, packed
     inner_is_trained = torch.is_grad_enabled() and weight_scale.requires_grad and reference.is_grouped(weight_scale)
