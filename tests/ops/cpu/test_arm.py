@@ -57,8 +57,8 @@ int main(int count, char **arguments) {
     fread(memory, 1, head[0], file);
     for (int i = head[2]; i < head[1]; i++) job[i] += (int64_t)memory;
     int64_t *placed = (int64_t *)job[head[2]];
-    placed[2] += (int64_t)memory;
-    placed[3] += (int64_t)memory;
+    int addresses[] = {2, 3, 4, 6};
+    for (int i = 0; i < 4; i++) placed[addresses[i]] += (int64_t)memory;
     int (*functions[])(void **, void **, int64_t) = {lay, tile, multiply};
     for (int i = 0; i < 3; i++) {
         void *result = 0, *error = 0;
@@ -143,23 +143,22 @@ def test_the_bits_are_those_of_this_processor(objects, tmp_path, monkeypatch):
     fields |= {"layers": 1, "rows": rows, "groups": groups, "size": group, "width": in_features}
     fields |= {"chunks": chunks, "outputs": out_features, "tiles": tiles, "share": out_features}
     fields["own"] = LANES * (lookup.TABLES * lookup.CASES + lookup.SPARE + 2 * LANES + out_features)
-    padded = torch.zeros(out_features + 15)
     arrays = {
-        "placed": torch.tensor([0, out_features, 0, 0]),
+        "placed": torch.zeros(8, dtype=torch.int64),
         "input": input,
         "tiled": torch.full((tiles * in_features * LANES,), float("nan")),
         "indices": torch.full((chunks * out_features * lookup.TABLES,), 255, dtype=torch.uint8),
         "group_scale": scale.T.contiguous(),
-        "scale": padded + 1,
-        "bias": padded.clone(),
+        "scale": torch.ones(1),
+        "bias": bias,
         "scratch": torch.full((fields["own"],), float("nan")),
         "packed": packed,
         "output": torch.full((rows, out_features), float("nan")),
     }
-    arrays["bias"][:out_features] = bias
     starts = itertools.accumulate(map(aligned, arrays.values()), initial=0)
     places = dict(zip(arrays, starts, strict=False))
-    arrays["placed"][2:] = torch.tensor([places["packed"], places["output"]])
+    addresses = [places[name] for name in ("packed", "output", "scale", "bias")]
+    arrays["placed"][:] = torch.tensor([0, out_features, *addresses[:3], 0, addresses[3], bias.itemsize])
     memory = b"".join(array.numpy().tobytes().ljust(aligned(array), b"\0") for array in arrays.values())
     fields |= {name: place for name, place in places.items() if name in fields}
     units = -(-out_features // 4 // lookup.ROWS_LAID), tiles, tiles

@@ -25,7 +25,7 @@ from torch import Tensor
 from . import scratch
 from .instructions import AMX, at, c_function, everywhere, from_cache, pointer, take, transpose
 from .integer_amx import ROW, TILE, configure, instruction, register, release
-from .lookup import Layer, after_the_sums, finish
+from .lookup import ONE, ZERO, Layer, finish, of_groups, of_outputs, place
 from .threads import new_job, run, threads_for
 
 
@@ -59,8 +59,10 @@ class Job(NamedTuple):
     tiled: int  # (tiles, groups * chunks, 16, 32) bfloat16: zero beyond a group and M
     packed: int  # (N / 4, K) uint8
     group_scale: int  # (groups, outputs) float32
-    scale: int  # (outputs + 15,) float32
-    bias: int  # (outputs + 15,) float32
+    scale: int  # (outputs,) or (1,) float32
+    to_scale: int  # bytes from one output's to the next's: 4 or 0
+    bias: int  # as `scale`
+    to_bias: int
     output: int  # (M, outputs) float32 or bfloat16
     scratch: int  # (threads, own) float32
     own: int
@@ -328,8 +330,9 @@ def _compile_multiply(transposed: int, grouped: int, half: int, cached: bool) ->
                                 break
                             source = sums + of_panel * panel + 4 * TILE * tile + 4 * ROW * row + ROW * part
                             target = job[field.output] + bytes_of_output * (line * outputs + column)
-                            scale, shift = job[field.scale] + 4 * column, job[field.bias] + 4 * column
-                            finish(16, half, source, scale, shift, target, many)
+                            to_scale, to_shift = job[field.to_scale], job[field.to_bias]
+                            scale, shift = job[field.scale] + to_scale * column, job[field.bias] + to_shift * column
+                            finish(16, half, source, scale, to_scale, shift, to_shift, target, many)
         release()
 
     return multiply
@@ -359,14 +362,16 @@ def _product(input: Tensor, layer: Layer, transposed: bool, dtype: torch.dtype) 
     pieces = max(-(-panels // SHARE), -(-2 * threads // max(strips, 1)) if threads > 1 else 1)
     share = -(-panels // pieces)
 
-    group_scales, scales, shifts = after_the_sums([layer], [outputs])
+    group_scales = of_groups([layer], [outputs])
+    scale, bias = of_outputs(layer[2], outputs), of_outputs(layer[3], outputs)
     output = torch.empty(rows, outputs, dtype=torch.bfloat16 if half else torch.float32)
     tiled = scratch.take("tiled in halves", tiles * groups * chunks * ROWS * CHUNK, torch.int16)
     own = (CHUNK * PANEL + 4 * PANEL + (BLOCK + 1) * 4 * TILE + 4 * TILE * strip * share * (1 + grouped)) // 4
     buffers = scratch.take("panels of floats", threads * own, torch.float32)
-    arrays = (flat, tiled, packed, group_scales, scales, shifts, output, buffers)
     sizes = (rows, groups, size, chunks, quarter, width, outputs, tiles, strip, share)
-    job = new_job(*sizes, *[array.data_ptr() for array in arrays], own)
+    arrays = (flat, tiled, packed, flat if group_scales is None else group_scales)
+    after = (*place(scale, ONE), *place(bias, ZERO))
+    job = new_job(*sizes, *[a.data_ptr() for a in arrays], *after, output.data_ptr(), buffers.data_ptr(), own)
     run(_compiled("tile"), job, tiles, threads)
     run(_compiled("multiply", int(transposed), grouped, half), job, strips * -(-panels // share), threads)
     return output

@@ -35,6 +35,7 @@ from numba import types
 from numba.core.cgutils import for_range
 from numba.extending import intrinsic
 from torch import Tensor
+from torch.nn.functional import pad
 
 from . import scratch
 from .instructions import at, c_function, everywhere, from_cache, pointer, processor, take, to_bfloat16, transpose
@@ -69,15 +70,14 @@ class Job(NamedTuple):
     tiles: int  # M / lanes, rounded up
     share: int  # outputs of a unit, a multiple of 4
     own: int  # numbers of a thread's scratch
-    placed: int  # (layers, 4) int64: a layer's first output and number of outputs; addresses of its packed weight,
-    # (N / 4, K) uint8, and of its output, (M, N) float32 or bfloat16
+    placed: int  # (layers, 8) int64: a layer's first output and number of outputs; addresses of its packed weight,
+    # (N / 4, K) uint8, of its output, (M, N) float32 or bfloat16, of its scale and its bias, float32, each with the
+    # bytes from one output's to the next's
     input: int  # (M, groups * size * parts) float32
     tiled: int  # (tiles, chunks, 32, lanes) float32: the rows of a tile side by side; zero beyond a group and M.
     # For a few rows what `spread` makes of them, (M, chunks, 32, 4) or (M, chunks, 16, 16)
     indices: int  # (chunks, outputs, 8) uint8
     group_scale: int  # (groups, outputs) float32
-    scale: int  # (outputs + 15,) float32: a vector may be loaded anywhere
-    bias: int  # (outputs + 15,) float32
     scratch: int  # (threads, own) float32
 
 
@@ -341,30 +341,50 @@ def _add_few(typing_context, lanes, rows, grouped, words, x, between_rows, scale
 
 
 @intrinsic(prefer_literal=True)
-def finish(typing_context, lanes, half, sums, scales, shifts, output, width):
+def finish(typing_context, lanes, half, sums, scales, between_scales, shifts, between_shifts, output, width):
     """`width` outputs of a row, float32 or, with `half` 1, bfloat16: sum * scale + shift; addresses.
 
-    All but the output hold a whole vector.
+    The sums are a whole vector. Scales, and shifts, are four bytes apart, or 0: then there is one for all outputs.
     """
     count, to_half = lanes.literal_value, half.literal_value
 
     def codegen(context, builder, signature, args):
-        floats = ir.VectorType(ir.FloatType(), count)
-        sums, scales, shifts = (builder.load(at(builder, address, 0, floats), align=4) for address in args[2:5])
-        output, width = args[5:]
-        value = builder.fadd(builder.fmul(sums, scales), shifts)
-        value = to_bfloat16(builder, value) if to_half else value
+        sums, scales, between_scales, shifts, between_shifts, output, width = args[2:]
+
+        def load(address, lanes):
+            return builder.load(at(builder, address, 0, ir.VectorType(ir.FloatType(), lanes)), align=4)
+
+        def load_all(address, between):
+            with builder.if_else(builder.icmp_signed("==", between, between.type(0))) as (one, each):
+                with one:
+                    number = builder.load(at(builder, address, 0, ir.FloatType()), align=4)
+                    same, from_one = everywhere(builder, number, ir.VectorType(number.type, count)), builder.block
+                with each:
+                    own, from_each = load(address, count), builder.block
+            found = builder.phi(own.type)
+            found.add_incoming(same, from_one)
+            found.add_incoming(own, from_each)
+            return found
+
+        def store(address, sum_, scale, shift):
+            value = builder.fadd(builder.fmul(sum_, scale), shift)
+            value = to_bfloat16(builder, value) if to_half else value
+            builder.store(value, at(builder, address, 0, value.type), align=2)
+
         with builder.if_else(builder.icmp_signed("==", width, width.type(count))) as (whole, part):
             with whole:
-                builder.store(value, at(builder, output, 0, value.type), align=2)
+                scale, shift = load_all(scales, between_scales), load_all(shifts, between_shifts)
+                store(output, load(sums, count), scale, shift)
             with part, for_range(builder, width) as loop:
-                place = builder.add(output, builder.mul(loop.index, loop.index.type(2 if to_half else 4)))
-                element = builder.extract_element(value, loop.index)
-                builder.store(element, at(builder, place, 0, element.type), align=2)
+                arrays = (output, loop.index.type(2 if to_half else 4)), (sums, loop.index.type(4))
+                arrays += (scales, between_scales), (shifts, between_shifts)
+                place, *numbers = [builder.add(array, builder.mul(loop.index, between)) for array, between in arrays]
+                store(place, *(load(number, 1) for number in numbers))
         return context.get_dummy_value()
 
     address = types.uintp
-    return types.void(lanes, half, address, address, address, address, types.intp), codegen
+    size = types.intp
+    return types.void(lanes, half, address, address, size, address, size, address, size), codegen
 
 
 # ---- the functions ----
@@ -380,7 +400,7 @@ def _compile_lay(cached: bool) -> Any:
         job = numba.carray(pointer(address, "int64"), fields)
         groups, size = job[field.groups], job[field.size]
         chunks, inputs = -(-size // CHUNK), groups * size
-        placed = numba.carray(pointer(job[field.placed], "int64"), (job[field.layers], 4))
+        placed = numba.carray(pointer(job[field.placed], "int64"), (job[field.layers], 8))
         begin, quarter = placed[job[field.layer], 0], placed[job[field.layer], 1] // 4
         packed = numba.carray(pointer(placed[job[field.layer], 2], "uint8"), (quarter, inputs))
         own = job[field.scratch] + 4 * job[field.own] * take(address + 8 * field.thread)
@@ -421,7 +441,7 @@ def _compile_lay_transposed(cached: bool) -> Any:
         """Indices of the inputs of the only layer. A unit is a chunk: eight rows of the packed weight."""
         job = numba.carray(pointer(address, "int64"), fields)
         quarter, width = job[field.size], job[field.width]
-        placed = numba.carray(pointer(job[field.placed], "int64"), (job[field.layers], 4))
+        placed = numba.carray(pointer(job[field.placed], "int64"), (job[field.layers], 8))
         packed = numba.carray(pointer(placed[0, 2], "uint8"), (quarter, width))
         indices = numba.carray(pointer(job[field.indices], "uint8"), (job[field.units], width, TABLES))
         while True:
@@ -490,7 +510,7 @@ def _compile_multiply(lanes: int, grouped: int, half: int, cached: bool) -> Any:
         tables = job[field.scratch] + 4 * job[field.own] * take(address + 8 * field.thread)
         square = numba.carray(pointer(tables + 4 * lanes * (TABLES * CASES + SPARE), "float32"), (lanes, lanes))
         sums = numba.carray(pointer(square.ctypes.data + 4 * lanes * lanes, "float32"), (share + lanes, lanes))
-        placed = numba.carray(pointer(job[field.placed], "int64"), (job[field.layers], 4))
+        placed = numba.carray(pointer(job[field.placed], "int64"), (job[field.layers], 8))
         chunks, per_group = job[field.chunks], job[field.chunks] // job[field.groups]
         while True:
             unit = take(address + 8 * field.unit)
@@ -516,11 +536,14 @@ def _compile_multiply(lanes: int, grouped: int, half: int, cached: bool) -> Any:
                 for column in range(max(begin, first), end, lanes):
                     source = sums.ctypes.data + 4 * lanes * (column - first)
                     transpose(lanes, source, 4 * lanes, square.ctypes.data, 4 * lanes)
-                    scale, shift = job[field.scale] + 4 * column, job[field.bias] + 4 * column
+                    to_scale, to_shift = placed[layer, 5], placed[layer, 7]
+                    scale = placed[layer, 4] + to_scale * (column - begin)
+                    shift = placed[layer, 6] + to_shift * (column - begin)
+                    width = min(lanes, end - column)
                     for row in range(min(lanes, job[field.rows] - top)):
                         source = square.ctypes.data + 4 * lanes * row
                         target = placed[layer, 3] + size * ((top + row) * many + column - begin)
-                        finish(lanes, half, source, scale, shift, target, min(lanes, end - column))
+                        finish(lanes, half, source, scale, to_scale, shift, to_shift, target, width)
 
     return multiply
 
@@ -567,9 +590,10 @@ def _compile_few(lanes: int, rows: int, grouped: int, half: int, cached: bool) -
         job = numba.carray(pointer(address, "int64"), fields)
         size, chunks = job[field.size], job[field.chunks]
         per_group, inputs = chunks // job[field.groups], job[field.width]
-        placed = numba.carray(pointer(job[field.placed], "int64"), (job[field.layers], 4))
+        placed = numba.carray(pointer(job[field.placed], "int64"), (job[field.layers], 8))
         begin, quarter = placed[job[field.layer], 0], placed[job[field.layer], 1] // 4
         address_of_packed, output = placed[job[field.layer], 2], placed[job[field.layer], 3]
+        to_scale, to_shift = placed[job[field.layer], 5], placed[job[field.layer], 7]
         packed = numba.carray(pointer(address_of_packed, "uint8"), (quarter, inputs))
         group_scale = numba.carray(pointer(job[field.group_scale], "float32"), (job[field.groups], job[field.outputs]))
         words = job[field.scratch] + 4 * job[field.own] * take(address + 8 * field.thread)
@@ -615,8 +639,9 @@ def _compile_few(lanes: int, rows: int, grouped: int, half: int, cached: bool) -
                     column = part * quarter + first
                     source = sums.ctypes.data + 4 * lanes * (part * rows + row)
                     target = output + size_of_number * (4 * quarter * row + column)
-                    scale, shift = job[field.scale] + 4 * (begin + column), job[field.bias] + 4 * (begin + column)
-                    finish(lanes, half, source, scale, shift, target, width)
+                    scale = placed[job[field.layer], 4] + to_scale * column
+                    shift = placed[job[field.layer], 6] + to_shift * column
+                    finish(lanes, half, source, scale, to_scale, shift, to_shift, target, width)
 
     return few
 
@@ -644,23 +669,34 @@ def _lanes(rows: int) -> int:
 Layer = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
-def after_the_sums(layers: list[Layer], counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """`group_scale`, `scale` and `bias` of a `Job`, of layers of so many outputs; 1 and 0 where there is none."""
-    (_, group_scale, *_), outputs, begin = layers[0], sum(counts), 0
-    scales = torch.ones(outputs + 15, dtype=torch.float32)
-    shifts = torch.zeros(outputs + 15, dtype=torch.float32)
-    group_scales = scales
-    if group_scale is not None:
-        group_scales = torch.zeros(group_scale.shape[1], outputs, dtype=torch.float32)
-    for (_, group_scale, scale, bias), count in zip(layers, counts, strict=True):
-        if scale is not None:
-            scales[begin : begin + (count if scale.numel() == 1 else scale.numel())] = scale.reshape(-1)
-        if bias is not None:
-            shifts[begin : begin + bias.shape[0]] = bias
-        if group_scale is not None:
-            group_scales[:, begin : begin + group_scale.shape[0]] = group_scale.T
-        begin += count
-    return group_scales, scales, shifts
+ONE, ZERO = ctypes.c_float(1), ctypes.c_float(0)
+
+
+def of_outputs(values: Tensor | None, count: int) -> Tensor | None:
+    """A scale or bias of a layer of so many outputs as the functions read it: float32, (1,) or (count,)."""
+    if values is None:
+        return None
+    values = values.reshape(-1).float().contiguous()
+    return values if len(values) in (1, count) else pad(values, (0, count - len(values)))
+
+
+def place(values: Tensor | None, default: ctypes.c_float) -> tuple[int, int]:
+    """The address of what `of_outputs` gave, and the bytes from one output's to the next's."""
+    if values is None:
+        return ctypes.addressof(default), 0
+    return values.data_ptr(), 0 if len(values) == 1 else 4
+
+
+def of_groups(layers: list[Layer], counts: list[int]) -> Tensor | None:
+    """`group_scale` of a `Job`, of layers of so many outputs."""
+    scales = [
+        (scale, count - len(scale)) for (_, scale, *_), count in zip(layers, counts, strict=True) if scale is not None
+    ]
+    return (
+        torch.cat([pad(scale.float(), (0, 0, 0, missing)) for scale, missing in scales]).T.contiguous()
+        if scales
+        else None
+    )
 
 
 def products(input: Tensor, layers: list[Layer], transposed: bool, dtype: torch.dtype) -> list[Tensor]:
@@ -680,12 +716,16 @@ def products(input: Tensor, layers: list[Layer], transposed: bool, dtype: torch.
     threads, lanes = threads_for(rows * sum(map(Tensor.numel, weights))), _lanes(rows)
     grouped, half = int(group_scale is not None), int(dtype == torch.bfloat16)
 
-    group_scales, scales, shifts = after_the_sums(layers, counts)
+    group_scales = of_groups(layers, counts)
+    after = [
+        (of_outputs(scale, count), of_outputs(bias, count))
+        for (_, _, scale, bias), count in zip(layers, counts, strict=True)
+    ]
     results = [torch.empty(rows, count, dtype=torch.bfloat16 if half else torch.float32) for count in counts]
     widest = 16 if "+avx512f" in processor().features else 8
     few = 0 < rows <= FEW[widest] and not transposed and "+avx2" in processor().features
     if few:
-        tiles, share, indices, lanes = 0, 0, scales, widest
+        tiles, share, indices, lanes = 0, 0, input, widest
         tiled = scratch.take("tiled", rows * chunks * CHUNK * lanes // 2, torch.float32)
         own = lanes * (2 * TABLES + 4 + 4 * rows)
     else:
@@ -697,12 +737,12 @@ def products(input: Tensor, layers: list[Layer], transposed: bool, dtype: torch.
         own = lanes * (TABLES * CASES + SPARE + 2 * lanes + share)
     buffers = scratch.take("lookups", threads * own, torch.float32)
     places, begin = [], 0
-    for weight, count, result in zip(weights, counts, results, strict=True):
-        places += [begin, count, weight.data_ptr(), result.data_ptr()]
+    for weight, count, result, (scale, bias) in zip(weights, counts, results, after, strict=True):
+        places += [begin, count, weight.data_ptr(), result.data_ptr(), *place(scale, ONE), *place(bias, ZERO)]
         begin += count
     placed = (ctypes.c_int64 * len(places))(*places)
     sizes = (len(layers), 0, rows, groups, size, width, chunks, outputs, tiles, share, own)
-    arrays = (input, tiled, indices, group_scales, scales, shifts, buffers)
+    arrays = (input, tiled, indices, input if group_scales is None else group_scales, buffers)
     job = new_job(*sizes, ctypes.addressof(placed), *[array.data_ptr() for array in arrays])
 
     def run_for_each_layer(function: Any, units: Callable[[int], int]) -> None:
@@ -711,7 +751,7 @@ def products(input: Tensor, layers: list[Layer], transposed: bool, dtype: torch.
             run(function, job, units(weight.shape[0]), threads)
 
     if few:
-        run(compiled("spread", lanes), job, rows, threads)
+        run(compiled("spread", lanes), job, rows, threads_for(rows * width * lanes))
         run_for_each_layer(compiled("few", lanes, rows, grouped, half), lambda quarter: -(-quarter // lanes))
         return results
     if transposed:
