@@ -144,7 +144,7 @@ def test_the_bits_are_those_of_this_processor(objects, tmp_path, monkeypatch):
     fields |= {"chunks": chunks, "outputs": out_features, "tiles": tiles, "share": out_features}
     fields["own"] = LANES * (lookup.TABLES * lookup.CASES + lookup.SPARE + 2 * LANES + out_features)
     arrays = {
-        "placed": torch.zeros(8, dtype=torch.int64),
+        "placed": torch.zeros(9, dtype=torch.int64),
         "input": input,
         "tiled": torch.full((tiles * in_features * LANES,), float("nan")),
         "indices": torch.full((chunks * out_features * lookup.TABLES,), 255, dtype=torch.uint8),
@@ -158,7 +158,7 @@ def test_the_bits_are_those_of_this_processor(objects, tmp_path, monkeypatch):
     starts = itertools.accumulate(map(aligned, arrays.values()), initial=0)
     places = dict(zip(arrays, starts, strict=False))
     addresses = [places[name] for name in ("packed", "output", "scale", "bias")]
-    arrays["placed"][:] = torch.tensor([0, out_features, *addresses[:3], 0, addresses[3], bias.itemsize])
+    arrays["placed"][:] = torch.tensor([0, out_features, *addresses[:3], 0, addresses[3], bias.itemsize, 0])
     memory = b"".join(array.numpy().tobytes().ljust(aligned(array), b"\0") for array in arrays.values())
     fields |= {name: place for name, place in places.items() if name in fields}
     units = -(-out_features // 4 // lookup.ROWS_LAID), tiles, tiles

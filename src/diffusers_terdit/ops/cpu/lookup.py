@@ -70,9 +70,9 @@ class Job(NamedTuple):
     tiles: int  # M / lanes, rounded up
     share: int  # outputs of a unit, a multiple of 4
     own: int  # numbers of a thread's scratch
-    placed: int  # (layers, 8) int64: a layer's first output and number of outputs; addresses of its packed weight,
+    placed: int  # (layers, 9) int64: a layer's first output and number of outputs; addresses of its packed weight,
     # (N / 4, K) uint8, of its output, (M, N) float32 or bfloat16, of its scale and its bias, float32, each with the
-    # bytes from one output's to the next's
+    # bytes from one output's to the next's, and of its scales of groups, (N, groups) float32
     input: int  # (M, groups * size * parts) float32
     tiled: int  # (tiles, chunks, 32, lanes) float32: the rows of a tile side by side; zero beyond a group and M.
     # For a few rows what `spread` makes of them, (M, chunks, 32, 4) or (M, chunks, 16, 16)
@@ -400,7 +400,7 @@ def _compile_lay(cached: bool) -> Any:
         job = numba.carray(pointer(address, "int64"), fields)
         groups, size = job[field.groups], job[field.size]
         chunks, inputs = -(-size // CHUNK), groups * size
-        placed = numba.carray(pointer(job[field.placed], "int64"), (job[field.layers], 8))
+        placed = numba.carray(pointer(job[field.placed], "int64"), (job[field.layers], 9))
         begin, quarter = placed[job[field.layer], 0], placed[job[field.layer], 1] // 4
         packed = numba.carray(pointer(placed[job[field.layer], 2], "uint8"), (quarter, inputs))
         own = job[field.scratch] + 4 * job[field.own] * take(address + 8 * field.thread)
@@ -441,7 +441,7 @@ def _compile_lay_transposed(cached: bool) -> Any:
         """Indices of the inputs of the only layer. A unit is a chunk: eight rows of the packed weight."""
         job = numba.carray(pointer(address, "int64"), fields)
         quarter, width = job[field.size], job[field.width]
-        placed = numba.carray(pointer(job[field.placed], "int64"), (job[field.layers], 8))
+        placed = numba.carray(pointer(job[field.placed], "int64"), (job[field.layers], 9))
         packed = numba.carray(pointer(placed[0, 2], "uint8"), (quarter, width))
         indices = numba.carray(pointer(job[field.indices], "uint8"), (job[field.units], width, TABLES))
         while True:
@@ -510,7 +510,7 @@ def _compile_multiply(lanes: int, grouped: int, half: int, cached: bool) -> Any:
         tables = job[field.scratch] + 4 * job[field.own] * take(address + 8 * field.thread)
         square = numba.carray(pointer(tables + 4 * lanes * (TABLES * CASES + SPARE), "float32"), (lanes, lanes))
         sums = numba.carray(pointer(square.ctypes.data + 4 * lanes * lanes, "float32"), (share + lanes, lanes))
-        placed = numba.carray(pointer(job[field.placed], "int64"), (job[field.layers], 8))
+        placed = numba.carray(pointer(job[field.placed], "int64"), (job[field.layers], 9))
         chunks, per_group = job[field.chunks], job[field.chunks] // job[field.groups]
         while True:
             unit = take(address + 8 * field.unit)
@@ -590,12 +590,13 @@ def _compile_few(lanes: int, rows: int, grouped: int, half: int, cached: bool) -
         job = numba.carray(pointer(address, "int64"), fields)
         size, chunks = job[field.size], job[field.chunks]
         per_group, inputs = chunks // job[field.groups], job[field.width]
-        placed = numba.carray(pointer(job[field.placed], "int64"), (job[field.layers], 8))
-        begin, quarter = placed[job[field.layer], 0], placed[job[field.layer], 1] // 4
+        placed = numba.carray(pointer(job[field.placed], "int64"), (job[field.layers], 9))
+        quarter = placed[job[field.layer], 1] // 4
         address_of_packed, output = placed[job[field.layer], 2], placed[job[field.layer], 3]
         to_scale, to_shift = placed[job[field.layer], 5], placed[job[field.layer], 7]
         packed = numba.carray(pointer(address_of_packed, "uint8"), (quarter, inputs))
-        group_scale = numba.carray(pointer(job[field.group_scale], "float32"), (job[field.groups], job[field.outputs]))
+        shape = 4 * quarter, job[field.groups]
+        group_scale = numba.carray(pointer(placed[job[field.layer], 8], "float32"), shape)
         words = job[field.scratch] + 4 * job[field.own] * take(address + 8 * field.thread)
         bytes_ = numba.carray(pointer(words, "uint8"), (two, lanes, 4))
         scales = numba.carray(pointer(words + 4 * lanes * two, "float32"), (4, lanes))
@@ -624,11 +625,11 @@ def _compile_few(lanes: int, rows: int, grouped: int, half: int, cached: bool) -
                         for row in range(width):
                             bytes_[k // 4, row, k % 4] = packed[first + row, start + k]
                 for number_of_chunk in range(chunk, chunk + 2 if pair else chunk + 1):
-                    if grouped:
-                        for quarter_of_scale in range(4):
+                    if grouped and number_of_chunk % per_group == 0:
+                        for part in range(4):
                             for row in range(width):
-                                column = begin + quarter_of_scale * quarter + first + row
-                                scales[quarter_of_scale, row] = group_scale[number_of_chunk // per_group, column]
+                                column = part * quarter + first + row
+                                scales[part, row] = group_scale[column, number_of_chunk // per_group]
                     own_words = words + 4 * lanes * TABLES * (number_of_chunk - chunk)
                     x = job[field.tiled] + 2 * lanes * CHUNK * number_of_chunk
                     between = 2 * lanes * CHUNK * chunks
@@ -687,16 +688,12 @@ def place(values: Tensor | None, default: ctypes.c_float) -> tuple[int, int]:
     return values.data_ptr(), 0 if len(values) == 1 else 4
 
 
-def of_groups(layers: list[Layer], counts: list[int]) -> Tensor | None:
-    """`group_scale` of a `Job`, of layers of so many outputs."""
-    scales = [
-        (scale, count - len(scale)) for (_, scale, *_), count in zip(layers, counts, strict=True) if scale is not None
-    ]
-    return (
-        torch.cat([pad(scale.float(), (0, 0, 0, missing)) for scale, missing in scales]).T.contiguous()
-        if scales
-        else None
-    )
+def of_groups(group_scale: Tensor | None, count: int) -> Tensor | None:
+    """The scales of groups of a layer of so many outputs, (count, groups) float32."""
+    if group_scale is None:
+        return None
+    group_scale = group_scale.float().contiguous()
+    return group_scale if len(group_scale) == count else pad(group_scale, (0, 0, 0, count - len(group_scale)))
 
 
 def products(input: Tensor, layers: list[Layer], transposed: bool, dtype: torch.dtype) -> list[Tensor]:
@@ -716,16 +713,16 @@ def products(input: Tensor, layers: list[Layer], transposed: bool, dtype: torch.
     threads, lanes = threads_for(rows * sum(map(Tensor.numel, weights))), _lanes(rows)
     grouped, half = int(group_scale is not None), int(dtype == torch.bfloat16)
 
-    group_scales = of_groups(layers, counts)
     after = [
-        (of_outputs(scale, count), of_outputs(bias, count))
-        for (_, _, scale, bias), count in zip(layers, counts, strict=True)
+        (of_groups(group_scale, count), of_outputs(scale, count), of_outputs(bias, count))
+        for (_, group_scale, scale, bias), count in zip(layers, counts, strict=True)
     ]
     results = [torch.empty(rows, count, dtype=torch.bfloat16 if half else torch.float32) for count in counts]
     widest = 16 if "+avx512f" in processor().features else 8
+    indices = group_scales = input  # where there are none
     few = 0 < rows <= FEW[widest] and not transposed and "+avx2" in processor().features
     if few:
-        tiles, share, indices, lanes = 0, 0, input, widest
+        tiles, share, lanes = 0, 0, widest
         tiled = scratch.take("tiled", rows * chunks * CHUNK * lanes // 2, torch.float32)
         own = lanes * (2 * TABLES + 4 + 4 * rows)
     else:
@@ -734,15 +731,18 @@ def products(input: Tensor, layers: list[Layer], transposed: bool, dtype: torch.
         share = -(-outputs // (4 * pieces)) * 4
         tiled = scratch.take("tiled", tiles * chunks * CHUNK * lanes, torch.float32)
         indices = scratch.take("indices", chunks * outputs * TABLES, torch.uint8)
+        if grouped:
+            group_scales = torch.cat([scales for scales, *_ in after if scales is not None]).T.contiguous()
         own = lanes * (TABLES * CASES + SPARE + 2 * lanes + share)
     buffers = scratch.take("lookups", threads * own, torch.float32)
     places, begin = [], 0
-    for weight, count, result, (scale, bias) in zip(weights, counts, results, after, strict=True):
+    for weight, count, result, (scales, scale, bias) in zip(weights, counts, results, after, strict=True):
         places += [begin, count, weight.data_ptr(), result.data_ptr(), *place(scale, ONE), *place(bias, ZERO)]
+        places.append(0 if scales is None else scales.data_ptr())
         begin += count
     placed = (ctypes.c_int64 * len(places))(*places)
     sizes = (len(layers), 0, rows, groups, size, width, chunks, outputs, tiles, share, own)
-    arrays = (input, tiled, indices, input if group_scales is None else group_scales, buffers)
+    arrays = (input, tiled, indices, group_scales, buffers)
     job = new_job(*sizes, ctypes.addressof(placed), *[array.data_ptr() for array in arrays])
 
     def run_for_each_layer(function: Any, units: Callable[[int], int]) -> None:
