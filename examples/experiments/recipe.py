@@ -91,6 +91,7 @@ ARMS: dict[str, dict] = {
     TAUGHT: TEACHER,
     BY_TWIN: {**TEACHER, "twin": True},
     "a Hadamard basis": {"patch": "hadamard"},
+    "prediction of the clean image": {"patch": "clean"},
     "raw weights": {"weights": "raw"},
     "full precision": {"ternary": "false"},
     "full precision, Muon": {"ternary": "false", "optimizer": "muon"},
@@ -107,7 +108,7 @@ ARMS: dict[str, dict] = {
         f"full precision, Muon, int{bits} in groups of {group}": {
             "ternary": "false", "optimizer": "muon", "rounded": [bits, group]
         }
-        for bits, group in ((4, 64), (3, 32))
+        for bits, group in ((8, 64), (4, 64), (3, 32))
     },
 }  # fmt: skip
 
@@ -134,6 +135,20 @@ def rotate_inputs(model: TerDiTTransformer2DModel) -> None:
 
     for layer in model.ternary_layers().values():
         layer.register_forward_pre_hook(rotated)
+
+
+def predict_clean(model: TerDiTTransformer2DModel) -> None:
+    """Let the network draw the clean image; the model returns the velocity that leads there."""
+
+    def to_velocity(_: nn.Module, inputs: tuple, output: tuple[Tensor]) -> tuple[Tensor]:
+        noisy, timestep = inputs[:2]
+        sigma = (timestep / 1000).clamp(min=0.05).reshape(-1, 1, 1, 1)
+        return ((noisy - output[0]) / sigma,)
+
+    model.register_forward_hook(to_velocity)
+
+
+PATCHES = {"hadamard": rotate_inputs, "clean": predict_clean}
 
 
 @torch.no_grad()
@@ -251,13 +266,13 @@ class Study:
             settings |= {"init_from": start / f"checkpoint-{first}"}
         build = script.build_transformer
 
-        def build_rotated(*args):
+        def build_patched(*args):
             model = build(*args)
-            rotate_inputs(model)
+            PATCHES[run["settings"]["patch"]](model)
             return model
 
-        if run["settings"].get("patch") == "hadamard":
-            script.build_transformer = build_rotated
+        if "patch" in run["settings"]:
+            script.build_transformer = build_patched
         try:
             self.program(folder, settings, steps, seed)
         finally:
@@ -273,8 +288,8 @@ class Study:
         if run["settings"].get("weights") == "raw":
             last = folder / f"checkpoint-{run['steps']}"
             pipe.transformer = training.initialize.load_transformer(last)
-        if run["settings"].get("patch") == "hadamard":
-            rotate_inputs(pipe.transformer)
+        if patch := run["settings"].get("patch"):
+            PATCHES[patch](pipe.transformer)
         if rounded := run["settings"].get("rounded"):
             round_weights(pipe.transformer, *rounded)
         return {**self.judged(pipe, draw), "training_seconds": seconds}
@@ -289,7 +304,8 @@ TUNED = {"optimizer": "muon", **RATE}
 DECAYED = {steps: {**RATE, "lr_decay_steps": steps} for steps in (600, 950, 3600)}
 AROUND = (
     BASE, "a scale per row", "no RMSNorm after adaLN", "uniform times", "scales at the common rate", "beta2 .999",
-    "the authors' initialization", FIRST_THIRD, "a Hadamard basis", "weight decay .1",
+    "the authors' initialization", FIRST_THIRD, "a Hadamard basis", "weight decay .1", "noise prediction",
+    "prediction of the clean image",
 )  # fmt: skip
 SEEDED = (BASE, "a scale per row", "Muon")  # the arms that went on to more seeds
 PLANS: dict[str, Plan] = {
@@ -308,7 +324,12 @@ PLANS: dict[str, Plan] = {
     "twins": [
         (arm, LONG_STEPS, seed, DECAYED[3600]) for seed in SEEDS[1:] for arm in ("full precision, Muon", BY_TWIN)
     ],
-    "compute": [(NARROW, steps, 0, RATE) for steps in (STEPS, EQUAL_COMPUTE)],
+    "compute": [(NARROW, STEPS, seed, RATE) for seed in SEEDS] + [(NARROW, EQUAL_COMPUTE, 0, RATE)],
+    "rounded": [
+        (f"full precision, Muon, int{rounding}", LONG_STEPS, seed, DECAYED[3600])
+        for seed in SEEDS[1:]
+        for rounding in ("8 in groups of 64", "4 in groups of 64", "3 in groups of 32")
+    ],
     "seeds": [(arm, STEPS, seed, {}) for arm in SEEDED for seed in SEEDS],
 }
 
@@ -377,9 +398,11 @@ def render(folder: Path) -> str:
 
     screen = [(arm, found[0]) for arm in ARMS if (found := find([(arm, STEPS, 0, {})]))]
     screen.sort(key=lambda item: item[1]["frechet_distance"])
-    seeds = {
-        (arm, steps): find([(arm, steps, seed, {}) for seed in SEEDS]) for arm in ARMS for steps in (STEPS, LONG_STEPS)
-    }
+    seeds: dict[tuple[int, str, str], list[dict]] = {}
+    for record in records.records:
+        if (run := record["run"])["steps"] != RATE_STEPS:
+            key = run["steps"], named(run), f"{run['settings']['learning_rate']:g}"
+            seeds.setdefault(key, []).append(record["result"])
     longer = [
         [named(run), f"{run['settings']['learning_rate']:g}", f"{run['steps']:,}", *cells([record["result"]])]
         for record in records.records
@@ -419,13 +442,17 @@ def render(folder: Path) -> str:
         missing="; ".join(arm for arm in ARMS if arm not in tried),
         short=[
             [name, f"{rate:g}", *cells([result])]
-            for (name, rate), result in sorted(short.items(), key=lambda item: item[1]["held_out_loss"])
+            for (name, rate), result in sorted(short.items(), key=lambda item: item[1]["held_out_loss"] or math.inf)
         ],
         rate_steps=f"{RATE_STEPS:,}",
         longer=longer,
         pairs=in_pairs,
         sizes=[[arm, f"{size / 1e3:,.0f}", f"{n:,}", *cells([found])] for size, arm, n, found in sorted(sizes)],
-        seeds=[[arm, f"{n:,}", str(len(found)), *cells(found)] for (arm, n), found in seeds.items() if len(found) > 1],
+        seeds=[
+            [name, rate, f"{steps:,}", str(len(found)), *cells(found)]
+            for (steps, name, rate), found in sorted(seeds.items(), key=lambda item: item[0][0])
+            if len(found) > 1
+        ],
     )
 
 

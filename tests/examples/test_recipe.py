@@ -50,6 +50,7 @@ def run(tmp_path, monkeypatch):
 
 def test_arms_are_trained_and_judged_once(run, tmp_path):
     arms = [recipe.BASE, recipe.FIRST_THIRD, "noise prediction", "Muon", "a Hadamard basis", "raw weights"]
+    arms += ["prediction of the clean image"]
     records = run(*arms)
     assert {record["run"]["arm"] for record in records} == set(arms)
     for record in records:
@@ -73,6 +74,16 @@ def test_a_layer_in_a_rotated_basis_sees_its_input_in_it():
     plain = layer(hidden @ matrix)
     recipe.rotate_inputs(model)
     assert torch.allclose(layer(hidden), plain, atol=1e-5)
+
+
+def test_a_clean_image_is_turned_into_the_velocity_that_leads_there():
+    model = fresh_model()
+    inputs = torch.randn(3, 1, 8, 8), torch.tensor([10.0, 500.0, 1000.0]), torch.tensor([1, 2, 10])
+    clean = model(*inputs, return_dict=False)[0]
+    recipe.predict_clean(model)
+    velocity = model(*inputs, return_dict=False)[0]
+    step = torch.tensor([0.05, 0.5, 1]).view(3, 1, 1, 1)  # the first is divided by no less
+    assert torch.allclose(inputs[0] - step * velocity, clean, atol=1e-5)
 
 
 def test_the_committed_page_renders_from_the_committed_records():
