@@ -376,8 +376,8 @@ def finish(typing_context, lanes, half, sums, scales, between_scales, shifts, be
                 scale, shift = load_all(scales, between_scales), load_all(shifts, between_shifts)
                 store(output, load(sums, count), scale, shift)
             with part, for_range(builder, width) as loop:
-                arrays = (output, loop.index.type(2 if to_half else 4)), (sums, loop.index.type(4))
-                arrays += (scales, between_scales), (shifts, between_shifts)
+                size, four = loop.index.type(2 if to_half else 4), loop.index.type(4)
+                arrays = (output, size), (sums, four), (scales, between_scales), (shifts, between_shifts)
                 place, *numbers = [builder.add(array, builder.mul(loop.index, between)) for array, between in arrays]
                 store(place, *(load(number, 1) for number in numbers))
         return context.get_dummy_value()
