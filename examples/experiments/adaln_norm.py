@@ -113,7 +113,6 @@ CLAIMS = [
     ("The RMSNorm is better than no norm, from the better start", "small gain, RMSNorm", "small gain, no norm"),
 ]
 ERROR = "noise_error_held_out"
-SHOWN = {"reference": "authors' start", "small gain": "our start"}  # in the figure
 
 
 def outcomes(records: Records, width: str) -> dict[str, dict]:
@@ -123,25 +122,20 @@ def outcomes(records: Records, width: str) -> dict[str, dict]:
     return {name: outcome for name, outcome in found.items() if outcome}
 
 
-def shown(name: str) -> str:
-    start, _, rest = name.partition(", ")
-    return f"{SHOWN[start]}, {rest}" if start in SHOWN else name
-
-
 def draw(records: Records, path: Path) -> None:
     plt = pyplot()
     figure, (sizes, *errors) = plt.subplots(1, 3, figsize=(12, 4), width_ratios=(4, 5, 5))
     for kind, color in zip(KINDS, ("C1", "C2", "C0"), strict=True):
         if result := records.find(activations_run(kind, False)):
             share = torch.tensor(result["histogram"]) / (SHAPE[2] * DRAWS)
-            sizes.stairs(share, 10**BINS, label=SHOWN.get(kind, kind), color=color, fill=True, alpha=0.45)
+            sizes.stairs(share, 10**BINS, label=kind, color=color, fill=True, alpha=0.45)
     sizes.set(xscale="log", xlabel="magnitude of an output", ylabel="share of outputs per bin")
     sizes.set_title("a random layer, no norm")
     sizes.set_ylim(0, 0.17)
     sizes.legend(loc="upper right")
     for axis, width in zip(errors, WIDTHS, strict=True):
-        found = {shown(name): values(outcome, ERROR) for name, outcome in outcomes(records, width).items()}
-        draw_variants(axis, found, {SHOWN["small gain"]: "C0", SHOWN["reference"]: "C2"})
+        found = {name: values(outcome, ERROR) for name, outcome in outcomes(records, width).items()}
+        draw_variants(axis, found, {"small gain": "C0", "reference": "C2"})
         steps = SIZES[width].steps
         axis.set(xlabel="noise error (lower is better)", title=f"width {width}, {steps} steps")
     save_figure(figure, path)

@@ -173,7 +173,7 @@ def claim_rows(found: dict) -> list[list[str]]:
 def draw(records: Records, found: dict, path: Path) -> None:
     plt = pyplot()
     figure, (by_bytes, by_variant) = plt.subplots(1, 2, figsize=(11, 4.4))
-    for kind, color, place in (("ternary", "C0", (-8, -14)), ("full precision", "C1", (6, 6))):
+    for kind, color, place in (("ternary", "C0", (-6, -12)), ("full precision", "C1", (6, 6))):
         names = [f"{kind}, {size}" for size in SIZE_NAMES if f"{kind}, {size}" in found]
         sizes = [records.find(cost_run(ALL_VARIANTS[name]))["file_bytes"] / 1000 for name in names]
         errors = [values(found[name], "noise_error_held_out") for name in names]
@@ -181,11 +181,9 @@ def draw(records: Records, found: dict, path: Path) -> None:
         for name, x, error in zip(names, sizes, errors, strict=True):
             by_bytes.annotate(name.split(', ')[1], (x, mean(error)), textcoords="offset points",
                               xytext=place, color=color, ha="right" if kind == "ternary" else "left")  # fmt: skip
-    by_bytes.set(xscale="log", xlabel="weights file, kB", ylabel="held-out noise error (lower is better)")
+    by_bytes.set(xlabel="weights file, kB", ylabel="held-out noise error (lower is better)")
     by_bytes.set_title("equal steps; the numbers are widths")
-    by_bytes.minorticks_off()
-    by_bytes.set_xlim(30, 4000)
-    by_bytes.set_xticks([50, 100, 200, 500, 1000, 2000], ["50", "100", "200", "500", "1000", "2000"])
+    by_bytes.set_xlim(-170, 2300)
     by_bytes.legend(loc="upper right")
     names = [*dict.fromkeys(name for shown, _ in list(TABLES.values())[1:] for name in shown), "full precision, 64"]
     shown = {name: values(found[name], "noise_error_held_out") for name in names if name in found}
