@@ -381,10 +381,11 @@ class TestHeldCodes:
             found.append([*outputs, *(tensor.grad for tensor in leaves)])
         assert all(map(torch.equal, *found))
 
-    def test_a_weight_that_changes_is_packed_again(self, packed):
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_a_weight_that_changes_is_packed_again(self, fused, packed):
         weight, _, scale, _ = new_layer("tensor")
         weight = leaf(weight)
-        optimizer = torch.optim.SGD([weight], lr=1e3)
+        optimizer = torch.optim.SGD([weight], lr=1e3, fused=fused)
         with held_codes():
             before = float_linear(torch.ones(K), weight, scale)
             before.square().sum().backward()
@@ -408,14 +409,33 @@ class TestHeldCodes:
         with held_codes():
             for _ in range(2):
                 float_linear(torch.ones(K), leaf(weight), scale)
-            assert len(torch_ops._held_codes) == 0  # those weights are gone
+            assert len(torch_ops._held_codes[-1]) == 0  # those weights are gone
             kept = leaf(weight)
             float_linear(torch.ones(K), kept, scale)
             with held_codes():
                 float_linear(torch.ones(K), kept, scale)
-            assert len(torch_ops._held_codes) == 1
-        assert torch_ops._held_codes is None
+            assert len(torch_ops._held_codes[-1]) == 1
+        assert torch_ops._held_codes == []
         assert len(packed) == 4
+
+    def test_those_of_inference_are_not_kept_for_training(self, packed):
+        weight, _, scale, _ = new_layer("tensor")
+        weight = leaf(weight)
+        with held_codes():
+            with torch.inference_mode():
+                float_linear(torch.ones(K), weight, scale)
+                float_linear(torch.ones(K), torch.ones(N, K, requires_grad=True), scale)
+            float_linear(torch.ones(K), weight, scale).sum().backward()
+        assert weight.grad is not None
+        assert len(packed) == 3
+
+    def test_contexts_that_overlap_all_end(self):
+        first, second = held_codes(), held_codes()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        second.__exit__(None, None, None)
+        assert torch_ops._held_codes == []
 
 
 class TestAutocast:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.library import Library, infer_schema, register_autograd, register_fake, register_vmap
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import reference
@@ -587,33 +588,36 @@ def _checked_input(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
     return input.to(torch.get_autocast_dtype(device_type)) if autocast and input.dtype != torch.float64 else input
 
 
-_held_codes: WeakTensorKeyDictionary | None = None  # weight -> its version, the scale's shape, what `_pack` gave
+_held_codes: list[WeakTensorKeyDictionary] = []  # weight -> its state, and what `_pack` gave
 
 
 @contextmanager
 def held_codes() -> Iterator[None]:
     """Ternarize and pack each float weight once inside: for the micro-batches of an optimizer step.
 
-    The codes stay until the end, two bits per weight. A weight that changes inside is packed again, unless it is
-    changed through `.data`, which torch does not see. Compiled code packs in every call.
+    The codes stay until the end, two bits per weight. They are made again after an optimizer's step, and where torch
+    sees a weight change. It does not see a change through `.data`. Compiled code packs in every call.
     """
-    global _held_codes
-    outer, _held_codes = _held_codes, WeakTensorKeyDictionary()
+    held = WeakTensorKeyDictionary()
+    hook = register_optimizer_step_post_hook(lambda *_: held.clear())  # fused ones change weights unseen
+    _held_codes.append(held)
     try:
         yield
     finally:
-        _held_codes = outer
+        _held_codes[:] = [other for other in _held_codes if other is not held]
+        hook.remove()
 
 
 def _codes_of(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
     """`_pack`, or what it gave inside [`held_codes`]."""
-    if torch.compiler.is_compiling() or _held_codes is None or not weight.requires_grad:
+    passing = torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or weight.is_inference()
+    if passing or not _held_codes or not weight.requires_grad:
         return _pack(weight.detach(), weight_scale.detach())
-    state = weight._version, weight_scale.shape
-    before, codes = _held_codes.get(weight, (None, None))
+    held, state = _held_codes[-1], (weight._version, weight.device, weight_scale.shape)
+    before, codes = held.get(weight, (None, None))
     if before != state:
         codes = _pack(weight.detach(), weight_scale.detach())
-        _held_codes[weight] = state, codes
+        held[weight] = state, codes
     return codes
 
 
