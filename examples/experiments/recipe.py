@@ -40,17 +40,17 @@ ANSWER = """\
 distance of its pictures to real ones is 5.1 instead of 6.1 (lower is better; three seeds each,
 spread .2). After 6,000 steps, a ternary model that learns from its full-precision twin has 1.030
 times the twin's loss (1.026 to 1.035, three seeds) and the same distance, 3.0. **At equal bytes and
-equal training compute, a smaller full-precision model is better**: 2.8 against 5.1 (one seed); after
-equal steps it is a little worse, 5.7.
+equal training compute, a smaller full-precision model is better**: 2.8 against 5.1 (one seed);
+after equal steps it is a little worse, 5.7.
 
-The teacher costs as many steps again; full precision itself gains nothing from one (1,000 steps, one
-seed). Without a teacher, at the preset's decay, the loss is 1.05 times as high (one seed). Models
-this small take 1.6 times as long packed as dense. Muon is the default of the small presets. A decay
-over 60 % of a run helped in 1,000 steps, ternary and in full precision. Times whose logit is normal
-are better than uniform ones, predicting the velocity is better than predicting the clean image, and
-this package's initialization is much better than the authors'. A scale per row, the common rate for
-the scales, beta2 .999, no RMSNorm after adaLN, weight decay and float32 instead of bfloat16 made no
-difference that one seed can show."""
+The teacher costs as many steps again; full precision itself gains nothing from one (1,000 steps,
+one seed). Without a teacher, at the preset's decay, the loss is 1.05 times as high (one seed).
+Models this small take 1.6 times as long packed as dense. Muon is the default of the small presets.
+A decay over 60 % of a run helped in 1,000 steps, ternary and in full precision. Times whose logit
+is normal are better than uniform ones, predicting the velocity is better than predicting noise or
+the clean image, and this package's initialization is much better than the authors'. A scale per
+row, the common rate for the scales, beta2 .999, no RMSNorm after adaLN, weight decay and float32
+instead of bfloat16 made no difference that one seed can show."""
 NUM_IMAGES, GUIDANCE, SAMPLING_STEPS = 2000, 1.5, 25
 HELD_OUT = 1000  # test images
 
