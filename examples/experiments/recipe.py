@@ -40,8 +40,8 @@ ANSWER = """\
 distance of its pictures to real ones is 5.1 instead of 6.1 (lower is better; three seeds each,
 spread .2). After 6,000 steps, a ternary model that learns from its full-precision twin has 1.030
 times the twin's loss (1.026 to 1.035, three seeds) and the same distance, 3.0. **At equal bytes and
-equal training compute, a smaller full-precision model is better**: 2.8 against 5.1 (one seed);
-after equal steps it is a little worse, 5.7.
+equal training compute, a smaller full-precision model is better**: 2.8 against 5.1 (one seed).
+After equal steps they tie: 5.5 and 5.1 (three seeds).
 
 The teacher costs as many steps again; full precision itself gains nothing from one (1,000 steps,
 one seed). Without a teacher, at the preset's decay, the loss is 1.05 times as high (one seed).
