@@ -188,9 +188,10 @@ def of_module(change: Callable[[nn.Module], nn.Module | None], dtype: torch.dtyp
 
 
 def sdnq(model: nn.Module, **settings) -> nn.Module:
+    """With groups of the size that it chooses; its int8 products are OpenVINO's where that is installed."""
     from sdnq.quantizer import sdnq_post_load_quant
 
-    return sdnq_post_load_quant(model, group_size=0, **settings)
+    return sdnq_post_load_quant(model, **settings)
 
 
 def torchao(model: nn.Module) -> None:
@@ -204,6 +205,28 @@ def quanto(model: nn.Module, weights: str) -> None:
 
     quantize(model, weights=weights)
     freeze(model)
+
+
+def bitsandbytes_nf4(model: nn.Sequential) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    layer = model[0]
+    outputs, inputs = layer.weight.shape
+    model[0] = Linear4bit(inputs, outputs, bias=False, compute_dtype=layer.weight.dtype, quant_type="nf4")
+    model[0].load_state_dict(layer.state_dict())
+    model[0].to("cpu")  # this rounds
+
+
+def gguf(model: nn.Sequential) -> None:
+    """Four bits, decoded in every call by diffusers; its reader of files makes such layers."""
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+    from gguf import GGMLQuantizationType, quants
+
+    weight, kind = model[0].weight, GGMLQuantizationType.Q4_0
+    packed = torch.from_numpy(quants.quantize(weight.float().numpy(), kind))
+    layer = GGUFLinear(weight.shape[1], weight.shape[0], bias=False, compute_dtype=weight.dtype)
+    layer.weight = GGUFParameter(packed, quant_type=kind)
+    model[0] = layer
 
 
 def four_to_a_byte(codes: Tensor) -> Tensor:
@@ -269,9 +292,12 @@ SDNQ_INT8 = partial(sdnq, weights_dtype="int8", use_quantized_matmul=True)
 ONNX = ("onnx", "onnxruntime")
 PEERS = [
     *of_package("SDNQ int8", "sdnq", SDNQ_INT8, "float32", "bfloat16"),
-    *of_package("SDNQ uint2", "sdnq", partial(sdnq, weights_dtype="uint2"), "float32"),
+    *of_package("SDNQ int4", "sdnq", partial(sdnq, weights_dtype="int4"), "float32"),
+    *of_package("SDNQ int2", "sdnq", partial(sdnq, weights_dtype="int2"), "float32"),
     *of_package("torchao int8", "torchao", torchao, "float32", "bfloat16"),
     *of_package("quanto int8", "optimum.quanto", partial(quanto, weights="qint8"), "float32"),
+    *of_package("bitsandbytes nf4", "bitsandbytes", bitsandbytes_nf4, "float32"),
+    *of_package("GGUF Q4_0 in diffusers", "gguf", gguf, "float32"),
     Peer("OpenVINO u2", "float32", ("openvino",), partial(openvino, two_bits=True)),
     Peer("OpenVINO dense", "float32", ("openvino",), partial(openvino, two_bits=False)),
     Peer("ONNX Runtime 2 bits", "float32", ONNX, partial(onnx_runtime, accuracy_level=1)),

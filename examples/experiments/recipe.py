@@ -327,10 +327,10 @@ PLANS: dict[str, Plan] = {
     "twins": [
         (arm, LONG_STEPS, seed, DECAYED[3600]) for seed in SEEDS[1:] for arm in ("full precision, Muon", BY_TWIN)
     ],
-    "compute": [(NARROW, STEPS, seed, RATE) for seed in SEEDS] + [(NARROW, EQUAL_COMPUTE, 0, RATE)],
+    "compute": [(NARROW, steps, seed, RATE) for steps in (STEPS, EQUAL_COMPUTE) for seed in SEEDS],
     "rounded": [
         (f"full precision, Muon, int{rounding}", LONG_STEPS, seed, DECAYED[3600])
-        for seed in SEEDS[1:]
+        for seed in SEEDS
         for rounding in ("8 in groups of 64", "4 in groups of 64", "3 in groups of 32")
     ],
     "seeds": [(arm, STEPS, seed, {}) for arm in SEEDED for seed in SEEDS],

@@ -274,7 +274,8 @@ def test_an_installed_package_is_measured_next_to_ours(scenarios, run, monkeypat
 
 def test_peers_multiply_right(scenarios):
     """Those that are installed, with the error that they are known for."""
-    largest = {"SDNQ uint2": 0.5, "SDNQ int8": 2e-2, "torchao int8": 2e-2, "ONNX Runtime 2 bits, int8": 2e-2}
+    largest = {"SDNQ int8": 2e-2, "torchao int8": 2e-2, "ONNX Runtime 2 bits, int8": 2e-2}
+    largest["GGUF Q4_0 in diffusers"] = 0.1  # one of the two ends is rounded to 7/8
     weight, x = torch.randint(-1, 2, (96, 256)) * 2.0**-4, torch.randn(33, 256)
     expected = x.double() @ weight.double().T
     for peer in scenarios.peers.installed():
