@@ -68,14 +68,15 @@ BITS = {"exact": None, "int16": 16, "int8": 8}
 GROUP = 128  # inputs with a scale of their own, as in Bonsai
 IN_GROUPS = {f"{name}, groups of {GROUP}": bits for name, bits in BITS.items()}
 
-# what the page begins with
+# what the page of layers begins with: a mode, and the dtype of the dense layers that it is compared with
 SAYS = [
-    *((Mode("exact", "float32"), key) for key in ("float32", "best_float32")),
-    *((Mode("int16", "bfloat16"), key) for key in ("bfloat16", "best_bfloat16")),
-    *((Mode("int8", "bfloat16"), key) for key in ("bfloat16", "best_bfloat16", "best_int8")),
+    (Mode("exact", "float32"), "float32"),
+    (Mode("int8", "float32"), "float32"),
+    (Mode("int16", "bfloat16"), "bfloat16"),
+    (Mode("int8", "bfloat16"), "bfloat16"),
+    (Mode("int8", "bfloat16"), "int8"),
 ]
 
-STEP_BASES = [key for key in BASES if key != "best_int8"]
 EXACT_IN_BFLOAT16 = ("amx_int8", "avx512_vnni", "avx2")  # where it is the default, and int16 is computed exactly, too
 
 
@@ -458,34 +459,44 @@ def label(mode: Mode) -> str:
     return f"dense {mode.dtype}, as torch computes it" if mode.name == "dense" else " ".join(mode)
 
 
+def shown_places(data: dict) -> list[dict]:
+    """Return the places, without those of fewer instructions on a machine that has lookups."""
+    with_lookups = {place["machine"] for place in data["places"] if (place["isa"] or "").endswith("lookup")}
+    return [p for p in data["places"] if not (p["isa"] == "avx512_vnni" and p["machine"] in with_lookups)]
+
+
+def over_dense(found: dict, prefix: str, dtype: str) -> list[float] | None:
+    """Return the speed over the faster dense one: torch's own, or the best where that was measured."""
+    keys = (f"{prefix}over_{best}{dtype}" for best in ("", "best_"))
+    return min((found[key] for key in keys if key in found), default=None)
+
+
 def bases(mode: Mode) -> list[str]:
-    """Return the keys of what a mode is compared with: float32, and dense of the precision that it computes in."""
-    half = [] if mode.dtype == "float32" else ["bfloat16"]
-    keys = [f"{best}{dtype}" for dtype in ("float32", *half) for best in ("", "best_")]
-    keys += ["best_int8"] if "int8" in " ".join(mode) else []
-    return [key for key in keys if BASES[key] != mode]
+    """Return the dtypes of the dense layers that a mode is compared with: float32, and what it computes in."""
+    dtypes = dict.fromkeys(["float32", mode.dtype, *(["int8"] if "int8" in " ".join(mode) else [])])
+    return [dtype for dtype in dtypes if mode not in (DENSE.get(dtype), BEST[dtype])]
 
 
 def layers_page(data: dict) -> str:
     places = []
-    for place in data["places"]:
+    for place in shown_places(data):
         rows = list(dict.fromkeys(record["rows"] for record in place["records"]))
         lines, ranges = [], {}
         for names, records in shared.grouped(in_order(place["records"]), "mode", "dtype").items():
             mode = Mode(*names)
             found = [[record["error"][kind] for record in records if record["error"]] for kind in INPUTS]
             errors = [f"{max(values):.1e}" if values else "-" for values in found]
-            for key in bases(mode):
-                speeds = {count: medians_over(records, count, f"{clock_of(place)}over_{key}") for count in rows}
+            for dtype in bases(mode):
+                speeds = {count: medians_over(records, count, clock_of(place), dtype) for count in rows}
                 if any(speeds.values()):
-                    ranges[mode, key] = speeds
-                    lines.append([label(mode), label(BASES[key]), *map(to_words, speeds.values()), *errors])
+                    ranges[mode, dtype] = speeds
+                    lines.append([label(mode), dtype, *map(to_words, speeds.values()), *errors])
         shown = shown_rows(place["records"])
-        says = [to_words(ranges.get((mode, key), {}).get(shown, [])) for mode, key in SAYS]
+        says = [to_words(ranges.get(pair, {}).get(shown, [])) for pair in SAYS]
         chosen = sorted({f"{record['dtype']} by {record['by']}" for record in place["records"] if "by" in record})
         rows = [f"{count} rows" for count in rows]
         places.append(heading(place) | {"rows": rows, "lines": lines, "says": [shown, *says], "chosen": chosen})
-    header = [f"{' '.join(mode)} over {label(BASES[key])}" for mode, key in SAYS]
+    header = [f"{' '.join(mode)} over dense {dtype}" for mode, dtype in SAYS]
     return shared.render("kernels", places=places, says_header=header)
 
 
@@ -495,9 +506,9 @@ def shown_rows(records: list[dict]) -> int:
     return 512 if 512 in rows else rows[0]
 
 
-def medians_over(records: list[dict], rows: int, key: str) -> list[float]:
-    """Return the lowest and highest median of the layers, or nothing."""
-    found = [record[key][0] for record in records if record["rows"] == rows and key in record]
+def medians_over(records: list[dict], rows: int, prefix: str, dtype: str) -> list[float]:
+    """Return the lowest and highest median of the layers, over the faster dense one, or nothing."""
+    found = [over[0] for r in records if r["rows"] == rows and (over := over_dense(r, prefix, dtype))]
     return [min(found), max(found)] if found else []
 
 
@@ -507,7 +518,7 @@ def to_words(values: list[float]) -> str:
 
 def step_page(data: dict) -> str:
     places = []
-    for place in data["places"]:
+    for place in shown_places(data):
         clock, lines, says = clock_of(place), [], []
         default = "exact" if place["isa"] in EXACT_IN_BFLOAT16 else "int16"
         said = [Mode("exact", "float32"), Mode(default, "bfloat16"), Mode("int8", "bfloat16")]
@@ -515,24 +526,19 @@ def step_page(data: dict) -> str:
             for record in in_order(records):
                 step, seconds = record["step"], record["step"][f"{clock}seconds"]
                 pictures = [f"{steps * seconds:,.{0 if seconds > 1 else 1}f}" for steps in STEPS]
-                over = [step.get(f"{clock}over_{key}") for key in STEP_BASES]
-                times = [f"{record[part][f'{clock}seconds']:.3f}" for part in ("block", "rest", "step")]
-                error = f"{record['error']:.1e}"
-                lines.append([preset, label(mode_of(record)), *times, *map(shared.spread, over), *pictures, error])
+                over = [over_dense(step, clock, dtype) for dtype in DTYPES]
+                line = [preset, label(mode_of(record)), f"{seconds:.3g}", *map(shared.spread, over)]
+                lines.append([*line, f"{record['error']:.1e}"])
                 if mode_of(record) in said:
-                    torch_float, torch_half, *best = [values[0] if values else None for values in over]
-                    faster = [b and min(a, b) for a, b in zip((torch_float, torch_half), best, strict=True)]
-                    found = [shared.number(value) if value else "-" for value in (torch_float, torch_half, *faster)]
-                    says.append([preset, " ".join(mode_of(record)), *found, *pictures])
+                    medians = [shared.number(speed[0]) if speed else "-" for speed in over]
+                    says.append([preset, " ".join(mode_of(record)), *medians, *pictures])
         places.append(heading(place) | {"lines": lines, "says": says})
-    header = [f"over {label(BASES[key])}" for key in STEP_BASES]
-    pictures = [f"{n} steps, s" for n in STEPS]
-    says = [*header[:2], *(f"over the faster dense {dtype}" for dtype in DTYPES)]
-    headers = {"over_header": header, "says_header": says, "picture_header": pictures}
+    headers = {"over_header": [f"over dense {dtype}" for dtype in DTYPES]}
+    headers["picture_header"] = [f"{count} steps, s" for count in STEPS]
     return shared.render("step", places=places, steps=STEPS, **headers)
 
 
-# Plots: speed over dense float32
+# Plots: speed over the fastest dense float32
 
 
 def title_of(place: dict) -> str:
@@ -544,24 +550,22 @@ def title_of(place: dict) -> str:
 def layers_plot(data: dict, path: Path) -> None:
     """Draw a panel per place, with its best instructions, and a bar per mode: the slowest and the fastest layer."""
     panels = {}
-    with_lookups = {place["machine"] for place in data["places"] if place["isa"].endswith("lookup")}
-    for place in data["places"]:
-        if place["isa"] == "avx512_vnni" and place["machine"] in with_lookups:
-            continue
+    for place in shown_places(data):
         rows = shown_rows(place["records"])
         found = shared.grouped(in_order(place["records"]), "mode", "dtype")
-        over = {mode: medians_over(records, rows, f"{clock_of(place)}over_float32") for mode, records in found.items()}
+        over = {mode: medians_over(records, rows, clock_of(place), "float32") for mode, records in found.items()}
         panels[title_of(place)] = [(" ".join(mode), *ends) for mode, ends in over.items()]
-    shared.bars(path, panels, speed="times as fast as dense float32", others=OTHERS)
+    shared.bars(path, panels, speed="times as fast as the fastest dense float32", others=OTHERS)
 
 
 def step_plot(data: dict, path: Path) -> None:
     """Draw a panel per place with a bar per mode: a step of the place's last preset."""
     panels = {}
     for place in data["places"]:
-        preset, key = place["records"][-1]["preset"], f"{clock_of(place)}over_float32"
+        preset, clock = place["records"][-1]["preset"], clock_of(place)
         again = "int16" if place["isa"] in EXACT_IN_BFLOAT16 else None  # which is exact arithmetic there
         records = [record for record in place["records"] if record["preset"] == preset and record["mode"] != again]
-        bars = [(" ".join(mode_of(record)), *[record["step"][key][0]] * 2) for record in in_order(records)]
+        over = {mode_of(record): over_dense(record["step"], clock, "float32") for record in in_order(records)}
+        bars = [(" ".join(mode), *[speed[0]] * 2) for mode, speed in over.items()]
         panels[f"{title_of(place)}, {preset}"] = bars
-    shared.bars(path, panels, speed="times as fast as dense float32", others=OTHERS)
+    shared.bars(path, panels, speed="times as fast as the fastest dense float32", others=OTHERS)

@@ -272,6 +272,7 @@ def test_an_installed_package_is_measured_next_to_ours(scenarios, run, monkeypat
     assert set(seen) == {3}  # a scale times -1, 0, +1: the layers of the blocks alone
 
 
+@torch.inference_mode()
 def test_peers_multiply_right(scenarios):
     """Those that are installed, with the error that they are known for."""
     largest = {"SDNQ int8": 2e-2, "torchao int8": 2e-2, "ONNX Runtime 2 bits, int8": 2e-2}
