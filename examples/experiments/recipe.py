@@ -134,7 +134,7 @@ def rotate_inputs(model: TerDiTTransformer2DModel) -> None:
 
     def rotated(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         blocks = inputs[0].unflatten(-1, (-1, len(matrix)))
-        return ((blocks @ matrix.to(blocks.dtype)).flatten(-2),)
+        return ((blocks.float() @ matrix).to(blocks.dtype).flatten(-2),)  # few processors are fast in bfloat16
 
     for layer in model.ternary_layers().values():
         layer.register_forward_pre_hook(rotated)
