@@ -70,9 +70,7 @@ class Job(NamedTuple):
     tiles: int  # M / lanes, rounded up
     share: int  # outputs of a unit, a multiple of 4
     own: int  # numbers of a thread's scratch
-    placed: int  # (layers, 9) int64: a layer's first output and number of outputs; addresses of its packed weight,
-    # (N / 4, K) uint8, of its output, (M, N) float32 or bfloat16, of its scale and its bias, float32, each with the
-    # bytes from one output's to the next's, and of its scales of groups, (N, groups) float32
+    placed: int  # (layers, 9) int64, a `Place` each
     input: int  # (M, groups * size * parts) float32
     tiled: int  # (tiles, chunks, 32, lanes) float32: the rows of a tile side by side; zero beyond a group and M.
     # For a few rows what `spread` makes of them, (M, chunks, 32, 4) or (M, chunks, 16, 16)
@@ -81,7 +79,22 @@ class Job(NamedTuple):
     scratch: int  # (threads, own) float32
 
 
+class Place(NamedTuple):
+    """Where a layer's numbers are, int64 each; all but the first two are addresses, or bytes from one to the next."""
+
+    begin: int  # its first output among those of all layers
+    outputs: int  # N
+    packed: int  # (N / 4, K) uint8
+    output: int  # (M, N) float32 or bfloat16
+    scale: int  # float32
+    to_scale: int  # bytes from an output's scale to the next one's; 0 where they share it
+    bias: int  # float32
+    to_bias: int
+    group_scale: int  # (N, groups) float32, or 0
+
+
 JOB = Job(*range(len(Job._fields)))
+PLACE = Place(*range(len(Place._fields)))
 
 
 # ---- the vectors ----
@@ -400,9 +413,10 @@ def _compile_lay(cached: bool) -> Any:
         job = numba.carray(pointer(address, "int64"), fields)
         groups, size = job[field.groups], job[field.size]
         chunks, inputs = -(-size // CHUNK), groups * size
-        placed = numba.carray(pointer(job[field.placed], "int64"), (job[field.layers], 9))
-        begin, quarter = placed[job[field.layer], 0], placed[job[field.layer], 1] // 4
-        packed = numba.carray(pointer(placed[job[field.layer], 2], "uint8"), (quarter, inputs))
+        placed = numba.carray(pointer(job[field.placed], "int64"), (job[field.layers], len(PLACE)))
+        own_place = placed[job[field.layer]]
+        begin, quarter = own_place[PLACE.begin], own_place[PLACE.outputs] // 4
+        packed = numba.carray(pointer(own_place[PLACE.packed], "uint8"), (quarter, inputs))
         own = job[field.scratch] + 4 * job[field.own] * take(address + 8 * field.thread)
         rest = numba.carray(pointer(own, "uint8"), CHUNK)
         across, down = job[field.outputs] * TABLES, quarter * TABLES
@@ -441,8 +455,8 @@ def _compile_lay_transposed(cached: bool) -> Any:
         """Indices of the inputs of the only layer. A unit is a chunk: eight rows of the packed weight."""
         job = numba.carray(pointer(address, "int64"), fields)
         quarter, width = job[field.size], job[field.width]
-        placed = numba.carray(pointer(job[field.placed], "int64"), (job[field.layers], 9))
-        packed = numba.carray(pointer(placed[0, 2], "uint8"), (quarter, width))
+        placed = numba.carray(pointer(job[field.placed], "int64"), (job[field.layers], len(PLACE)))
+        packed = numba.carray(pointer(placed[0, PLACE.packed], "uint8"), (quarter, width))
         indices = numba.carray(pointer(job[field.indices], "uint8"), (job[field.units], width, TABLES))
         while True:
             unit = take(address + 8 * field.unit)
@@ -510,7 +524,7 @@ def _compile_multiply(lanes: int, grouped: int, half: int, cached: bool) -> Any:
         tables = job[field.scratch] + 4 * job[field.own] * take(address + 8 * field.thread)
         square = numba.carray(pointer(tables + 4 * lanes * (TABLES * CASES + SPARE), "float32"), (lanes, lanes))
         sums = numba.carray(pointer(square.ctypes.data + 4 * lanes * lanes, "float32"), (share + lanes, lanes))
-        placed = numba.carray(pointer(job[field.placed], "int64"), (job[field.layers], 9))
+        placed = numba.carray(pointer(job[field.placed], "int64"), (job[field.layers], len(PLACE)))
         chunks, per_group = job[field.chunks], job[field.chunks] // job[field.groups]
         while True:
             unit = take(address + 8 * field.unit)
@@ -531,19 +545,19 @@ def _compile_multiply(lanes: int, grouped: int, half: int, cached: bool) -> Any:
                     _add_chunk(lanes, grouped, 1, tables, indices, scales, count - fours, last)
             top = tile * lanes
             for layer in range(job[field.layers]):
-                begin, many = placed[layer, 0], placed[layer, 1]
+                begin, many = placed[layer, PLACE.begin], placed[layer, PLACE.outputs]
                 end = min(begin + many, first + count)
                 for column in range(max(begin, first), end, lanes):
                     source = sums.ctypes.data + 4 * lanes * (column - first)
                     transpose(lanes, source, 4 * lanes, square.ctypes.data, 4 * lanes)
-                    to_scale, to_shift = placed[layer, 5], placed[layer, 7]
-                    scale = placed[layer, 4] + to_scale * (column - begin)
-                    shift = placed[layer, 6] + to_shift * (column - begin)
+                    to_scale, to_bias = placed[layer, PLACE.to_scale], placed[layer, PLACE.to_bias]
+                    scale = placed[layer, PLACE.scale] + to_scale * (column - begin)
+                    bias = placed[layer, PLACE.bias] + to_bias * (column - begin)
                     width = min(lanes, end - column)
                     for row in range(min(lanes, job[field.rows] - top)):
                         source = square.ctypes.data + 4 * lanes * row
-                        target = placed[layer, 3] + size * ((top + row) * many + column - begin)
-                        finish(lanes, half, source, scale, to_scale, shift, to_shift, target, width)
+                        target = placed[layer, PLACE.output] + size * ((top + row) * many + column - begin)
+                        finish(lanes, half, source, scale, to_scale, bias, to_bias, target, width)
 
     return multiply
 
@@ -590,13 +604,13 @@ def _compile_few(lanes: int, rows: int, grouped: int, half: int, cached: bool) -
         job = numba.carray(pointer(address, "int64"), fields)
         size, chunks = job[field.size], job[field.chunks]
         per_group, inputs = chunks // job[field.groups], job[field.width]
-        placed = numba.carray(pointer(job[field.placed], "int64"), (job[field.layers], 9))
-        quarter = placed[job[field.layer], 1] // 4
-        address_of_packed, output = placed[job[field.layer], 2], placed[job[field.layer], 3]
-        to_scale, to_shift = placed[job[field.layer], 5], placed[job[field.layer], 7]
+        placed = numba.carray(pointer(job[field.placed], "int64"), (job[field.layers], len(PLACE)))
+        own_place = placed[job[field.layer]]
+        quarter, to_scale, to_bias = own_place[PLACE.outputs] // 4, own_place[PLACE.to_scale], own_place[PLACE.to_bias]
+        address_of_packed, output = own_place[PLACE.packed], own_place[PLACE.output]
         packed = numba.carray(pointer(address_of_packed, "uint8"), (quarter, inputs))
         shape = 4 * quarter, job[field.groups]
-        group_scale = numba.carray(pointer(placed[job[field.layer], 8], "float32"), shape)
+        group_scale = numba.carray(pointer(own_place[PLACE.group_scale], "float32"), shape)
         words = job[field.scratch] + 4 * job[field.own] * take(address + 8 * field.thread)
         bytes_ = numba.carray(pointer(words, "uint8"), (two, lanes, 4))
         scales = numba.carray(pointer(words + 4 * lanes * two, "float32"), (4, lanes))
@@ -640,9 +654,8 @@ def _compile_few(lanes: int, rows: int, grouped: int, half: int, cached: bool) -
                     column = part * quarter + first
                     source = sums.ctypes.data + 4 * lanes * (part * rows + row)
                     target = output + size_of_number * (4 * quarter * row + column)
-                    scale = placed[job[field.layer], 4] + to_scale * column
-                    shift = placed[job[field.layer], 6] + to_shift * column
-                    finish(lanes, half, source, scale, to_scale, shift, to_shift, target, width)
+                    scale, bias = own_place[PLACE.scale] + to_scale * column, own_place[PLACE.bias] + to_bias * column
+                    finish(lanes, half, source, scale, to_scale, bias, to_bias, target, width)
 
     return few
 
@@ -735,10 +748,11 @@ def products(input: Tensor, layers: list[Layer], transposed: bool, dtype: torch.
             group_scales = torch.cat([scales for scales, *_ in after if scales is not None]).T.contiguous()
         own = lanes * (TABLES * CASES + SPARE + 2 * lanes + share)
     buffers = scratch.take("lookups", threads * own, torch.float32)
-    places, begin = [], 0
+    places: list[int] = []
+    begin = 0
     for weight, count, result, (scales, scale, bias) in zip(weights, counts, results, after, strict=True):
-        places += [begin, count, weight.data_ptr(), result.data_ptr(), *place(scale, ONE), *place(bias, ZERO)]
-        places.append(0 if scales is None else scales.data_ptr())
+        addresses = weight.data_ptr(), result.data_ptr(), *place(scale, ONE), *place(bias, ZERO)
+        places += Place(begin, count, *addresses, 0 if scales is None else scales.data_ptr())
         begin += count
     placed = (ctypes.c_int64 * len(places))(*places)
     sizes = (len(layers), 0, rows, groups, size, width, chunks, outputs, tiles, share, own)
