@@ -335,6 +335,14 @@ PLANS: dict[str, Plan] = {
     ],
     "seeds": [(arm, STEPS, seed, {}) for arm in SEEDED for seed in SEEDS],
 }
+# The models that the page compares by their bytes, with the seeds of each.
+BY_BYTES: list[Plan] = [
+    [("Muon", STEPS, seed, {}) for seed in SEEDS],
+    [(TAUGHT if seed == 0 else BY_TWIN, LONG_STEPS, seed, DECAYED[3600]) for seed in SEEDS],
+    *([(NARROW, steps, seed, RATE) for seed in SEEDS] for steps in (STEPS, EQUAL_COMPUTE)),
+    [("full precision, Muon", LONG_STEPS, seed, DECAYED[3600]) for seed in SEEDS],
+    *([run for run in PLANS["rounded"] if run[0] == arm] for arm in dict.fromkeys(run[0] for run in PLANS["rounded"])),
+]
 
 
 def cells(results: list[dict]) -> list[str]:
@@ -416,12 +424,14 @@ def render(folder: Path) -> str:
         if (run := record["run"])["steps"] == RATE_STEPS:
             short[named(run), run["settings"]["learning_rate"]] = record["result"]
     sizes = [
-        (weight_bytes(ARMS[arm]), arm, steps, found[0])
-        for arm in ARMS
-        if arm in (BASE, "Muon") or ARMS[arm].get("ternary") == "false"
-        for steps in (STEPS, EQUAL_COMPUTE)
-        if (found := find([(arm, steps, 0, {})]) or find([(arm, steps, 0, RATE)]))
+        (weight_bytes(ARMS[arm]), steps, named(run_of(arm, steps, seed, **changes)), found)
+        for plan in BY_BYTES
+        if (found := find(plan))
+        for arm, steps, seed, changes in plan[:1]
     ]
+    by_bytes = {
+        (steps, named(run_of(arm, steps, seed, **changes))) for plan in BY_BYTES for arm, steps, seed, changes in plan
+    }
     pairs = {}
     for seed in SEEDS:
         full = find([("full precision, Muon", LONG_STEPS, seed, DECAYED[3600])])
@@ -450,11 +460,14 @@ def render(folder: Path) -> str:
         rate_steps=f"{RATE_STEPS:,}",
         longer=longer,
         pairs=in_pairs,
-        sizes=[[arm, f"{size / 1e3:,.0f}", f"{n:,}", *cells([found])] for size, arm, n, found in sorted(sizes)],
+        sizes=[
+            [name, f"{size / 1e3:,.0f}", f"{steps:,}", str(len(found)), *cells(found)]
+            for size, steps, name, found in sorted(sizes, key=lambda row: row[:3])
+        ],
         seeds=[
             [name, rate, f"{steps:,}", str(len(found)), *cells(found)]
             for (steps, name, rate), found in sorted(seeds.items(), key=lambda item: item[0][0])
-            if len(found) > 1
+            if len(found) > 1 and (steps, name) not in by_bytes
         ],
     )
 

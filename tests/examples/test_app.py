@@ -70,6 +70,7 @@ def pipeline_images(pipe, settings):
 def test_bad_arguments_are_one_line(app, capsys):
     for flags, message in (
         (["--model", "nothing"], "app: 'nothing' is no folder here, no Hub id"),
+        (["--model", ""], "app: '' is no folder here, no Hub id"),
         (["--device", "toaster"], "app: Device 'toaster' cannot be used here"),
     ):
         assert report_errors("app", lambda flags=flags: app.main(flags)) == 1

@@ -37,7 +37,7 @@ def resolve_model(model: str) -> str:
         ValueError: Neither a path nor a Hub id, and no bundled checkpoint's name.
     """
     path = Path(model)
-    if path.is_dir():
+    if model and path.is_dir():
         if model in BUNDLED:
             logger.warning(f"The folder {model} here is used, not the bundled checkpoint of that name.")
         return model
