@@ -10,12 +10,14 @@ from . import scratch
 
 
 WHOLE = 2**18  # values of a matrix that is decoded at once: 1 MB in float32
+# Of a quarter's codes in their bytes.
+SHIFTS = torch.tensor([6, 4, 2, 0], dtype=torch.uint8, device="cpu").view(4, 1, 1)
 
 
-def _decode_quarter(weight_packed: Tensor, quarter: int, out: Tensor) -> Tensor:
-    """Rows `quarter * N/4` to `(quarter + 1) * N/4` of T, into `out`: (N/4, K)."""
-    codes = scratch.take("codes", weight_packed.numel(), torch.uint8).view(weight_packed.shape)
-    torch.bitwise_right_shift(weight_packed, 6 - 2 * quarter, out=codes)
+def _decode(weight_packed: Tensor, quarters: slice, out: Tensor) -> Tensor:
+    """Quarters of the rows of T, into `out`: (quarters, N/4, K)."""
+    codes = scratch.take("codes", out.numel(), torch.uint8).view(out.shape)
+    torch.bitwise_right_shift(weight_packed, SHIFTS[quarters], out=codes)
     return out.copy_(codes.bitwise_and_(3).view(torch.int8).sub_(1))
 
 
@@ -23,9 +25,7 @@ def decode_matrix(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> T
     """T of a packed or a float weight, (N, K) in {-1, 0, +1}; valid until this thread's next call."""
     if weight.dtype == torch.uint8:
         ternary = scratch.take("matrix", 4 * weight.numel(), dtype).view(4, *weight.shape)
-        for quarter in range(4):
-            _decode_quarter(weight, quarter, ternary[quarter])
-        return ternary.flatten(0, 1)
+        return _decode(weight, slice(None), ternary).flatten(0, 1)
     ternary = scratch.take("matrix", weight.numel(), dtype).view(weight.shape)
     granularity = reference.granularity_of(weight_scale, weight.shape[1])
     if dtype == torch.float32:
@@ -45,9 +45,10 @@ def decode_blocks(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> I
         return
     if weight.dtype == torch.uint8:
         rows = len(weight)
-        ternary = scratch.take("quarter", weight.numel(), dtype).view(weight.shape)
+        ternary = scratch.take("quarter", weight.numel(), dtype).view(1, *weight.shape)
         for quarter in range(4):
-            yield slice(quarter * rows, (quarter + 1) * rows), _decode_quarter(weight, quarter, ternary)
+            decoded = _decode(weight, slice(quarter, quarter + 1), ternary)[0]
+            yield slice(quarter * rows, (quarter + 1) * rows), decoded
         return
     rows = len(weight) // 4 if len(weight) % 4 == 0 else len(weight)
     granularity = reference.granularity_of(weight_scale, weight.shape[1])
