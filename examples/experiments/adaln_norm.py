@@ -109,7 +109,7 @@ QUESTIONS = [
 CLAIMS = [
     ("The RMSNorm is better than no norm, from the authors' start", "reference, RMSNorm", "reference, no norm"),
     ("BitNet's layout is worse than the RMSNorm after adaLN", "reference, RMSNorm", "reference, BitNet layout"),
-    ("A better start without any norm beats the authors' start with it", "small gain, no norm", "reference, RMSNorm"),
+    ("A better start without any norm beats the authors' start with one", "small gain, no norm", "reference, RMSNorm"),
     ("The RMSNorm is better than no norm, from the better start", "small gain, RMSNorm", "small gain, no norm"),
 ]
 ERROR = "noise_error_held_out"
@@ -153,7 +153,7 @@ def claim_rows(found: dict[tuple, dict], widths: dict[str, dict]) -> list[list[s
     if all((kind, False) in found for kind in KINDS):
         full, reference, ours = (median(found[kind, False]["std"]) for kind in KINDS)
         text = f"deviation (median): authors' start {reference:.1f}, full precision {full:.2f}, small gain {ours:.2f}"
-        rows.append(["Outputs of a random ternary layer are far larger", text, ""])
+        rows.append(["Outputs of a random ternary layer are far larger than full precision's", text, ""])
     return rows + [[text, *(claim(w, first, second) for w in widths.values())] for text, first, second in CLAIMS]
 
 

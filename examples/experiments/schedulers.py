@@ -32,7 +32,7 @@ FLOW_SIGMAS = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "f
 
 # Schedulers that draw pictures with a model that predicts noise (`digits`), without a change of settings, and a note.
 NOISE = {
-    "DDPMScheduler": "the one the model was trained for: the only kind that uses the predicted variance",
+    "DDPMScheduler": "the one used in training; the only kind that uses the predicted variance",
     "DDPMParallelScheduler": "the same",
     "DDIMScheduler": "",
     "DDIMParallelScheduler": "",
@@ -47,7 +47,7 @@ NOISE = {
     "KDPM2AncestralDiscreteScheduler": "two evaluations per step; adds noise",
     "LCMScheduler": "adds noise; for distilled models",
     "LMSDiscreteScheduler": "",
-    "PNDMScheduler": "a few evaluations more than steps",
+    "PNDMScheduler": "a few more evaluations than steps",
     "SASolverScheduler": "adds noise",
     "TCDScheduler": "adds noise; for distilled models",
     "UniPCMultistepScheduler": "",
@@ -72,9 +72,9 @@ OTHERS = {
     "CMStochasticIterativeScheduler": "refused; for consistency models",
     "EDMEulerScheduler": "refused; for models with EDM's scaling of inputs and outputs",
     "EDMDPMSolverMultistepScheduler": "refused; the same",
-    "CosineDPMSolverMultistepScheduler": "for models with EDM's scaling, needs `torchsde`",
+    "CosineDPMSolverMultistepScheduler": "for models with EDM's scaling; needs `torchsde`",
     "IPNDMScheduler": "refused; its own noise schedule",
-    "MiniMaxH3Scheduler": "refused; the velocity has the other sign, and timesteps lie between 0 and 1",
+    "MiniMaxH3Scheduler": "refused; the velocity has the other sign, and timesteps are between 0 and 1",
     "SCMScheduler": "for distilled models of 1 or 2 steps",
     "PiflowScheduler": "for models that predict a policy in many channels",
     "HeliosScheduler": "its steps come in stages, which its own pipeline sets",

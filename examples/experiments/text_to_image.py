@@ -230,16 +230,16 @@ PARTS["controls"] = partial(run_variants, [LONG, CONTROL], SEEDS)
 # Claim; two variants; whether the first one's figures should be above (1) or below (-1) the second's.
 QUESTIONS = [
     ("Ternarizing without training ruins the model", UNTRAINED, DENSE, 1),
-    (f"{FEW_STEPS} steps of training on recover it", FEW, UNTRAINED, -1),
+    (f"Another {FEW_STEPS} steps of training recover it", FEW, UNTRAINED, -1),
     ("... to full precision", FEW, DENSE, -1),
     (f"Distillation helps these {FEW_STEPS} steps", FEW_DISTILLED, FEW, -1),
     (f"{TUNE_STEPS} steps are better than {FEW_STEPS}", TUNED, FEW, -1),
     (f"Distillation helps these {TUNE_STEPS} steps", DISTILLED, TUNED, -1),
-    (f"{TUNE_STEPS} steps are better than the full precision that they began with", TUNED, DENSE, -1),
-    ("... than full precision trained on for as long", TUNED, CONTROL, -1),
+    (f"{TUNE_STEPS} steps are better than the full-precision model they started from", TUNED, DENSE, -1),
+    ("... than full precision, trained on for as long", TUNED, CONTROL, -1),
     ("Starting from full precision is better than from scratch, at equal ternary steps", TUNED, SCRATCH, -1),
-    ("... at equal steps in all", TUNED, LONG, -1),
-    ("Distilled is better than from scratch, at equal steps in all", DISTILLED, LONG, -1),
+    ("... at equal total steps", TUNED, LONG, -1),
+    ("Distilled is better than from scratch, at equal total steps", DISTILLED, LONG, -1),
 ]
 SHARES = ("digit", "ink", "slant", "all three")
 

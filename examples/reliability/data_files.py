@@ -209,7 +209,7 @@ class Adapters:
 
 
 class Checkpoints:
-    """Training checkpoints: `examples/train_terdit.py` goes on from step 4 of 8; its last checkpoint and its model are
+    """Training checkpoints: `examples/train_terdit.py` resumes from step 4 of 8; its last checkpoint and its model are
     compared."""
 
     count = 400
@@ -349,7 +349,7 @@ def cut(rng, found, root):
 
 
 class Images:
-    """Images of every format that Pillow writes here, PostScript and others that are never read included, read as
+    """Images of every format that Pillow writes here, including PostScript and others that are never read, read as
     training reads them; a healthy one follows each."""
 
     count = 200_000

@@ -160,7 +160,7 @@ def weights_in(files: Files) -> list[str]:
 
 
 def flip_header(rng, files, root):
-    """1 to 4 bits in the length or the JSON of a safetensors header, or in the directory of a zip."""
+    """1 to 4 flipped bits in the length or the JSON of a safetensors header, or in the directory of a zip."""
     path = rng.choice(weights_in(files))
     data = bytearray(files[path])
     if path.endswith(".safetensors"):
@@ -173,7 +173,7 @@ def flip_header(rng, files, root):
 
 
 def flip_data(rng, files, root):
-    """1 to 8 bits in the bytes of the tensors."""
+    """1 to 8 flipped bits in the bytes of the tensors."""
     path = rng.choice(weights_in(files))
     data = bytearray(files[path])
     start = data_start(data) if path.endswith(".safetensors") else 64
@@ -212,7 +212,7 @@ def wrong_dtype(rng, tensors):
 
 @on_tensors
 def wrong_shape(rng, tensors):
-    """A tensor transposed, flattened, cut, extended, with a dimension more or less, or empty."""
+    """A tensor transposed, flattened, cut, extended, with an extra or missing dimension, or empty."""
     name = rng.choice(sorted(tensors))
     dtype, shape, data = tensors[name]
     width, count = DTYPES[dtype], len(data) // DTYPES[dtype]
@@ -281,7 +281,7 @@ def duplicate(rng, files, root):
 
 
 def remove(rng, files, root):
-    """Tensors or whole files that are not there, or too many."""
+    """Missing or extra tensors or whole files."""
 
     def edit(tensors):
         if rng.random() < 0.7:
@@ -464,7 +464,7 @@ def odd_original(rng, files: Files) -> None:
 
 
 def absurd_header(rng, files, root):
-    """A safetensors header with sizes, offsets and values that cannot be."""
+    """A safetensors header with impossible sizes, offsets and values."""
     path = rng.choice([p for p in weights_in(files) if p.endswith(".safetensors")])
     header, body = parse(files[path])
     name = rng.choice(sorted(n for n in header if n != "__metadata__"))
@@ -658,7 +658,7 @@ def pickled(rng, files, root):
 
 
 def noise(rng, files, root):
-    """Any file with bytes overwritten, cut out, moved, repeated; or with another file's content."""
+    """Any file with bytes overwritten, cut out, moved or repeated, or with another file's content."""
     names = sorted(n for n in files if isinstance(files[n], bytes))
     path = rng.choice(names)
     data = files[path]

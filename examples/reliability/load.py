@@ -149,7 +149,7 @@ def images(folder: Path) -> Body:
 
 
 def callbacks(folder: Path) -> Body:
-    """A call with a callback that replaces the latents, and one that is stopped half-way."""
+    """A call with a callback that replaces the latents, and one that is stopped halfway."""
     pipe = digits()
 
     def replace(pipe, step, timestep, tensors):
@@ -289,7 +289,7 @@ def step_caches(folder: Path) -> Body:
 
 def threads(folder: Path) -> Body:
     """Four new threads, each with a copy of the pipeline and its own scheduler, on the shared weights; then they end.
-    All give the bits that one gives alone."""
+    All give the bits that one alone gives."""
     pipe = digits()
     pipe.transformer.set_activation_bits(16 if has_integer_kernel("cpu") else None)
     expected = sample(pipe)

@@ -7,7 +7,7 @@ and the four quarters of the outputs are four groups of inputs. The codes of a b
 bfloat16 in a scratch in the first cache, and a strip of rows of the input passes by; then follows the next panel, and
 when all panels of a share have seen the block, the next block.
 
-The order of the sums does not depend on the number of rows or threads, so the bits of the result do not either. They are not
+The order of the sums does not depend on the number of rows or threads, nor do the bits of the result. They are not
 those of `lookup`.
 """
 
