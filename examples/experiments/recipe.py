@@ -44,7 +44,7 @@ bytes and equal training compute, a smaller full-precision model is better**: 3.
 (three seeds).
 
 After equal steps, ternary and the smaller model tie: 5.1 and 5.5. Ternary with a teacher is as good
-as the teacher rounded to int4, at 56 % of the bytes, and better than int3 (two seeds).
+as the teacher rounded to int4, at 56 % of the bytes, and better than int3 (three seeds).
 The teacher costs as many steps again; full precision itself gains nothing from one (1,000 steps,
 one seed). Without a teacher, at the preset's decay, the loss is 1.05 times as high (one seed).
 Models this small take 1.6 times as long packed as dense. Muon is the default of the small presets.
